@@ -1,0 +1,33 @@
+"""A net as a whole: traced layers, plan, cost, surgery, projection, BN re-estimation, files.
+
+Calling the package is `compress(model, plan)`.
+"""
+
+from ranksearch._callable import make_callable
+from ranksearch.compress.batchnorm import reestimate_bn_
+from ranksearch.compress.cost import Cost, dense_cost, layer_cost, plan_cost
+from ranksearch.compress.export import load_net, save_net
+from ranksearch.compress.plan import DENSE, LayerPlan, RankPlan
+from ranksearch.compress.projection import project_
+from ranksearch.compress.surgery import restructure_
+from ranksearch.compress.trace import Layer, Net, trace
+
+make_callable(__name__, "ranksearch.compress.surgery:compress")
+
+__all__ = [
+    "DENSE",
+    "Cost",
+    "Layer",
+    "LayerPlan",
+    "Net",
+    "RankPlan",
+    "dense_cost",
+    "layer_cost",
+    "load_net",
+    "plan_cost",
+    "project_",
+    "reestimate_bn_",
+    "restructure_",
+    "save_net",
+    "trace",
+]

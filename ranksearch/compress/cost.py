@@ -1,0 +1,52 @@
+"""Costs of a plan from its specs alone: nothing is built. 1 MAC = 2 FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ranksearch.compress.plan import LayerPlan, RankPlan
+from ranksearch.compress.trace import Layer, Net
+from ranksearch.lowering import lowering_named
+
+BYTES_PER_WEIGHT = 4
+"""The export dtype is fp32."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a net costs: MACs per sample, parameters, bytes of its state dict, and latency where it was measured."""
+
+    macs: int
+    params: int
+    size_bytes: int
+    latency_ms: float | None = None
+
+
+def layer_cost(layer: Layer, choice: LayerPlan) -> tuple[int, int]:
+    """(MACs per sample, params) of one layer under a lowering and rank, summed over the layer's uses.
+
+    Raises:
+        UsageError: the lowering refuses the layer, or has no such rank; the text names the layer.
+    """
+    lowering = lowering_named(choice.lowering)
+    lowering.check_rank(layer.spec, choice.rank)
+    macs = sum(lowering.macs(layer.spec, choice.rank, size) for size in layer.in_sizes)
+    return macs, lowering.params(layer.spec, choice.rank)
+
+
+def plan_cost(net: Net, plan: RankPlan) -> Cost:
+    """Cost of `net` under `plan`.
+
+    Raises:
+        UsageError: the plan names a layer that the net lacks, or a rank that the layer lacks.
+    """
+    for name in plan.layers:
+        net[name]
+    pairs = [layer_cost(layer, plan[layer.name]) for layer in net.layers]
+    macs, params = net.other_macs + sum(m for m, _ in pairs), net.other_params + sum(p for _, p in pairs)
+    return Cost(macs, params, (params + net.other_floats) * BYTES_PER_WEIGHT + net.other_bytes)
+
+
+def dense_cost(net: Net) -> Cost:
+    """Cost of `net` as it is."""
+    return plan_cost(net, RankPlan())

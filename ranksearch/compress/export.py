@@ -1,0 +1,47 @@
+"""A compressed net on disk: `plan.json` beside `model.safetensors`. No pickle, so a stranger's file executes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ranksearch.compress.plan import RankPlan
+from ranksearch.compress.surgery import restructure_
+from ranksearch.errors import UsageError
+
+WEIGHTS, PLAN = "model.safetensors", "plan.json"
+
+
+def save_net(model: nn.Module, plan: RankPlan, directory: Path) -> None:
+    """Writes the state dict and the plan that rebuilds the architecture; a reader never sees half a file."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    partial = directory / f"{WEIGHTS}.partial"
+    safetensors.torch.save_file(state, partial)
+    partial.replace(directory / WEIGHTS)
+    (directory / PLAN).write_text(plan.to_json())
+
+
+def load_net(directory: Path, build: Callable[[str], nn.Module]) -> nn.Module:
+    """The net that `save_net` wrote, in evaluation mode; `build` makes the dense model of the plan's name.
+
+    Raises:
+        UsageError: a file is missing or damaged, or its tensors do not fit the plan.
+    """
+    for name in (PLAN, WEIGHTS):
+        if not (directory / name).is_file():
+            raise UsageError(f"{directory} holds no compressed net: {name} is missing.")
+    plan = RankPlan.from_json((directory / PLAN).read_text())
+    if plan.model is None:
+        raise UsageError(f"{directory / PLAN} does not name its model, so the dense architecture is unknown.")
+    model = restructure_(build(plan.model), plan)
+    try:
+        model.load_state_dict(safetensors.torch.load_file(directory / WEIGHTS))
+    except (SafetensorError, RuntimeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{directory / WEIGHTS} does not fit {PLAN}: {error}") from error
+    return model.eval()

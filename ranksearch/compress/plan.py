@@ -1,0 +1,85 @@
+"""`RankPlan`: layer name -> (lowering, rank). JSON; with the model's name it rebuilds the architecture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ranksearch.errors import UsageError
+from ranksearch.lowering import lowering_named
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's lowering and rank (an int >= 1; 0 for `dense`)."""
+
+    lowering: str
+    rank: int
+
+
+DENSE = LayerPlan("dense", 0)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What every low-rank layer of a net becomes; a layer that is not named stays dense."""
+
+    layers: Mapping[str, LayerPlan] = field(default_factory=dict)
+    model: str | None = None
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        return self.layers.get(name, DENSE)
+
+    def lowered(self) -> Iterator[tuple[str, LayerPlan]]:
+        """(name, plan) of the layers that do not stay dense."""
+        return ((name, layer) for name, layer in self.layers.items() if layer.lowering != DENSE.lowering)
+
+    def summary(self) -> str:
+        """One short line: how many layers take which lowering, such as `spatial 12 · im2col 3 · dense 4`."""
+        counts = Counter(layer.lowering for layer in self.layers.values())
+        return " · ".join(f"{name} {count}" for name, count in counts.most_common()) or "dense"
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = {
+            name: {"lowering": layer.lowering} | ({"rank": layer.rank} if layer.rank else {})
+            for name, layer in self.layers.items()
+        }
+        return {"format": 1, "model": self.model, "layers": layers}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def digest(self) -> str:
+        """Content hash of lowerings and ranks, by which equal plans are recognised."""
+        lowered = sorted((name, layer.lowering, layer.rank) for name, layer in self.lowered())
+        return hashlib.sha256(json.dumps(lowered).encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_dict(cls, data: Any) -> RankPlan:
+        """Reads what `to_dict` writes.
+
+        Raises:
+            UsageError: not a plan, an unknown lowering, or a rank that is no whole number >= 1.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), dict):
+            raise UsageError('This is not a rank plan: it needs {"layers": {name: {"lowering": ..., "rank": ...}}}.')
+        layers = {}
+        for name, entry in data["layers"].items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("lowering"), str):
+                raise UsageError(f'Plan, layer {name!r}: expected {{"lowering": ..., "rank": ...}}, got {entry!r}.')
+            lowering, rank = lowering_named(entry["lowering"]).name, entry.get("rank", 0)
+            if isinstance(rank, bool) or not isinstance(rank, int) or (rank < 1) != (lowering == DENSE.lowering):
+                raise UsageError(f"Plan, layer {name!r}: {lowering} at rank {rank!r}; a rank is a whole number >= 1.")
+            layers[name] = LayerPlan(lowering, rank)
+        return cls(layers, data.get("model"))
+
+    @classmethod
+    def from_json(cls, text: str) -> RankPlan:
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise UsageError(f"This is not a rank plan: no JSON ({error}).") from error

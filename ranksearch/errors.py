@@ -1,0 +1,29 @@
+"""The errors that a user can cause or meet, and the sentence that names the nearest valid value.
+
+The command line turns `UsageError` into exit code 2 and `StudyError` into exit code 1, one message each, no traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RanksearchError(Exception):
+    """Base of every error that ranksearch raises on purpose; its text is written for the user."""
+
+
+class UsageError(RanksearchError, ValueError):
+    """The input is wrong: a file, a key, a value, a name. Nothing was started and nothing is lost."""
+
+
+class StudyError(RanksearchError, RuntimeError):
+    """The study could not be finished. What was finished is on disk."""
+
+
+def nearest(name: str, valid: Iterable[str], *, shown: int = 12) -> str:
+    """A sentence that helps from a wrong name to a right one: the nearest valid name and the list of them."""
+    names = sorted(set(valid))
+    listed = ", ".join(names[:shown]) + (f", … ({len(names)} in all)" if len(names) > shown else "")
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    return f"Did you mean {close[0]!r}? Valid: {listed}." if close else f"Valid: {listed or 'none'}."

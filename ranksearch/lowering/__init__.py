@@ -1,0 +1,12 @@
+"""Lowerings: `LOWERINGS` by name, the `Lowering` contract, and `LayerSpec`. Every file of this folder is imported."""
+
+import importlib
+import pkgutil
+
+from ranksearch.lowering.contract import LOWERINGS, Lowering, MatrixLowering, lowering_named, register
+from ranksearch.lowering.spec import LayerSpec
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["LOWERINGS", "LayerSpec", "Lowering", "MatrixLowering", "lowering_named", "register"]

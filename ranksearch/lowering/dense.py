@@ -1,0 +1,43 @@
+"""`dense`: the layer as it is. A plan may always choose it, so a plan is never worse than leaving a layer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ranksearch.lowering.contract import Lowering, register
+from ranksearch.lowering.spec import LayerSpec
+
+
+@register
+class Dense(Lowering):
+    """The identity: one layer, rank 0, nothing removed."""
+
+    name = "dense"
+    is_projection = True
+
+    def refusal(self, spec: LayerSpec) -> str | None:
+        return None
+
+    def full_rank(self, spec: LayerSpec) -> int:
+        return 0
+
+    def factor_specs(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
+        return (spec,)
+
+    def decompose(self, weight: Tensor, rank: int, spec: LayerSpec) -> tuple[Tensor, ...]:
+        self.check_rank(spec, rank)
+        return (weight.clone(),)
+
+    def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
+        (weight,) = factors
+        return weight
+
+    def removed_energy(self, weight: Tensor, spec: LayerSpec) -> np.ndarray:
+        return np.zeros(1)
+
+    def project(self, weight: Tensor, rank: int, spec: LayerSpec) -> tuple[Tensor, float]:
+        self.check_rank(spec, rank)
+        return weight, 0.0

@@ -1,0 +1,58 @@
+"""Truncated SVDs against numpy, and their laws."""
+
+import numpy as np
+import pytest
+import torch
+
+from ranksearch import linalg
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7), (3, 6, 4)])
+def test_truncated_svd_matches_numpy(shape):
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u, s, vt = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    for rank in range(1, min(shape[-2:]) + 1):
+        left, right, removed = linalg.truncated_svd(matrix, rank)
+        best = (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]
+        np.testing.assert_allclose((left @ right).numpy(), best, atol=1e-10)
+        np.testing.assert_allclose(removed.numpy(), (s[..., rank:] ** 2).sum(-1) / (s**2).sum(-1), atol=1e-12)
+
+
+def test_spectrum_matches_numpy():
+    matrix = torch.randn(6, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = np.linalg.svd(matrix.numpy(), compute_uv=False) ** 2
+    np.testing.assert_allclose(linalg.squared_singular_values(matrix).numpy(), expected, rtol=1e-10)
+
+
+def test_removed_energy_on_a_closed_form_spectrum():
+    # squared singular values 16, 9, 4, 1: the classic off-by-one and complement mistakes give other numbers
+    removed = linalg.removed_energy_by_rank(torch.tensor([16.0, 9.0, 4.0, 1.0]))
+    np.testing.assert_allclose(removed.numpy(), [1, 14 / 30, 5 / 30, 1 / 30, 0])
+
+
+def test_zero_matrix_loses_nothing():
+    left, right, removed = linalg.truncated_svd(torch.zeros(4, 6), 2)
+    assert torch.equal(left @ right, torch.zeros(4, 6))
+    assert removed == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_matrix_raises(bad):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        linalg.truncated_svd(torch.tensor([[1.0, bad], [0.0, 1.0]]), 1)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_rank_outside_the_range_names_the_range(rank):
+    with pytest.raises(ValueError, match=rf"rank {rank} is outside 1\.\.4"):
+        linalg.truncated_svd(torch.eye(4), rank)
+
+
+def test_balance_keeps_the_product_and_equalises_the_norms():
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    right = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+    right[2] = 0
+    new_left, new_right = linalg.balance(left, right)
+    torch.testing.assert_close(new_left @ new_right, left @ right)
+    torch.testing.assert_close(new_left.norm(dim=0)[:2], new_right.norm(dim=1)[:2])
