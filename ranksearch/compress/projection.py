@@ -31,6 +31,6 @@ def project_(model: nn.Module, plan: RankPlan) -> dict[str, float]:
             projected, share = lowering_named(choice.lowering).project(module.weight, choice.rank, spec)
         except ValueError as error:
             raise UsageError(f"Layer {name!r}: {error}") from error
-        module.weight.copy_(projected)  # type: ignore[operator]
+        module.weight.copy_(projected)
         removed[name] = share
     return removed

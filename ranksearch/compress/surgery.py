@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import LayerSpec, lowering_named
 
 
-def lowerable_module(model: nn.Module, name: str) -> tuple[nn.Module, LayerSpec]:
+def lowerable_module(model: nn.Module, name: str) -> tuple[Any, LayerSpec]:
     """The module `name` and its spec.
 
     Raises:
@@ -34,7 +35,7 @@ def _replace_(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
-def _chain(module: nn.Module, spec: LayerSpec, choice: LayerPlan, name: str) -> nn.Module:
+def _chain(module: Any, spec: LayerSpec, choice: LayerPlan, name: str) -> nn.Module:
     try:
         lowering = lowering_named(choice.lowering)
         weight = module.weight
@@ -44,17 +45,17 @@ def _chain(module: nn.Module, spec: LayerSpec, choice: LayerPlan, name: str) -> 
     return chain.train(module.training)
 
 
-def _fill_(chain: nn.Module, module: nn.Module, spec: LayerSpec, choice: LayerPlan, name: str) -> None:
-    layers = list(chain) if isinstance(chain, nn.Sequential) else [chain]
+def _fill_(chain: Any, module: Any, spec: LayerSpec, choice: LayerPlan, name: str) -> None:
+    layers: list[Any] = list(chain) if isinstance(chain, nn.Sequential) else [chain]
     with torch.no_grad():
         try:
             factors = lowering_named(choice.lowering).decompose(module.weight.detach(), choice.rank, spec)
         except ValueError as error:
             raise UsageError(f"Layer {name!r}: {error}") from error
         for layer, factor in zip(layers, factors, strict=True):
-            layer.weight.copy_(factor)  # type: ignore[operator]
+            layer.weight.copy_(factor)
         if spec.bias:
-            layers[-1].bias.copy_(module.bias)  # type: ignore[operator,arg-type]
+            layers[-1].bias.copy_(module.bias)
 
 
 def compress(model: nn.Module, plan: RankPlan) -> nn.Module:

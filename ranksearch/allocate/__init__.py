@@ -1,0 +1,28 @@
+"""Choosing a plan: rank curves, budgets, layer rules, the solver, the classic baselines.
+
+Calling the package is `allocate(model, example_input, budgets)`.
+"""
+
+from ranksearch._callable import make_callable
+from ranksearch.allocate.baselines import BASELINES
+from ranksearch.allocate.budget import COSTS, Budget, cost_value, parse_budget
+from ranksearch.allocate.curves import MEASURES, Curves, rank_curves
+from ranksearch.allocate.rules import LayerRule, LayerRules
+from ranksearch.allocate.solver import Allocation, allocate_plan
+
+make_callable(__name__, "ranksearch.allocate.allocate:allocate")
+
+__all__ = [
+    "BASELINES",
+    "COSTS",
+    "MEASURES",
+    "Allocation",
+    "Budget",
+    "Curves",
+    "LayerRule",
+    "LayerRules",
+    "allocate_plan",
+    "cost_value",
+    "parse_budget",
+    "rank_curves",
+]

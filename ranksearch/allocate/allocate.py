@@ -1,0 +1,55 @@
+"""`ranksearch.allocate`: from a model and budgets to a plan, without a study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ranksearch.allocate.baselines import BASELINES
+from ranksearch.allocate.budget import parse_budget
+from ranksearch.allocate.curves import MEASURES, rank_curves
+from ranksearch.allocate.rules import LayerRules
+from ranksearch.allocate.solver import allocate_plan
+from ranksearch.compress import RankPlan, trace
+from ranksearch.errors import UsageError, nearest
+from ranksearch.lowering import LOWERINGS
+
+
+def allocate(
+    model: nn.Module,
+    example_input: Any,
+    budgets: Mapping[str, object],
+    *,
+    lowerings: Sequence[str] | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    method: str = "solver",
+    measure: str = "log_kept_energy",
+) -> RankPlan:
+    """The plan of least predicted damage within `budgets`, from the weights alone (no data, no training).
+
+    Args:
+        example_input: a batched input tensor, or a tuple of them.
+        budgets: cost -> limit, such as {"flops": "50%", "size": "1.2MiB"}.
+        lowerings: names of the allowed lowerings; all that support a layer where None.
+        include, exclude: name patterns of the layers that may be lowered.
+        method: "solver" or a classic baseline: "uniform", "energy", "minimax".
+        measure: damage measure of the solver, "log_kept_energy" or "relative_energy".
+
+    Raises:
+        UsageError: an unknown name, a pattern that matches nothing, or a budget that cannot be met.
+    """
+    if method not in ("solver", *BASELINES):
+        raise UsageError(f"There is no allocation method {method!r}. {nearest(method, ['solver', *BASELINES])}")
+    if measure not in MEASURES:
+        raise UsageError(f"There is no damage measure {measure!r}. {nearest(measure, MEASURES)}")
+    net = trace(model, example_input)
+    rules = LayerRules(tuple(lowerings or LOWERINGS), tuple(include), tuple(exclude))
+    rules.check(net)
+    curves = rank_curves(model, net, rules)
+    parsed = [parse_budget(cost, text) for cost, text in budgets.items()]
+    if method == "solver":
+        return allocate_plan(curves, parsed, measure=MEASURES[measure]).plan
+    return BASELINES[method](curves, parsed)

@@ -1,0 +1,82 @@
+"""Budgets: upper bounds on costs, relative (`50%` of dense) or absolute (`20M`, `1.2MiB`); several may hold at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+
+from ranksearch.compress import Cost
+from ranksearch.errors import UsageError, nearest
+
+COSTS = ("flops", "macs", "params", "size", "latency")
+_UNITS: dict[str, dict[str, int]] = {
+    "flops": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9},
+    "macs": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9},
+    "params": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9},
+    "size": {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+}
+_EXAMPLES = {"flops": "50% or 40M", "macs": "50% or 20M", "params": "50% or 130k", "size": "50% or 1.2MiB"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper bound on one cost: `value` in percent of dense where `relative`, else in units (FLOPs, MACs, bytes)."""
+
+    cost: str
+    value: Decimal
+    relative: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.cost}={self.text}"
+
+    def limit(self, dense: Cost) -> int:
+        """The largest allowed value in whole units of the cost (FLOPs, MACs, parameters or bytes)."""
+        return int(self.value * cost_value(dense, self.cost) / 100) if self.relative else int(self.value)
+
+    def allows(self, cost: Cost, dense: Cost) -> bool:
+        return cost_value(cost, self.cost) <= self.limit(dense)
+
+
+def cost_value(cost: Cost, name: str) -> int:
+    """The cost `name` in its own unit; `flops` are 2 x MACs."""
+    return {"flops": 2 * cost.macs, "macs": cost.macs, "params": cost.params, "size": cost.size_bytes}[name]
+
+
+def parse_budget(cost: str, text: object) -> Budget:
+    """Reads a budget such as ("flops", "50%"), ("macs", "20M") or ("size", "1.2MiB").
+
+    Raises:
+        UsageError: an unknown cost or unit, a value that is no positive number, a bare fraction, a cost without a table.
+    """
+    if cost not in COSTS:
+        raise UsageError(f"There is no cost {cost!r} to set a budget on. {nearest(cost, COSTS)}")
+    if cost == "latency":
+        raise UsageError("A latency budget needs a table of measured times, which is not there yet: use flops or size.")
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*(%|[A-Za-z]*)\s*", str(text))
+    if match is None:
+        raise UsageError(f"Budget {cost}={text}: expected a number and a unit, such as {_EXAMPLES[cost]}.")
+    value, unit = Decimal(match[1]), match[2]
+    if value <= 0:
+        raise UsageError(f"Budget {cost}={text}: it must be above 0.")
+    if unit == "%":
+        return Budget(cost, value, relative=True, text=str(text).strip())
+    units = _UNITS[cost]
+    if unit not in units:
+        raise UsageError(f"Budget {cost}={text}: unknown unit {unit!r}. {nearest(unit, ['%', *filter(None, units)])}")
+    if not unit and value <= 1:
+        raise UsageError(f"Budget {cost}={text}: a share is written in percent, {cost}={value * 100:f}%.")
+    return Budget(cost, value * units[unit], relative=False, text=str(text).strip())
+
+
+def check_feasible(budgets: Iterable[Budget], smallest: dict[str, int], dense: Cost) -> None:
+    """Raises UsageError where a budget lies below the smallest reachable cost; the text names that value."""
+    for budget in budgets:
+        low, limit, full = smallest[budget.cost], budget.limit(dense), cost_value(dense, budget.cost)
+        if low > limit:
+            raise UsageError(
+                f"Budget {budget} allows {limit:,} of {full:,} {budget.cost}, but no plan under these layer rules costs "
+                f"less than {low:,} ({-(-low * 1000 // full) / 10}%): raise it to that, or allow more layers and lowerings."
+            )
