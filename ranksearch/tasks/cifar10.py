@@ -1,0 +1,85 @@
+"""CIFAR-10 from the official python batches, with the CIFAR ResNets and their public checkpoints.
+
+The batches are pickles, so they are read by an unpickler that builds NumPy arrays and nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ranksearch.errors import UsageError, nearest
+from ranksearch.tasks.folder import data_folder
+from ranksearch.tasks.resnet import CifarResNet
+from ranksearch.tasks.task import Augment, Normalise, Split, Task, hold_out
+
+BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
+FOLDER = "cifar-10-batches-py"
+TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
+TEST_FILES = ("test_batch",)
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Refuses every global but NumPy's array constructors: a tampered batch cannot run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _read(path: Path) -> tuple[np.ndarray, list[int]]:
+    try:
+        batch = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        images, labels = np.asarray(batch[b"data"], dtype=np.uint8), list(batch[b"labels"])
+        return images.reshape(-1, 3, 32, 32), labels
+    except (pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is no CIFAR-10 python batch: {error}. Download it again.") from error
+
+
+def _split(folder: Path, names: tuple[str, ...]) -> Split:
+    images, labels = zip(*(_read(folder / name) for name in names), strict=True)
+    merged = np.concatenate(images)
+    return Split(torch.from_numpy(merged), torch.tensor([x for part in labels for x in part], dtype=torch.int64))
+
+
+def build_model(name: str) -> CifarResNet:
+    if name not in BLOCKS:
+        raise UsageError(f"model: there is no {name!r} for cifar10. {nearest(name, BLOCKS)}")
+    return CifarResNet(BLOCKS[name], channels=3, classes=10)
+
+
+def make_task(model: str, *, data: str | None, validation: int, split_seed: int) -> Task:
+    """50,000 - `validation` images to train on, `validation` to choose by, the official 10,000 to report.
+
+    Raises:
+        UsageError: an unknown model, or batches that are missing or damaged; the text says what to put where.
+    """
+    build_model(model)
+    folder = data_folder(data) / FOLDER
+    missing = [name for name in TRAIN_FILES + TEST_FILES if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(
+            f"CIFAR-10 is not in {folder}: {', '.join(missing)} missing. Put the official python batches (the content of "
+            f"cifar-10-python.tar.gz) there, or run `python scripts/download_cifar10.py` on a machine with internet; "
+            f"RANKSEARCH_DATA, `data:` in the space or `--set data=DIR` name another folder."
+        )
+    full = _split(folder, TRAIN_FILES)
+    if not 1 <= validation <= len(full) - 128:
+        raise UsageError(f"validation: {validation} is outside 1..{len(full) - 128}.")
+    train, val = hold_out(full, validation, split_seed)
+    # the statistics that the public checkpoints were trained with (ImageNet's), not CIFAR-10's own
+    normalise = Normalise(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    test = _split(folder, TEST_FILES)
+    return Task("cifar10", model, build_model, train, val, test, normalise, Augment(pad=4, flip=True))

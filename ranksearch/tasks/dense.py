@@ -1,0 +1,138 @@
+"""The dense net that a study starts from: a checkpoint, or trained once and kept for later studies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ranksearch.compress import dense_cost, trace
+from ranksearch.errors import StudyError, UsageError
+from ranksearch.tasks.folder import data_folder, writable_cache
+from ranksearch.tasks.task import Task
+from ranksearch.tasks.train import Diverged, Optimisation, evaluate, pick_device, train_, use_bf16
+
+State = dict[str, Tensor]
+
+PUBLIC_CHECKPOINTS = {
+    ("cifar10", "resnet20"): "resnet20-12fca82f.th",
+    ("cifar10", "resnet32"): "resnet32-d509ac18.th",
+    ("cifar10", "resnet44"): "resnet44-014dd654.th",
+    ("cifar10", "resnet56"): "resnet56-4bfd9763.th",
+}
+"""Trained nets of akamaster/pytorch_resnet_cifar10 (BSD 2-clause, Yerlan Idelbayev)."""
+
+EPOCHS = {"digits": 100}
+"""Length of the dense training of a task that has no public checkpoint; others take 100 epochs."""
+
+
+def read_checkpoint(path: Path) -> State:
+    """A state dict from .safetensors or a torch file (weights only: no code is run), `module.` prefixes dropped.
+
+    Raises:
+        UsageError: the file is missing or is no checkpoint.
+    """
+    if not path.is_file():
+        raise UsageError(f"checkpoint: there is no file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        raise UsageError(f"checkpoint: {path} is no checkpoint of weights: {str(error).splitlines()[0]}") from error
+
+
+def checkpoint_path(task: Task, checkpoint: str, data: str | None) -> Path | None:
+    """Where the dense weights are read from; None where the net is to be trained here.
+
+    `checkpoint` is "auto" (the public one where the task has it, else train), "train", or a path; a relative path is looked
+    for in the working directory, then in the data folder and its `weights/`.
+
+    Raises:
+        UsageError: nothing is there; the text says what to put where.
+    """
+    public = PUBLIC_CHECKPOINTS.get((task.name, task.model))
+    if checkpoint == "train" or (checkpoint == "auto" and public is None):
+        return None
+    name = public if checkpoint == "auto" and public else checkpoint
+    folder = data_folder(data)
+    places = [Path(name).expanduser(), folder / name, folder / "weights" / name]
+    for place in places[2:] if checkpoint == "auto" else places:
+        if place.is_file():
+            return place
+    if checkpoint == "auto":
+        raise UsageError(
+            f"The trained {task.model} is not in {folder / 'weights'}: put {name} there (from "
+            f"akamaster/pytorch_resnet_cifar10, folder pretrained_models; `python scripts/download_cifar10.py` fetches it on a "
+            f"machine with internet), name another file by `--set checkpoint=FILE`, or train one: `--set checkpoint=train`."
+        )
+    raise UsageError(f"checkpoint: {checkpoint!r} is not there; looked at {', '.join(map(str, places))}.")
+
+
+def _train_dense(task: Task, log: Callable[[str], None]) -> State:
+    device = pick_device()
+    torch.manual_seed(0)
+    model = task.build_model(task.model).to(device)
+    on_device = task.without_test().to(device)
+    batch = 64 if len(task.train) < 5_000 else 128
+    steps = EPOCHS.get(task.name, 100) * max(1, len(task.train) // batch)
+    macs = dense_cost(trace(model, on_device.example_input)).macs
+    settings = Optimisation(0.1, 0.9, 5e-4, batch, steps, use_bf16("auto", device, macs))
+    log(f"training the dense {task.model} on {task.name} once: {steps} steps")
+
+    def tell(done: int) -> None:
+        if done % max(1, steps // 10) == 0:
+            log(f"  dense net: {100 * done // steps} %")
+
+    generator = torch.Generator(device).manual_seed(0)
+    try:
+        stats = train_(model, on_device, settings, range(steps), generator=generator, after_step=tell)
+    except Diverged as error:
+        raise StudyError(f"Training the dense net failed: {error}.") from error
+    score = evaluate(model, on_device.val, on_device)
+    log(f"dense net trained: validation accuracy {score.accuracy:.2f} %, {stats.images_per_second:,.0f} images/s")
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _training_key(task: Task) -> str:
+    """Names a dense training by what decides its result, so that another split never meets weights that saw it."""
+    labels = hashlib.sha256(task.train.labels.numpy().tobytes() + task.train.images[::7].numpy().tobytes())
+    return f"{task.name}-{task.model}-{labels.hexdigest()[:12]}"
+
+
+def dense_state(task: Task, *, checkpoint: str, data: str | None, fallback: Path, log: Callable[[str], None]) -> State:
+    """The dense net's state dict: read from the checkpoint, or trained here once and kept in the data folder.
+
+    Where the data folder cannot be written, `fallback` is used.
+
+    Raises:
+        UsageError: the checkpoint is missing or does not fit the model.
+    """
+    path = checkpoint_path(task, checkpoint, data)
+    if path is None:
+        cache = writable_cache(data_folder(data), fallback) / f"{_training_key(task)}.safetensors"
+        if not cache.is_file():
+            partial = cache.with_suffix(f".{os.getpid()}.partial")
+            safetensors.torch.save_file(_train_dense(task, log), partial, metadata={"task": json.dumps(task.name)})
+            partial.replace(cache)
+        path = cache
+    state = read_checkpoint(path)
+    try:
+        task.build_model(task.model).load_state_dict(state)
+    except RuntimeError as error:
+        raise UsageError(
+            f"checkpoint: {path} does not fit {task.model}: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    log(f"dense net: {path}")
+    return state

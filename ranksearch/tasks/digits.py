@@ -1,0 +1,35 @@
+"""scikit-learn's handwritten digits: 1,797 grey images of 8x8, embedded in the package, nothing to download.
+
+Models are CIFAR ResNets with one input channel. The set has no official split: a fifth is held out as the test set, always the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from sklearn.datasets import load_digits
+
+from ranksearch.errors import UsageError, nearest
+from ranksearch.tasks.resnet import CifarResNet
+from ranksearch.tasks.task import Augment, Normalise, Split, Task, hold_out
+
+BLOCKS = {"resnet8": 1, "resnet14": 2, "resnet20": 3}
+TEST_IMAGES, TEST_SEED = 360, 1797
+
+
+def build_model(name: str) -> CifarResNet:
+    if name not in BLOCKS:
+        raise UsageError(f"model: there is no {name!r} for digits. {nearest(name, BLOCKS)}")
+    return CifarResNet(BLOCKS[name], channels=1, classes=10)
+
+
+def make_task(model: str, *, data: str | None, validation: int, split_seed: int) -> Task:
+    """1,437 - `validation` images to train on, `validation` to choose by, 360 to report. `data` is not needed."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.uint8).unsqueeze(1)
+    rest, test = hold_out(Split(images, torch.tensor(digits.target, dtype=torch.int64)), TEST_IMAGES, TEST_SEED)
+    if not 1 <= validation <= len(rest) - 128:
+        raise UsageError(f"validation: {validation} is outside 1..{len(rest) - 128}, what digits can spare.")
+    train, val = hold_out(rest, validation, split_seed)
+    build_model(model)  # an unknown name fails here, before anything is trained
+    normalise = Normalise(mean=(0.305,), std=(0.376,), scale=16.0)
+    return Task("digits", model, build_model, train, val, test, normalise, Augment(pad=1, flip=False))

@@ -1,0 +1,24 @@
+"""Where data, checkpoints and trained dense nets lie: `$RANKSEARCH_DATA`, else `~/.cache/ranksearch`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def data_folder(override: str | None = None) -> Path:
+    """The data folder: what the space or `--set data=` says, else `$RANKSEARCH_DATA`, else `~/.cache/ranksearch`."""
+    return Path(override or os.environ.get("RANKSEARCH_DATA") or "~/.cache/ranksearch").expanduser()
+
+
+def writable_cache(folder: Path, fallback: Path) -> Path:
+    """`folder`/dense where it can be written, else `fallback`: a read-only home must not stop a study."""
+    for candidate in (folder / "dense", fallback):
+        try:
+            candidate.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=candidate):
+                return candidate
+        except OSError:
+            continue
+    raise OSError(f"neither {folder / 'dense'} nor {fallback} can be written")
