@@ -1,0 +1,50 @@
+"""ranksearch: give it a PyTorch net, data and a budget; get back the Pareto front of low-rank nets you can deploy.
+
+    ranksearch.search("space.yaml").front          run a study
+    ranksearch.allocate(model, x, {"flops": "50%"})  a plan within a budget, without a study
+    ranksearch.compress(model, plan)               the compressed net
+    ranksearch.project_(model, plan)               projection, in a training loop of your own
+    ranksearch.load("runs/NAME/trials/007")        a net of a study
+
+Importing the package loads none of torch, ray and mlflow; they are imported at the first use of a name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "search": "ranksearch.search",
+    "allocate": "ranksearch.allocate",
+    "compress": "ranksearch.compress",
+    "resume": "ranksearch.api:resume",
+    "load": "ranksearch.api:load",
+    "project_": "ranksearch.compress:project_",
+    "reestimate_bn_": "ranksearch.compress:reestimate_bn_",
+    "trace": "ranksearch.compress:trace",
+    "plan_cost": "ranksearch.compress:plan_cost",
+    "RankPlan": "ranksearch.compress:RankPlan",
+    "LayerPlan": "ranksearch.compress:LayerPlan",
+    "Study": "ranksearch.search.study:Study",
+    "RanksearchError": "ranksearch.errors:RanksearchError",
+    "UsageError": "ranksearch.errors:UsageError",
+    "StudyError": "ranksearch.errors:StudyError",
+}
+"""Public name -> "module:attribute"; `search`, `allocate` and `compress` are packages that can be called."""
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ranksearch' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -21,6 +21,10 @@ class StudyError(RanksearchError, RuntimeError):
     """The study could not be finished. What was finished is on disk."""
 
 
+class NonFiniteError(RanksearchError, ValueError):
+    """Weights hold NaN or infinite values, so they have no SVD; in a trial this is divergence."""
+
+
 def nearest(name: str, valid: Iterable[str], *, shown: int = 12) -> str:
     """A sentence that helps from a wrong name to a right one: the nearest valid name and the list of them."""
     names = sorted(set(valid))

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ranksearch.errors import NonFiniteError
+
 
 class LowRank(NamedTuple):
     """left @ right is the best rank-r approximation of a matrix in the Frobenius norm."""
@@ -27,7 +29,9 @@ def _gram(matrix: Tensor) -> tuple[Tensor, Tensor, bool]:
     Squaring halves the exponent range: without the scaling, weights of 1e-25 underflow and 1e18 overflow in fp32.
     """
     if not torch.isfinite(matrix).all():
-        raise ValueError("the matrix holds NaN or infinite values, so it has no SVD; was the training run diverging?")
+        raise NonFiniteError(
+            "the matrix holds NaN or infinite values, so it has no SVD; was the training run diverging?"
+        )
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
     scale = matrix.abs().amax(dim=(-2, -1), keepdim=True)
@@ -63,7 +67,8 @@ def truncated_svd(matrix: Tensor, rank: int) -> LowRank:
     """Best rank-`rank` approximation of `matrix` [..., n, m] as a product; one factor is orthonormal.
 
     Raises:
-        ValueError: `rank` outside 1..min(n, m), or a matrix that is not finite.
+        ValueError: `rank` outside 1..min(n, m).
+        NonFiniteError: the matrix is not finite.
     Reference: Eckart & Young 1936, "The approximation of one matrix by another of lower rank".
     """
     full = min(matrix.shape[-2:])

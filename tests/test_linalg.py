@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ranksearch import linalg
+from ranksearch.errors import NonFiniteError
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7), (3, 6, 4)])
@@ -38,7 +39,7 @@ def test_zero_matrix_loses_nothing():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_matrix_raises(bad):
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
         linalg.truncated_svd(torch.tensor([[1.0, bad], [0.0, 1.0]]), 1)
 
 

@@ -17,7 +17,7 @@ from ranksearch.allocate.rules import LayerRules
 from ranksearch.compress import DENSE, Layer, LayerPlan, Net, RankPlan, dense_cost, layer_cost
 from ranksearch.compress.cost import BYTES_PER_WEIGHT
 from ranksearch.compress.surgery import lowerable_module
-from ranksearch.errors import UsageError
+from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import Lowering, lowering_named
 from ranksearch.pareto import nondominated
 
@@ -105,7 +105,8 @@ def rank_curves(model: nn.Module, net: Net, rules: LayerRules) -> Curves:
     """Options of every layer of `net` under `rules`, from the weights of `model`.
 
     Raises:
-        UsageError: the rules leave no layer that could be lowered, or a weight is not finite.
+        UsageError: the rules leave no layer that could be lowered.
+        NonFiniteError: a weight is not finite; the text names the layer.
     """
     layers = []
     for layer in net.layers:
@@ -117,8 +118,8 @@ def rank_curves(model: nn.Module, net: Net, rules: LayerRules) -> Curves:
             if lowering.name != DENSE.lowering and lowering.supports(layer.spec):
                 try:
                     more, table = _lowering_options(layer, module.weight.detach(), lowering, rule.min_rank)
-                except ValueError as error:
-                    raise UsageError(f"Layer {layer.name!r}: {error}") from error
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"Layer {layer.name!r}: {error}") from error
                 choices += more
                 tables.append(table)
         removed, residual, layer_macs, layer_params = np.concatenate(tables, axis=1)

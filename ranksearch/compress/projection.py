@@ -10,7 +10,7 @@ from torch import nn
 
 from ranksearch.compress.plan import RankPlan
 from ranksearch.compress.surgery import lowerable_module
-from ranksearch.errors import UsageError
+from ranksearch.errors import NonFiniteError
 from ranksearch.lowering import lowering_named
 
 
@@ -22,15 +22,16 @@ def project_(model: nn.Module, plan: RankPlan) -> dict[str, float]:
         Layer name -> share of its ||W||² that was removed (0 where the weight had the rank already).
 
     Raises:
-        UsageError: a layer that is not there, a rank outside its range, weights that are not finite.
+        UsageError: a layer that is not there, a rank outside its range.
+        NonFiniteError: weights that are not finite; the text names the layer.
     """
     removed = {}
     for name, choice in plan.lowered():
         module, spec = lowerable_module(model, name)
         try:
             projected, share = lowering_named(choice.lowering).project(module.weight, choice.rank, spec)
-        except ValueError as error:
-            raise UsageError(f"Layer {name!r}: {error}") from error
+        except NonFiniteError as error:
+            raise NonFiniteError(f"Layer {name!r}: {error}") from error
         module.weight.copy_(projected)
         removed[name] = share
     return removed

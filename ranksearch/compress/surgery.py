@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ranksearch.compress.plan import LayerPlan, RankPlan
-from ranksearch.errors import UsageError, nearest
+from ranksearch.errors import NonFiniteError, UsageError, nearest
 from ranksearch.lowering import LayerSpec, lowering_named
 
 
@@ -50,8 +50,8 @@ def _fill_(chain: Any, module: Any, spec: LayerSpec, choice: LayerPlan, name: st
     with torch.no_grad():
         try:
             factors = lowering_named(choice.lowering).decompose(module.weight.detach(), choice.rank, spec)
-        except ValueError as error:
-            raise UsageError(f"Layer {name!r}: {error}") from error
+        except NonFiniteError as error:
+            raise NonFiniteError(f"Layer {name!r}: {error}") from error
         for layer, factor in zip(layers, factors, strict=True):
             layer.weight.copy_(factor)
         if spec.bias:

@@ -101,7 +101,7 @@ def _train_dense(task: Task, log: Callable[[str], None]) -> State:
     except Diverged as error:
         raise StudyError(f"Training the dense net failed: {error}.") from error
     score = evaluate(model, on_device.val, on_device)
-    log(f"dense net trained: validation accuracy {score.accuracy:.2f} %, {stats.images_per_second:,.0f} images/s")
+    log(f"dense net trained: validation accuracy {score.accuracy:.2f} %, {stats.seconds:.0f} s")
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 

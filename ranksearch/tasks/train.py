@@ -79,10 +79,11 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class TrainStats:
-    """Mean loss over the last tenth of the steps (at least one), and images per second of the whole phase."""
+    """Mean loss over the last tenth of the steps (at least one; 0 without steps), images seen, seconds taken."""
 
     loss: float
-    images_per_second: float
+    images: int
+    seconds: float
 
 
 def index_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -112,7 +113,7 @@ def train_(
         Diverged: the loss is not finite.
     """
     if len(steps) == 0:
-        return TrainStats(loss=0.0, images_per_second=0.0)
+        return TrainStats(loss=0.0, images=0, seconds=0.0)
     device = task.train.labels.device
     model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
@@ -146,8 +147,7 @@ def train_(
             losses.append(loss.detach())
         if after_step is not None:
             after_step(done)
-    seconds = time.perf_counter() - started
-    return TrainStats(torch.stack(losses).mean().item(), images / seconds)
+    return TrainStats(torch.stack(losses).mean().item(), images, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)

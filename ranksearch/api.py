@@ -1,0 +1,182 @@
+"""The public Python API that joins the floors: `search`, `resume`, `load`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+
+from ranksearch.compress import load_net
+from ranksearch.errors import UsageError
+from ranksearch.search.run import run_inline
+from ranksearch.search.space import Space, read_space
+from ranksearch.search.study import DENSE_WEIGHTS, Row, Study, find_study
+from ranksearch.search.workbench import Workbench, prepare
+from ranksearch.tasks import build_reference
+from ranksearch.tasks.train import evaluate, pick_device
+from ranksearch.tracking.mirror import MIRROR_ERRORS, Mirror
+
+
+class Observer(Protocol):
+    """Is told how a study goes; the command line shows it on stderr."""
+
+    def log(self, message: str) -> None: ...
+
+    def start(self, study: Study) -> None: ...
+
+    def row(self, study: Study, row: Row) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Silent:
+    """An observer that shows nothing."""
+
+    def log(self, message: str) -> None: ...
+
+    def start(self, study: Study) -> None: ...
+
+    def row(self, study: Study, row: Row) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def search(
+    space: str | Path | Space,
+    *,
+    budgets: Sequence[str] = (),
+    trials: int | None = None,
+    name: str | None = None,
+    settings: Sequence[str] = (),
+    runs: str | Path = "runs",
+    address: str | None = None,
+    inline: bool = False,
+    observer: Observer | None = None,
+) -> Study:
+    """Runs a new study and returns it; its `front`, `trials` and `best(budget)` are read from it.
+
+    Args:
+        space: a search-space file, or a `Space`.
+        budgets: laid over the file's, such as ["flops=50%", "size=1MiB"].
+        settings: other values laid over the file's, such as ["recipe.steps=100"].
+        runs: folder of the studies; this one goes to `runs`/NAME.
+        address: Ray cluster to join ("auto" or "HOST:PORT"); Ray is started on this machine where None.
+        inline: one trial after the other in this process, without Ray.
+
+    Raises:
+        UsageError: something in the space, the data or the budgets is wrong, or the name is taken.
+        StudyError: the trials fail.
+        KeyboardInterrupt: interrupted; what is done is kept, and `resume` goes on.
+    """
+    if isinstance(space, Space):
+        if budgets or settings or trials is not None or name is not None:
+            raise UsageError("budgets, trials, name and settings go with a space file; a Space is taken as it is.")
+    else:
+        space = read_space(space, budgets=budgets, settings=settings, trials=trials, name=name)
+    observer, runs = observer or Silent(), Path(runs)
+    Study.check_name(runs, space)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"The folder of studies {runs} cannot be written ({error}): name another one by --runs."
+        ) from error
+    bench = prepare(space, fallback=runs / ".dense", log=observer.log)
+    study = Study.create(runs, space, bench, _dense_accuracy(bench, test=False))
+    return _run(study, bench, runs, observer, address=address, inline=inline)
+
+
+def resume(
+    name: str,
+    *,
+    runs: str | Path = "runs",
+    address: str | None = None,
+    inline: bool = False,
+    observer: Observer | None = None,
+) -> Study:
+    """Continues a study from its folder: finished trials are kept, interrupted ones run again under the same parameters.
+
+    Raises:
+        UsageError: no such study.
+    """
+    observer, folder = observer or Silent(), find_study(name, Path(runs))
+    study = Study.open(folder)
+    again = study.requeue_interrupted()
+    observer.log(f"{study.finished} of {study.planned} trials are done, {again} were interrupted and run again")
+    bench = prepare(study.space, fallback=folder, log=observer.log, saved_dense=folder / DENSE_WEIGHTS)
+    return _run(study, bench, folder.parent, observer, address=address, inline=inline)
+
+
+def load(folder: str | Path) -> nn.Module:
+    """The compressed net of a trial's folder (`plan.json`, `model.safetensors`), in evaluation mode. Runs no pickle.
+
+    Raises:
+        UsageError: a file is missing, damaged or does not fit.
+    """
+    return load_net(Path(folder), build_reference)
+
+
+def _dense_accuracy(bench: Workbench, *, test: bool) -> float:
+    """Validation or test accuracy of the dense net in percent."""
+    device = pick_device()
+    task = bench.task.to(device)
+    split = task.test if test else task.val
+    if split is None:
+        raise UsageError(f"Task {task.name!r} has no test set.")
+    return evaluate(bench.dense_model().to(device), split, task).accuracy
+
+
+def _test_accuracy(study: Study, bench: Workbench, row: Row | None) -> float:
+    if row is None:
+        return _dense_accuracy(bench, test=True)
+    device = pick_device()
+    task = bench.task.to(device)
+    if task.test is None:
+        raise UsageError(f"Task {task.name!r} has no test set.")
+    return evaluate(load(study.trial_folder(row["trial"])).to(device), task.test, task).accuracy
+
+
+def _run(study: Study, bench: Workbench, runs: Path, observer: Observer, *, address: str | None, inline: bool) -> Study:
+    """Trials, then the test set for the front alone, then the mirror's front; an interruption closes the mirror too."""
+    mirror: Mirror | None = None
+
+    def mirrored(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except MIRROR_ERRORS as error:  # results are on disk: a store that is away must not cost a study
+            observer.log(f"MLflow: not logged ({str(error).splitlines()[0]}); the results are in {study.folder}")
+
+    def open_mirror() -> None:
+        nonlocal mirror
+        mirror = Mirror(study, runs)
+        for row in study.trials:
+            mirror.log_trial(row)
+
+    def close_mirror(complete: bool) -> None:
+        if mirror is not None:
+            mirror.finish(complete=complete)
+
+    def on_row(row: Row) -> None:
+        observer.row(study, row)
+        if mirror is not None:
+            mirrored(lambda: mirror.log_trial(row))
+
+    mirrored(open_mirror)
+    observer.start(study)
+    try:
+        if inline:
+            run_inline(study, bench, on_row)
+        else:
+            from ranksearch.search.ray_tune import run_on_ray  # Ray is imported where it is used alone
+
+            run_on_ray(study, bench, on_row, address=address)
+    except BaseException:
+        observer.stop()
+        mirrored(lambda: close_mirror(complete=False))
+        raise
+    observer.stop()
+    study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)
+    mirrored(lambda: close_mirror(complete=True))
+    return study

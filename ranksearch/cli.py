@@ -1,0 +1,266 @@
+"""The command line: verbs, results on stdout, logs and progress on stderr.
+
+Exit codes: 0 done, 1 the study failed, 2 bad usage or configuration, 130 interrupted. A user's mistake is one message, never a traceback.
+Heavy packages are imported inside the verbs: `ranksearch --help` loads neither torch nor ray nor mlflow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ranksearch import __version__
+from ranksearch.errors import RanksearchError, StudyError, UsageError
+
+app = typer.Typer(
+    name="ranksearch",
+    help="Searches low-rank forms of a PyTorch net under a FLOP, size or parameter budget; leaves a Pareto front in MLflow.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+SpaceFile = Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="Search-space file.")]
+StudyName = Annotated[str, typer.Argument(metavar="NAME|DIR", help="A study's name, or its folder.")]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget", metavar="COST=LIMIT", help="Upper bound, such as flops=50%, params=100k, size=1MiB; repeatable."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Overrides a value of the space, such as recipe.steps=200; repeatable."
+    ),
+]
+Runs = Annotated[Path, typer.Option("--runs", envvar="RANKSEARCH_RUNS", help="Folder of the studies.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="auto|HOST:PORT", help="Ray cluster to join; left out, Ray runs on this machine."
+    ),
+]
+Inline = Annotated[bool, typer.Option("--inline", help="One trial after the other in this process, without Ray.")]
+DEFAULT_RUNS = Path("runs")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"ranksearch {__version__}")
+        raise typer.Exit
+
+
+def _conclude(run: Any, name: str | None, runs: Path, as_json: bool) -> None:
+    """Runs a search or its continuation, then prints the front and where to look at it."""
+    from ranksearch.console import Terminal, front_table
+
+    terminal = Terminal()
+    try:
+        study = run(terminal)
+    except KeyboardInterrupt:
+        terminal.stop()
+        where = f" `ranksearch resume {name}{_runs_option(runs)}` goes on" if name else ""
+        print(f"ranksearch: interrupted; what is finished is kept.{where}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    front = study.front_record()
+    if as_json:
+        _print_json(front)
+    else:
+        front_table(front)
+    if not front["trials"]:
+        raise StudyError(f"No trial of {study.space.name!r} was completed; see `{study.folder}`.")
+    store = study.space.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    look = f"MLflow at {store}" if store else f"`ranksearch ui{'' if runs == DEFAULT_RUNS else f' {runs}'}`"
+    experiment = study.space.tracking.experiment or study.space.name
+    print(
+        f"\nThe study is in {study.folder}/ (front.json, trials/NNN/ with each net).\n"
+        f"To see it in MLflow: {look}, experiment {experiment!r}.",
+        file=sys.stderr,
+    )
+
+
+def _runs_option(runs: Path) -> str:
+    return "" if runs == DEFAULT_RUNS else f" --runs {runs}"
+
+
+@app.command()
+def search(
+    space: SpaceFile,
+    budget: Budgets = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the study; left out, the space's.")] = None,
+    setting: Settings = None,
+    address: Address = None,
+    inline: Inline = False,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Search: train trials within the budgets and print the Pareto front.
+
+    Example: ranksearch search search_spaces/cifar10_resnet20.yaml --budget flops=50% --trials 6
+    """
+    from ranksearch import api
+    from ranksearch.search.space import read_space
+
+    resolved = read_space(space, budgets=budget or (), settings=setting or (), trials=trials, name=name)
+    _conclude(
+        lambda terminal: api.search(resolved, runs=runs, address=address, inline=inline, observer=terminal),
+        resolved.name,
+        runs,
+        as_json,
+    )
+
+
+@app.command()
+def resume(
+    study: StudyName, address: Address = None, inline: Inline = False, runs: Runs = DEFAULT_RUNS, as_json: Json = False
+) -> None:
+    """Continue a study that was interrupted: finished trials are kept, interrupted ones run again.
+
+    Example: ranksearch resume digits_resnet8
+    """
+    from ranksearch import api
+
+    _conclude(
+        lambda terminal: api.resume(study, runs=runs, address=address, inline=inline, observer=terminal),
+        study,
+        runs,
+        as_json,
+    )
+
+
+@app.command()
+def layers(space: SpaceFile, setting: Settings = None, as_json: Json = False) -> None:
+    """List the layers of a space's net: shapes, MACs, params, break-even rank per lowering. Needs no data.
+
+    Example: ranksearch layers search_spaces/cifar10_resnet20.yaml
+    """
+    from ranksearch.search.space import read_space
+    from ranksearch.tables import layer_rows, print_layers
+
+    resolved = read_space(space, settings=setting or ())
+    found = layer_rows(resolved)
+    if as_json:
+        _print_json(found)
+    else:
+        print_layers(found)
+
+
+@app.command()
+def check(
+    space: SpaceFile, budget: Budgets = None, setting: Settings = None, trials: int | None = None, as_json: Json = False
+) -> None:
+    """Validate a space and print the range of costs it can reach. Trains nothing, needs no data.
+
+    Example: ranksearch check search_spaces/digits_resnet8.yaml --budget size=100KiB
+    """
+    from ranksearch.search.space import read_space
+    from ranksearch.tables import check_record, print_check
+
+    resolved = read_space(space, budgets=budget or (), settings=setting or (), trials=trials)
+    record = check_record(resolved)
+    if as_json:
+        _print_json(record)
+    else:
+        print_check(record)
+
+
+@app.command()
+def front(study: StudyName, runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
+    """Print the front of a study, best first; also while it is running.
+
+    Example: ranksearch front digits_resnet8 --json
+    """
+    from ranksearch.console import front_table
+    from ranksearch.search.study import Study, find_study
+
+    record = Study.open(find_study(study, runs)).front_record()
+    if as_json:
+        _print_json(record)
+    else:
+        front_table(record)
+
+
+@app.command()
+def ui(
+    runs: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of the studies.")] = DEFAULT_RUNS,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port; the next free one is taken where it is in use.")
+    ] = 5000,
+) -> None:
+    """Open MLflow's UI on 127.0.0.1 over the studies of a folder.
+
+    Example: ranksearch ui runs
+    """
+    from ranksearch.tracking.store import DATABASE, artifact_root, quiet_mlflow, store_uri
+
+    folder = runs if (runs / DATABASE).is_file() else runs.parent  # a study's own folder is fine too
+    uri = store_uri(folder, None)
+    if uri.startswith("sqlite:") and not (folder / DATABASE).is_file() and "MLFLOW_TRACKING_URI" not in os.environ:
+        raise UsageError(
+            f"There is no MLflow store in {runs}: run `ranksearch search SPACE.yaml` first, or name its folder."
+        )
+    if uri.startswith(("http:", "https:")):
+        print(f"The studies are on an MLflow server already: {uri}")
+        return
+    quiet_mlflow()
+    port = _free_port(port)
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    if (root := artifact_root(folder, uri)) is not None:
+        command += ["--default-artifact-root", root]
+    print(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    try:
+        code = subprocess.run([*command, "--workers", "1"], check=False).returncode
+    except KeyboardInterrupt:
+        return
+    if code:
+        raise StudyError(f"MLflow's server ended with exit code {code}.")
+
+
+def _free_port(first: int) -> int:
+    for port in range(first, min(first + 100, 65536)):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise UsageError(f"--port: {first} and the ports after it are in use.")
+
+
+def main() -> None:
+    """Entry point: turns our own errors into one message and an exit code."""
+    try:
+        app()
+    except UsageError as error:
+        print(f"ranksearch: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RanksearchError as error:
+        print(f"ranksearch: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

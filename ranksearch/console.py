@@ -1,0 +1,117 @@
+"""What a person sees in the terminal: tables on stdout, logs and progress on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ranksearch.search.study import Row, Study
+
+
+def table(title: str, columns: Mapping[str, str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table on stdout; `columns` maps a heading to "left" or "right". Piped, it keeps every column in full."""
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    made = Table(title=title, title_justify="left")
+    for heading, side in columns.items():
+        made.add_column(heading, justify="right" if side == "right" else "left", no_wrap=heading == next(iter(columns)))
+    for row in rows:
+        made.add_row(*row)
+    console.print(made, highlight=False)
+
+
+def number(value: float | None, form: str = ",d") -> str:
+    """A value for a table cell; what was not measured is a dash."""
+    return "–" if value is None else format(value, form)
+
+
+def plan_mix(plan: Mapping[str, Any] | None) -> str:
+    """How many layers of a plan take which lowering."""
+    counts: dict[str, int] = {}
+    for layer in (plan or {}).get("layers", {}).values():
+        counts[layer["lowering"]] = counts.get(layer["lowering"], 0) + 1
+    return " ".join(f"{name}:{count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def front_table(front: Mapping[str, Any]) -> None:
+    """The front, best first, with the dense net as the last line."""
+    dense = front["dense"]
+    budgets = ", ".join(f"{cost} ≤ {text}" for cost, text in front["budgets"].items()) or "no budget"
+    columns = {
+        "trial": "right", "val %": "right", "test %": "right", "MACs": "right", "% of dense": "right", "params": "right",
+        "params %": "right", "size KiB": "right", "chosen by": "left", "plan": "left",
+    }  # fmt: skip
+    rows = [
+        [
+            str(row["trial"]), number(row["val_accuracy"], ".2f"), number(row["test_accuracy"], ".2f"), number(row["macs"]),
+            number(100 * row["macs_ratio"], ".2f"), number(row["params"]), number(100 * row["params_ratio"], ".2f"),
+            number(row["size_bytes"] / 1024, ".1f"), row["allocator"], plan_mix(row["plan"]),
+        ]
+        for row in front["trials"]
+    ]  # fmt: skip
+    rows.append(
+        [
+            "dense", number(dense["val_accuracy"], ".2f"), number(dense["test_accuracy"], ".2f"), number(dense["macs"]),
+            "100.00", number(dense["params"]), "100.00", number(dense["size_bytes"] / 1024, ".1f"), "", "",
+        ]
+    )  # fmt: skip
+    table(f"{front['study']}: {budgets}, hypervolume {front['hypervolume']:.4f}", columns, rows)
+
+
+class Terminal:
+    """Shows a study on stderr: a live line where that is a terminal, else one plain line per finished trial."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.progress: Progress | None = None
+        self._task: Any = None
+        self._started = 0.0
+        self._done_before = 0
+
+    def log(self, message: str) -> None:
+        self.console.print(message, markup=False, soft_wrap=True)
+
+    def start(self, study: Study) -> None:
+        self._started, self._done_before = time.monotonic(), study.finished
+        if self.console.is_terminal:
+            self.progress = Progress(
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(), TextColumn("{task.fields[state]}"), console=self.console,
+            )  # fmt: skip
+            self.progress.start()
+            self._task = self.progress.add_task(
+                study.space.name, total=study.planned, completed=study.finished, state="starting"
+            )
+        else:
+            self.log(f"{study.space.name}: {study.planned - study.finished} trials to run")
+
+    def _state(self, study: Study, row: Row) -> str:
+        done = study.finished
+        pace = (time.monotonic() - self._started) / max(1, done - self._done_before)
+        best = max((r["val_accuracy"] for r in study.trials if r["status"] == "complete"), default=None)
+        left = pace * (study.planned - done)
+        return f"best {number(best, '.2f')} % · hypervolume {study.hypervolume:.4f} · about {left:.0f} s left"
+
+    def row(self, study: Study, row: Row) -> None:
+        if row["status"] == "complete":
+            what = f"{row['val_accuracy']:.2f} % at {100 * row['macs_ratio']:.1f} % of MACs, {row['seconds']:.0f} s"
+        else:
+            what = f"{row['status']}: {(row['reason'] or '').splitlines()[0] if row['reason'] else ''}"
+        state = self._state(study, row)
+        line = f"trial {row['trial']:03d} ({row['allocator']}): {what}"
+        if self.progress is not None:
+            self.log(line)
+            self.progress.update(self._task, completed=study.finished, state=state)
+        else:
+            self.log(f"[{study.finished}/{study.planned}] {line} · {state}")
+
+    def stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

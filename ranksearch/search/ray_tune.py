@@ -1,0 +1,187 @@
+"""Running a study's trials on Ray Tune. The study's journal is the truth; Tune only places trials and restarts them.
+
+Tune's own snapshot can lag behind the study or run ahead of it, so nothing is ever restored from it: a resumed study starts a fresh
+`Tuner` for what is left. The only module that imports Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ranksearch.compress import Net, RankPlan
+from ranksearch.errors import StudyError, UsageError
+from ranksearch.search.run import OnRow, attempt, check_not_hopeless
+from ranksearch.search.study import Candidate, Study
+from ranksearch.search.trial import Recipe, TrialResult
+from ranksearch.search.workbench import Workbench
+from ranksearch.tasks.dense import State
+from ranksearch.tasks.task import Task
+
+# Usage statistics, log files per trial and Tune's own tables stay off; an explicit setting of the user wins. Ray reads these at import.
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+from ray import tune  # noqa: E402
+from ray.tune.search import Searcher  # noqa: E402
+
+METRIC = "val_accuracy"
+
+
+def connect(address: str | None) -> None:
+    """Joins the cluster at `address`, or starts Ray on this machine; a Ray that is running in this process is used as it is.
+
+    Raises:
+        StudyError: Ray does not start or cannot be reached.
+    """
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    local = {"address": "local", "num_cpus": cores, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    for tries_left in (1, 0):
+        try:
+            ray.init(**quiet, **(local if address is None else {"address": address}))
+            return
+        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+            # on a busy machine a node start can miss Ray's own time limit: once more, then it is a real failure
+            if tries_left == 0 or address is not None:
+                where = f"reach the Ray cluster at {address}" if address else "start Ray on this machine"
+                raise StudyError(f"Could not {where}: {error}") from error
+            ray.shutdown()
+
+
+def trials_at_once(cpus: float, gpus: float, available: dict[str, float]) -> int:
+    """How many trials the cluster holds at once.
+
+    Raises:
+        UsageError: not even one.
+    """
+    fits = available.get("CPU", 0) / cpus
+    if gpus:
+        fits = min(fits, available.get("GPU", 0) / gpus)
+    if fits < 1:
+        raise UsageError(
+            f"resources: a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, but the cluster has "
+            f"{available.get('CPU', 0):g} and {available.get('GPU', 0):g}: lower resources.cpus_per_trial or gpus_per_trial."
+        )
+    return int(fits)
+
+
+def _trainable(config: dict[str, Any], task: Task, dense: State, net: Net, threads: int) -> None:
+    """A trial on a Ray worker; the result travels as one JSON text, because Tune flattens nested metrics."""
+    torch.set_num_threads(threads)
+    candidate = Candidate(
+        config["number"],
+        RankPlan.from_dict(config["plan"]),
+        Recipe(**config["recipe"]),
+        config["seed"],
+        Path(config["save_to"]),
+    )
+    result = attempt(
+        task, dense, net, candidate, report=lambda metrics: tune.report({METRIC: metrics[METRIC], "result": ""})
+    )
+    tune.report({METRIC: result.val_accuracy or 0.0, "result": json.dumps(result.to_dict())})
+
+
+class AskTell(Searcher):
+    """Tune's searcher over the study's own ask and tell. The study is on disk: there is nothing to save or restore here."""
+
+    def __init__(self, study: Study, bench: Workbench, on_row: OnRow) -> None:
+        super().__init__(metric=METRIC, mode="max")
+        self._study, self._bench, self._on_row = study, bench, on_row
+        self._numbers: dict[str, int] = {}
+        self.error: BaseException | None = None
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        if self.error is not None:
+            return Searcher.FINISHED
+        try:
+            candidate = self._study.ask(self._bench)
+        except StudyError as error:
+            self.error, candidate = error, None
+        if candidate is None:
+            return Searcher.FINISHED
+        self._numbers[trial_id] = candidate.number
+        return {
+            "number": candidate.number, "plan": candidate.plan.to_dict(), "recipe": asdict(candidate.recipe),
+            "seed": candidate.seed, "save_to": str(candidate.save_to.absolute()),
+        }  # fmt: skip
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        number = self._numbers.pop(trial_id, None)
+        payload = (result or {}).get("result")
+        if number is None or not (payload or error):
+            return  # cut off by Ctrl-C: it stays RUNNING in the journal, and `resume` proposes it again
+        found = (
+            TrialResult(**json.loads(payload))
+            if payload
+            else TrialResult("failed", 0, 0.0, reason="its worker died twice: out of memory, or killed")
+        )
+        try:
+            self._on_row(self._study.tell(number, found))
+            check_not_hopeless(self._study)
+        except Exception as caught:  # Tune would log it and go on: kept, and raised once the running trials have ended
+            self.error = self.error or caught
+
+    def save(self, checkpoint_path: str) -> None: ...
+
+    def restore(self, checkpoint_path: str) -> None: ...
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its searcher for its own snapshot, which is never restored
+
+
+def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, *, address: str | None) -> None:
+    """Runs what is left of the study, as many trials at once as the cluster's CPUs and GPUs hold.
+
+    A worker that dies is restarted once with the same trial.
+
+    Raises:
+        StudyError: Ray does not start, or the first trials all fail.
+        UsageError: one trial asks for more than the cluster has.
+        KeyboardInterrupt: Ctrl-C; what is finished is told.
+    """
+    connect(address)
+    resources, available = study.space.resources, ray.cluster_resources()
+    cpus, gpus = resources.cpus_per_trial, resources.gpus_per_trial
+    if gpus is None:
+        gpus = float(available.get("GPU", 0) > 0)
+    searcher = AskTell(study, bench, on_row)
+    trainable = tune.with_parameters(
+        _trainable, task=bench.task.without_test(), dense=bench.dense, net=bench.net, threads=cpus
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=study.planned - study.finished,
+            max_concurrent_trials=trials_at_once(cpus, gpus, available),
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=str(study.folder.absolute()),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=1),
+        ),
+    )
+    if study.planned > study.finished:
+        tuner.fit()
+    if searcher.error is not None:
+        raise searcher.error
+    if study.finished < study.planned:
+        raise KeyboardInterrupt  # Tune takes SIGINT for itself and returns

@@ -1,0 +1,52 @@
+"""Running a study's trials: one attempt, and the plain loop over them in this process. `ray_tune.py` does the same on Ray."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+
+from ranksearch.compress import Net
+from ranksearch.errors import StudyError
+from ranksearch.search.study import Candidate, Row, Study
+from ranksearch.search.trial import Report, TrialResult, run_trial
+from ranksearch.search.workbench import Workbench
+from ranksearch.tasks.dense import State
+from ranksearch.tasks.task import Task
+
+OnRow = Callable[[Row], None]
+GIVE_UP_AFTER = 3
+"""A study stops where its first trials, this many, all failed: the rest would fail too."""
+
+
+def attempt(task: Task, dense: State, net: Net, candidate: Candidate, report: Report) -> TrialResult:
+    """Runs a trial; an exception becomes a result with its reason, so that one bad trial does not end a study."""
+    try:
+        return run_trial(
+            task, dense, net, candidate.plan, candidate.recipe,
+            seed=candidate.seed, report=report, save_to=candidate.save_to,
+        )  # fmt: skip
+    except Exception as error:
+        lines = traceback.format_exc().strip().splitlines()[-6:]
+        return TrialResult(
+            "failed", candidate.seed, 0.0, reason="\n".join([f"{type(error).__name__}: {error}", *lines])
+        )
+
+
+def check_not_hopeless(study: Study) -> None:
+    """Raises StudyError where every trial so far failed, and they are enough to tell."""
+    rows = study.trials
+    if len(rows) >= min(GIVE_UP_AFTER, study.planned) and all(row["status"] == "failed" for row in rows):
+        raise StudyError(f"All of the first {len(rows)} trials failed. The last one: {rows[-1]['reason']}")
+
+
+def run_inline(study: Study, bench: Workbench, on_row: OnRow) -> None:
+    """Runs what is left of the study one trial after the other, with every core of this machine.
+
+    Raises:
+        StudyError: the first trials all fail.
+    """
+    task = bench.task.without_test()
+    while (candidate := study.ask(bench)) is not None:
+        result = attempt(task, bench.dense, bench.net, candidate, report=lambda metrics: None)
+        on_row(study.tell(candidate.number, result))
+        check_not_hopeless(study)

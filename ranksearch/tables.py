@@ -1,0 +1,133 @@
+"""The records and tables of `ranksearch layers` and `ranksearch check`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ranksearch.allocate import rank_curves
+from ranksearch.allocate.budget import cost_value
+from ranksearch.compress import dense_cost
+from ranksearch.console import number, table
+from ranksearch.lowering import LOWERINGS
+from ranksearch.search.parametrize import RECIPE_KEYS, budgets_of, check_feasible_space, groups_of
+from ranksearch.search.space import Choices, Range, Space
+from ranksearch.search.workbench import open_net
+
+
+def layer_rows(space: Space) -> dict[str, Any]:
+    """Every layer with its shape, costs and break-even rank per lowering and cost; null where a lowering refuses it."""
+    _, net = open_net(space)
+    rules = space.layers.as_rules()
+    rows = []
+    for layer in net.layers:
+        allowed = rules.for_layer(layer.name).lowerings or ()
+        even = {
+            name: {
+                cost: lowering.break_even_rank(layer.spec, cost, layer.in_sizes[0])
+                if lowering.supports(layer.spec)
+                else None
+                for cost in ("macs", "params")
+            }
+            for name, lowering in LOWERINGS.items()
+            if name != "dense"
+        }
+        rows.append(
+            {
+                "name": layer.name,
+                "weight_shape": list(layer.spec.weight_shape),
+                "stride": list(layer.spec.stride),
+                "groups": layer.spec.groups,
+                "in_size": list(layer.in_sizes[0]),
+                "out_size": list(layer.spec.out_size(layer.in_sizes[0])),
+                "uses": len(layer.in_sizes),
+                "macs": layer.macs,
+                "params": layer.spec.params,
+                "lowerings": [name for name in allowed if LOWERINGS[name].supports(layer.spec)],
+                "break_even_rank": even,
+            }
+        )
+    cost = dense_cost(net)
+    skipped = [{"name": name, "reason": reason} for name, reason in net.skipped]
+    total = {"macs": cost.macs, "params": cost.params, "size_bytes": cost.size_bytes}
+    return {"model": space.model, "task": space.task, "total": total, "layers": rows, "skipped": skipped}
+
+
+def print_layers(record: dict[str, Any]) -> None:
+    names = [name for name in LOWERINGS if name != "dense"]
+    columns = {"layer": "left", "weight": "left", "stride": "left", "out": "left", "MACs": "right", "params": "right"}
+    columns |= {f"{name} ≤": "right" for name in names}
+    columns |= {"may become": "left"}
+    rows = [
+        [
+            row["name"],
+            "×".join(map(str, row["weight_shape"])),
+            "×".join(map(str, row["stride"])) or "–",
+            "×".join(map(str, row["out_size"])) or "–",
+            number(row["macs"]),
+            number(row["params"]),
+            *(number(row["break_even_rank"][name]["macs"]) for name in names),
+            " ".join(row["lowerings"]) or "dense alone",
+        ]
+        for row in record["layers"]
+    ]
+    total = record["total"]
+    rows.append(["net", "", "", "", number(total["macs"]), number(total["params"]), *("" for _ in names), ""])
+    table(f"{record['task']}/{record['model']}; '≤' is the largest rank with fewer MACs than dense", columns, rows)
+    for entry in record["skipped"]:
+        print(f"not lowered: {entry['name']}: {entry['reason']}")
+
+
+def check_record(space: Space) -> dict[str, Any]:
+    """Cost range of a valid space: dense, smallest, limit; layers and the numbers searched.
+
+    Raises:
+        UsageError: a rule that matches nothing, or budgets that cannot be met.
+    """
+    model, net = open_net(space)
+    curves = rank_curves(model, net, space.layers.as_rules())
+    ranges = check_feasible_space(space, curves)
+    dense, search = dense_cost(net), space.search
+    limits: dict[str, int] = {}
+    for budget in budgets_of(space, curves):
+        # a limit on FLOPs is shown as one on MACs
+        cost, value = (
+            ("macs", budget.limit(dense) // 2) if budget.cost == "flops" else (budget.cost, budget.limit(dense))
+        )
+        limits[cost] = min(value, limits.get(cost, value))
+    costs = {
+        cost: {
+            "dense": full,
+            "smallest": low,
+            "limit": limits.get(cost),
+            "smallest_ratio": low / cost_value(dense, cost),
+        }
+        for cost, (low, full) in ranges.items()
+    }
+    groups = groups_of(curves, search.groups)
+    searched = [name for name, path in RECIPE_KEYS.items() if _is_searched(space, path)]
+    return {
+        "space": space.name, "valid": True, "task": space.task, "model": space.model, "costs": costs,
+        "layers_lowered": sum(len(names) for names in groups.values()), "layers": len(net.layers),
+        "groups": groups, "recipe_searched": searched, "trials": search.trials,
+    }  # fmt: skip
+
+
+def _is_searched(space: Space, path: tuple[str, ...]) -> bool:
+    value: Any = space.recipe
+    for key in path:
+        value = getattr(value, key)
+    return isinstance(value, Range | Choices)
+
+
+def print_check(record: dict[str, Any]) -> None:
+    rows = [
+        [cost, number(r["dense"]), number(r["limit"]), number(r["smallest"]), f"{100 * r['smallest_ratio']:.1f} %"]
+        for cost, r in record["costs"].items()
+    ]
+    columns = {"cost": "left", "dense": "right", "budget": "right", "smallest": "right", "of dense": "right"}
+    table(f"{record['space']}: valid; {record['task']}/{record['model']}", columns, rows)
+    print(
+        f"{record['layers_lowered']} of {record['layers']} layers may be lowered, in {len(record['groups'])} groups "
+        f"({', '.join(record['groups'])}); recipe searched: {', '.join(record['recipe_searched']) or 'nothing'}; "
+        f"{record['trials']} trials."
+    )

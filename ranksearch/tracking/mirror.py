@@ -1,0 +1,206 @@
+"""The study in MLflow: a parent run per study, a child run per trial, written by the driver alone and in batches.
+
+Results are on disk first; this is their mirror. Run ids are kept in the study's folder, so that a resumed study goes on in the
+same runs. Workers never touch the store.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy.exc
+
+from ranksearch.search.parametrize import group_of
+from ranksearch.search.study import Row, Study, write_atomically
+from ranksearch.tracking.figures import front_html, front_png
+from ranksearch.tracking.store import artifact_root, quiet_mlflow, store_uri
+
+quiet_mlflow()
+from mlflow import MlflowClient, MlflowException  # noqa: E402  (its settings are read at import)
+from mlflow.entities import Metric, Param  # noqa: E402
+
+MIRROR_ERRORS = (MlflowException, OSError, sqlalchemy.exc.SQLAlchemyError)
+"""What a store that is away, full or refusing raises."""
+
+RUN_IDS = "mlflow.json"
+PARENT_TAG = "mlflow.parentRunId"
+COLUMNS = (
+    "trial", "val_accuracy", "test_accuracy", "macs", "macs_ratio", "params", "params_ratio", "size_bytes", "latency_ms",
+    "allocator", "epochs", "seed",
+)  # fmt: skip
+
+
+def front_csv(front: dict[str, Any]) -> str:
+    """The front as CSV, one line per net."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(front["trials"])
+    return buffer.getvalue()
+
+
+def _metrics(row: Row) -> dict[str, float]:
+    names = ("val_accuracy", "val_loss", "test_accuracy", "macs", "params", "size_bytes", "latency_ms")
+    names += ("macs_ratio", "params_ratio", "size_ratio", "epochs", "images_per_second", "seconds")
+    return {name: float(row[name]) for name in names if row[name] is not None}
+
+
+def _params(row: Row, grouping: str) -> dict[str, str]:
+    """Recipe and allocator, and lowering and rank per layer: `layer2.0.conv1` = `spatial:12`."""
+    layers = (row["plan"] or {}).get("layers", {})
+    plan = {f"plan/{name}": f"{layer['lowering']}:{layer.get('rank', 'full')}" for name, layer in layers.items()}
+    recipe = {name: str(value) for name, value in (row["recipe"] or {}).items()}
+    return {"allocator": str(row["allocator"]), "seed": str(row["seed"]), **recipe, **plan}
+
+
+def run_name(row: Row) -> str:
+    """A child run's readable name, such as `t017 macs 48% acc 91.2`."""
+    if row["val_accuracy"] is None or row["macs_ratio"] is None:
+        return f"t{row['trial']:03d} {row['status']}"
+    return f"t{row['trial']:03d} macs {100 * row['macs_ratio']:.0f}% acc {row['val_accuracy']:.1f}"
+
+
+class Mirror:
+    """Writes a study's rows to MLflow. Make it before the first trial: the store's schema is created then."""
+
+    def __init__(self, study: Study, runs: Path) -> None:
+        self.study = study
+        self.uri = store_uri(runs, study.space.tracking.uri)
+        self.client = MlflowClient(tracking_uri=self.uri)
+        self._ids_file = study.folder / RUN_IDS
+        self._ids: dict[str, str] = json.loads(self._ids_file.read_text()) if self._ids_file.is_file() else {}
+        if "parent" not in self._ids:
+            self._start(runs)
+
+    @property
+    def experiment_id(self) -> str:
+        return self._ids["experiment"]
+
+    @property
+    def parent_id(self) -> str:
+        return self._ids["parent"]
+
+    def _start(self, runs: Path) -> None:
+        name = self.study.space.tracking.experiment or self.study.space.name
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            experiment_id = self.client.create_experiment(name, artifact_location=artifact_root(runs, self.uri))
+        else:
+            experiment_id = experiment.experiment_id
+        space, info = self.study.space, self.study.info
+        tags = {
+            "ranksearch.kind": "study",
+            "sampler": space.search.sampler,
+            "device": str(info["provenance"]["device"]),
+            "git_revision": str(info["provenance"]["git_revision"]),
+        }
+        parent = self.client.create_run(experiment_id, run_name=space.name, tags=tags).info.run_id
+        self._remember(experiment=experiment_id, parent=parent)
+        params = {
+            "task": space.task, "model": space.model, "trials": space.search.trials, "seed": space.search.seed,
+            "objectives": ",".join(space.search.objectives),
+            "budgets": ", ".join(map(str, space.parsed_budgets())) or "none",
+        }  # fmt: skip
+        dense = {f"dense_{k}": v for k, v in info["dense"].items() if v is not None}
+        self._batch(parent, {k: str(v) for k, v in params.items()}, dense, step=0)
+        self.client.log_artifact(parent, str(self.study.folder / "space.yaml"))
+
+    def _remember(self, **ids: str) -> None:
+        self._ids |= ids
+        write_atomically(self._ids_file, json.dumps(self._ids, indent=2))
+
+    def _batch(self, run_id: str, params: dict[str, str], metrics: dict[str, float], *, step: int) -> None:
+        now = int(time.time() * 1000)
+        # the store takes at most 100 parameters at once
+        entries = [Param(k, v) for k, v in params.items()]
+        for start in range(0, len(entries), 100):
+            self.client.log_batch(run_id, params=entries[start : start + 100])
+        self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
+
+    def log_trial(self, row: Row) -> None:
+        """A child run with the trial's parameters, its metrics at every evaluation, its final costs and its plan."""
+        key = f"trial {row['trial']}"
+        if key in self._ids:
+            return
+        tags = {PARENT_TAG: self.parent_id, "ranksearch.kind": "trial", "status": row["status"], "on_front": "false"}
+        layers = (row["plan"] or {}).get("layers", {})
+        tags["lowerings"] = " ".join(sorted({layer["lowering"] for layer in layers.values()}))
+        tags["groups"] = " ".join(sorted({group_of(name, self.study.space.search.groups) for name in layers}))
+        if row["reason"]:
+            tags["reason"] = row["reason"][:4000]
+        run = self.client.create_run(self.experiment_id, run_name=run_name(row), tags=tags).info.run_id
+        now = int(time.time() * 1000)
+        curve = [
+            Metric(f"{name}_by_step", float(value), now, entry["step"])
+            for entry in row["history"]
+            for name, value in entry.items()
+            if name not in ("phase", "step")
+        ]
+        self.client.log_batch(run, metrics=curve)
+        self._batch(run, _params(row, self.study.space.search.groups), _metrics(row), step=0)
+        if row["plan"] is not None:
+            self.client.log_dict(run, row["plan"], "plan.json")
+        self.client.set_terminated(run, "FINISHED" if row["status"] == "complete" else "FAILED")
+        self._remember(**{key: run})
+        progress = {"hypervolume": self.study.hypervolume, "finished_trials": self.study.finished}
+        self._batch(self.parent_id, {}, progress, step=self.study.finished)
+
+    def finish(self, *, complete: bool) -> None:
+        """The front on the parent: JSON, CSV, a table, figures, a note; `on_front` and test accuracies on the children."""
+        front, trials = self.study.front_record(), self.study.trials
+        on_front = {row["trial"] for row in front["trials"]}
+        for row in trials:
+            child = self._ids.get(f"trial {row['trial']}")
+            if child is None:
+                continue
+            self.client.set_tag(child, "on_front", str(row["trial"] in on_front).lower())
+            if row["test_accuracy"] is not None:
+                self.client.log_metric(child, "test_accuracy", row["test_accuracy"])
+        parent = self.parent_id
+        if front["dense"]["test_accuracy"] is not None:
+            self.client.log_metric(parent, "dense_test_accuracy", front["dense"]["test_accuracy"])
+        self.client.log_dict(parent, front, "front.json")
+        self.client.log_text(parent, front_csv(front), "front.csv")
+        if front["trials"]:
+            table = {name: [row[name] for row in front["trials"]] for name in COLUMNS}
+            self.client.log_table(parent, table, "front_table.json")
+        with tempfile.TemporaryDirectory() as folder:
+            for draw, name in ((front_png, "front.png"), (front_html, "front.html")):
+                draw(front, trials, Path(folder) / name)
+                self.client.log_artifact(parent, str(Path(folder) / name))
+        self.client.set_tag(parent, "mlflow.note.content", note(front, self.study.finished))
+        self.client.set_terminated(parent, "FINISHED" if complete else "KILLED")
+
+    def reopen(self) -> None:
+        """Marks the parent as running again, for a study that is resumed."""
+        self.client.update_run(self.parent_id, status="RUNNING")
+
+
+def note(front: dict[str, Any], finished: int) -> str:
+    """The parent's description, Markdown: what was searched, the dense baseline, the front."""
+    dense, budgets = front["dense"], ", ".join(f"{k} ≤ {v}" for k, v in front["budgets"].items()) or "no budget"
+    test = f", test {dense['test_accuracy']:.2f} %" if dense["test_accuracy"] is not None else ""
+    lines = [
+        f"**{front['study']}**: {finished} trials, {budgets}, hypervolume {front['hypervolume']:.4f}.",
+        "",
+        f"Dense net: validation {dense['val_accuracy']:.2f} %{test}, {dense['macs']:,} MACs, {dense['params']:,} parameters.",
+        "",
+        "| trial | validation % | test % | MACs % | params % | allocator |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in front["trials"]:
+        score = f"{row['test_accuracy']:.2f}" if row["test_accuracy"] is not None else "–"
+        lines.append(
+            f"| {row['trial']} | {row['val_accuracy']:.2f} | {score} | {100 * row['macs_ratio']:.1f} "
+            f"| {100 * row['params_ratio']:.1f} | {row['allocator']} |"
+        )
+    folder = (
+        f'`trials/NNN/` in the study\'s folder holds each net: `ranksearch.load("runs/{front["study"]}/trials/NNN")`.'
+    )
+    return "\n".join([*lines, "", folder])
