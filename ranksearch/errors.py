@@ -29,5 +29,6 @@ def nearest(name: str, valid: Iterable[str], *, shown: int = 12) -> str:
     """A sentence that helps from a wrong name to a right one: the nearest valid name and the list of them."""
     names = sorted(set(valid))
     listed = ", ".join(names[:shown]) + (f", … ({len(names)} in all)" if len(names) > shown else "")
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    same = [valid for valid in names if valid.lower() == str(name).lower()]
+    close = same or difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
     return f"Did you mean {close[0]!r}? Valid: {listed}." if close else f"Valid: {listed or 'none'}."

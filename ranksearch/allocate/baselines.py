@@ -55,6 +55,7 @@ def uniform(curves: Curves, budgets: Sequence[Budget], model: str | None = None)
 
     Of the lowerings, the one whose plan keeps most energy is taken. A layer that it refuses takes its own first lowering.
     """
+    limits_of(curves, budgets)  # a budget that no plan can meet is told as such
     names = sorted({c.lowering for o in curves.layers for c in o.choices if c.rank})
     plans = []
     for name in names:

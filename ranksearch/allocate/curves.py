@@ -1,13 +1,12 @@
 """Rank curves: for every layer, each lowering and rank with the energy it removes and what it costs.
 
-One Gram `eigvalsh` per layer and lowering gives the error at every rank. Options that no budget could want (another one removes
-less and costs no more) are marked once: neither a layer's weight nor a monotone damage measure can bring them back.
+One Gram `eigvalsh` per layer and lowering gives the error at every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor, nn
@@ -53,8 +52,19 @@ class LayerOptions:
     """Relative operator-norm error sigma_{r+1} / sigma_1."""
     macs: np.ndarray
     params: np.ndarray
-    efficient: np.ndarray
-    """Mask of the options that are nondominated in (removed, macs, params)."""
+    _efficient: dict[frozenset[str] | None, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def efficient(self, lowerings: Collection[str] | None = None) -> np.ndarray:
+        """Indices of the options, of `lowerings` and dense (all where None), nondominated in (removed, macs, params).
+
+        Computed once per set of lowerings: neither a layer's weight nor a monotone measure changes what dominates.
+        """
+        key = None if lowerings is None else frozenset(lowerings)
+        if key not in self._efficient:
+            allowed = [i for i, c in enumerate(self.choices) if key is None or c.lowering in key or c == DENSE]
+            table = np.stack([self.removed, self.macs, self.params], axis=1)[allowed]
+            self._efficient[key] = np.array(allowed)[nondominated(table)]
+        return self._efficient[key]
 
 
 @dataclass(frozen=True)
@@ -123,9 +133,8 @@ def rank_curves(model: nn.Module, net: Net, rules: LayerRules) -> Curves:
                 choices += more
                 tables.append(table)
         removed, residual, layer_macs, layer_params = np.concatenate(tables, axis=1)
-        efficient = nondominated(np.stack([removed, layer_macs, layer_params], axis=1))
         macs_int, params_int = layer_macs.astype(np.int64), layer_params.astype(np.int64)
-        layers.append(LayerOptions(layer, tuple(choices), removed, residual, macs_int, params_int, efficient))
+        layers.append(LayerOptions(layer, tuple(choices), removed, residual, macs_int, params_int))
     if all(len(options.choices) == 1 for options in layers):
         raise UsageError("The layer rules leave no layer to lower: check layers.include, exclude and lowerings.")
     return Curves(net, tuple(layers))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -34,6 +35,8 @@ from ranksearch.search.provenance import provenance
 from ranksearch.search.space import OBJECTIVES, Space, parse_space
 from ranksearch.search.trial import Recipe, TrialResult
 from ranksearch.search.workbench import Workbench
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # the study's own progress is shown, not Optuna's
 
 SPACE, INFO, JOURNAL, FRONT, TEST = "space.yaml", "study.json", "optuna.journal", "front.json", "test.json"
 DENSE_WEIGHTS = "dense.safetensors"
@@ -73,8 +76,10 @@ def _sampler(space: Space, opened_with: int, opening: int) -> optuna.samplers.Ba
         return optuna.samplers.RandomSampler(seed=seed)
     if space.search.sampler == "nsga2":
         return optuna.samplers.NSGAIISampler(population_size=max(4, min(50, space.search.trials // 4)), seed=seed)
-    # `group`: the classic plans have no corrections, and must not take these out of the joint model
-    return optuna.samplers.TPESampler(multivariate=True, group=True, n_startup_trials=opening + 2, seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        # `group`: the classic plans have no corrections, and must not take these out of the joint model
+        return optuna.samplers.TPESampler(multivariate=True, group=True, n_startup_trials=opening + 2, seed=seed)
 
 
 def find_study(name: str, runs: Path) -> Path:

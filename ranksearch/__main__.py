@@ -1,0 +1,5 @@
+"""`python -m ranksearch`."""
+
+from ranksearch.cli import main
+
+main()

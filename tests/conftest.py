@@ -1,0 +1,71 @@
+"""Shared fixtures: small nets, fresh for every test, and where the real data are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+REPOSITORY = Path(__file__).parent.parent
+
+
+class SmallNet(nn.Module):
+    """Convs of several kinds, BN, a functional product that no layer counts, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1, bias=True)
+        self.bn = nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.body = nn.Sequential(nn.Conv2d(12, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn(self.stem(x)))
+        x = self.body(self.depthwise(x)).mean((2, 3))
+        return self.head(x @ torch.eye(24, dtype=x.dtype))
+
+
+@pytest.fixture
+def small_net() -> SmallNet:
+    torch.manual_seed(0)
+    return SmallNet().eval()
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def digits_yaml() -> Path:
+    return REPOSITORY / "search_spaces" / "digits_resnet8.yaml"
+
+
+@pytest.fixture(scope="session")
+def short_settings() -> list[str]:
+    """A digits study in seconds."""
+    return ["recipe.steps=20", "recipe.bn_batches=2", "search.trials=3"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_folder_for_tests(tmp_path_factory: pytest.TempPathFactory):
+    """Dense nets trained by tests go to a folder of their own; real data are linked in where they are."""
+    from ranksearch.tasks.folder import data_folder
+
+    real = data_folder()
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("cifar-10-batches-py", "weights"):
+        if (real / name).is_dir():
+            (folder / name).symlink_to(real / name)
+    before = os.environ.get("RANKSEARCH_DATA")
+    os.environ["RANKSEARCH_DATA"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["RANKSEARCH_DATA"]
+    else:
+        os.environ["RANKSEARCH_DATA"] = before

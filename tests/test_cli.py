@@ -1,0 +1,207 @@
+"""The command line as a user meets it: real processes, a real Ray, a real MLflow store, real kills."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "ranksearch"]
+QUICK = ["--set", "recipe.steps=20", "--set", "recipe.bn_batches=2"]
+
+
+def call(*arguments, cwd, code=0, **environment):
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | environment,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """A directory that is not the repository, after a search on Ray with three trials."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    space = Path(__file__).parent.parent / "search_spaces" / "digits_resnet8.yaml"
+    done = call("search", space, "--trials", 3, "--budget", "flops=45%", *QUICK, "--json", cwd=folder)
+    return folder, json.loads(done.stdout), done.stderr
+
+
+def test_search_on_ray_prints_the_front_and_says_where_to_look(studied):
+    folder, front, errors = studied
+    assert front["budgets"] == {"flops": "45%"}
+    assert front["dense"]["test_accuracy"] > 95
+    assert 1 <= len(front["trials"]) <= 3
+    for row in front["trials"]:
+        assert row["macs_ratio"] <= 0.45
+        assert row["macs_ratio"] == row["macs"] / front["dense"]["macs"]
+        assert row["test_accuracy"] is not None
+        assert (folder / "runs" / "digits_resnet8" / "trials" / f"{row['trial']:03d}" / "model.safetensors").is_file()
+    assert "ranksearch ui" in errors
+    assert "[3/3]" in errors
+    assert "Traceback" not in errors
+
+
+def test_front_verb_agrees_to_the_digit(studied):
+    folder, front, _ = studied
+    assert json.loads(call("front", "digits_resnet8", "--json", cwd=folder).stdout) == front
+    assert json.loads(call("front", "runs/digits_resnet8", "--json", cwd=folder).stdout) == front
+    assert json.loads((folder / "runs" / "digits_resnet8" / "front.json").read_text()) == front
+    text = call("front", "digits_resnet8", cwd=folder).stdout
+    assert f"{front['trials'][0]['macs']:,}" in text
+    assert "dense" in text
+
+
+def test_mlflow_holds_the_same_numbers(studied):
+    from mlflow import MlflowClient
+
+    folder, front, _ = studied
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("digits_resnet8")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if run.data.tags["ranksearch.kind"] == "study"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == 3 == len(runs) - 1
+    assert all(run.info.status == "FINISHED" for run in runs)
+    on_front = {run.data.params["seed"]: run.data for run in children if run.data.tags["on_front"] == "true"}
+    assert set(on_front) == {str(row["seed"]) for row in front["trials"]}
+    for row in front["trials"]:
+        data = on_front[str(row["seed"])]
+        for name in ("val_accuracy", "test_accuracy", "macs", "params", "size_bytes", "macs_ratio", "params_ratio"):
+            assert data.metrics[name] == row[name]
+        lowered = {name: f"{c['lowering']}:{c.get('rank', 'full')}" for name, c in row["plan"]["layers"].items()}
+        assert lowered == {k.removeprefix("plan/"): v for k, v in data.params.items() if k.startswith("plan/")}
+        assert data.params["period"] == str(row["params_searched"]["period"])
+    names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
+    assert {"front.json", "front.csv", "front_table.json", "front.png", "front.html", "space.yaml"} <= names
+    stored = Path(client.download_artifacts(parent.info.run_id, "front.json", str(folder)))
+    assert json.loads(stored.read_text()) == front
+    assert "Dense net" in parent.data.tags["mlflow.note.content"]
+    assert parent.data.metrics["hypervolume"] == pytest.approx(front["hypervolume"], abs=0)
+
+
+def test_a_second_study_of_the_same_name_is_refused_and_nothing_is_lost(studied, digits_yaml):
+    folder, front, _ = studied
+    done = call("search", digits_yaml, "--trials", 3, cwd=folder, code=2)
+    assert "--name digits_resnet8-2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((folder / "runs" / "digits_resnet8" / "front.json").read_text()) == front
+
+
+def test_resume_of_a_finished_study_changes_nothing(studied):
+    folder, front, _ = studied
+    assert json.loads(call("resume", "digits_resnet8", "--inline", "--json", cwd=folder).stdout) == front
+
+
+def test_ui_serves_the_study_on_loopback(studied):
+    folder, *_ = studied
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [*COMMAND, "ui", "runs", "--port", str(port)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert f"http://127.0.0.1:{port}" in server.stdout.readline()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search", data=b'{"max_results": 10}',
+            headers={"Content-Type": "application/json"},
+        )  # fmt: skip
+        for _ in range(240):
+            try:
+                with urllib.request.urlopen(request, timeout=5) as answer:
+                    found = json.loads(answer.read())
+                break
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+        assert "digits_resnet8" in {e["name"] for e in found["experiments"]}
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_a_killed_search_is_resumed_without_loss(tmp_path, digits_yaml):
+    command = [*COMMAND, "search", str(digits_yaml), "--trials", "6", "--name", "killed", "--set", "recipe.steps=60"]
+    search = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in search.stderr:
+        if "[2/6]" in line:
+            break
+    os.killpg(search.pid, signal.SIGKILL)  # the driver, Ray's head and the workers at once
+    search.wait()
+    search.stderr.close()
+    before = json.loads(call("front", "killed", "--json", cwd=tmp_path).stdout)
+    done = call("resume", "killed", "--inline", "--json", cwd=tmp_path)
+    front = json.loads(done.stdout)
+    assert "6 of 6" in done.stderr or "[6/6]" in done.stderr
+    from ranksearch.search.study import Study
+
+    study = Study.open(tmp_path / "runs" / "killed")
+    assert study.finished == 6
+    assert not [t for t in study._study.get_trials() if t.state.name in ("RUNNING", "WAITING") and t.number < 6]
+    assert front["hypervolume"] >= before["hypervolume"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["search", "nowhere.yaml"], "There is no search space 'nowhere.yaml'"),
+        (["search", "SPACE", "--budget", "flops=1%"], "costs less than"),
+        (["search", "SPACE", "--budget", "flops=half"], "expected a number and a unit"),
+        (["search", "SPACE", "--set", "search.sampler=tpee"], "Did you mean 'tpe'"),
+        (["search", "SPACE", "--set", "layers.exclude=[layer7]"], "matches no layer"),
+        (
+            ["search", "SPACE", "--set", "task=cifar10", "--set", "model=resnet20", "--set", "data=nothing"],
+            "CIFAR-10 is not in",
+        ),
+        (["check", "SPACE", "--set", "model=resnet9"], "Did you mean 'resnet8'"),
+        (["front", "nothing"], "There is no study 'nothing'"),
+        (["resume", "nothing"], "There is no study 'nothing'"),
+        (["ui", "nothing"], "There is no MLflow store"),
+        (["serch"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(tmp_path, digits_yaml, arguments, says):
+    arguments = [str(digits_yaml) if a == "SPACE" else a for a in arguments]
+    done = call(*arguments, cwd=tmp_path, code=2)
+    assert says in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "runs" / "digits_resnet8").exists()
+
+
+def test_too_many_resources_are_an_error_not_a_hang(tmp_path, digits_yaml):
+    done = call("search", digits_yaml, "--set", "resources.cpus_per_trial=1000", cwd=tmp_path, code=2)
+    assert "a trial asks for 1000 CPUs" in done.stderr
+
+
+def test_a_home_that_cannot_be_written(tmp_path, digits_yaml):
+    environment = {"HOME": "/proc/nowhere", "RANKSEARCH_DATA": ""}
+    call("search", digits_yaml, "--trials", 1, *QUICK, "--inline", cwd=tmp_path, **environment)
+    assert list((tmp_path / "runs" / ".dense").glob("digits-resnet8-*.safetensors"))
+
+
+def test_layers_and_check_in_json(tmp_path, digits_yaml):
+    layers = json.loads(call("layers", digits_yaml, "--json", cwd=tmp_path).stdout)
+    assert sum(row["params"] for row in layers["layers"]) < layers["total"]["params"]
+    by_name = {row["name"]: row for row in layers["layers"]}
+    # a 3x3 conv 64 -> 64 on one map: im2col breaks even below 64·64·9 / (64 + 64·9) = 57.6
+    assert by_name["layer3.0.conv2"]["break_even_rank"]["im2col"] == {"macs": 57, "params": 57}
+    assert by_name["linear"]["break_even_rank"]["im2col"] == {"macs": None, "params": None}
+    record = json.loads(call("check", digits_yaml, "--json", "--budget", "params=30%", cwd=tmp_path).stdout)
+    assert record["costs"]["params"]["limit"] == int(0.3 * 75_002)
+    assert "digits_resnet8" in call("check", digits_yaml, cwd=tmp_path).stdout
+    assert "layer3.0.conv2" in call("layers", digits_yaml, cwd=tmp_path).stdout

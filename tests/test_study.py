@@ -1,0 +1,245 @@
+"""The study, in-process: ask and tell, budgets, seeds, failures, resume, front. The journal is real, on disk."""
+
+import json
+
+import numpy as np
+import optuna
+import pytest
+
+import ranksearch
+from ranksearch.api import Silent
+from ranksearch.errors import StudyError, UsageError
+from ranksearch.pareto import hypervolume
+from ranksearch.search import run as runner
+from ranksearch.search.space import read_space
+from ranksearch.search.study import Study, find_study
+from ranksearch.search.trial import TrialResult
+from ranksearch.search.workbench import prepare
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    from tests.conftest import REPOSITORY
+
+    space = read_space(REPOSITORY / "search_spaces" / "digits_resnet8.yaml")
+    return prepare(space, fallback=tmp_path_factory.mktemp("dense"), log=print)
+
+
+@pytest.fixture
+def make(bench, tmp_path, digits_yaml):
+    def new(**options) -> Study:
+        return Study.create(tmp_path, read_space(digits_yaml, **options), bench, 99.0)
+
+    return new
+
+
+def simulated(candidate, bench, accuracy=None) -> TrialResult:
+    """What a trial might return, in no time: accuracy from the plan's cost."""
+    from ranksearch.compress import plan_cost
+
+    cost = plan_cost(bench.net, candidate.plan)
+    value = 90 + 8 * cost.macs / 747_136 + (candidate.number % 5) if accuracy is None else accuracy
+    return TrialResult(
+        "complete",
+        candidate.seed,
+        1.0,
+        val_accuracy=value,
+        macs=cost.macs,
+        params=cost.params,
+        size_bytes=cost.size_bytes,
+    )
+
+
+def drain(study, bench):
+    candidates = []
+    while (candidate := study.ask(bench)) is not None:
+        candidates.append(candidate)
+        study.tell(candidate.number, simulated(candidate, bench))
+    return candidates
+
+
+def test_every_plan_is_within_every_budget_and_the_count_is_kept(make, bench):
+    study = make(trials=25, budgets=["flops=40%", "params=35%"])
+    drain(study, bench)
+    assert study.finished == 25 == len(study.trials)
+    assert all(row["macs_ratio"] <= 0.40 and row["params_ratio"] <= 0.35 for row in study.trials)
+    assert {row["allocator"] for row in study.trials} == {"solver", "uniform", "energy", "minimax", "search"}
+    levels = [row["macs_ratio"] for row in study.trials]
+    assert max(levels) - min(levels) > 0.1  # a front is searched, not one cost
+
+
+def test_the_same_seed_gives_the_same_plans_and_another_seed_others(make, bench):
+    def plans(name, *settings):
+        return [c.plan.digest() for c in drain(make(trials=12, name=name, settings=settings), bench)]
+
+    first = plans("a")
+    assert first == plans("b")
+    assert first != plans("c", "search.seed=7")
+    assert len(set(first)) > 8
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize("groups", ["stage", "layer", "all"])
+def test_samplers_and_groups(make, bench, sampler, groups):
+    study = make(trials=9, settings=[f"search.sampler={sampler}", f"search.groups={groups}"])
+    assert len(drain(study, bench)) == 9
+
+
+def test_one_objective_searches_at_the_budget(make, bench):
+    study = make(trials=8, settings=["search.objectives=[accuracy]"], budgets=["size=40%"])
+    drain(study, bench)
+    assert all("level" not in row["params_searched"] for row in study.trials)
+    assert min(row["size_ratio"] for row in study.trials if row["allocator"] == "solver") > 0.35
+    assert len({row["val_accuracy"] for row in study.front}) == 1  # the best, and its equals
+
+
+def test_without_a_budget_the_front_reaches_up_to_the_dense_net(make, bench, tmp_path, digits_yaml):
+    text = digits_yaml.read_text().replace("budgets:\n  flops: 50%", "budgets: {}")
+    (tmp_path / "free.yaml").write_text(text)
+    study = Study.create(tmp_path, read_space(tmp_path / "free.yaml", trials=4), bench, 99.0)
+    drain(study, bench)
+    assert max(row["macs_ratio"] for row in study.trials) > 0.95
+
+
+def test_front_and_hypervolume_against_brute_force(make, bench):
+    study = make(trials=12)
+    drain(study, bench)
+    points = {r["trial"]: (1 - r["val_accuracy"] / 100, r["macs_ratio"]) for r in study.trials}
+    brute = {
+        t for t, p in points.items()
+        if not any(all(a <= b for a, b in zip(q, p, strict=True)) and q != p for q in points.values())
+    }  # fmt: skip
+    assert {row["trial"] for row in study.front} == brute
+    ordered = [row["val_accuracy"] for row in study.front]
+    assert ordered == sorted(ordered, reverse=True)
+    assert study.hypervolume == pytest.approx(hypervolume(list(points.values()), [1, 1]))
+    grid = np.stack(np.meshgrid(*[np.linspace(0, 1, 801)] * 2), -1).reshape(-1, 2)
+    covered = np.zeros(len(grid), bool)
+    for p in points.values():
+        covered |= (grid >= p).all(1)
+    assert study.hypervolume == pytest.approx(covered.mean(), abs=5e-3)
+
+
+def test_front_json_has_the_fixed_fields(make, bench):
+    study = make(trials=4)
+    drain(study, bench)
+    record = json.loads((study.folder / "front.json").read_text())
+    assert record == json.loads(json.dumps(study.front_record()))
+    assert {"study", "objectives", "budgets", "reference_point", "hypervolume", "dense", "trials"} <= set(record)
+    fields = {
+        "trial", "status", "epochs", "val_accuracy", "test_accuracy", "macs", "params", "size_bytes", "latency_ms", "macs_ratio",
+        "params_ratio", "plan", "params_searched", "seed",
+    }  # fmt: skip
+    for row in record["trials"]:
+        assert fields <= set(row)
+        assert row["latency_ms"] is None
+        assert row["test_accuracy"] is None
+
+
+def test_best_within_a_budget(make, bench):
+    study = make(trials=10)
+    drain(study, bench)
+    best = study.best("flops=25%")
+    assert best["macs_ratio"] <= 0.25
+    assert study.best()["val_accuracy"] == max(row["val_accuracy"] for row in study.trials)
+    with pytest.raises(UsageError, match="within flops=1%"):
+        study.best("flops=1%")
+
+
+def test_failed_and_diverged_trials_are_recorded_and_stay_out_of_the_front(make, bench):
+    study = make(trials=5)
+    results = [
+        lambda c: TrialResult("failed", c.seed, 0.0, reason="MemoryError: no"),
+        lambda c: TrialResult("diverged", c.seed, 0.0, reason="the loss is nan"),
+        lambda c: simulated(c, bench, accuracy=float("nan")),
+    ]
+    for make_result in [*results, lambda c: simulated(c, bench), lambda c: simulated(c, bench)]:
+        candidate = study.ask(bench)
+        study.tell(candidate.number, make_result(candidate))
+    assert study.ask(bench) is None
+    assert [row["status"] for row in study.trials] == ["failed", "diverged", "diverged", "complete", "complete"]
+    assert study.trials[0]["reason"] == "MemoryError: no"
+    assert all(row["status"] == "complete" for row in study.front)
+    states = {t.state for t in study._study.get_trials()}
+    assert optuna.trial.TrialState.RUNNING not in states
+
+
+def test_a_study_is_continued_from_its_folder(make, bench, tmp_path):
+    study = make(trials=10)
+    for _ in range(4):
+        candidate = study.ask(bench)
+        study.tell(candidate.number, simulated(candidate, bench))
+    lost = [study.ask(bench), study.ask(bench)]  # a driver that dies here leaves them running
+    done = {row["trial"]: row["val_accuracy"] for row in study.trials}
+    del study
+
+    again = Study.open(find_study("digits_resnet8", tmp_path))
+    assert again.requeue_interrupted() == 2
+    assert again.requeue_interrupted() == 0
+    rest = drain(again, bench)
+    assert len(rest) == 6
+    assert [c.plan.digest() for c in rest[:2]] != []
+    waiting = {c.plan.digest() for c in rest}
+    assert {c.plan.digest() for c in lost} <= waiting
+    assert again.finished == 10 == len(again.trials)
+    assert done.items() <= {row["trial"]: row["val_accuracy"] for row in again.trials}.items()
+    keys = [(r["plan"]["layers"].__repr__(), r["params_searched"].__repr__()) for r in again.trials]
+    assert len(set(keys)) == 10
+
+
+def test_a_taken_name_proposes_a_free_one(make, tmp_path):
+    make(trials=2)
+    with pytest.raises(UsageError, match=r"resume digits_resnet8`.*--name digits_resnet8-2"):
+        make(trials=2)
+
+
+def test_an_unknown_study_names_the_nearest(make, tmp_path):
+    make(trials=2)
+    with pytest.raises(UsageError, match="Did you mean 'digits_resnet8'"):
+        find_study("digits_resnet", tmp_path)
+
+
+def test_a_damaged_study_is_an_error_not_a_traceback(make, tmp_path):
+    study = make(trials=2)
+    (study.folder / "study.json").write_text("{")
+    with pytest.raises(UsageError, match="no readable study"):
+        Study.open(study.folder)
+
+
+def test_a_study_whose_first_trials_all_fail_ends_with_the_reason(make, bench, monkeypatch):
+    def broken(*args, **kwargs):
+        raise MemoryError("the plan was too large")
+
+    monkeypatch.setattr(runner, "run_trial", broken)
+    study = make(trials=8)
+    with pytest.raises(StudyError, match=r"first 3 trials failed.*MemoryError: the plan was too large"):
+        runner.run_inline(study, bench, lambda row: None)
+    assert study.finished == 3
+
+
+def test_inline_search_from_the_public_api(tmp_path, digits_yaml, short_settings):
+    seen = []
+
+    class Watch(Silent):
+        def row(self, study, row):
+            seen.append(row["trial"])
+
+    study = ranksearch.search(
+        digits_yaml,
+        settings=short_settings,
+        budgets=["flops=35%"],
+        name="inline",
+        runs=tmp_path,
+        inline=True,
+        observer=Watch(),
+    )
+    assert len(seen) == 3 == len(study.trials)
+    front = study.front_record()
+    assert all(row["macs_ratio"] <= 0.35 for row in study.trials)
+    assert all(row["test_accuracy"] is not None for row in front["trials"])
+    assert front["dense"]["test_accuracy"] > 95
+    on_front = {row["trial"] for row in front["trials"]}
+    # the test set was read for the front alone
+    assert all(row["test_accuracy"] is None for row in study.trials if row["trial"] not in on_front)
+    net = ranksearch.load(study.folder / "trials" / f"{front['trials'][0]['trial']:03d}")
+    assert sum(p.numel() for p in net.parameters()) == front["trials"][0]["params"]
