@@ -10,9 +10,11 @@ from torch import nn
 
 from ranksearch.compress import load_net
 from ranksearch.errors import UsageError
+from ranksearch.search.front import Row
 from ranksearch.search.run import run_inline
-from ranksearch.search.space import Space, read_space
-from ranksearch.search.study import DENSE_WEIGHTS, Row, Study, find_study
+from ranksearch.search.space import Space
+from ranksearch.search.space_file import read_space
+from ranksearch.search.study import DENSE_WEIGHTS, Study, find_study
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.tasks import build_reference
 from ranksearch.tasks.train import evaluate, pick_device

@@ -114,7 +114,7 @@ def search(
     Example: ranksearch search search_spaces/cifar10_resnet20.yaml --budget flops=50% --trials 6
     """
     from ranksearch import api
-    from ranksearch.search.space import read_space
+    from ranksearch.search.space_file import read_space
 
     resolved = read_space(space, budgets=budget or (), settings=setting or (), trials=trials, name=name)
     _conclude(
@@ -149,7 +149,7 @@ def layers(space: SpaceFile, setting: Settings = None, as_json: Json = False) ->
 
     Example: ranksearch layers search_spaces/cifar10_resnet20.yaml
     """
-    from ranksearch.search.space import read_space
+    from ranksearch.search.space_file import read_space
     from ranksearch.tables import layer_rows, print_layers
 
     resolved = read_space(space, settings=setting or ())
@@ -168,7 +168,7 @@ def check(
 
     Example: ranksearch check search_spaces/digits_resnet8.yaml --budget size=100KiB
     """
-    from ranksearch.search.space import read_space
+    from ranksearch.search.space_file import read_space
     from ranksearch.tables import check_record, print_check
 
     resolved = read_space(space, budgets=budget or (), settings=setting or (), trials=trials)

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ranksearch.search.study import Row, Study
+    from ranksearch.search.front import Row
+    from ranksearch.search.study import Study
 
 
 def table(title: str, columns: Mapping[str, str], rows: Sequence[Sequence[str]]) -> None:

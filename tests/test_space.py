@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from ranksearch.errors import UsageError
-from ranksearch.search.space import Choices, Range, parse_space, read_space
+from ranksearch.search.space import Choices, Range
+from ranksearch.search.space_file import parse_space, read_space
 from ranksearch.tables import check_record
 
 SPACES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))

@@ -11,7 +11,7 @@ from ranksearch.api import Silent
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.pareto import hypervolume
 from ranksearch.search import run as runner
-from ranksearch.search.space import read_space
+from ranksearch.search.space_file import read_space
 from ranksearch.search.study import Study, find_study
 from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import prepare

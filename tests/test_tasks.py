@@ -253,7 +253,7 @@ def test_a_folder_that_cannot_be_written_has_a_fallback(tmp_path):
 def test_models_and_tasks_by_name_and_nearest():
     assert sum(p.numel() for p in build_reference(model_reference("cifar10", "resnet56")).parameters()) == 853_018
     with pytest.raises(UsageError, match="Did you mean 'resnet20'"):
-        build_reference("cifar10/resnet21")
+        build_reference("cifar10/resnet200")
     with pytest.raises(UsageError, match="Did you mean 'cifar10'"):
         task_kind("cifar")
     for validation in (0, 2000):

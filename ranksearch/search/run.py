@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from ranksearch.compress import Net
 from ranksearch.errors import StudyError
-from ranksearch.search.study import Candidate, Row, Study
+from ranksearch.search.front import Row
+from ranksearch.search.study import Candidate, Study
 from ranksearch.search.trial import Report, TrialResult, run_trial
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State

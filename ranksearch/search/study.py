@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -29,10 +28,12 @@ from optuna.trial import FrozenTrial, TrialState
 from ranksearch.allocate import parse_budget
 from ranksearch.compress import Cost, RankPlan, dense_cost
 from ranksearch.errors import StudyError, UsageError, nearest
-from ranksearch.pareto import hypervolume, nondominated
+from ranksearch.search.front import Row, front_hypervolume, front_of, front_record, objective_values, row_of
 from ranksearch.search.parametrize import first_points, suggest
 from ranksearch.search.provenance import provenance
-from ranksearch.search.space import OBJECTIVES, Space, parse_space
+from ranksearch.search.samplers import make_sampler
+from ranksearch.search.space import OBJECTIVES, Space
+from ranksearch.search.space_file import parse_space
 from ranksearch.search.trial import Recipe, TrialResult
 from ranksearch.search.workbench import Workbench
 
@@ -43,9 +44,6 @@ DENSE_WEIGHTS = "dense.safetensors"
 NOT_RUN = ("infeasible", "duplicate", "interrupted")
 """Outcomes of proposals that did not become a finished trial; they do not count towards the planned number."""
 MAX_REJECTED = 200
-COST_RATIOS = {"macs": "macs_ratio", "params": "params_ratio", "size": "size_ratio"}
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,22 +62,6 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text)
     partial.replace(path)
-
-
-def _sampler(space: Space, opened_with: int, opening: int) -> optuna.samplers.BaseSampler:
-    """The sampler of a study that holds `opened_with` trials already and opens with `opening` first points.
-
-    A seeded sampler made anew at each resume would repeat its draws, so the number of trials is part of its seed.
-    """
-    seed = space.search.seed + 1_000_003 * opened_with
-    if space.search.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if space.search.sampler == "nsga2":
-        return optuna.samplers.NSGAIISampler(population_size=max(4, min(50, space.search.trials // 4)), seed=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # `group`: the classic plans have no corrections, and must not take these out of the joint model
-        return optuna.samplers.TPESampler(multivariate=True, group=True, n_startup_trials=opening + 2, seed=seed)
 
 
 def find_study(name: str, runs: Path) -> Path:
@@ -132,7 +114,7 @@ class Study:
         directions = [OBJECTIVES[name] for name in space.search.objectives]
         opening = first_points(space, bench.curves)
         study = optuna.create_study(
-            storage=storage, study_name=space.name, directions=directions, sampler=_sampler(space, 0, len(opening))
+            storage=storage, study_name=space.name, directions=directions, sampler=make_sampler(space, 0)
         )
         for params, allocator in opening:
             study.enqueue_trial(params, user_attrs={"allocator": allocator})
@@ -153,8 +135,7 @@ class Study:
             study = optuna.load_study(storage=storage, study_name=info["study"])
         except (OSError, json.JSONDecodeError, yaml.YAMLError, KeyError) as error:
             raise UsageError(f"{folder} is no readable study: {error}") from error
-        count = len(study.get_trials(deepcopy=False))
-        study.sampler = _sampler(space, count, len(space.search.first_points) + 2)
+        study.sampler = make_sampler(space, len(study.get_trials(deepcopy=False)))
         return cls(folder, space, info, study)
 
     # Ask and tell ------------------------------------------------------------------------------------------------
@@ -177,16 +158,22 @@ class Study:
         return self.folder / "trials" / f"{number:03d}"
 
     def requeue_interrupted(self) -> int:
-        """Proposes again, with the same parameters, what a lost driver left running; returns how many."""
-        left = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        for frozen in left:
-            allocator = frozen.user_attrs.get("allocator", "search")
-            attrs = {"allocator": allocator, "retry_of": frozen.number}
-            self._study.enqueue_trial(frozen.params, user_attrs=attrs)
+        """Settles what a lost driver left running; returns how many trials are proposed again.
+
+        A trial whose result was written but not yet told is told; any other one is proposed again under the same parameters and seed.
+        """
+        again = 0
+        for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if "result" in frozen.user_attrs:
+                self._finish(frozen.number)
+                continue
+            kept = {name: frozen.user_attrs[name] for name in ("allocator", "seed") if name in frozen.user_attrs}
+            self._study.enqueue_trial(frozen.params, user_attrs={**kept, "retry_of": frozen.number})
             self._study._storage.set_trial_user_attr(frozen._trial_id, "outcome", "interrupted")
             self._study.tell(frozen.number, state=TrialState.FAIL)
+            again += 1
         self._running.clear()
-        return len(left)
+        return again
 
     def ask(self, bench: Workbench) -> Candidate | None:
         """The next trial, its plan within every budget; None once the planned number is under way or done.
@@ -204,24 +191,24 @@ class Study:
                 self._reject(trial, "infeasible", str(error))
                 continue
             key = f"{found.plan.digest()} {sorted(asdict(found.recipe).items())}"
-            if key in {t.user_attrs.get("key") for t in self._study.get_trials(deepcopy=False)} - {None} and (
-                "retry_of" not in trial.user_attrs
-            ):
+            if "retry_of" not in trial.user_attrs and key in self._keys():
                 self._reject(trial, "duplicate", "the same plan and recipe are in the study already")
                 continue
-            seed = self.space.search.seed * 100_003 + trial.number
+            seed = trial.user_attrs.get("seed", self.space.search.seed * 100_003 + trial.number)
             for name, value in (
                 ("allocator", found.allocator), ("plan", found.plan.to_dict()), ("recipe", asdict(found.recipe)),
                 ("seed", seed), ("key", key),
             ):  # fmt: skip
                 trial.set_user_attr(name, value)
             self._running[trial.number] = trial
-            return Candidate(
-                trial.number, found.plan, found.recipe, seed, self.folder / "trials" / f"{trial.number:03d}"
-            )
+            return Candidate(trial.number, found.plan, found.recipe, seed, self.trial_folder(trial.number))
         raise StudyError(
             f"{MAX_REJECTED} proposals in a row were infeasible or duplicates: widen the space or the budgets."
         )
+
+    def _keys(self) -> set[str]:
+        """Plan and recipe of every trial so far, by which a duplicate is recognised."""
+        return {t.user_attrs["key"] for t in self._study.get_trials(deepcopy=False) if "key" in t.user_attrs}
 
     def _reject(self, trial: optuna.Trial, outcome: str, reason: str) -> None:
         trial.set_user_attr("outcome", outcome)
@@ -231,22 +218,23 @@ class Study:
     def tell(self, number: int, result: TrialResult) -> Row:
         """Records a trial's result and returns its row. Only a complete trial with finite values becomes an objective."""
         trial = self._running.pop(number)
-        status = result.status
-        if status == "complete" and not isfinite(
-            result.val_accuracy if result.val_accuracy is not None else float("nan")
-        ):
-            status = "diverged"
+        accuracy = result.val_accuracy
+        finite = accuracy is not None and isfinite(accuracy)
+        status = "diverged" if result.status == "complete" and not finite else result.status
         trial.set_user_attr("result", {**result.to_dict(), "status": status})
-        trial.set_user_attr("outcome", status)
-        if status == "complete":
-            row = self._row(self._study.get_trials(deepcopy=False)[number])
-            self._study.tell(
-                trial, [row["val_accuracy"] if o == "accuracy" else row[COST_RATIOS[o]] for o in self._objectives]
-            )
-        else:
-            self._study.tell(trial, state=TrialState.FAIL)
+        self._finish(number)
         self.write_front()
         return next(row for row in self.trials if row["trial"] == number)
+
+    def _finish(self, number: int) -> None:
+        """Tells Optuna the result that is written in the trial's attributes already: a crash in between loses nothing."""
+        trial = self._study.get_trials(deepcopy=False)[number]
+        row = row_of(trial, self.info["dense"], None)
+        self._study._storage.set_trial_user_attr(trial._trial_id, "outcome", row["status"])
+        if row["status"] == "complete":
+            self._study.tell(number, objective_values(row, self._objectives))
+        else:
+            self._study.tell(number, state=TrialState.FAIL)
 
     # What is known -----------------------------------------------------------------------------------------------
 
@@ -254,67 +242,21 @@ class Study:
     def _objectives(self) -> list[str]:
         return list(self.space.search.objectives)
 
-    def _row(self, trial: FrozenTrial) -> Row:
-        attrs, result = trial.user_attrs, trial.user_attrs.get("result", {})
-
-        def ratio(key: str) -> float | None:
-            return result[key] / self.info["dense"][key] if result.get(key) is not None else None
-
-        measured = (
-            "val_accuracy",
-            "val_loss",
-            "macs",
-            "params",
-            "size_bytes",
-            "latency_ms",
-            "images_per_second",
-            "seconds",
-        )
-        return {
-            "trial": trial.number,
-            "status": result.get("status", "failed"),
-            "epochs": result.get("epochs"),
-            "test_accuracy": self.test_accuracies().get(str(trial.number)),
-            **{key: result.get(key) for key in measured},
-            "macs_ratio": ratio("macs"),
-            "params_ratio": ratio("params"),
-            "size_ratio": ratio("size_bytes"),
-            "plan": attrs.get("plan"),
-            "recipe": attrs.get("recipe"),
-            "params_searched": dict(trial.params),
-            "allocator": attrs.get("allocator"),
-            "seed": attrs.get("seed"),
-            "reason": result.get("reason"),
-            "history": result.get("history", []),
-        }
-
     @property
     def trials(self) -> list[Row]:
         """A row per finished trial, in their order."""
-        return [self._row(trial) for trial in self._outcomes()]
-
-    def _points(self, rows: list[Row]) -> list[list[float]]:
-        """Rows in minimisation form: 1 - accuracy as a share, costs as shares of dense."""
-        return [
-            [1 - row["val_accuracy"] / 100 if o == "accuracy" else row[COST_RATIOS[o]] for o in self._objectives]
-            for row in rows
-        ]
+        test = self.test_accuracies()
+        return [row_of(trial, self.info["dense"], test.get(str(trial.number))) for trial in self._outcomes()]
 
     @property
     def front(self) -> list[Row]:
         """The nondominated complete trials, most accurate first."""
-        complete = [row for row in self.trials if row["status"] == "complete"]
-        if not complete:
-            return []
-        kept = nondominated(self._points(complete))
-        on_front = [row for row, keep in zip(complete, kept, strict=True) if keep]
-        return sorted(on_front, key=lambda row: (-row["val_accuracy"], row["macs"], row["trial"]))
+        return front_of(self.trials, self._objectives)
 
     @property
     def hypervolume(self) -> float:
         """Of the front in (accuracy as a share, costs as shares of dense), against accuracy 0 and the dense costs."""
-        front = self.front
-        return hypervolume(self._points(front), [1.0] * len(self._objectives)) if front else 0.0
+        return front_hypervolume(self.front, self._objectives)
 
     def best(self, budget: str | None = None) -> Row:
         """The most accurate complete trial, within `budget` ("flops=30%") where one is given.
@@ -351,16 +293,7 @@ class Study:
     def front_record(self) -> dict[str, Any]:
         """What `front.json` holds."""
         dense = {**self.info["dense"], "test_accuracy": self.test_accuracies().get("dense")}
-        left_out = ("history", "recipe")
-        return {
-            "study": self.space.name,
-            "objectives": [{"name": name, "direction": OBJECTIVES[name]} for name in self._objectives],
-            "budgets": {budget.cost: budget.text for budget in self.space.parsed_budgets()},
-            "reference_point": [0.0 if name == "accuracy" else 1.0 for name in self._objectives],
-            "hypervolume": self.hypervolume,
-            "dense": dense,
-            "trials": [{k: v for k, v in row.items() if k not in left_out} for row in self.front],
-        }
+        return front_record(self.space, dense, self.front)
 
     def write_front(self) -> None:
         write_atomically(self.folder / FRONT, json.dumps(self.front_record(), indent=2))

@@ -16,8 +16,9 @@ from typing import Any
 
 import sqlalchemy.exc
 
+from ranksearch.search.front import Row
 from ranksearch.search.parametrize import group_of
-from ranksearch.search.study import Row, Study, write_atomically
+from ranksearch.search.study import Study, write_atomically
 from ranksearch.tracking.figures import front_html, front_png
 from ranksearch.tracking.store import artifact_root, quiet_mlflow, store_uri
 

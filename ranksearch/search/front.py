@@ -1,0 +1,85 @@
+"""Rows of trials, the front among them, and the record that `front.json` and `ranksearch front --json` show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from ranksearch.pareto import hypervolume, nondominated
+from ranksearch.search.space import OBJECTIVES, Space
+
+Row = dict[str, Any]
+COST_RATIOS = {"macs": "macs_ratio", "params": "params_ratio", "size": "size_ratio"}
+MEASURED = ("val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_ms", "images_per_second", "seconds")
+NOT_IN_RECORD = ("history", "recipe")
+
+
+def row_of(trial: FrozenTrial, dense: Mapping[str, Any], test_accuracy: float | None) -> Row:
+    """Everything known of a finished trial; accuracies in percent, ratios of the dense net's cost, None where not measured."""
+    attrs, result = trial.user_attrs, trial.user_attrs.get("result", {})
+
+    def ratio(key: str) -> float | None:
+        return result[key] / dense[key] if result.get(key) is not None else None
+
+    return {
+        "trial": trial.number,
+        "status": result.get("status", "failed"),
+        "epochs": result.get("epochs"),
+        "test_accuracy": test_accuracy,
+        **{key: result.get(key) for key in MEASURED},
+        "macs_ratio": ratio("macs"),
+        "params_ratio": ratio("params"),
+        "size_ratio": ratio("size_bytes"),
+        "plan": attrs.get("plan"),
+        "recipe": attrs.get("recipe"),
+        "params_searched": dict(trial.params),
+        "allocator": attrs.get("allocator"),
+        "seed": attrs.get("seed"),
+        "reason": result.get("reason"),
+        "history": result.get("history", []),
+    }
+
+
+def objective_values(row: Row, objectives: Sequence[str]) -> list[float]:
+    """A complete row's values as Optuna is told them: accuracy in percent, costs as ratios of dense."""
+    return [row["val_accuracy"] if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives]
+
+
+def _points(rows: Sequence[Row], objectives: Sequence[str]) -> list[list[float]]:
+    """Rows in minimisation form: 1 - accuracy as a share, costs as ratios of dense."""
+    return [
+        [
+            1 - value / 100 if name == "accuracy" else value
+            for name, value in zip(objectives, objective_values(row, objectives), strict=True)
+        ]
+        for row in rows
+    ]
+
+
+def front_of(rows: Sequence[Row], objectives: Sequence[str]) -> list[Row]:
+    """The nondominated complete rows, most accurate first."""
+    complete = [row for row in rows if row["status"] == "complete"]
+    kept = nondominated(_points(complete, objectives)) if complete else []
+    on_front = [row for row, keep in zip(complete, kept, strict=True) if keep]
+    return sorted(on_front, key=lambda row: (-row["val_accuracy"], row["macs"], row["trial"]))
+
+
+def front_hypervolume(front: Sequence[Row], objectives: Sequence[str]) -> float:
+    """Hypervolume of a front in (accuracy as a share, costs as ratios), against accuracy 0 and the dense costs."""
+    return hypervolume(_points(front, objectives), [1.0] * len(objectives)) if front else 0.0
+
+
+def front_record(space: Space, dense: Mapping[str, Any], front: Sequence[Row]) -> dict[str, Any]:
+    """The study's name, objectives, budgets, reference point, hypervolume, dense net and front, for JSON."""
+    objectives = space.search.objectives
+    return {
+        "study": space.name,
+        "objectives": [{"name": name, "direction": OBJECTIVES[name]} for name in objectives],
+        "budgets": {budget.cost: budget.text for budget in space.parsed_budgets()},
+        "reference_point": [0.0 if name == "accuracy" else 1.0 for name in objectives],
+        "hypervolume": front_hypervolume(front, objectives),
+        "dense": dict(dense),
+        "trials": [{key: value for key, value in row.items() if key not in NOT_IN_RECORD} for row in front],
+    }
