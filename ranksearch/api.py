@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -81,13 +82,16 @@ def search(
     Study.check_name(runs, space)
     try:
         runs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=runs):
+            pass
     except OSError as error:
         raise UsageError(
             f"The folder of studies {runs} cannot be written ({error}): name another one by --runs."
         ) from error
     bench = prepare(space, fallback=runs / ".dense", log=observer.log)
     study = Study.create(runs, space, bench, _dense_accuracy(bench, test=False))
-    return _run(study, bench, runs, observer, address=address, inline=inline)
+    with study.locked():
+        return _run(study, bench, runs, observer, address=address, inline=inline)
 
 
 def resume(
@@ -101,14 +105,15 @@ def resume(
     """Continues a study from its folder: finished trials are kept, interrupted ones run again under the same parameters.
 
     Raises:
-        UsageError: no such study.
+        UsageError: no such study, or another process is running it.
     """
     observer, folder = observer or Silent(), find_study(name, Path(runs))
     study = Study.open(folder)
-    again = study.requeue_interrupted()
-    observer.log(f"{study.finished} of {study.planned} trials are done, {again} were interrupted and run again")
-    bench = prepare(study.space, fallback=folder, log=observer.log, saved_dense=folder / DENSE_WEIGHTS)
-    return _run(study, bench, folder.parent, observer, address=address, inline=inline)
+    with study.locked():
+        again = study.requeue_interrupted()
+        observer.log(f"{study.finished} of {study.planned} trials are done, {again} were interrupted and run again")
+        bench = prepare(study.space, fallback=folder, log=observer.log, saved_dense=folder / DENSE_WEIGHTS)
+        return _run(study, bench, folder.parent, observer, address=address, inline=inline)
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -153,8 +158,6 @@ def _run(study: Study, bench: Workbench, runs: Path, observer: Observer, *, addr
     def open_mirror() -> None:
         nonlocal mirror
         mirror = Mirror(study, runs)
-        for row in study.trials:
-            mirror.log_trial(row)
 
     def close_mirror(complete: bool) -> None:
         if mirror is not None:
@@ -174,11 +177,13 @@ def _run(study: Study, bench: Workbench, runs: Path, observer: Observer, *, addr
             from ranksearch.search.ray_tune import run_on_ray  # Ray is imported where it is used alone
 
             run_on_ray(study, bench, on_row, address=address)
+        observer.stop()
+        if study.exhausted:
+            observer.log(f"the space has nothing new to propose after {study.finished} of {study.planned} trials")
+        study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)
     except BaseException:
         observer.stop()
         mirrored(lambda: close_mirror(complete=False))
         raise
-    observer.stop()
-    study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)
     mirrored(lambda: close_mirror(complete=True))
     return study

@@ -64,7 +64,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-def _conclude(run: Any, name: str | None, runs: Path, as_json: bool) -> None:
+def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
     """Runs a search or its continuation, then prints the front and where to look at it."""
     from ranksearch.console import Terminal, front_table
 
@@ -73,8 +73,9 @@ def _conclude(run: Any, name: str | None, runs: Path, as_json: bool) -> None:
         study = run(terminal)
     except KeyboardInterrupt:
         terminal.stop()
-        where = f" `ranksearch resume {name}{_runs_option(runs)}` goes on" if name else ""
-        print(f"ranksearch: interrupted; what is finished is kept.{where}", file=sys.stderr)
+        started = (runs / name / "study.json").is_file() or (Path(name) / "study.json").is_file()
+        kept = f" What is finished is kept: `ranksearch resume {name}{_runs_option(runs)}` goes on." if started else ""
+        print(f"ranksearch: interrupted.{kept}", file=sys.stderr)
         raise typer.Exit(130) from None
     front = study.front_record()
     if as_json:
@@ -113,10 +114,11 @@ def search(
 
     Example: ranksearch search search_spaces/cifar10_resnet20.yaml --budget flops=50% --trials 6
     """
-    from ranksearch import api
     from ranksearch.search.space_file import read_space
 
     resolved = read_space(space, budgets=budget or (), settings=setting or (), trials=trials, name=name)
+    from ranksearch import api  # seconds of imports: a mistake in the space is told before them
+
     _conclude(
         lambda terminal: api.search(resolved, runs=runs, address=address, inline=inline, observer=terminal),
         resolved.name,
@@ -208,6 +210,7 @@ def ui(
     """
     from ranksearch.tracking.store import DATABASE, artifact_root, quiet_mlflow, store_uri
 
+    runs = runs.resolve()
     folder = runs if (runs / DATABASE).is_file() else runs.parent  # a study's own folder is fine too
     uri = store_uri(folder, None)
     if uri.startswith("sqlite:") and not (folder / DATABASE).is_file() and "MLFLOW_TRACKING_URI" not in os.environ:

@@ -97,7 +97,7 @@ class Terminal:
         pace = (time.monotonic() - self._started) / max(1, done - self._done_before)
         best = max((r["val_accuracy"] for r in study.trials if r["status"] == "complete"), default=None)
         left = pace * (study.planned - done)
-        return f"best {number(best, '.2f')} % · hypervolume {study.hypervolume:.4f} · about {left:.0f} s left"
+        return f"{study.running} running · best {number(best, '.2f')} % · hypervolume {study.hypervolume:.4f} · about {left:.0f} s left"
 
     def row(self, study: Study, row: Row) -> None:
         if row["status"] == "complete":

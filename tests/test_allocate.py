@@ -244,6 +244,12 @@ def test_rules_decide_by_name():
     assert rules.for_layer("layer3.0.conv1") == LayerRule("layer3.0.conv1", ("im2col",), 5)
 
 
+def test_a_later_rule_overrides_what_it_names_alone():
+    rules = LayerRules(CONVS, rules=(LayerRule("layer3.*", min_rank=6), LayerRule("layer3.0.*", ("im2col",))))
+    assert rules.for_layer("layer3.0.conv1") == LayerRule("layer3.0.conv1", ("im2col",), 6)
+    assert rules.for_layer("layer3.1.conv1") == LayerRule("layer3.1.conv1", CONVS, 6)
+
+
 def test_min_rank_and_excluded_layers_hold_in_the_curves():
     torch.manual_seed(0)
     model = CifarResNet(1, channels=1, classes=10)
@@ -261,6 +267,7 @@ def test_min_rank_and_excluded_layers_hold_in_the_curves():
         (LayerRules(CONVS, include=("x",)), r"layers\.include"),
         (LayerRules(CONVS, rules=(LayerRule("layer9.*"),)), r"layers\.rules\.0\.match"),
         (LayerRules(CONVS, rules=(LayerRule("linear", ("im2col",)),)), "takes no layer of 'linear'"),
+        (LayerRules(CONVS, rules=(LayerRule("layer1.*", None, 40),)), r"min_rank: 40 leaves nothing.*than dense is 23"),
     ],
 )
 def test_a_rule_that_matches_nothing_is_an_error(rules, says):

@@ -132,27 +132,59 @@ def test_ui_serves_the_study_on_loopback(studied):
         os.killpg(server.pid, signal.SIGKILL)
 
 
-def test_a_killed_search_is_resumed_without_loss(tmp_path, digits_yaml):
-    command = [*COMMAND, "search", str(digits_yaml), "--trials", "6", "--name", "killed", "--set", "recipe.steps=60"]
+def start_search(folder, space, name, *options):
+    """A search of six trials in a process group of its own, up to its second result."""
+    command = [*COMMAND, "search", str(space), "--trials", "6", "--name", name, "--set", "recipe.steps=100", *options]
     search = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     for line in search.stderr:
         if "[2/6]" in line:
             break
-    os.killpg(search.pid, signal.SIGKILL)  # the driver, Ray's head and the workers at once
-    search.wait()
-    search.stderr.close()
-    before = json.loads(call("front", "killed", "--json", cwd=tmp_path).stdout)
-    done = call("resume", "killed", "--inline", "--json", cwd=tmp_path)
-    front = json.loads(done.stdout)
-    assert "6 of 6" in done.stderr or "[6/6]" in done.stderr
+    return search
+
+
+def assert_complete(folder, name, count=6):
+    """Every planned trial once, none left running, none doubled."""
     from ranksearch.search.study import Study
 
-    study = Study.open(tmp_path / "runs" / "killed")
-    assert study.finished == 6
-    assert not [t for t in study._study.get_trials() if t.state.name in ("RUNNING", "WAITING") and t.number < 6]
+    study = Study.open(folder / "runs" / name)
+    assert study.finished == count == len({str(row["plan"]) + str(row["seed"]) for row in study.trials})
+    assert "RUNNING" not in {t.state.name for t in study._study.get_trials()}
+    assert all(row["status"] == "complete" for row in study.trials)
+    return study
+
+
+def test_a_killed_search_is_resumed_on_ray_without_loss(tmp_path, digits_yaml):
+    search = start_search(tmp_path, digits_yaml, "killed")
+    os.killpg(search.pid, signal.SIGKILL)  # the driver, Ray's head and the workers at once
+    search.communicate()
+    before = json.loads(call("front", "killed", "--json", cwd=tmp_path).stdout)
+    front = json.loads(call("resume", "killed", "--json", cwd=tmp_path).stdout)
+    study = assert_complete(tmp_path, "killed")
     assert front["hypervolume"] >= before["hypervolume"]
+    retried = [t.user_attrs["retry_of"] for t in study._study.get_trials() if "retry_of" in t.user_attrs]
+    assert len(retried) == len(set(retried))
+
+
+def test_a_killed_worker_costs_no_trial(tmp_path, digits_yaml):
+    search = start_search(tmp_path, digits_yaml, "worker")
+    workers = subprocess.run(["pgrep", "-f", "^ray::.*Func"], capture_output=True, text=True, check=True)
+    os.kill(int(workers.stdout.split()[0]), signal.SIGKILL)
+    _, errors = search.communicate(timeout=200)
+    assert search.returncode == 0, errors
+    assert_complete(tmp_path, "worker")
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path, digits_yaml):
+    search = start_search(tmp_path, digits_yaml, "stopped")
+    os.kill(search.pid, signal.SIGINT)
+    _, errors = search.communicate(timeout=120)
+    assert search.returncode == 130, errors
+    assert "`ranksearch resume stopped` goes on" in errors
+    assert "Traceback" not in errors
+    call("resume", "stopped", "--inline", cwd=tmp_path)
+    assert_complete(tmp_path, "stopped")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +222,7 @@ def test_too_many_resources_are_an_error_not_a_hang(tmp_path, digits_yaml):
 
 def test_a_home_that_cannot_be_written(tmp_path, digits_yaml):
     environment = {"HOME": "/proc/nowhere", "RANKSEARCH_DATA": ""}
-    call("search", digits_yaml, "--trials", 1, *QUICK, "--inline", cwd=tmp_path, **environment)
+    call("search", digits_yaml, "--trials", 1, *QUICK, cwd=tmp_path, **environment)
     assert list((tmp_path / "runs" / ".dense").glob("digits-resnet8-*.safetensors"))
 
 

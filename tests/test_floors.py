@@ -11,7 +11,7 @@ from ranksearch import lowering
 
 PACKAGE = Path(lowering.__file__).parent.parent
 ROWS = [
-    ("errors", "_callable"),
+    ("errors", "files", "_callable"),
     ("linalg", "pareto"),
     ("lowering",),
     ("compress",),
@@ -36,7 +36,7 @@ def imported_places(path: Path) -> set[str]:
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             names = [node.module] if node.module != "ranksearch" else [f"ranksearch.{a.name}" for a in node.names]
         found |= {name.split(".")[1] for name in names if name.startswith("ranksearch.")}

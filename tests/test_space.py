@@ -54,6 +54,10 @@ def test_there_are_spaces():
         ({"budgets": {"flops": "0.5"}}, "written in percent"),
         ({"layers": {"lowerings": ["im2cool"]}}, r"layers\.lowerings: .*Did you mean 'im2col'"),
         ({"layers": {"rules": [{"match": "a", "lowering": ["im2col"]}]}}, r"layers\.rules\.0\.lowering.*'lowerings'"),
+        ({"recipe": {"steps": 10, "lr": "abc"}}, r"recipe\.lr: expected a number, .*got 'abc'"),
+        ({"recipe": {"steps": 10, "lr": True}}, r"recipe\.lr: expected a number"),
+        ({"resources": {"gpus_per_trial": 1.5}}, r"resources\.gpus_per_trial: 1\.5 is neither a fraction"),
+        ({"search": {"weight_range": float("inf")}}, r"search\.weight_range"),
         ({"name": "a/b"}, "name: 'a/b' may hold letters"),
         ({"resources": {"cpus_per_trial": 0}}, r"resources\.cpus_per_trial"),
     ],
@@ -123,6 +127,15 @@ def test_a_file_that_is_no_space(tmp_path, content, says):
     path.write_text(content)
     with pytest.raises(UsageError, match=says):
         read_space(path)
+
+
+def test_an_empty_group_of_keys_takes_a_setting(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump(SMALL) + "search:\n")
+    assert read_space(path, trials=3).search.trials == 3
+    path.write_text(yaml.safe_dump(SMALL) + "budgets: [flops=50%]\n")
+    with pytest.raises(UsageError, match="expected cost: limit pairs"):
+        read_space(path, budgets=["flops=40%"])
 
 
 def test_a_missing_file_names_the_nearest(tmp_path):

@@ -178,13 +178,64 @@ def test_a_study_is_continued_from_its_folder(make, bench, tmp_path):
     assert again.requeue_interrupted() == 0
     rest = drain(again, bench)
     assert len(rest) == 6
-    assert [c.plan.digest() for c in rest[:2]] != []
-    waiting = {c.plan.digest() for c in rest}
-    assert {c.plan.digest() for c in lost} <= waiting
+    # first of all what was cut off: the same plan, recipe and seed
+    assert [(c.plan, c.recipe, c.seed) for c in rest[:2]] == [(c.plan, c.recipe, c.seed) for c in lost]
     assert again.finished == 10 == len(again.trials)
     assert done.items() <= {row["trial"]: row["val_accuracy"] for row in again.trials}.items()
     keys = [(r["plan"]["layers"].__repr__(), r["params_searched"].__repr__()) for r in again.trials]
     assert len(set(keys)) == 10
+
+
+def test_a_result_that_was_written_but_not_told_is_not_lost(make, bench, tmp_path, monkeypatch):
+    study = make(trials=3)
+    candidate = study.ask(bench)
+    monkeypatch.setattr(study, "_finish", lambda number: None)  # the driver dies here
+    monkeypatch.setattr(study, "write_front", lambda: None)
+    with pytest.raises(StopIteration):
+        study.tell(candidate.number, simulated(candidate, bench, accuracy=77.0))
+    again = Study.open(tmp_path / "digits_resnet8")
+    assert again.requeue_interrupted() == 0
+    assert [row["val_accuracy"] for row in again.trials] == [77.0]
+
+
+def test_a_space_with_nothing_new_ends_the_study_early_and_keeps_it(make, bench, monkeypatch):
+    monkeypatch.setattr("ranksearch.search.study.MAX_REJECTED", 20)
+    fixed = ["recipe.lr=0.1", "recipe.factor_share=0.5", "recipe.projection={period: 5}"]
+    corrections = ["search.weight_range=1", "search.search_lowerings=false", "search.objectives=[accuracy]"]
+    study = make(trials=16, settings=[*fixed, *corrections])
+    drain(study, bench)
+    assert study.exhausted
+    assert 1 <= study.finished < 16
+    assert len({row["plan"]["layers"].__repr__() for row in study.trials}) == study.finished
+    assert study.front
+
+
+def test_a_study_is_run_by_one_process_at_a_time(make):
+    study = make(trials=2)
+    with (
+        study.locked(),
+        pytest.raises(UsageError, match="being run by another process"),
+        Study.open(study.folder).locked(),
+    ):
+        pass
+    with Study.open(study.folder).locked():
+        pass
+
+
+def test_half_a_study_is_removed_and_a_strange_folder_left_alone(make, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ranksearch.search.study.write_atomically", full)
+        with pytest.raises(OSError, match="no space"):
+            make(trials=2)
+    assert not (tmp_path / "digits_resnet8").exists()
+    (tmp_path / "digits_resnet8").mkdir()
+    (tmp_path / "digits_resnet8" / "mine.txt").write_text("")
+    with pytest.raises(UsageError, match="is no study"):
+        make(trials=2)
+    assert (tmp_path / "digits_resnet8" / "mine.txt").exists()
 
 
 def test_a_taken_name_proposes_a_free_one(make, tmp_path):

@@ -1,5 +1,6 @@
 """The trial, in-process, on the real digits."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 
 import ranksearch
 from ranksearch.allocate import LayerRules, allocate_plan, parse_budget, rank_curves
-from ranksearch.compress import dense_cost, trace
+from ranksearch.compress import dense_cost, project_, trace
+from ranksearch.search import trial
 from ranksearch.search.trial import Recipe, run_trial
 from ranksearch.tasks import digits
 from ranksearch.tasks.dense import dense_state
-from ranksearch.tasks.train import evaluate
+from ranksearch.tasks.train import Evaluation, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +61,24 @@ def test_a_trial_ends_accurate_within_its_cost_and_loses_nothing_by_decomposing(
     assert sum(p.numel() for p in loaded.parameters()) == result.params
 
 
-def test_projection_training_ends_on_the_low_rank_set(bench):
-    """Without a phase of the factors, decomposing changes the outputs by rounding alone, BN statistics apart."""
+def test_projection_training_ends_on_the_low_rank_set(bench, monkeypatch):
+    """What is decomposed has the plan's ranks already, so decomposing changes the outputs by rounding alone."""
+    task, _, _, plan = bench
+    x, checked = task.normalise(task.val.images[:64]), []
+
+    def checked_compress(model, given):
+        small = ranksearch.compress.surgery.compress(model, given)
+        with torch.no_grad():
+            expected, found = model.eval()(x), small.eval()(x)
+        checked.append(((found - expected).norm() / expected.norm()).item())
+        assert max(project_(copy.deepcopy(model), plan).values()) < 1e-6
+        return small
+
+    monkeypatch.setattr(trial, "compress", checked_compress)
     result, reports = run(bench, factor_share=0.0)
     assert [entry["phase"] for entry in reports] == ["projected", "decomposed"]
     assert result.status == "complete"
+    assert checked[0] < 1e-4
 
 
 def test_the_same_seed_gives_the_same_trial(bench):
@@ -90,7 +105,17 @@ def test_divergence_is_a_result(bench, tmp_path):
     assert "step" in result.reason
     assert result.macs
     assert not (tmp_path / "net").exists()
+    assert result.epochs < 60 * 64 / len(bench[0].train)  # what was seen, not what was planned
     assert all(v is None or v == v for v in dataclasses.asdict(result).values() if not isinstance(v, list))
+
+
+def test_a_net_whose_outputs_are_not_finite_is_divergence_too(bench, monkeypatch):
+    """Its argmax is class 0, an accuracy of 10 % that looks like a result."""
+    monkeypatch.setattr(trial, "evaluate", lambda *args: Evaluation(accuracy=10.0, loss=float("nan")))
+    result, _ = run(bench, steps=2)
+    assert result.status == "diverged"
+    assert "validation loss" in result.reason
+    assert result.val_accuracy is None
 
 
 def test_distillation_runs_through_the_trial(bench):

@@ -127,7 +127,7 @@ def rank_curves(model: nn.Module, net: Net, rules: LayerRules) -> Curves:
         for lowering in map(lowering_named, rule.lowerings or ()):
             if lowering.name != DENSE.lowering and lowering.supports(layer.spec):
                 try:
-                    more, table = _lowering_options(layer, module.weight.detach(), lowering, rule.min_rank)
+                    more, table = _lowering_options(layer, module.weight.detach(), lowering, rule.min_rank or 1)
                 except NonFiniteError as error:
                     raise NonFiniteError(f"Layer {layer.name!r}: {error}") from error
                 choices += more

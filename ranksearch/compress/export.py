@@ -13,18 +13,19 @@ from torch import nn
 from ranksearch.compress.plan import RankPlan
 from ranksearch.compress.surgery import restructure_
 from ranksearch.errors import UsageError
+from ranksearch.files import write_atomically
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 
 
 def save_net(model: nn.Module, plan: RankPlan, directory: Path) -> None:
-    """Writes the state dict and the plan that rebuilds the architecture; a reader never sees half a file."""
+    """Writes the state dict and the plan that rebuilds the architecture; neither file is ever half written."""
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     partial = directory / f"{WEIGHTS}.partial"
     safetensors.torch.save_file(state, partial)
     partial.replace(directory / WEIGHTS)
-    (directory / PLAN).write_text(plan.to_json())
+    write_atomically(directory / PLAN, plan.to_json())
 
 
 def load_net(directory: Path, build: Callable[[str], nn.Module]) -> nn.Module:

@@ -156,7 +156,8 @@ def suggest(trial: optuna.Trial, space: Space, curves: Curves) -> Suggestion:
 def first_points(space: Space, curves: Curves) -> list[tuple[dict[str, Any], str]]:
     """(parameters, allocator) of the trials that open the study: the classics, as far as half of the trials allows.
 
-    The solver's uncorrected optimum comes first, at the budget and, where a front is asked for, at lower levels too.
+    The solver's uncorrected optimum at the budget comes first, then the first baseline, then, where a front is asked for, the solver
+    half-way down, the other baselines, and the solver at the lowest level.
     """
     recipe = {name: _setting(space, path) for name, path in RECIPE_KEYS.items()}
     settled = {name: s.middle for name, s in recipe.items() if isinstance(s, Range | Choices)}
@@ -175,14 +176,17 @@ def first_points(space: Space, curves: Curves) -> list[tuple[dict[str, Any], str
         corrections = neutral if allocator == "solver" else {}
         points.append((settled | corrections | ({"level": level} if has_levels else {}), allocator))
 
-    if "solver" in space.search.first_points:
+    solver = "solver" in space.search.first_points
+    others = [name for name in space.search.first_points if name != "solver"]
+    if solver:
         add("solver", 1.0)
-        if has_levels:
-            add("solver", low + 0.5 * (1 - low))
-    for allocator in space.search.first_points:
-        if allocator != "solver":
-            add(allocator, 1.0)
-    if has_levels and "solver" in space.search.first_points:
+    for allocator in others[:1]:
+        add(allocator, 1.0)
+    if solver and has_levels:
+        add("solver", (1 + low) / 2)
+    for allocator in others[1:]:
+        add(allocator, 1.0)
+    if solver and has_levels:
         add("solver", low)
     return points[: max(1, space.search.trials // 2)]
 

@@ -31,12 +31,19 @@ def git_revision(folder: Path) -> str | None:
     return done.stdout.strip()
 
 
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None  # run from a checkout that is not installed
+
+
 def provenance(folder: Path) -> dict[str, object]:
     """The record that a study keeps of where it ran."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "device": device_name(),
         "git_revision": git_revision(folder),
     }

@@ -28,7 +28,7 @@ for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial without a GPU share sees none
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }.items():
     os.environ.setdefault(_name, _value)
@@ -40,6 +40,16 @@ from ray.tune.search import Searcher  # noqa: E402
 METRIC = "val_accuracy"
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's CPU quota where it has one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
 def connect(address: str | None) -> None:
     """Joins the cluster at `address`, or starts Ray on this machine; a Ray that is running in this process is used as it is.
 
@@ -49,8 +59,12 @@ def connect(address: str | None) -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    local = {"address": "local", "num_cpus": cores, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    local = {
+        "address": "local",
+        "num_cpus": usable_cores(),
+        "include_dashboard": False,
+        "_node_ip_address": "127.0.0.1",
+    }
     for tries_left in (1, 0):
         try:
             ray.init(**quiet, **(local if address is None else {"address": address}))
@@ -122,14 +136,14 @@ class AskTell(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers.pop(trial_id, None)
+        if number is None:
+            return
         payload = (result or {}).get("result")
-        if number is None or not (payload or error):
-            return  # cut off by Ctrl-C: it stays RUNNING in the journal, and `resume` proposes it again
-        found = (
-            TrialResult(**json.loads(payload))
-            if payload
-            else TrialResult("failed", 0, 0.0, reason="its worker died twice: out of memory, or killed")
-        )
+        if payload:
+            found = TrialResult(**json.loads(payload))
+        else:
+            reason = "its worker died twice: out of memory, or killed" if error else "it ended without a result"
+            found = TrialResult("failed", 0, 0.0, reason=reason)
         try:
             self._on_row(self._study.tell(number, found))
             check_not_hopeless(self._study)
@@ -154,6 +168,8 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, *, address: str | 
         UsageError: one trial asks for more than the cluster has.
         KeyboardInterrupt: Ctrl-C; what is finished is told.
     """
+    if study.finished >= study.planned:
+        return
     connect(address)
     resources, available = study.space.resources, ray.cluster_resources()
     cpus, gpus = resources.cpus_per_trial, resources.gpus_per_trial
@@ -179,9 +195,12 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, *, address: str | 
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     )
-    if study.planned > study.finished:
-        tuner.fit()
+    tuner.fit()
     if searcher.error is not None:
         raise searcher.error
-    if study.finished < study.planned:
-        raise KeyboardInterrupt  # Tune takes SIGINT for itself and returns
+    if study.running:
+        raise KeyboardInterrupt  # Tune takes SIGINT for itself and returns; what was cut off stays RUNNING in the journal
+    if study.finished < study.planned and not study.exhausted:
+        raise StudyError(
+            f"Ray Tune ended after {study.finished} of {study.planned} trials: `ranksearch resume` goes on."
+        )

@@ -1,7 +1,7 @@
 """The schema of a search space and its defaults, stated here and nowhere else. `space_file.py` reads one from a file.
 
 A value marked searchable is either fixed (`lr: 0.05`) or a distribution: `{low: 0.01, high: 0.1, log: true}` or
-`{choices: [10, 20, 50]}`; `default` is what the first points use (the middle where it is left out).
+`{choices: [10, 20, 50]}`; `default` is what the first points use (left out: the middle of a range, the first choice).
 """
 
 from __future__ import annotations
@@ -76,9 +76,11 @@ class Choices(Strict):
 
 
 def _pick_form(value: Any) -> Any:
-    """Reads a mapping as the form it plainly is, so that an error speaks of that form alone."""
+    """Reads a value as the form it plainly is, so that an error speaks of that form alone."""
     if isinstance(value, Mapping):
         return Choices.model_validate(value) if "choices" in value else Range.model_validate(value)
+    if isinstance(value, bool) or not isinstance(value, int | float | Range | Choices):
+        raise ValueError(f"expected a number, {{low, high}} or {{choices}}, got {value!r}")
     return value
 
 
@@ -128,7 +130,8 @@ class RecipeSpace(Strict):
     weight_decay: float = Field(default=5e-4, ge=0)
     factor_share: searchable(0, 1) = 0.5  # type: ignore[valid-type]
     """Share of the steps that trains the factors after decomposition; 0 is the pure form of Lee et al. 2019."""
-    bn_batches: int = Field(default=10, ge=1)
+    bn_batches: int = Field(default=20, ge=1)
+    """Batches, augmented as in training, that BN statistics are re-estimated from."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     projection: ProjectionSpace = ProjectionSpace()
     distillation: DistillationSpace = DistillationSpace()
@@ -137,7 +140,7 @@ class RecipeSpace(Strict):
 class LayerRuleSpace(Strict):
     match: str
     lowerings: list[str] | None = None
-    min_rank: int = Field(default=1, ge=1)
+    min_rank: int | None = Field(default=None, ge=1)
 
 
 class LayersSpace(Strict):
@@ -185,7 +188,7 @@ class SearchSpace(Strict):
     """The front is searched from this share of the budgets up to the budgets themselves."""
     groups: Literal["stage", "layer", "all"] = "stage"
     """Layers that share a correction: those with the same first name (`layer1`), each layer alone, or all of them."""
-    weight_range: float = Field(default=2.0, ge=1)
+    weight_range: float = Field(default=2.0, ge=1, le=1000)
     """A group's predicted damage is corrected by a factor between 1 / this and this."""
     search_lowerings: bool = True
     """Whether a group may be confined to a single lowering."""
@@ -214,6 +217,13 @@ class ResourcesSpace(Strict):
     cpus_per_trial: int = Field(default=1, ge=1)
     gpus_per_trial: float | None = Field(default=None, ge=0)
     """A fraction lets trials share a GPU; left out, a trial takes one GPU where the cluster has any."""
+
+    @field_validator("gpus_per_trial")
+    @classmethod
+    def _shareable(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"{gpus:g} is neither a fraction of one GPU nor a whole number of them")
+        return gpus
 
 
 class TrackingSpace(Strict):

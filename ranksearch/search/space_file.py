@@ -66,7 +66,9 @@ def _set(data: dict[str, Any], assignment: str) -> None:
         raise UsageError(f"--set {assignment}: expected key=value, such as recipe.steps=200.")
     *parents, last = key.split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        if data.get(parent) is None:  # missing, or left empty in the file
+            data[parent] = {}
+        data = data[parent]
         if not isinstance(data, dict):
             raise UsageError(f"--set {assignment}: {parent!r} is a value, not a group of keys.")
     try:
@@ -107,6 +109,10 @@ def read_space(
         if not sign:
             raise UsageError(f"--budget {assignment}: expected cost=limit, such as flops=50% or size=1MiB.")
         same = {"flops", "macs"} if cost in ("flops", "macs") else {cost}
+        if not isinstance(data.get("budgets") or {}, dict):
+            raise UsageError(
+                f"{path}: budgets: expected cost: limit pairs such as flops: 50%, got {data['budgets']!r}."
+            )
         kept = {key: value for key, value in (data.get("budgets") or {}).items() if key not in same}
         data["budgets"] = {**kept, cost: text}
     if trials is not None:

@@ -11,13 +11,15 @@ opened again from its folder. Ray and MLflow are not known here.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import filelock
 import optuna
 import safetensors.torch
 import yaml
@@ -28,6 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ranksearch.allocate import parse_budget
 from ranksearch.compress import Cost, RankPlan, dense_cost
 from ranksearch.errors import StudyError, UsageError, nearest
+from ranksearch.files import write_atomically
 from ranksearch.search.front import Row, front_hypervolume, front_of, front_record, objective_values, row_of
 from ranksearch.search.parametrize import first_points, suggest
 from ranksearch.search.provenance import provenance
@@ -57,13 +60,6 @@ class Candidate:
     save_to: Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def find_study(name: str, runs: Path) -> Path:
     """The folder of a study given by name (in `runs`) or by path.
 
@@ -72,7 +68,7 @@ def find_study(name: str, runs: Path) -> Path:
     """
     for folder in (Path(name), runs / name):
         if (folder / INFO).is_file():
-            return folder
+            return folder.resolve()
     known = sorted(p.parent.name for p in runs.glob(f"*/{INFO}"))
     raise UsageError(f"There is no study {name!r}, neither as a folder nor in {runs}. {nearest(name, known)}")
 
@@ -84,6 +80,8 @@ class Study:
         self.folder, self.space, self.info = folder, space, info
         self._study = study
         self._running: dict[int, optuna.Trial] = {}
+        self.exhausted = False
+        """Whether the space had nothing new to propose before the planned number was reached."""
         self.dense = Cost(info["dense"]["macs"], info["dense"]["params"], info["dense"]["size_bytes"])
 
     # Making and opening ------------------------------------------------------------------------------------------
@@ -92,6 +90,10 @@ class Study:
     def check_name(runs: Path, space: Space) -> Path:
         """The new study's folder; raises UsageError where that name is taken, and proposes a free one."""
         folder = runs / space.name
+        if folder.exists() and not (folder / INFO).is_file():
+            raise UsageError(
+                f"{folder} is there, but is no study ({INFO} is missing): remove it, or take another --name."
+            )
         if folder.exists():
             free = next(f"{space.name}-{i}" for i in range(2, 10_000) if not (runs / f"{space.name}-{i}").exists())
             raise UsageError(
@@ -105,6 +107,16 @@ class Study:
         """A new study in `runs`/NAME with its first points enqueued."""
         folder = cls.check_name(runs, space)
         folder.mkdir(parents=True)
+        try:
+            return cls._fill(folder, space, bench, dense_val_accuracy)
+        except BaseException:
+            shutil.rmtree(folder)  # half a study would be in the way of the next try
+            raise
+
+    @classmethod
+    def _fill(cls, folder: Path, space: Space, bench: Workbench, dense_val_accuracy: float) -> Study:
+        if space.data is not None:  # the study is opened from other working directories too
+            space = space.model_copy(update={"data": str(Path(space.data).expanduser().resolve())})
         (folder / SPACE).write_text(yaml.safe_dump(space.model_dump(), sort_keys=False))
         safetensors.torch.save_file({k: v.contiguous() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
         cost = dense_cost(bench.net)
@@ -138,6 +150,21 @@ class Study:
         study.sampler = make_sampler(space, len(study.get_trials(deepcopy=False)))
         return cls(folder, space, info, study)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the study for this process: two drivers would settle each other's trials.
+
+        Raises:
+            UsageError: another process is running the study.
+        """
+        try:
+            with filelock.FileLock(self.folder / ".lock", timeout=0):
+                yield
+        except filelock.Timeout:
+            raise UsageError(
+                f"{self.folder} is being run by another process; `ranksearch front` may be called meanwhile."
+            ) from None
+
     # Ask and tell ------------------------------------------------------------------------------------------------
 
     @property
@@ -153,6 +180,11 @@ class Study:
     def finished(self) -> int:
         return len(self._outcomes())
 
+    @property
+    def running(self) -> int:
+        """Trials that this process has asked for and not told yet."""
+        return len(self._running)
+
     def trial_folder(self, number: int) -> Path:
         """Where a trial's net is: `plan.json` and `model.safetensors`."""
         return self.folder / "trials" / f"{number:03d}"
@@ -163,12 +195,14 @@ class Study:
         A trial whose result was written but not yet told is told; any other one is proposed again under the same parameters and seed.
         """
         again = 0
+        retried = {t.user_attrs.get("retry_of") for t in self._study.get_trials(deepcopy=False)}
         for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if "result" in frozen.user_attrs:
                 self._finish(frozen.number)
                 continue
             kept = {name: frozen.user_attrs[name] for name in ("allocator", "seed") if name in frozen.user_attrs}
-            self._study.enqueue_trial(frozen.params, user_attrs={**kept, "retry_of": frozen.number})
+            if frozen.number not in retried:
+                self._study.enqueue_trial(frozen.params, user_attrs={**kept, "retry_of": frozen.number})
             self._study._storage.set_trial_user_attr(frozen._trial_id, "outcome", "interrupted")
             self._study.tell(frozen.number, state=TrialState.FAIL)
             again += 1
@@ -176,12 +210,14 @@ class Study:
         return again
 
     def ask(self, bench: Workbench) -> Candidate | None:
-        """The next trial, its plan within every budget; None once the planned number is under way or done.
+        """The next trial, its plan within every budget.
+
+        None once the planned number is under way or done, or `exhausted`: proposal after proposal was in the study already.
 
         Raises:
-            StudyError: proposal after proposal was infeasible or a duplicate.
+            StudyError: not a single proposal was feasible.
         """
-        if self.finished + len(self._running) >= self.planned:
+        if self.exhausted or self.finished + len(self._running) >= self.planned:
             return None
         for _ in range(MAX_REJECTED):
             trial = self._study.ask()
@@ -202,9 +238,10 @@ class Study:
                 trial.set_user_attr(name, value)
             self._running[trial.number] = trial
             return Candidate(trial.number, found.plan, found.recipe, seed, self.trial_folder(trial.number))
-        raise StudyError(
-            f"{MAX_REJECTED} proposals in a row were infeasible or duplicates: widen the space or the budgets."
-        )
+        if not self._keys():
+            raise StudyError(f"None of {MAX_REJECTED} proposals was feasible: widen the space or the budgets.")
+        self.exhausted = True
+        return None
 
     def _keys(self) -> set[str]:
         """Plan and recipe of every trial so far, by which a duplicate is recognised."""
@@ -296,4 +333,4 @@ class Study:
         return front_record(self.space, dense, self.front)
 
     def write_front(self) -> None:
-        write_atomically(self.folder / FRONT, json.dumps(self.front_record(), indent=2))
+        write_atomically(self.folder / FRONT, json.dumps(self.front_record(), indent=2, allow_nan=False))

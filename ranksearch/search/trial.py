@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ranksearch.compress import Net, RankPlan, plan_cost, project_, reestimate_bn_, save_net
+from ranksearch.compress import Net, RankPlan, dense_cost, plan_cost, project_, reestimate_bn_, save_net
 from ranksearch.compress.surgery import compress
 from ranksearch.errors import NonFiniteError
 from ranksearch.tasks.dense import State
@@ -71,6 +73,82 @@ class TrialResult:
         return asdict(self)
 
 
+class Session:
+    """One trial's data, randomness, settings and report: what the statements of the method are made of."""
+
+    def __init__(self, task: Task, dense: State, recipe: Recipe, *, macs: int, seed: int, report: Report) -> None:
+        device = pick_device()
+        torch.manual_seed(seed)
+        self.task, self.recipe, self.history = task.to(device), recipe, []
+        self._device, self._dense, self._report = device, dense, report
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._settings = Optimisation(
+            recipe.lr, recipe.momentum, recipe.weight_decay, recipe.batch_size, recipe.steps,
+            use_bf16(recipe.precision, device, macs),
+        )  # fmt: skip
+        self._distillation = None
+        if recipe.distillation_weight > 0:
+            teacher = self.dense_net().eval().requires_grad_(False)
+            self._distillation = Distillation(teacher, recipe.distillation_weight, recipe.distillation_temperature)
+        self.images, self.seconds = 0, 0.0
+
+    def dense_net(self) -> nn.Module:
+        """The dense net with its trained weights, on the device."""
+        model = self.task.build_model(self.task.model)
+        model.load_state_dict(self._dense)
+        return model.to(self._device)
+
+    def train_(self, model: nn.Module, steps: range, after_step: Callable[[int], None] | None = None) -> float | None:
+        """Trains `model` for `steps` of the schedule; returns the loss towards the end (None without steps)."""
+        stats = train_(
+            model, self.task, self._settings, steps,
+            generator=self._generator, distillation=self._distillation, after_step=after_step,
+        )  # fmt: skip
+        self.images, self.seconds = self.images + stats.images, self.seconds + stats.seconds
+        return stats.loss
+
+    def reestimate_bn_(self, model: nn.Module) -> None:
+        recipe = self.recipe
+        reestimate_bn_(model, calibration_batches(self.task, recipe.bn_batches, recipe.batch_size, self._generator))
+
+    def score(self, phase: str, model: nn.Module, step: int, **metrics: float | None) -> None:
+        """Evaluates `model` on the validation set, adds it to the history and reports it."""
+        found = evaluate(model, self.task.val, self.task)
+        if not isfinite(found.loss):
+            raise Diverged(f"the validation loss of the {phase} net is {found.loss}")
+        known = {name: value for name, value in metrics.items() if value is not None}
+        entry = {"phase": phase, "step": step, "val_accuracy": found.accuracy, "val_loss": found.loss, **known}
+        self.history.append(entry)
+        self._report(entry)
+
+
+def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
+    """The method: from the dense net to the trained low-rank net of `plan`.
+
+    Reference: Lee, Kwon, Kim & Wei 2019, arXiv 1905.10145 (projection training); fine-tuning the factors after it is ours.
+    """
+    recipe, model = session.recipe, session.dense_net()
+    dense_steps = recipe.steps - round(recipe.factor_share * recipe.steps)
+
+    def project_every_period(done: int) -> None:
+        if done % recipe.period == 0 and done < dense_steps:
+            project_(model, plan)
+
+    loss = session.train_(model, range(dense_steps), project_every_period)
+    removed = project_(model, plan)  # the training ends on a projection, so that decomposing changes nothing
+    session.score(
+        "projected", model, dense_steps, train_loss=loss, removed_energy_max=max(removed.values(), default=0.0)
+    )
+    small = compress(model, plan)
+    session.reestimate_bn_(small)
+    session.score("decomposed", small, dense_steps)
+    if dense_steps < recipe.steps:
+        loss = session.train_(small, range(dense_steps, recipe.steps))
+        session.reestimate_bn_(small)
+        session.score("factors", small, recipe.steps, train_loss=loss)
+    return small
+
+
 def run_trial(
     task: Task,
     dense: State,
@@ -82,87 +160,26 @@ def run_trial(
     report: Report,
     save_to: Path | None,
 ) -> TrialResult:
-    """Low-rank-aware training under `plan`, decomposition, fine-tuning of the factors, and the validation score.
+    """Runs the method under `plan` and returns its validation score and costs; the compressed net is written to `save_to`.
 
-    `report` is called with the metrics of each phase; the compressed net is written to `save_to`. A loss that is not finite
-    ends the trial with status "diverged" and the metrics so far: divergence is a result, not an error.
-
-    Reference: Lee, Kwon, Kim & Wei 2019, arXiv 1905.10145 (projection training); the fine-tuning of the factors is ours.
+    `report` is called with the metrics of each phase. Divergence is a result: a loss or weights that are not finite end the
+    trial with status "diverged" and the metrics so far.
     """
-    started, history = time.perf_counter(), []
-    device, cost = pick_device(), plan_cost(net, plan)
-    task, generator = task.to(device), torch.Generator(device).manual_seed(seed)
-    torch.manual_seed(seed)
-    projected_steps = recipe.steps - round(recipe.factor_share * recipe.steps)
-    settings = Optimisation(
-        recipe.lr, recipe.momentum, recipe.weight_decay, recipe.batch_size, recipe.steps,
-        use_bf16(recipe.precision, device, cost.macs),
-    )  # fmt: skip
-
-    def build_dense() -> torch.nn.Module:
-        model = task.build_model(task.model)
-        model.load_state_dict(dense)
-        return model.to(device)
-
-    def score(phase: str, step: int, **metrics: float) -> None:
-        evaluation = evaluate(model, task.val, task)
-        entry = {
-            "phase": phase,
-            "step": step,
-            "val_accuracy": evaluation.accuracy,
-            "val_loss": evaluation.loss,
-            **metrics,
-        }
-        history.append(entry)
-        report(entry)
-
-    def reestimate() -> None:
-        reestimate_bn_(model, calibration_batches(task, recipe.bn_batches, recipe.batch_size, generator))
-
-    def project_every_period(done: int) -> None:
-        if done % recipe.period == 0 and done < projected_steps:
-            project_(model, plan)
-
-    teacher = build_dense().eval().requires_grad_(False) if recipe.distillation_weight > 0 else None
-    distillation = (
-        Distillation(teacher, recipe.distillation_weight, recipe.distillation_temperature) if teacher else None
-    )
-    result = {"seed": seed, "epochs": recipe.steps * recipe.batch_size / len(task.train), "history": history}
-    costs = {"macs": cost.macs, "params": cost.params, "size_bytes": cost.size_bytes, "latency_ms": cost.latency_ms}
-    model = build_dense()
+    started, cost = time.perf_counter(), plan_cost(net, plan)
+    session = Session(task, dense, recipe, macs=dense_cost(net).macs, seed=seed, report=report)
+    status, reason = "complete", None
     try:
-        # the method ------------------------------------------------------------------------------------------------
-        projection = train_(
-            model, task, settings, range(projected_steps),
-            generator=generator, distillation=distillation, after_step=project_every_period,
-        )  # fmt: skip
-        removed = project_(model, plan)
-        score(
-            "projected",
-            projected_steps,
-            train_loss=projection.loss,
-            removed_energy_max=max(removed.values(), default=0.0),
-        )
-        model = compress(model, plan)
-        reestimate()
-        score("decomposed", projected_steps)
-        tuning = train_(
-            model, task, settings, range(projected_steps, recipe.steps), generator=generator, distillation=distillation
-        )
-        if projected_steps < recipe.steps:
-            reestimate()
-            score("factors", recipe.steps, train_loss=tuning.loss)
+        small = learn_low_rank(session, plan)
     except (Diverged, NonFiniteError) as error:
-        last = history[-1] if history else {}
-        return TrialResult(
-            "diverged", val_accuracy=last.get("val_accuracy"), val_loss=last.get("val_loss"), reason=str(error),
-            seconds=time.perf_counter() - started, **costs, **result,
-        )  # fmt: skip
-    if save_to is not None:
-        save_net(model, plan, save_to)
-    training_seconds = projection.seconds + tuning.seconds
+        status, reason = "diverged", str(error)
+    else:
+        if save_to is not None:
+            save_net(small, plan, save_to)
+    last = session.history[-1] if session.history else {}
     return TrialResult(
-        "complete", val_accuracy=history[-1]["val_accuracy"], val_loss=history[-1]["val_loss"],
-        images_per_second=(projection.images + tuning.images) / training_seconds if training_seconds else None,
-        seconds=time.perf_counter() - started, **costs, **result,
+        status, seed, session.images / len(task.train), reason=reason, history=session.history,
+        val_accuracy=last.get("val_accuracy"), val_loss=last.get("val_loss"),
+        macs=cost.macs, params=cost.params, size_bytes=cost.size_bytes, latency_ms=cost.latency_ms,
+        images_per_second=session.images / session.seconds if session.seconds else None,
+        seconds=time.perf_counter() - started,
     )  # fmt: skip

@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from ranksearch.errors import UsageError
+
 
 def data_folder(override: str | None = None) -> Path:
     """The data folder: what the space or `--set data=` says, else `$RANKSEARCH_DATA`, else `~/.cache/ranksearch`."""
@@ -13,7 +15,11 @@ def data_folder(override: str | None = None) -> Path:
 
 
 def writable_cache(folder: Path, fallback: Path) -> Path:
-    """`folder`/dense where it can be written, else `fallback`: a read-only home must not stop a study."""
+    """`folder`/dense where it can be written, else `fallback`: a read-only home must not stop a study.
+
+    Raises:
+        UsageError: neither can be written.
+    """
     for candidate in (folder / "dense", fallback):
         try:
             candidate.mkdir(parents=True, exist_ok=True)
@@ -21,4 +27,6 @@ def writable_cache(folder: Path, fallback: Path) -> Path:
                 return candidate
         except OSError:
             continue
-    raise OSError(f"neither {folder / 'dense'} nor {fallback} can be written")
+    raise UsageError(
+        f"Neither {folder / 'dense'} nor {fallback} can be written; name another place by RANKSEARCH_DATA or --runs."
+    )

@@ -16,9 +16,9 @@ from typing import Any
 
 import sqlalchemy.exc
 
+from ranksearch.files import write_atomically
 from ranksearch.search.front import Row
-from ranksearch.search.parametrize import group_of
-from ranksearch.search.study import Study, write_atomically
+from ranksearch.search.study import Study
 from ranksearch.tracking.figures import front_html, front_png
 from ranksearch.tracking.store import artifact_root, quiet_mlflow, store_uri
 
@@ -52,12 +52,13 @@ def _metrics(row: Row) -> dict[str, float]:
     return {name: float(row[name]) for name in names if row[name] is not None}
 
 
-def _params(row: Row, grouping: str) -> dict[str, str]:
-    """Recipe and allocator, and lowering and rank per layer: `layer2.0.conv1` = `spatial:12`."""
+def _params(row: Row) -> dict[str, str]:
+    """Trial, allocator, seed, recipe, and lowering and rank per layer: `plan/layer2.0.conv1` = `spatial:12`."""
     layers = (row["plan"] or {}).get("layers", {})
     plan = {f"plan/{name}": f"{layer['lowering']}:{layer.get('rank', 'full')}" for name, layer in layers.items()}
     recipe = {name: str(value) for name, value in (row["recipe"] or {}).items()}
-    return {"allocator": str(row["allocator"]), "seed": str(row["seed"]), **recipe, **plan}
+    known = {name: str(row[name]) for name in ("trial", "allocator", "seed")}
+    return {**known, **recipe, **plan}
 
 
 def run_name(row: Row) -> str:
@@ -75,8 +76,12 @@ class Mirror:
         self.uri = store_uri(runs, study.space.tracking.uri)
         self.client = MlflowClient(tracking_uri=self.uri)
         self._ids_file = study.folder / RUN_IDS
-        self._ids: dict[str, str] = json.loads(self._ids_file.read_text()) if self._ids_file.is_file() else {}
-        if "parent" not in self._ids:
+        known = json.loads(self._ids_file.read_text()) if self._ids_file.is_file() else {"ids": {}, "logged": []}
+        self._ids: dict[str, str] = known["ids"]
+        self._logged: list[str] = known["logged"]
+        if "parent" in self._ids:
+            self.client.update_run(self.parent_id, status="RUNNING")
+        else:
             self._start(runs)
 
     @property
@@ -114,7 +119,7 @@ class Mirror:
 
     def _remember(self, **ids: str) -> None:
         self._ids |= ids
-        write_atomically(self._ids_file, json.dumps(self._ids, indent=2))
+        write_atomically(self._ids_file, json.dumps({"ids": self._ids, "logged": self._logged}, indent=2))
 
     def _batch(self, run_id: str, params: dict[str, str], metrics: dict[str, float], *, step: int) -> None:
         now = int(time.time() * 1000)
@@ -125,30 +130,36 @@ class Mirror:
         self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
 
     def log_trial(self, row: Row) -> None:
-        """A child run with the trial's parameters, its metrics at every evaluation, its final costs and its plan."""
+        """A child run with the trial's parameters, its metrics after every phase, its final costs and its plan.
+
+        A trial that is logged already is left alone; one whose logging broke off goes on in the same run.
+        """
         key = f"trial {row['trial']}"
-        if key in self._ids:
+        if key in self._logged:
             return
-        tags = {PARENT_TAG: self.parent_id, "ranksearch.kind": "trial", "status": row["status"], "on_front": "false"}
         layers = (row["plan"] or {}).get("layers", {})
-        tags["lowerings"] = " ".join(sorted({layer["lowering"] for layer in layers.values()}))
-        tags["groups"] = " ".join(sorted({group_of(name, self.study.space.search.groups) for name in layers}))
+        tags = {
+            PARENT_TAG: self.parent_id,
+            "ranksearch.kind": "trial",
+            "status": row["status"],
+            "on_front": "false",
+            "lowerings": " ".join(sorted({layer["lowering"] for layer in layers.values()})),
+        }
         if row["reason"]:
             tags["reason"] = row["reason"][:4000]
-        run = self.client.create_run(self.experiment_id, run_name=run_name(row), tags=tags).info.run_id
-        now = int(time.time() * 1000)
-        curve = [
-            Metric(f"{name}_by_step", float(value), now, entry["step"])
-            for entry in row["history"]
-            for name, value in entry.items()
-            if name not in ("phase", "step")
-        ]
-        self.client.log_batch(run, metrics=curve)
-        self._batch(run, _params(row, self.study.space.search.groups), _metrics(row), step=0)
+        if key not in self._ids:
+            run = self.client.create_run(self.experiment_id, run_name=run_name(row), tags=tags).info.run_id
+            self._remember(**{key: run})
+        run = self._ids[key]
+        for entry in row["history"]:
+            phase = {f"{entry['phase']}_{k}": v for k, v in entry.items() if k not in ("phase", "step")}
+            self._batch(run, {}, phase, step=entry["step"])
+        self._batch(run, _params(row), _metrics(row), step=0)
         if row["plan"] is not None:
             self.client.log_dict(run, row["plan"], "plan.json")
         self.client.set_terminated(run, "FINISHED" if row["status"] == "complete" else "FAILED")
-        self._remember(**{key: run})
+        self._logged.append(key)
+        self._remember()
         progress = {"hypervolume": self.study.hypervolume, "finished_trials": self.study.finished}
         self._batch(self.parent_id, {}, progress, step=self.study.finished)
 
@@ -157,9 +168,8 @@ class Mirror:
         front, trials = self.study.front_record(), self.study.trials
         on_front = {row["trial"] for row in front["trials"]}
         for row in trials:
-            child = self._ids.get(f"trial {row['trial']}")
-            if child is None:
-                continue
+            self.log_trial(row)  # what a passing failure of the store kept out
+            child = self._ids[f"trial {row['trial']}"]
             self.client.set_tag(child, "on_front", str(row["trial"] in on_front).lower())
             if row["test_accuracy"] is not None:
                 self.client.log_metric(child, "test_accuracy", row["test_accuracy"])
@@ -177,10 +187,6 @@ class Mirror:
                 self.client.log_artifact(parent, str(Path(folder) / name))
         self.client.set_tag(parent, "mlflow.note.content", note(front, self.study.finished))
         self.client.set_terminated(parent, "FINISHED" if complete else "KILLED")
-
-    def reopen(self) -> None:
-        """Marks the parent as running again, for a study that is resumed."""
-        self.client.update_run(self.parent_id, status="RUNNING")
 
 
 def note(front: dict[str, Any], finished: int) -> str:
