@@ -97,6 +97,9 @@ class Mirror:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
             experiment_id = self.client.create_experiment(name, artifact_location=artifact_root(runs, self.uri))
+            self.client.set_experiment_tag(
+                experiment_id, "mlflow.experimentKind", "custom_model_development"
+            )  # not GenAI's pages
         else:
             experiment_id = experiment.experiment_id
         space, info = self.study.space, self.study.info
@@ -104,8 +107,9 @@ class Mirror:
             "ranksearch.kind": "study",
             "sampler": space.search.sampler,
             "device": str(info["provenance"]["device"]),
-            "git_revision": str(info["provenance"]["git_revision"]),
         }
+        if (revision := info["provenance"]["git_revision"]) is not None:
+            tags["git_revision"] = revision
         parent = self.client.create_run(experiment_id, run_name=space.name, tags=tags).info.run_id
         self._remember(experiment=experiment_id, parent=parent)
         params = {
