@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ def connect(address: str | None) -> None:
     """
     if ray.is_initialized():
         return
+    if address is None:
+        # Ray's token authentication is on; a token for this cluster alone needs no file in a home that may be read-only
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     local = {
         "address": "local",
@@ -119,7 +123,7 @@ class AskTell(Searcher):
         self._numbers: dict[str, int] = {}
         self.error: BaseException | None = None
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.error is not None:
             return Searcher.FINISHED
         try:
@@ -127,7 +131,8 @@ class AskTell(Searcher):
         except StudyError as error:
             self.error, candidate = error, None
         if candidate is None:
-            return Searcher.FINISHED
+            # a running trial may still lose its worker and be proposed again, so the end comes only after the last one
+            return None if self._study.running and self.error is None else Searcher.FINISHED
         self._numbers[trial_id] = candidate.number
         return {
             "number": candidate.number, "plan": candidate.plan.to_dict(), "recipe": asdict(candidate.recipe),
@@ -139,12 +144,13 @@ class AskTell(Searcher):
         if number is None:
             return
         payload = (result or {}).get("result")
-        if payload:
-            found = TrialResult(**json.loads(payload))
-        else:
-            reason = "its worker died twice: out of memory, or killed" if error else "it ended without a result"
-            found = TrialResult("failed", 0, 0.0, reason=reason)
         try:
+            if payload:
+                found = TrialResult(**json.loads(payload))
+            elif self._study.retry(number):
+                return
+            else:
+                found = TrialResult("failed", 0, 0.0, reason="its workers died, twice: out of memory, or killed")
             self._on_row(self._study.tell(number, found))
             check_not_hopeless(self._study)
         except Exception as caught:  # Tune would log it and go on: kept, and raised once the running trials have ended
@@ -161,7 +167,7 @@ class AskTell(Searcher):
 def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, *, address: str | None) -> None:
     """Runs what is left of the study, as many trials at once as the cluster's CPUs and GPUs hold.
 
-    A worker that dies is restarted once with the same trial.
+    A trial whose worker dies is run once more.
 
     Raises:
         StudyError: Ray does not start, or the first trials all fail.
@@ -183,7 +189,7 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, *, address: str | 
         tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            num_samples=study.planned - study.finished,
+            num_samples=-1,  # the study says when it is done
             max_concurrent_trials=trials_at_once(cpus, gpus, available),
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
@@ -192,7 +198,8 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, *, address: str | 
             name="ray",
             storage_path=str(study.folder.absolute()),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=1),
+            # Tune counts one death of a reused actor twice, so the study does the retrying
+            failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
     tuner.fit()

@@ -47,6 +47,8 @@ DENSE_WEIGHTS = "dense.safetensors"
 NOT_RUN = ("infeasible", "duplicate", "interrupted")
 """Outcomes of proposals that did not become a finished trial; they do not count towards the planned number."""
 MAX_REJECTED = 200
+MAX_WORKERS_LOST = 1
+"""A trial whose worker was lost is run once more; a second loss is its own doing (out of memory, say) and a failure."""
 
 
 @dataclass(frozen=True)
@@ -200,14 +202,28 @@ class Study:
             if "result" in frozen.user_attrs:
                 self._finish(frozen.number)
                 continue
-            kept = {name: frozen.user_attrs[name] for name in ("allocator", "seed") if name in frozen.user_attrs}
-            if frozen.number not in retried:
-                self._study.enqueue_trial(frozen.params, user_attrs={**kept, "retry_of": frozen.number})
-            self._study._storage.set_trial_user_attr(frozen._trial_id, "outcome", "interrupted")
-            self._study.tell(frozen.number, state=TrialState.FAIL)
+            self._give_back(frozen, enqueue=frozen.number not in retried)
             again += 1
         self._running.clear()
         return again
+
+    def retry(self, number: int) -> bool:
+        """Proposes a trial again whose worker was lost, under the same parameters and seed; False where that was its last attempt."""
+        frozen = self._study.get_trials(deepcopy=False)[number]
+        lost = frozen.user_attrs.get("workers_lost", 0) + 1
+        if lost > MAX_WORKERS_LOST:
+            return False
+        del self._running[number]
+        self._give_back(frozen, enqueue=True, workers_lost=lost)
+        return True
+
+    def _give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:
+        """Ends a trial without a result, and enqueues its parameters, allocator and seed once more."""
+        if enqueue:
+            kept = {name: frozen.user_attrs[name] for name in ("allocator", "seed") if name in frozen.user_attrs}
+            self._study.enqueue_trial(frozen.params, user_attrs={**kept, **attrs, "retry_of": frozen.number})
+        self._study._storage.set_trial_user_attr(frozen._trial_id, "outcome", "interrupted")
+        self._study.tell(frozen.number, state=TrialState.FAIL)
 
     def ask(self, bench: Workbench) -> Candidate | None:
         """The next trial, its plan within every budget.
