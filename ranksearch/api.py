@@ -12,7 +12,7 @@ from torch import nn
 from ranksearch.compress import load_net
 from ranksearch.errors import UsageError
 from ranksearch.search.front import Row
-from ranksearch.search.run import run_inline
+from ranksearch.search.run import check_address, run_inline
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import read_space
 from ranksearch.search.study import DENSE_WEIGHTS, Study, find_study
@@ -80,6 +80,7 @@ def search(
         space = read_space(space, budgets=budgets, settings=settings, trials=trials, name=name)
     observer, runs = observer or Silent(), Path(runs)
     Study.check_name(runs, space)
+    check_address(None if inline else address)
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=runs):
@@ -89,6 +90,10 @@ def search(
             f"The folder of studies {runs} cannot be written ({error}): name another one by --runs."
         ) from error
     bench = prepare(space, fallback=runs / ".dense", log=observer.log)
+    if not inline:
+        from ranksearch.search.ray_tune import join
+
+        join(space.resources, address)  # a cluster that is not there must not leave an empty study behind
     study = Study.create(runs, space, bench, _dense_accuracy(bench, test=False))
     with study.locked():
         return _run(study, bench, runs, observer, address=address, inline=inline)
@@ -108,6 +113,7 @@ def resume(
         UsageError: no such study, or another process is running it.
     """
     observer, folder = observer or Silent(), find_study(name, Path(runs))
+    check_address(None if inline else address)
     study = Study.open(folder)
     with study.locked():
         again = study.requeue_interrupted()

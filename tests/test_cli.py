@@ -199,6 +199,8 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path, digits_yaml):
             ["search", "SPACE", "--set", "task=cifar10", "--set", "model=resnet20", "--set", "data=nothing"],
             "CIFAR-10 is not in",
         ),
+        (["search", "SPACE", "--address", "127.0.0.1:9"], "no Ray cluster answers there"),
+        (["search", "SPACE", "--address", "somewhere"], "expected auto or HOST:PORT"),
         (["check", "SPACE", "--set", "model=resnet9"], "Did you mean 'resnet8'"),
         (["front", "nothing"], "There is no study 'nothing'"),
         (["resume", "nothing"], "There is no study 'nothing'"),
@@ -218,6 +220,13 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path, digits_yaml, argumen
 def test_too_many_resources_are_an_error_not_a_hang(tmp_path, digits_yaml):
     done = call("search", digits_yaml, "--set", "resources.cpus_per_trial=1000", cwd=tmp_path, code=2)
     assert "a trial asks for 1000 CPUs" in done.stderr
+    assert not (tmp_path / "runs" / "digits_resnet8").exists()
+
+
+def test_no_cluster_to_join_leaves_no_study_behind(tmp_path, digits_yaml):
+    done = call("search", digits_yaml, "--address", "auto", cwd=tmp_path, code=1)
+    assert "Could not reach the Ray cluster at auto" in done.stderr
+    assert not (tmp_path / "runs" / "digits_resnet8").exists()
 
 
 def test_a_home_that_cannot_be_written(tmp_path, digits_yaml):

@@ -18,6 +18,7 @@ import torch
 from ranksearch.compress import Net, RankPlan
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.run import OnRow, attempt, check_not_hopeless
+from ranksearch.search.space import ResourcesSpace
 from ranksearch.search.study import Candidate, Study
 from ranksearch.search.trial import Recipe, TrialResult
 from ranksearch.search.workbench import Workbench
@@ -98,6 +99,21 @@ def trials_at_once(cpus: float, gpus: float, available: dict[str, float]) -> int
     return int(fits)
 
 
+def join(resources: ResourcesSpace, address: str | None) -> tuple[float, int]:
+    """Connects, and returns (GPUs per trial, trials at once) of the cluster for what one trial takes.
+
+    Raises:
+        StudyError: Ray does not start or cannot be reached.
+        UsageError: one trial asks for more than the cluster has.
+    """
+    connect(address)
+    available = ray.cluster_resources()
+    gpus = resources.gpus_per_trial
+    if gpus is None:
+        gpus = float(available.get("GPU", 0) > 0)
+    return gpus, trials_at_once(resources.cpus_per_trial, gpus, available)
+
+
 def _trainable(config: dict[str, Any], task: Task, dense: State, net: Net, threads: int) -> None:
     """A trial on a Ray worker; the result travels as one JSON text, because Tune flattens nested metrics."""
     torch.set_num_threads(threads)
@@ -176,11 +192,8 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, *, address: str | 
     """
     if study.finished >= study.planned:
         return
-    connect(address)
-    resources, available = study.space.resources, ray.cluster_resources()
-    cpus, gpus = resources.cpus_per_trial, resources.gpus_per_trial
-    if gpus is None:
-        gpus = float(available.get("GPU", 0) > 0)
+    cpus = study.space.resources.cpus_per_trial
+    gpus, at_once = join(study.space.resources, address)
     searcher = AskTell(study, bench, on_row)
     trainable = tune.with_parameters(
         _trainable, task=bench.task.without_test(), dense=bench.dense, net=bench.net, threads=cpus
@@ -190,7 +203,7 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, *, address: str | 
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=-1,  # the study says when it is done
-            max_concurrent_trials=trials_at_once(cpus, gpus, available),
+            max_concurrent_trials=at_once,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
         ),

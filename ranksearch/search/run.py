@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import traceback
 from collections.abc import Callable
 
 from ranksearch.compress import Net
-from ranksearch.errors import StudyError
+from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.front import Row
 from ranksearch.search.study import Candidate, Study
 from ranksearch.search.trial import Report, TrialResult, run_trial
@@ -15,8 +16,27 @@ from ranksearch.tasks.dense import State
 from ranksearch.tasks.task import Task
 
 OnRow = Callable[[Row], None]
+CONNECT_SECONDS = 10
 GIVE_UP_AFTER = 3
 """A study stops where its first trials, this many, all failed: the rest would fail too."""
+
+
+def check_address(address: str | None) -> None:
+    """Raises UsageError for a Ray address that nothing answers at: Ray itself would go on trying for minutes.
+
+    "auto" (or None) is left to Ray, which fails at once where this machine is part of no cluster.
+    """
+    if address in (None, "auto", "local"):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        raise UsageError(f"--address {address}: expected auto or HOST:PORT, such as 10.0.0.1:6379.")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"--address {address}: no Ray cluster answers there ({error}); is `ray start --head` running?"
+        ) from error
 
 
 def attempt(task: Task, dense: State, net: Net, candidate: Candidate, report: Report) -> TrialResult:
