@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ranksearch.compress import RankPlan
+
 if TYPE_CHECKING:
     from ranksearch.search.front import Row
     from ranksearch.search.study import Study
@@ -32,14 +34,6 @@ def number(value: float | None, form: str = ",d") -> str:
     return "–" if value is None else format(value, form)
 
 
-def plan_mix(plan: Mapping[str, Any] | None) -> str:
-    """How many layers of a plan take which lowering."""
-    counts: dict[str, int] = {}
-    for layer in (plan or {}).get("layers", {}).values():
-        counts[layer["lowering"]] = counts.get(layer["lowering"], 0) + 1
-    return " ".join(f"{name}:{count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
-
-
 def front_table(front: Mapping[str, Any]) -> None:
     """The front, best first, with the dense net as the last line."""
     dense = front["dense"]
@@ -52,7 +46,7 @@ def front_table(front: Mapping[str, Any]) -> None:
         [
             str(row["trial"]), number(row["val_accuracy"], ".2f"), number(row["test_accuracy"], ".2f"), number(row["macs"]),
             number(100 * row["macs_ratio"], ".2f"), number(row["params"]), number(100 * row["params_ratio"], ".2f"),
-            number(row["size_bytes"] / 1024, ".1f"), row["allocator"], plan_mix(row["plan"]),
+            number(row["size_bytes"] / 1024, ".1f"), row["allocator"], RankPlan.from_dict(row["plan"]).summary(),
         ]
         for row in front["trials"]
     ]  # fmt: skip

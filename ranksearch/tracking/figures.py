@@ -8,18 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ranksearch.compress import RankPlan
+
 Record = dict[str, Any]
 
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#999999", "#000000"
 
 
 def _hover(row: Record) -> str:
-    layers = row["plan"]["layers"].values()
-    lowered: dict[str, int] = {}
-    for layer in layers:
-        lowered[layer["lowering"]] = lowered.get(layer["lowering"], 0) + 1
-    mix = " · ".join(f"{name} {count}" for name, count in sorted(lowered.items(), key=lambda item: -item[1]))
+    """What the pointer shows over a trial."""
     test = f"<br>test {row['test_accuracy']:.2f} %" if row["test_accuracy"] is not None else ""
+    mix = RankPlan.from_dict(row["plan"]).summary()
     return f"trial {row['trial']} ({row['allocator']})<br>validation {row['val_accuracy']:.2f} %{test}<br>{mix}"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import sqlalchemy.exc
 
+from ranksearch.compress import RankPlan
 from ranksearch.files import write_atomically
 from ranksearch.search.front import Row
 from ranksearch.search.study import Study
@@ -141,13 +142,12 @@ class Mirror:
         key = f"trial {row['trial']}"
         if key in self._logged:
             return
-        layers = (row["plan"] or {}).get("layers", {})
         tags = {
             PARENT_TAG: self.parent_id,
             "ranksearch.kind": "trial",
             "status": row["status"],
             "on_front": "false",
-            "lowerings": " ".join(sorted({layer["lowering"] for layer in layers.values()})),
+            "lowerings": RankPlan.from_dict(row["plan"]).summary() if row["plan"] else "",
         }
         if row["reason"]:
             tags["reason"] = row["reason"][:4000]
