@@ -18,14 +18,22 @@ if TYPE_CHECKING:
     from ranksearch.search.study import Study
 
 
-def table(title: str, columns: Mapping[str, str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table on stdout; `columns` maps a heading to "left" or "right". Piped, it keeps every column in full."""
+def table(title: str, columns: Mapping[str, str], rows: Sequence[Sequence[str]], *, spare: Sequence[str] = ()) -> None:
+    """Prints a table on stdout; `columns` maps a heading to "left" or "right".
+
+    Piped, it keeps every column. On a terminal too narrow for it, the columns `spare` are left out, the first ones first.
+    """
     console = Console(width=None if sys.stdout.isatty() else 200)
-    made = Table(title=title, title_justify="left")
-    for heading, side in columns.items():
-        made.add_column(heading, justify="right" if side == "right" else "left", no_wrap=heading == next(iter(columns)))
-    for row in rows:
-        made.add_row(*row)
+    shown, unbounded = list(columns), console.options.update(max_width=10_000)
+    for heading in (*spare, None):
+        made = Table(title=title, title_justify="left")
+        for name in shown:
+            made.add_column(name, justify="right" if columns[name] == "right" else "left", no_wrap=True)
+        for row in rows:
+            made.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in shown))
+        if heading is None or console.measure(made, options=unbounded).maximum <= console.width:
+            break
+        shown.remove(heading)
     console.print(made, highlight=False)
 
 
@@ -56,7 +64,8 @@ def front_table(front: Mapping[str, Any]) -> None:
             "100.00", number(dense["params"]), "100.00", number(dense["size_bytes"] / 1024, ".1f"), "", "",
         ]
     )  # fmt: skip
-    table(f"{front['study']}: {budgets}, hypervolume {front['hypervolume']:.4f}", columns, rows)
+    spare = ("size KiB", "params", "plan", "params %", "MACs")
+    table(f"{front['study']}: {budgets}, hypervolume {front['hypervolume']:.4f}", columns, rows, spare=spare)
 
 
 class Terminal:

@@ -72,7 +72,12 @@ def print_layers(record: dict[str, Any]) -> None:
     ]
     total = record["total"]
     rows.append(["net", "", "", "", number(total["macs"]), number(total["params"]), *("" for _ in names), ""])
-    table(f"{record['task']}/{record['model']}; '≤' is the largest rank with fewer MACs than dense", columns, rows)
+    table(
+        f"{record['task']}/{record['model']}; '≤' is the largest rank with fewer MACs than dense",
+        columns,
+        rows,
+        spare=("may become", "stride", "weight", "out", "params"),
+    )
     for entry in record["skipped"]:
         print(f"not lowered: {entry['name']}: {entry['reason']}")
 
