@@ -18,6 +18,7 @@ from ranksearch.search.space_file import read_space
 from ranksearch.search.study import DENSE_WEIGHTS, Study, find_study
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.tasks import build_reference
+from ranksearch.tasks.task import Split, Task
 from ranksearch.tasks.train import evaluate, pick_device
 from ranksearch.tracking.mirror import MIRROR_ERRORS, Mirror
 
@@ -94,7 +95,7 @@ def search(
         from ranksearch.search.ray_tune import join
 
         join(space.resources, address)  # a cluster that is not there must not leave an empty study behind
-    study = Study.create(runs, space, bench, _dense_accuracy(bench, test=False))
+    study = Study.create(runs, space, bench, _accuracy(bench.dense_model(), bench.task.val, bench.task))
     with study.locked():
         return _run(study, bench, runs, observer, address=address, inline=inline)
 
@@ -131,24 +132,18 @@ def load(folder: str | Path) -> nn.Module:
     return load_net(Path(folder), build_reference)
 
 
-def _dense_accuracy(bench: Workbench, *, test: bool) -> float:
-    """Validation or test accuracy of the dense net in percent."""
+def _accuracy(model: nn.Module, split: Split, task: Task) -> float:
+    """Accuracy of `model` on `split` in percent, on the GPU where there is one."""
     device = pick_device()
-    task = bench.task.to(device)
-    split = task.test if test else task.val
-    if split is None:
-        raise UsageError(f"Task {task.name!r} has no test set.")
-    return evaluate(bench.dense_model().to(device), split, task).accuracy
+    return evaluate(model.to(device), split.to(device), task).accuracy
 
 
 def _test_accuracy(study: Study, bench: Workbench, row: Row | None) -> float:
-    if row is None:
-        return _dense_accuracy(bench, test=True)
-    device = pick_device()
-    task = bench.task.to(device)
-    if task.test is None:
-        raise UsageError(f"Task {task.name!r} has no test set.")
-    return evaluate(load(study.trial_folder(row["trial"])).to(device), task.test, task).accuracy
+    """Test accuracy in percent of a trial's net, or of the dense net where `row` is None."""
+    if bench.task.test is None:
+        raise UsageError(f"Task {bench.task.name!r} has no test set.")
+    model = bench.dense_model() if row is None else load(study.trial_folder(row["trial"]))
+    return _accuracy(model, bench.task.test, bench.task)
 
 
 def _run(study: Study, bench: Workbench, runs: Path, observer: Observer, *, address: str | None, inline: bool) -> Study:

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from ranksearch.compress import RankPlan
+from ranksearch.search.front import Row, describe_budgets
 
 if TYPE_CHECKING:
-    from ranksearch.search.front import Row
     from ranksearch.search.study import Study
 
 
@@ -45,7 +45,7 @@ def number(value: float | None, form: str = ",d") -> str:
 def front_table(front: Mapping[str, Any]) -> None:
     """The front, best first, with the dense net as the last line."""
     dense = front["dense"]
-    budgets = ", ".join(f"{cost} ≤ {text}" for cost, text in front["budgets"].items()) or "no budget"
+    title = f"{front['study']}: {describe_budgets(front)}, hypervolume {front['hypervolume']:.4f}"
     columns = {
         "trial": "right", "val %": "right", "test %": "right", "MACs": "right", "% of dense": "right", "params": "right",
         "params %": "right", "size KiB": "right", "chosen by": "left", "plan": "left",
@@ -65,7 +65,7 @@ def front_table(front: Mapping[str, Any]) -> None:
         ]
     )  # fmt: skip
     spare = ("size KiB", "params", "plan", "params %", "MACs")
-    table(f"{front['study']}: {budgets}, hypervolume {front['hypervolume']:.4f}", columns, rows, spare=spare)
+    table(title, columns, rows, spare=spare)
 
 
 class Terminal:
@@ -95,7 +95,7 @@ class Terminal:
         else:
             self.log(f"{study.space.name}: {study.planned - study.finished} trials to run")
 
-    def _state(self, study: Study, row: Row) -> str:
+    def _state(self, study: Study) -> str:
         done = study.finished
         pace = (time.monotonic() - self._started) / max(1, done - self._done_before)
         best = max((r["val_accuracy"] for r in study.trials if r["status"] == "complete"), default=None)
@@ -107,7 +107,7 @@ class Terminal:
             what = f"{row['val_accuracy']:.2f} % at {100 * row['macs_ratio']:.1f} % of MACs, {row['seconds']:.0f} s"
         else:
             what = f"{row['status']}: {(row['reason'] or '').splitlines()[0] if row['reason'] else ''}"
-        state = self._state(study, row)
+        state = self._state(study)
         line = f"trial {row['trial']:03d} ({row['allocator']}): {what}"
         if self.progress is not None:
             self.log(line)

@@ -71,6 +71,11 @@ def front_hypervolume(front: Sequence[Row], objectives: Sequence[str]) -> float:
     return hypervolume(_points(front, objectives), [1.0] * len(objectives)) if front else 0.0
 
 
+def describe_budgets(record: Mapping[str, Any]) -> str:
+    """The budgets of a front's record in words, such as `flops ≤ 50%, size ≤ 1MiB`."""
+    return ", ".join(f"{cost} ≤ {text}" for cost, text in record["budgets"].items()) or "no budget"
+
+
 def front_record(space: Space, dense: Mapping[str, Any], front: Sequence[Row]) -> dict[str, Any]:
     """The study's name, objectives, budgets, reference point, hypervolume, dense net and front, for JSON."""
     objectives = space.search.objectives

@@ -275,12 +275,12 @@ class Study:
         finite = accuracy is not None and isfinite(accuracy)
         status = "diverged" if result.status == "complete" and not finite else result.status
         trial.set_user_attr("result", {**result.to_dict(), "status": status})
-        self._finish(number)
+        row = self._finish(number)
         self.write_front()
-        return next(row for row in self.trials if row["trial"] == number)
+        return row
 
-    def _finish(self, number: int) -> None:
-        """Tells Optuna the result that is written in the trial's attributes already: a crash in between loses nothing."""
+    def _finish(self, number: int) -> Row:
+        """Tells Optuna the result that stands in the trial's attributes already, so that a crash in between loses nothing."""
         trial = self._study.get_trials(deepcopy=False)[number]
         row = row_of(trial, self.info["dense"], None)
         self._study._storage.set_trial_user_attr(trial._trial_id, "outcome", row["status"])
@@ -288,6 +288,7 @@ class Study:
             self._study.tell(number, objective_values(row, self._objectives))
         else:
             self._study.tell(number, state=TrialState.FAIL)
+        return row
 
     # What is known -----------------------------------------------------------------------------------------------
 

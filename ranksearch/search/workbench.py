@@ -57,8 +57,9 @@ def prepare(space: Space, *, fallback: Path, log: Log, saved_dense: Path | None 
     """
     model, net = open_net(space)
     rules = space.layers.as_rules()
-    # costs depend on shapes alone: budgets that cannot be met fail here, before anything is loaded or trained
-    check_feasible_space(space, rank_curves(model, net, rules))
+    if saved_dense is None:
+        # costs depend on shapes alone: budgets that cannot be met fail here, before anything is loaded or trained
+        check_feasible_space(space, rank_curves(model, net, rules))
     task = task_kind(space.task).make_task(
         space.model, data=space.data, validation=space.validation, split_seed=space.split_seed
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch.compress import RankPlan
+from ranksearch.search.front import describe_budgets
 
 Record = dict[str, Any]
 
@@ -22,10 +23,11 @@ def _hover(row: Record) -> str:
     return f"trial {row['trial']} ({row['allocator']})<br>validation {row['val_accuracy']:.2f} %{test}<br>{mix}"
 
 
-def _axes(front: Record, trials: list[Record]) -> tuple[list[Record], list[Record], list[str]]:
+def _split(front: Record, trials: list[Record]) -> tuple[list[Record], list[Record]]:
+    """(the front by rising cost, the other complete trials)"""
     on_front = {row["trial"] for row in front["trials"]}
     others = [r for r in trials if r["status"] == "complete" and r["trial"] not in on_front]
-    return front["trials"], others, [f"{cost} ≤ {text}" for cost, text in front["budgets"].items()]
+    return sorted(front["trials"], key=lambda r: r["macs_ratio"]), others
 
 
 def _mac_limit(front: Record) -> float | None:
@@ -44,13 +46,12 @@ def front_png(front: Record, trials: list[Record], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    best, others, budgets = _axes(front, trials)
+    ordered, others = _split(front, trials)
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes.scatter(
         [100 * r["macs_ratio"] for r in others], [r["val_accuracy"] for r in others],
         color=GREY, alpha=0.6, marker="o", s=28, label="other trials",
     )  # fmt: skip
-    ordered = sorted(best, key=lambda r: r["macs_ratio"])
     axes.plot(
         [100 * r["macs_ratio"] for r in ordered], [r["val_accuracy"] for r in ordered],
         color=BLUE, marker="D", drawstyle="steps-post", label="front",
@@ -58,7 +59,7 @@ def front_png(front: Record, trials: list[Record], path: Path) -> None:
     axes.scatter([100], [front["dense"]["val_accuracy"]], color=BLACK, marker="*", s=120, label="dense net", zorder=3)
     limit = _mac_limit(front)
     if limit is not None:
-        axes.axvline(limit, color=ORANGE, linestyle="--", label=f"budget {', '.join(budgets)}")
+        axes.axvline(limit, color=ORANGE, linestyle="--", label=f"budget {describe_budgets(front)}")
     axes.set(
         xlabel="MACs (% of dense)",
         ylabel="validation accuracy (%)",
@@ -74,9 +75,8 @@ def front_html(front: Record, trials: list[Record], path: Path) -> None:
     """The same picture with the plan's summary under the pointer; self-contained, about 5 MB with its script."""
     import plotly.graph_objects as go
 
-    best, others, _ = _axes(front, trials)
+    ordered, others = _split(front, trials)
     figure = go.Figure()
-    ordered = sorted(best, key=lambda r: r["macs_ratio"])
     for rows, name, mode, marker in (
         (others, "other trials", "markers", {"color": GREY, "symbol": "circle", "opacity": 0.6}),
         (ordered, "front", "lines+markers", {"color": BLUE, "symbol": "diamond", "size": 10}),

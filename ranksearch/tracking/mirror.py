@@ -18,7 +18,7 @@ import sqlalchemy.exc
 
 from ranksearch.compress import RankPlan
 from ranksearch.files import write_atomically
-from ranksearch.search.front import Row
+from ranksearch.search.front import Row, describe_budgets
 from ranksearch.search.study import Study
 from ranksearch.tracking.figures import front_html, front_png
 from ranksearch.tracking.store import artifact_root, quiet_mlflow, store_uri
@@ -98,9 +98,8 @@ class Mirror:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
             experiment_id = self.client.create_experiment(name, artifact_location=artifact_root(runs, self.uri))
-            self.client.set_experiment_tag(
-                experiment_id, "mlflow.experimentKind", "custom_model_development"
-            )  # not GenAI's pages
+            # the UI's pages for model training, not GenAI's
+            self.client.set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
         else:
             experiment_id = experiment.experiment_id
         space, info = self.study.space, self.study.info
@@ -195,7 +194,7 @@ class Mirror:
 
 def note(front: dict[str, Any], finished: int) -> str:
     """The parent's description, Markdown: what was searched, the dense baseline, the front."""
-    dense, budgets = front["dense"], ", ".join(f"{k} ≤ {v}" for k, v in front["budgets"].items()) or "no budget"
+    dense, budgets = front["dense"], describe_budgets(front)
     test = f", test {dense['test_accuracy']:.2f} %" if dense["test_accuracy"] is not None else ""
     lines = [
         f"**{front['study']}**: {finished} trials, {budgets}, hypervolume {front['hypervolume']:.4f}.",
