@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ranksearch
 from ranksearch.compress import (
     LayerPlan,
+    Projector,
     RankPlan,
     dense_cost,
     load_net,
@@ -97,11 +99,10 @@ def test_trace_says_what_it_skips_and_counts_shared_weights_once():
     x = torch.randn(2, 6)
     net = trace(model, x)
     reasons = dict(net.skipped)
-    assert set(reasons) == {"a", "b", "conv", "unused"}
-    assert "shared" in reasons["a"]
+    assert set(reasons) == {"conv", "unused"}
     assert "does not call" in reasons["unused"]
     assert "Standardised" in reasons["conv"]
-    assert [(layer.name, len(layer.in_sizes)) for layer in net.layers] == [("twice", 2)]
+    assert [(layer.name, len(layer.in_sizes)) for layer in net.layers] == [("a", 2), ("twice", 2)]
     assert dense_cost(net).params == sum(p.numel() for p in model.parameters())
     assert 2 * dense_cost(net).macs == flops(model, x[:1])
     assert 2 * plan_cost(net, RankPlan({"twice": LayerPlan("svd", 2)})).macs == flops(
@@ -145,6 +146,74 @@ def test_a_wrong_plan_names_the_layer_and_what_is_valid(small_net, layer, choice
     assert all(torch.equal(before[k], v) for k, v in small_net.state_dict().items())
 
 
+def test_energy_transfer_keeps_the_norm_and_the_rank(small_net):
+    before = {name: small_net.get_submodule(name).weight.detach().clone() for name in PLAN.layers}
+    plain = copy.deepcopy(small_net)
+    removed = project_(plain, PLAN)
+    assert project_(small_net, PLAN, energy_transfer=True) == removed
+    for name, weight in before.items():
+        moved = small_net.get_submodule(name).weight
+        torch.testing.assert_close(moved.norm(), weight.norm())
+        scale = (1 - removed[name]) ** 0.5  # Frobenius: what is kept has the energy (1 - removed) ||W||²
+        torch.testing.assert_close(moved * scale, plain.get_submodule(name).weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lowering", ["im2col", "channel", "spatial", "tucker2", "tiled_c2"])
+def test_bn_rectification_is_nearest_where_bn_looks(small_net, image, lowering):
+    """Of all weights of that rank the rectified one is nearest in the norm that BN's scale gives, against numpy for im2col."""
+    small_net.bn.weight.data = torch.linspace(0.1, 2.0, 12)
+    small_net.bn.running_var = torch.linspace(0.5, 3.0, 12)
+    model = nn.Sequential(nn.Conv2d(4, 12, 3, padding=1), small_net.bn).eval()
+    weight, scale = (
+        model[0].weight.detach().clone(),
+        small_net.bn.weight.detach() / (model[1].running_var + 1e-5).sqrt(),
+    )
+    net = trace(model, torch.randn(2, 4, 8, 8))
+    assert net.norms() == {"0": "1"}
+    plan = RankPlan({"0": LayerPlan(lowering, (2, 3) if lowering == "tucker2" else 3)})
+    plain = copy.deepcopy(model)
+    removed_plain, removed = project_(plain, plan)["0"], project_(model, plan, norms=net.norms())["0"]
+    assert removed > removed_plain  # the plain one is nearest in the plain norm
+
+    def seen_by_bn(projected: torch.Tensor) -> float:
+        return ((projected - weight) * scale.reshape(-1, 1, 1, 1)).norm().item()
+
+    assert seen_by_bn(model[0].weight) < seen_by_bn(plain[0].weight)
+    assert project_(model, plan)["0"] < 1e-6  # it has the rank all the same
+    if lowering == "im2col":
+        singular = np.linalg.svd((weight * scale.reshape(-1, 1, 1, 1)).flatten(1).numpy(), compute_uv=False)
+        assert seen_by_bn(model[0].weight) == pytest.approx(np.sqrt((singular[3:] ** 2).sum()), rel=1e-4)
+
+
+def test_bn_rectification_survives_a_silent_channel(small_net):
+    model = nn.Sequential(nn.Conv2d(4, 12, 3), nn.BatchNorm2d(12))
+    model[1].weight.data[3:] = 0
+    project_(model, RankPlan({"0": LayerPlan("im2col", 2)}), norms={"0": "1"})
+    assert torch.isfinite(model[0].weight).all()
+
+
+def test_nothing_is_projected_where_one_layer_is_not_finite(small_net):
+    small_net.head.weight.data[0, 0] = float("inf")
+    before = small_net.stem.weight.detach().clone()
+    with pytest.raises(NonFiniteError, match="Layer 'head'"):
+        project_(small_net, PLAN)
+    assert torch.equal(small_net.stem.weight, before)
+
+
+def test_a_projector_that_is_warm_projects_as_well_as_a_cold_one(small_net):
+    plan = RankPlan({**PLAN.layers, "stem": LayerPlan("tucker2", (2, 4))})
+    projector, generator = Projector(plan), torch.Generator().manual_seed(0)
+    for _ in range(5):
+        projector(small_net)
+        for parameter in small_net.parameters():
+            parameter.data += (
+                0.02 * parameter.norm() * torch.randn(parameter.shape, generator=generator) / parameter.numel() ** 0.5
+            )
+        cold = project_(copy.deepcopy(small_net), plan)
+        for name, share in projector(copy.deepcopy(small_net)).items():
+            assert share == pytest.approx(cold[name], rel=1e-2, abs=1e-6)
+
+
 def test_non_finite_weights_name_the_layer(small_net):
     small_net.body[0].weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"Layer 'body\.0'.*NaN"):
@@ -152,6 +221,9 @@ def test_non_finite_weights_name_the_layer(small_net):
 
 
 def test_plan_survives_json():
+    pair = RankPlan({"a": LayerPlan("tucker2", (3, 4)), "b": LayerPlan("dense", 0)})
+    assert RankPlan.from_json(pair.to_json()) == pair
+    assert RankPlan.from_json(pair.to_json()).digest() == pair.digest()
     again = RankPlan.from_json(PLAN.to_json())
     assert again == PLAN
     assert again.digest() == PLAN.digest()
@@ -167,6 +239,8 @@ def test_plan_survives_json():
         ('{"layers": {"a": {"lowering": "im2col"}}}', "rank"),
         ('{"layers": {"a": {"lowering": "im2col", "rank": 0}}}', "whole number >= 1"),
         ('{"layers": {"a": {"lowering": "im2col", "rank": 1.5}}}', "whole number >= 1"),
+        ('{"layers": {"a": {"lowering": "tucker2", "rank": [3, 0]}}}', "whole number >= 1"),
+        ('{"layers": {"a": {"lowering": "tucker2", "rank": []}}}', "whole number >= 1"),
         ('{"layers": {"a": {"lowering": "im3col", "rank": 1}}}', "Did you mean 'im2col'"),
         ('{"layers": {"a": {"lowering": "dense", "rank": 3}}}', "rank"),
     ],

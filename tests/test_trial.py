@@ -32,7 +32,8 @@ def recipe(**changes) -> Recipe:
     return Recipe(
         **{
             "steps": 60, "batch_size": 64, "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4, "period": 10, "factor_share": 0.5,
-            "bn_batches": 5, "precision": "auto", "distillation_weight": 0.0, "distillation_temperature": 2.0,
+            "bn_batches": 5, "precision": "auto", "energy_transfer": False, "bn_rectification": False,
+            "distillation_weight": 0.0, "distillation_temperature": 2.0,
         }
         | changes
     )  # fmt: skip
@@ -66,8 +67,8 @@ def test_projection_training_ends_on_the_low_rank_set(bench, monkeypatch):
     task, _, _, plan = bench
     x, checked = task.normalise(task.val.images[:64]), []
 
-    def checked_compress(model, given):
-        small = ranksearch.compress.surgery.compress(model, given)
+    def checked_compress(model, given, **settings):
+        small = ranksearch.compress.surgery.compress(model, given, **settings)
         with torch.no_grad():
             expected, found = model.eval()(x), small.eval()(x)
         checked.append(((found - expected).norm() / expected.norm()).item())

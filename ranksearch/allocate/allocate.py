@@ -14,7 +14,7 @@ from ranksearch.allocate.rules import LayerRules
 from ranksearch.allocate.solver import allocate_plan
 from ranksearch.compress import RankPlan, trace
 from ranksearch.errors import UsageError, nearest
-from ranksearch.lowering import LOWERINGS
+from ranksearch.lowering import default_lowerings, expand_families
 
 
 def allocate(
@@ -33,7 +33,7 @@ def allocate(
     Args:
         example_input: a batched input tensor, or a tuple of them.
         budgets: cost -> limit, such as {"flops": "50%", "size": "1.2MiB"}.
-        lowerings: names of the allowed lowerings; all that support a layer where None.
+        lowerings: names of the allowed lowerings or of families of them; all but the opt-in ones (`cp`, square tiles) where None.
         include, exclude: name patterns of the layers that may be lowered.
         method: "solver" or a classic baseline: "uniform", "energy", "minimax".
         measure: damage measure of the solver, "log_kept_energy" or "relative_energy".
@@ -46,7 +46,7 @@ def allocate(
     if measure not in MEASURES:
         raise UsageError(f"There is no damage measure {measure!r}. {nearest(measure, MEASURES)}")
     net = trace(model, example_input)
-    rules = LayerRules(tuple(lowerings or LOWERINGS), tuple(include), tuple(exclude))
+    rules = LayerRules(expand_families(lowerings or default_lowerings()), tuple(include), tuple(exclude))
     rules.check(net)
     curves = rank_curves(model, net, rules)
     parsed = [parse_budget(cost, text) for cost, text in budgets.items()]

@@ -13,6 +13,7 @@ from ranksearch.allocate.budget import Budget
 from ranksearch.allocate.curves import Curves, LayerOptions, limits_of
 from ranksearch.compress import RankPlan
 from ranksearch.errors import UsageError
+from ranksearch.lowering import lowering_named
 
 STEPS = 40
 
@@ -50,6 +51,18 @@ def _largest_within(
     return curves.plan(best, model)
 
 
+def _first(options: LayerOptions) -> str:
+    """The first lowering a layer may take, `dense` where it may take none."""
+    return options.choices[min(1, len(options.choices) - 1)].lowering
+
+
+def _ladder(options: LayerOptions, name: str) -> list[int]:
+    """The options of one lowering whose ranks are of a common ratio, smallest first."""
+    mine = [i for i, choice in enumerate(options.choices) if choice.lowering == name]
+    ladder = set(lowering_named(name).ladder(options.layer.spec)) if mine and mine != [0] else {0}
+    return [i for i in mine if options.choices[i].rank in ladder]
+
+
 def uniform(curves: Curves, budgets: Sequence[Budget], model: str | None = None) -> RankPlan:
     """One lowering and one rank ratio for every layer: the rank is that fraction of the lowering's largest useful rank.
 
@@ -59,12 +72,11 @@ def uniform(curves: Curves, budgets: Sequence[Budget], model: str | None = None)
     names = sorted({c.lowering for o in curves.layers for c in o.choices if c.rank})
     plans = []
     for name in names:
+        ladders = {o.layer.name: _ladder(o, name) or _ladder(o, _first(o)) or [0] for o in curves.layers}
 
-        def pick(options: LayerOptions, ratio: float, name: str = name) -> int:
-            mine = [i for i, c in enumerate(options.choices) if c.lowering == name]
-            first = options.choices[1].lowering if len(options.choices) > 1 else None
-            mine = mine or [i for i, c in enumerate(options.choices) if c.lowering == first]
-            return mine[int(ratio * (len(mine) - 1))] if mine else 0
+        def pick(options: LayerOptions, ratio: float, ladders: dict[str, list[int]] = ladders) -> int:
+            mine = ladders[options.layer.name]
+            return mine[int(ratio * (len(mine) - 1))]
 
         try:
             plans.append(_largest_within(curves, budgets, pick, model))

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ranksearch.allocate.budget import Budget, check_feasible
 from ranksearch.allocate.rules import LayerRules
 from ranksearch.compress import DENSE, Layer, LayerPlan, Net, RankPlan, dense_cost, layer_cost
-from ranksearch.compress.cost import BYTES_PER_WEIGHT
-from ranksearch.compress.surgery import lowerable_module
+from ranksearch.compress.slots import find_slots
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import Lowering, lowering_named
+from ranksearch.lowering.contract import BYTES_PER_WEIGHT, sides
 from ranksearch.pareto import nondominated
 
 
@@ -86,29 +86,23 @@ class Curves:
         return {"flops": 2 * macs, "macs": macs, "params": params, "size": size}
 
 
-def _costs_at(layer: Layer, lowering: Lowering, ranks: range) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [layer_cost(layer, LayerPlan(lowering.name, rank)) for rank in ranks]
-    macs, params = zip(*pairs, strict=True)
-    return np.array(macs, dtype=np.int64), np.array(params, dtype=np.int64)
-
-
 def _lowering_options(
     layer: Layer, weight: Tensor, lowering: Lowering, min_rank: int
 ) -> tuple[list[LayerPlan], np.ndarray]:
     """The ranks of one lowering that are cheaper than dense in MACs or params, and [4, n]: removed, residual, macs, params."""
-    spec = layer.spec
     dense_macs, dense_params = layer_cost(layer, DENSE)
-    last = max(lowering.break_even_rank(spec, cost, layer.in_sizes[0]) for cost in ("macs", "params"))
-    if last < min_rank:
+    even = [lowering.break_even_rank(layer.spec, cost, layer.in_sizes[0]) for cost in ("macs", "params")]
+    if max(max(sides(rank)) for rank in even) < min_rank:
         return [], np.zeros((4, 0))
-    removed = lowering.removed_energy(weight, spec)
-    energy = np.clip(-np.diff(removed, append=0.0), 0, None)  # squared singular values, as shares
-    residual = np.sqrt(energy / energy[0]) if energy[0] > 0 else np.zeros_like(energy)
-    ranks = range(min_rank, last + 1)
-    macs, params = _costs_at(layer, lowering, ranks)
-    keep = (macs < dense_macs) | (params < dense_params)
-    table = np.stack([removed[min_rank : last + 1], residual[min_rank : last + 1], macs, params])
-    return [LayerPlan(lowering.name, r) for r, kept in zip(ranks, keep, strict=True) if kept], table[:, keep]
+    curve = lowering.curve(weight, layer.spec)
+    choices, columns = [], []
+    for rank, removed, residual in zip(curve.ranks, curve.removed, curve.residual, strict=True):
+        choice = LayerPlan(lowering.name, rank)
+        macs, params = layer_cost(layer, choice)
+        if min(sides(rank)) >= min_rank and (macs < dense_macs or params < dense_params):
+            choices.append(choice)
+            columns.append((removed, residual, macs, params))
+    return choices, np.array(columns).reshape(-1, 4).T
 
 
 def rank_curves(model: nn.Module, net: Net, rules: LayerRules) -> Curves:
@@ -118,16 +112,16 @@ def rank_curves(model: nn.Module, net: Net, rules: LayerRules) -> Curves:
         UsageError: the rules leave no layer that could be lowered.
         NonFiniteError: a weight is not finite; the text names the layer.
     """
-    layers = []
+    layers, slots = [], find_slots(model)
     for layer in net.layers:
         rule = rules.for_layer(layer.name)
         macs, params = layer_cost(layer, DENSE)
         choices, tables = [DENSE], [np.array([[0.0], [0.0], [macs], [params]])]
-        module, _ = lowerable_module(model, layer.name)
+        weight = slots[layer.name].weight.detach()
         for lowering in map(lowering_named, rule.lowerings or ()):
-            if lowering.name != DENSE.lowering and lowering.supports(layer.spec):
+            if lowering.has_rank and lowering.supports(layer.spec):
                 try:
-                    more, table = _lowering_options(layer, module.weight.detach(), lowering, rule.min_rank or 1)
+                    more, table = _lowering_options(layer, weight, lowering, rule.min_rank or 1)
                 except NonFiniteError as error:
                     raise NonFiniteError(f"Layer {layer.name!r}: {error}") from error
                 choices += more

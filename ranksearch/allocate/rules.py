@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from ranksearch.compress import Layer, Net
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import lowering_named
+from ranksearch.lowering.contract import sides
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class LayerRules:
         """The largest rank of any allowed lowering that costs less than dense in MACs or params."""
         allowed = [lowering_named(name) for name in self.for_layer(layer.name).lowerings or ()]
         ranks = [
-            lowering.break_even_rank(layer.spec, cost, layer.in_sizes[0])
+            max(sides(lowering.break_even_rank(layer.spec, cost, layer.in_sizes[0])))
             for lowering in allowed
             if lowering.supports(layer.spec)
             for cost in ("macs", "params")

@@ -8,7 +8,7 @@ from ranksearch.compress.batchnorm import reestimate_bn_
 from ranksearch.compress.cost import Cost, dense_cost, layer_cost, plan_cost
 from ranksearch.compress.export import load_net, save_net
 from ranksearch.compress.plan import DENSE, LayerPlan, RankPlan
-from ranksearch.compress.projection import project_
+from ranksearch.compress.projection import Projector, project_
 from ranksearch.compress.surgery import restructure_
 from ranksearch.compress.trace import Layer, Net, trace
 
@@ -20,6 +20,7 @@ __all__ = [
     "Layer",
     "LayerPlan",
     "Net",
+    "Projector",
     "RankPlan",
     "dense_cost",
     "layer_cost",

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.compress.trace import Layer, Net
 from ranksearch.lowering import lowering_named
-
-BYTES_PER_WEIGHT = 4
-"""The export dtype is fp32."""
+from ranksearch.lowering.contract import BYTES_PER_WEIGHT
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ranksearch.errors import UsageError
-from ranksearch.lowering import lowering_named
+from ranksearch.lowering import LOWERINGS, Rank, lowering_named
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's lowering and rank (an int >= 1; 0 for `dense`)."""
+    """One layer's lowering and rank (an int >= 1, a tuple of them for a format with several; 0 for `dense`)."""
 
     lowering: str
-    rank: int
+    rank: Rank
 
 
 DENSE = LayerPlan("dense", 0)
@@ -72,9 +72,7 @@ class RankPlan:
             if not isinstance(entry, dict) or not isinstance(entry.get("lowering"), str):
                 raise UsageError(f'Plan, layer {name!r}: expected {{"lowering": ..., "rank": ...}}, got {entry!r}.')
             lowering, rank = lowering_named(entry["lowering"]).name, entry.get("rank", 0)
-            if isinstance(rank, bool) or not isinstance(rank, int) or (rank < 1) != (lowering == DENSE.lowering):
-                raise UsageError(f"Plan, layer {name!r}: {lowering} at rank {rank!r}; a rank is a whole number >= 1.")
-            layers[name] = LayerPlan(lowering, rank)
+            layers[name] = LayerPlan(lowering, _read_rank(rank, f"Plan, layer {name!r}: {lowering}", lowering))
         return cls(layers, data.get("model"))
 
     @classmethod
@@ -83,3 +81,12 @@ class RankPlan:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise UsageError(f"This is not a rank plan: no JSON ({error}).") from error
+
+
+def _read_rank(rank: Any, where: str, lowering: str) -> Rank:
+    """A rank as JSON has it: a whole number, a list of them for a format with several sides, none for `dense`."""
+    numbers = rank if isinstance(rank, list) and rank else [rank]
+    whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+    if not whole or (rank != 0 if not LOWERINGS[lowering].has_rank else min(numbers) < 1):
+        raise UsageError(f"{where} at rank {rank!r}; a rank is a whole number >= 1, or a list of them.")
+    return tuple(rank) if isinstance(rank, list) else rank

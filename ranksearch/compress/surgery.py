@@ -3,81 +3,100 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ranksearch.compress.attention import IN_PROJ, QKV, open_attention_, set_module_
 from ranksearch.compress.plan import LayerPlan, RankPlan
-from ranksearch.errors import NonFiniteError, UsageError, nearest
+from ranksearch.compress.slots import Slot, slots_of
+from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
+from ranksearch.lowering.contract import running_layers
 
 
-def lowerable_module(model: nn.Module, name: str) -> tuple[Any, LayerSpec]:
-    """The module `name` and its spec.
-
-    Raises:
-        UsageError: there is no such module, or it is no plain conv or Linear.
-    """
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        names = [n for n, m in model.named_modules() if LayerSpec.of(m) is not None]
-        raise UsageError(f"The model has no layer {name!r}. {nearest(name, names)}") from None
-    spec = LayerSpec.of(module)
-    if spec is None:
-        raise UsageError(f"Layer {name!r} is a {type(module).__name__}, not a plain Conv1d/2d/3d or Linear.")
-    return module, spec
-
-
-def _replace_(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-
-
-def _chain(module: Any, spec: LayerSpec, choice: LayerPlan, name: str) -> nn.Module:
-    try:
-        lowering = lowering_named(choice.lowering)
-        weight = module.weight
-        chain = lowering.build(spec, choice.rank, device=weight.device, dtype=weight.dtype)
-    except UsageError as error:
-        raise UsageError(f"Layer {name!r}: {error}") from error
-    return chain.train(module.training)
-
-
-def _fill_(chain: Any, module: Any, spec: LayerSpec, choice: LayerPlan, name: str) -> None:
-    layers: list[Any] = list(chain) if isinstance(chain, nn.Sequential) else [chain]
-    with torch.no_grad():
-        try:
-            factors = lowering_named(choice.lowering).decompose(module.weight.detach(), choice.rank, spec)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"Layer {name!r}: {error}") from error
-        for layer, factor in zip(layers, factors, strict=True):
-            layer.weight.copy_(factor)
-        if spec.bias:
-            layers[-1].bias.copy_(module.bias)
-
-
-def compress(model: nn.Module, plan: RankPlan) -> nn.Module:
+def compress(model: nn.Module, plan: RankPlan, *, warm: Mapping[str, Any] | None = None) -> nn.Module:
     """A copy of `model` whose layers named in `plan` are chains of smaller layers with the decomposed weights.
 
-    The model may be any `nn.Module`: no wrapper, no naming rules. `model` itself is not changed.
+    The model may be any `nn.Module`: no wrapper, no naming rules. `model` itself is not changed. A weight that several layers
+    share is decomposed once, and their chains share the factors.
+
+    Args:
+        warm: what a `Projector` keeps of its last projection of this model; `cp` needs it to find the projected weight's own terms.
 
     Raises:
         UsageError: a layer that is not there, a lowering that refuses it, a rank outside its range.
+        NonFiniteError: weights that are not finite; the text names the layer.
     """
-    model = copy.deepcopy(model)
-    for name, choice in plan.lowered():
-        module, spec = lowerable_module(model, name)
-        chain = _chain(module, spec, choice, name)
-        _fill_(chain, module, spec, choice, name)
-        _replace_(model, name, chain)
-    return model
+    return _restructured(copy.deepcopy(model), plan, fill=True, warm=warm or {})
 
 
 def restructure_(model: nn.Module, plan: RankPlan) -> nn.Module:
     """Gives `model` the architecture of `plan` in place, with initial weights: the form to load a state dict into."""
-    for name, choice in plan.lowered():
-        module, spec = lowerable_module(model, name)
-        _replace_(model, name, _chain(module, spec, choice, name))
+    return _restructured(model, plan, fill=False, warm={})
+
+
+def _restructured(model: nn.Module, plan: RankPlan, *, fill: bool, warm: Mapping[str, Any]) -> nn.Module:
+    _open_attentions_(model, slots_of(model, plan))  # everything wrong is told before anything is changed
+    for name, (slot, choice) in slots_of(model, plan).items():
+        _replace_(model, slot, choice, fill=fill, warm=warm.get(name))
     return model
+
+
+def _open_attentions_(model: nn.Module, slots: Mapping[str, tuple[Slot, LayerPlan]]) -> None:
+    parts: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for name, (slot, _) in slots.items():
+        if slot.attention is not None:
+            paths = tuple(path.rpartition(".")[0] for path in slot.paths)
+            parts[paths].add(name.rpartition(".")[2])
+    for paths, names in parts.items():
+        if IN_PROJ in names and names & set(QKV):
+            raise UsageError(f"The plan lowers {paths[0]}.{IN_PROJ} and a part of it: name it packed or its parts.")
+    for paths, names in parts.items():
+        open_attention_(model, paths, names)
+
+
+def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, *, fill: bool, warm: Any) -> None:
+    lowering, weight = lowering_named(choice.lowering), slot.weight
+    built: dict[int, nn.Module] = {}
+    shared: tuple[nn.Parameter, ...] | None = None
+    for path in slot.paths:
+        module: Any = model.get_submodule(path)
+        if id(module) not in built:
+            spec = LayerSpec.of(module) or slot.spec
+            chain = lowering.build(spec, choice.rank, device=weight.device, dtype=weight.dtype)
+            own = lowering.stored_weights(chain)
+            if shared is None:
+                shared = own
+                if fill:
+                    _fill_(own, slot, choice, warm)
+            else:
+                _share_(chain, own, shared)
+            if spec.bias:
+                running_layers(chain)[-1].bias = module.bias
+            built[id(module)] = chain.train(module.training)
+        set_module_(model, path, built[id(module)])
+    for parameter in shared or ():
+        parameter.requires_grad_(weight.requires_grad)
+
+
+def _fill_(parameters: tuple[nn.Parameter, ...], slot: Slot, choice: LayerPlan, warm: Any) -> None:
+    with torch.no_grad():
+        try:
+            factors = lowering_named(choice.lowering).decompose(slot.weight.detach(), choice.rank, slot.spec, warm)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"Layer {slot.name!r}: {error}") from error
+        for parameter, factor in zip(parameters, factors, strict=True):
+            parameter.copy_(factor)
+
+
+def _share_(chain: nn.Module, own: tuple[nn.Parameter, ...], shared: tuple[nn.Parameter, ...]) -> None:
+    """Lets `chain` compute with the parameters `shared` in the place of its `own`."""
+    instead = {id(mine): theirs for mine, theirs in zip(own, shared, strict=True)}
+    for module in chain.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in instead:
+                module._parameters[name] = instead[id(parameter)]

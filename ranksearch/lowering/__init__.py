@@ -3,10 +3,33 @@
 import importlib
 import pkgutil
 
-from ranksearch.lowering.contract import LOWERINGS, Lowering, MatrixLowering, lowering_named, register
+from ranksearch.lowering.contract import (
+    LAYER_COSTS,
+    LOWERINGS,
+    Lowering,
+    Rank,
+    RankCurve,
+    default_lowerings,
+    expand_families,
+    lowering_named,
+    register,
+)
+from ranksearch.lowering.matrix import MatrixLowering
 from ranksearch.lowering.spec import LayerSpec
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["LOWERINGS", "LayerSpec", "Lowering", "MatrixLowering", "lowering_named", "register"]
+__all__ = [
+    "LAYER_COSTS",
+    "LOWERINGS",
+    "LayerSpec",
+    "Lowering",
+    "MatrixLowering",
+    "Rank",
+    "RankCurve",
+    "default_lowerings",
+    "expand_families",
+    "lowering_named",
+    "register",
+]

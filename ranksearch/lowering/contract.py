@@ -1,9 +1,9 @@
 """The `Lowering` contract and what is derived from it.
 
 A lowering is a way to see a layer's weight as matrices (or a small tensor format) and to replace the layer by a chain of
-smaller layers at a rank. It states `refusal`, `full_rank`, `factor_specs`, `decompose`, `reconstruct`; params, MACs, break-even
-rank, rank curves, projection and the built module follow from those, as do the contract tests. A lowering that is a matrix per
-group inherits from `MatrixLowering` and states only how the weight is unfolded and how the two factors are laid out.
+smaller layers at a rank. It states `refusal`, `full_rank`, `factor_specs`, `decompose`, `reconstruct`, `project`, `curve`; costs,
+break-even ranks, the ladder of ranks and the built module follow from those, as do the contract tests. A lowering that is a
+batch of matrices inherits from `matrix.MatrixLowering` and states only how the weight is unfolded and how the factors are laid out.
 
 One file per lowering; `@register` adds it to the registry, and every file of this folder is imported: nothing else to edit.
 """
@@ -11,28 +11,38 @@ One file per lowering; `@register` adds it to the registry, and every file of th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ranksearch import linalg
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering.spec import Ints, LayerSpec
 
 LOWERINGS: dict[str, Lowering] = {}
 
+Rank = int | tuple[int, ...]
+"""An int, or one int per side of a format that has several (Tucker-2: input side, output side). 0 is the rank of `dense`."""
+
+BYTES_PER_WEIGHT = 4
+"""The export dtype is fp32."""
+
+LAYER_COSTS = ("macs", "flops", "params", "size")
+"""Costs known from a spec and a rank alone. 1 MAC = 2 FLOPs; size in bytes of the export dtype."""
+
 L = TypeVar("L", bound="type[Lowering]")
 
 
 def register(cls: L) -> L:
-    """Class decorator: one instance of the lowering enters the registry under its `name`."""
-    if cls.name in LOWERINGS:
-        raise ValueError(f"a lowering named {cls.name!r} is registered already")
-    LOWERINGS[cls.name] = cls()
+    """Class decorator: one instance of the lowering, for a family one per member, enters the registry under its `name`."""
+    for lowering in cls.members():
+        if lowering.name in LOWERINGS:
+            raise ValueError(f"a lowering named {lowering.name!r} is registered already")
+        LOWERINGS[lowering.name] = lowering
     return cls
 
 
@@ -47,40 +57,94 @@ def lowering_named(name: str) -> Lowering:
     return LOWERINGS[name]
 
 
+def default_lowerings() -> tuple[str, ...]:
+    """Names of the lowerings that a search takes where none are named: all but `dense`, which a layer may always be, and the opt-in ones."""
+    return tuple(name for name, lowering in LOWERINGS.items() if not lowering.opt_in and lowering.has_rank)
+
+
+def expand_families(names: Iterable[str]) -> tuple[str, ...]:
+    """Lowering names with every family's name (`tiled`) replaced by those of its members.
+
+    Raises:
+        UsageError: neither a lowering nor a family; the text names the nearest one.
+    """
+    families: dict[str, list[str]] = {}
+    for lowering in LOWERINGS.values():
+        if lowering.family:
+            families.setdefault(lowering.family, []).append(lowering.name)
+    names = list(names)
+    for name in names:
+        if name not in LOWERINGS and name not in families:
+            raise UsageError(f"There is no lowering {name!r}. {nearest(name, [*LOWERINGS, *families])}")
+    return tuple(dict.fromkeys(member for name in names for member in families.get(name, [name])))
+
+
+class Projected(NamedTuple):
+    """A projected weight, the share of ||W||² that was removed (0..1), and what the layer's next projection may start from."""
+
+    weight: Tensor
+    removed: float
+    warm: Any
+
+
+@dataclass(frozen=True)
+class RankCurve:
+    """What a weight loses at each of `ranks`, from the smallest to the full one. Arrays are [n ranks]."""
+
+    ranks: tuple[Rank, ...]
+    removed: np.ndarray
+    """Share of ||W||² that projection at the rank removes (an upper bound where the format has no closed-form optimum)."""
+    residual: np.ndarray
+    """Relative operator-norm error: the largest singular value left out, sigma_{r+1} / sigma_1."""
+
+
 class Lowering(ABC):
-    """How a layer becomes a chain of smaller layers at a rank (an int >= 1; 0 for `dense`, which has none)."""
+    """How a layer becomes a chain of smaller layers at a rank."""
 
     name: str
+    family: str | None = None
+    """Name under which several members of one kind are asked for at once."""
     is_projection: bool
-    """Whether reconstruct(decompose(.)) is an orthogonal projection: idempotent and nearest at its rank."""
+    """Whether reconstruct(decompose(.)) is an orthogonal projection: idempotent and nearest at its rank (Tucker-2: locally)."""
+    opt_in: bool = False
+    """Whether a search takes it only where the space names it."""
+    has_rank: bool = True
+    """False for `dense` alone."""
+    rebuilds_dense: bool = False
+    """Whether storage alone shrinks: the layer runs dense, with a weight that is rebuilt from the stored factors."""
+
+    @classmethod
+    def members(cls) -> Sequence[Lowering]:
+        """The instances to register: one, or a family's."""
+        return (cls(),)
 
     @abstractmethod
     def refusal(self, spec: LayerSpec) -> str | None:
         """Why this lowering cannot take the layer, as a sentence; None where it can."""
 
     @abstractmethod
-    def full_rank(self, spec: LayerSpec) -> int:
+    def full_rank(self, spec: LayerSpec) -> Rank:
         """The smallest rank at which the chain equals any dense layer of this spec."""
 
     @abstractmethod
-    def factor_specs(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
-        """The smaller layers, first to last, with stride, padding, dilation, groups and bias placed."""
+    def factor_specs(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+        """The layers that run, first to last, with stride, padding, dilation, groups and bias placed."""
 
     @abstractmethod
-    def decompose(self, weight: Tensor, rank: int, spec: LayerSpec) -> tuple[Tensor, ...]:
-        """Weights of the smaller layers from the dense `weight` [T, S/g, *k], in the order of `factor_specs`."""
+    def decompose(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> tuple[Tensor, ...]:
+        """The stored factors of the dense `weight`, in the order of `stored_shapes`. `warm` is that of the layer's last projection."""
 
     @abstractmethod
     def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
-        """The dense weight [T, S/g, *k] that the chain of `factors` computes."""
+        """The dense weight that the chain of `factors` computes."""
 
     @abstractmethod
-    def removed_energy(self, weight: Tensor, spec: LayerSpec) -> np.ndarray:
-        """Share of ||W||² that rank 0, 1, ..., full_rank removes: [full_rank + 1], from 1 down to 0."""
+    def curve(self, weight: Tensor, spec: LayerSpec) -> RankCurve:
+        """What projection removes at every rank (or at a grid of ranks that the allocation may choose from)."""
 
     @abstractmethod
-    def project(self, weight: Tensor, rank: int, spec: LayerSpec) -> tuple[Tensor, float]:
-        """(reconstruct(decompose(weight)), share of ||W||² removed), without building the factors' layout."""
+    def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:
+        """reconstruct(decompose(weight)) and what it removes. `warm`, from the last projection of a weight nearby, makes it faster."""
 
     # Derived -----------------------------------------------------------------------------------------------------
 
@@ -88,111 +152,96 @@ class Lowering(ABC):
         """Whether this lowering can take the layer; `refusal` says why not."""
         return self.refusal(spec) is None
 
-    def check_rank(self, spec: LayerSpec, rank: int) -> None:
+    def check_rank(self, spec: LayerSpec, rank: Rank) -> None:
         """Raises UsageError where the lowering refuses the layer or `rank` is not one of its ranks."""
         if (reason := self.refusal(spec)) is not None:
             raise UsageError(f"{self.name} cannot lower this layer: {reason}")
         full = self.full_rank(spec)
-        if not min(1, full) <= rank <= full:
-            raise UsageError(f"rank {rank} is outside {min(1, full)}..{full}, the ranks of {self.name} on this layer")
+        if not isinstance(rank, int if isinstance(full, int) else tuple) or len(sides(rank)) != len(sides(full)):
+            count = len(sides(full))
+            raise UsageError(f"{self.name} takes {'one rank' if count == 1 else f'{count} ranks'}, got {rank!r}")
+        if not all(min(1, most) <= side <= most for side, most in zip(sides(rank), sides(full), strict=True)):
+            ranges = " and ".join(f"{min(1, most)}..{most}" for most in sides(full))
+            raise UsageError(f"rank {rank} is outside {ranges}, the ranks of {self.name} on this layer")
 
-    def params(self, spec: LayerSpec, rank: int) -> int:
-        """Parameters of the chain, bias included."""
-        return sum(factor.params for factor in self.factor_specs(spec, rank))
+    def scaled_rank(self, spec: LayerSpec, ratio: float) -> Rank:
+        """The rank that is `ratio` (0..1) of the full one, every side by its own width and at least 1."""
+        full = self.full_rank(spec)
+        scaled = tuple(max(min(1, side), min(side, round(ratio * side))) for side in sides(full))
+        return scaled[0] if isinstance(full, int) else scaled
 
-    def macs(self, spec: LayerSpec, rank: int, in_size: Ints) -> int:
-        """MACs of the chain for one sample whose map enters with extents `in_size`."""
+    def ladder(self, spec: LayerSpec) -> tuple[Rank, ...]:
+        """The ranks of all ratios, smallest to full: the one-number family in which costs grow from step to step."""
+        widest = max(sides(self.full_rank(spec)))
+        return tuple(dict.fromkeys(self.scaled_rank(spec, step / widest) for step in range(1, widest + 1)))
+
+    def stored_shapes(self, spec: LayerSpec, rank: Rank) -> tuple[Ints, ...]:
+        """Shapes of the stored factors: the weights of the chain."""
+        return tuple(factor.weight_shape for factor in self.factor_specs(spec, rank))
+
+    def params(self, spec: LayerSpec, rank: Rank) -> int:
+        """Stored parameters, bias included."""
+        return sum(map(prod, self.stored_shapes(spec, rank))) + (spec.out_channels if spec.bias else 0)
+
+    def macs(self, spec: LayerSpec, rank: Rank, in_size: Ints) -> int:
+        """MACs of what runs, for one sample whose map enters with extents `in_size`."""
         total = 0
         for factor in self.factor_specs(spec, rank):
             total += factor.macs(in_size)
             in_size = factor.out_size(in_size)
         return total
 
-    def break_even_rank(self, spec: LayerSpec, cost: str, in_size: Ints = ()) -> int:
-        """The largest rank at which the chain costs less than the dense layer; 0 where there is none.
+    def cost(self, spec: LayerSpec, rank: Rank, cost: str, in_size: Ints = ()) -> int:
+        """One of `LAYER_COSTS`, from the spec alone: nothing is built.
 
-        `cost` is "params" or "macs"; costs grow with the rank, so this is a bisection.
+        Raises:
+            UsageError: no such cost; the text names the nearest one.
         """
-        if cost not in ("params", "macs"):
-            raise UsageError(
-                f"break-even ranks are known for params and macs, not {cost!r}. {nearest(cost, ['params', 'macs'])}"
-            )
-        dense = spec.params if cost == "params" else spec.macs(in_size)
-        low, high = 0, self.full_rank(spec)
+        if cost in ("macs", "flops"):
+            return self.macs(spec, rank, in_size) * (2 if cost == "flops" else 1)
+        if cost in ("params", "size"):
+            return self.params(spec, rank) * (BYTES_PER_WEIGHT if cost == "size" else 1)
+        raise UsageError(
+            f"A layer's cost is one of {', '.join(LAYER_COSTS)}, not {cost!r}. {nearest(cost, LAYER_COSTS)}"
+        )
+
+    def break_even_rank(self, spec: LayerSpec, cost: str, in_size: Ints = ()) -> Rank:
+        """The largest rank of the ladder at which the layer costs less than dense; 0 where there is none. A bisection."""
+        dense = LOWERINGS["dense"].cost(spec, 0, cost, in_size)
+        ladder: tuple[Rank, ...] = (0, *(self.ladder(spec) if self.has_rank else ()))
+        low, high = 0, len(ladder) - 1
         while low < high:
             middle = (low + high + 1) // 2
-            value = self.params(spec, middle) if cost == "params" else self.macs(spec, middle, in_size)
-            low, high = (middle, high) if value < dense else (low, middle - 1)
-        return low
+            cheaper = self.cost(spec, ladder[middle], cost, in_size) < dense
+            low, high = (middle, high) if cheaper else (low, middle - 1)
+        return ladder[low]
 
     def build(
         self,
         spec: LayerSpec,
-        rank: int,
+        rank: Rank,
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
-        """The chain as a module with torch's initial weights; `decompose` gives the right ones."""
+        """The layers that run as a module with initial weights; `decompose` gives the right ones, `stored_weights` takes them."""
         self.check_rank(spec, rank)
         layers = [factor.build(device=device, dtype=dtype) for factor in self.factor_specs(spec, rank)]
         return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
+    def stored_weights(self, built: nn.Module) -> tuple[nn.Parameter, ...]:
+        """The parameters of a built module that hold the factors, in the order of `stored_shapes`."""
+        return tuple(layer.weight for layer in running_layers(built))  # type: ignore[misc]
 
-class MatrixLowering(Lowering):
-    """A lowering whose weight is one n x m matrix per group, cut by a truncated SVD.
 
-    The two factors are [g, n, r] and [g, r, m]; their balanced product is the best rank-r approximation per group.
-    """
+def running_layers(built: nn.Module) -> tuple[Any, ...]:
+    """The layers of a built module, first to last; the bias is the last one's."""
+    return tuple(built) if isinstance(built, nn.Sequential) else (built,)
 
-    is_projection = True
 
-    @abstractmethod
-    def unfold(self, weight: Tensor, spec: LayerSpec) -> Tensor:
-        """[T, S/g, *k] -> [g, n, m]"""
-
-    @abstractmethod
-    def fold(self, matrix: Tensor, spec: LayerSpec) -> Tensor:
-        """[g, n, m] -> [T, S/g, *k], the inverse of `unfold`"""
-
-    @abstractmethod
-    def split(self, left: Tensor, right: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-        """[g, n, r], [g, r, m] -> weights of the first and the second layer"""
-
-    @abstractmethod
-    def join(self, first: Tensor, second: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-        """Weights of the two layers -> [g, n, r], [g, r, m], the inverse of `split`"""
-
-    @abstractmethod
-    def matrix_shape(self, spec: LayerSpec) -> tuple[int, int]:
-        """(n, m) of one group"""
-
-    def full_rank(self, spec: LayerSpec) -> int:
-        return min(self.matrix_shape(spec))
-
-    def decompose(self, weight: Tensor, rank: int, spec: LayerSpec) -> tuple[Tensor, ...]:
-        self.check_rank(spec, rank)
-        left, right, _ = linalg.truncated_svd(self.unfold(weight, spec), rank)
-        first, second = self.split(*linalg.balance(left, right), spec)
-        return first.to(weight.dtype).contiguous(), second.to(weight.dtype).contiguous()
-
-    def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
-        first, second = factors
-        left, right = self.join(first, second, spec)
-        return self.fold(left @ right, spec)
-
-    def project(self, weight: Tensor, rank: int, spec: LayerSpec) -> tuple[Tensor, float]:
-        self.check_rank(spec, rank)
-        matrix = self.unfold(weight, spec)
-        left, right, removed = linalg.truncated_svd(matrix, rank)
-        energy = matrix.double().square().sum(dim=(-2, -1))
-        total = energy.sum().item()
-        share = (energy * removed).sum().item() / total if total > 0 else 0.0
-        return self.fold(left @ right, spec).to(weight.dtype), share
-
-    def removed_energy(self, weight: Tensor, spec: LayerSpec) -> np.ndarray:
-        squared = linalg.squared_singular_values(self.unfold(weight, spec)).double()
-        return linalg.removed_energy_by_rank(squared.sum(dim=0)).cpu().numpy()
+def sides(rank: Rank) -> tuple[int, ...]:
+    """A rank as a tuple, of one number for a format with one."""
+    return (rank,) if isinstance(rank, int) else rank
 
 
 def kernel_area(spec: LayerSpec) -> int:

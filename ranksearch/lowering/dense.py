@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ranksearch.lowering.contract import Lowering, register
+from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, register
 from ranksearch.lowering.spec import LayerSpec
 
 
@@ -17,6 +18,7 @@ class Dense(Lowering):
 
     name = "dense"
     is_projection = True
+    has_rank = False
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return None
@@ -24,10 +26,10 @@ class Dense(Lowering):
     def full_rank(self, spec: LayerSpec) -> int:
         return 0
 
-    def factor_specs(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
+    def factor_specs(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
         return (spec,)
 
-    def decompose(self, weight: Tensor, rank: int, spec: LayerSpec) -> tuple[Tensor, ...]:
+    def decompose(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> tuple[Tensor, ...]:
         self.check_rank(spec, rank)
         return (weight.clone(),)
 
@@ -35,9 +37,9 @@ class Dense(Lowering):
         (weight,) = factors
         return weight
 
-    def removed_energy(self, weight: Tensor, spec: LayerSpec) -> np.ndarray:
-        return np.zeros(1)
+    def curve(self, weight: Tensor, spec: LayerSpec) -> RankCurve:
+        return RankCurve((0,), np.zeros(1), np.zeros(1))
 
-    def project(self, weight: Tensor, rank: int, spec: LayerSpec) -> tuple[Tensor, float]:
+    def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:
         self.check_rank(spec, rank)
-        return weight, 0.0
+        return Projected(weight, 0.0, None)

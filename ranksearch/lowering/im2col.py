@@ -2,17 +2,20 @@
 
 Params r(T + S·k) per group. The first conv keeps stride, padding and dilation, so the maps shrink once. It helps most where
 T is large against r; on a 1x1 kernel it is the plain SVD bottleneck, and on depthwise convs (T/g = 1) no rank is cheaper than dense.
+A transposed conv whose stride enlarges the map pays for the 1x1 conv at the enlarged size: `channel` then costs less for a rank.
 
 Reference: Lee, Kwon, Kim & Wei 2019, arXiv 1905.10145; as two conv layers: Zhang et al. 2016, arXiv 1505.06798.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from ranksearch.lowering.contract import MatrixLowering, kernel_area, register
+from ranksearch.lowering.contract import kernel_area, register
+from ranksearch.lowering.matrix import MatrixLowering
 from ranksearch.lowering.spec import LayerSpec
 
 
@@ -24,27 +27,26 @@ class Im2col(MatrixLowering):
         return None if spec.is_conv else "im2col lowers convolutions; a Linear takes svd."
 
     def matrix_shape(self, spec: LayerSpec) -> tuple[int, int]:
-        return spec.out_channels // spec.groups, spec.in_channels // spec.groups * kernel_area(spec)
+        outputs, inputs = spec.block_shape[:2]
+        return outputs, inputs * kernel_area(spec)
 
-    def unfold(self, weight: Tensor, spec: LayerSpec) -> Tensor:
-        return spec.grouped(weight).flatten(2)
+    def unfold(self, blocks: Tensor, spec: LayerSpec) -> Tensor:
+        return blocks.flatten(2)
 
-    def fold(self, matrix: Tensor, spec: LayerSpec) -> Tensor:
-        return matrix.reshape(spec.weight_shape)
+    def fold(self, matrices: Tensor, spec: LayerSpec) -> Tensor:
+        return matrices.reshape(spec.groups, *spec.block_shape)
 
-    def factor_specs(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
+    def chain(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
         hidden = spec.groups * rank
         return (
             replace(spec, out_channels=hidden, bias=False),
             spec.pointwise(hidden, spec.out_channels, groups=spec.groups, bias=spec.bias),
         )
 
-    def split(self, left: Tensor, right: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-        groups, rows, rank = left.shape
-        first = right.reshape(groups * rank, spec.in_channels // spec.groups, *spec.kernel_size)
-        second = left.reshape(groups * rows, rank, *(1 for _ in spec.kernel_size))
-        return first, second
+    def split(self, left: Tensor, right: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
+        inputs, kernel = spec.block_shape[1], spec.kernel_size
+        return right.unflatten(2, (inputs, *kernel)), left.reshape(*left.shape, *(1 for _ in kernel))
 
-    def join(self, first: Tensor, second: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-        rows, columns = self.matrix_shape(spec)
-        return second.reshape(spec.groups, rows, -1), first.reshape(spec.groups, -1, columns)
+    def join(self, factors: Sequence[Tensor], spec: LayerSpec) -> tuple[Tensor, Tensor]:
+        first, second = factors
+        return second.flatten(2), first.flatten(2)

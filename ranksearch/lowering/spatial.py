@@ -1,16 +1,20 @@
-"""`spatial`: vertical then horizontal, (S·kh) x (T·kw). A kh x 1 conv S -> r, then a 1 x kw conv r -> T. Conv2d only.
+"""`spatial`: vertical then horizontal, (S·kh) x (T·kw). A kh x 1 conv S -> r, then a 1 x kw conv r -> T. Two axes only.
 
 Params r(S·kh + T·kw) per group. Each factor takes its own axis' stride, padding and dilation; padding modes act per axis, so they
-survive the split. On a kernel with one side of 1 it equals `channel` or `im2col`; on 1x1 kernels it is the plain bottleneck.
+survive the split, and so does a transposed conv's output padding. On a kernel with one side of 1 it equals `channel` or `im2col`; on
+1x1 kernels it is the plain bottleneck. The one matrix lowering that can shrink a depthwise conv: a 3x3 kernel at rank 1 keeps 6 of 9.
 
 Reference: Jaderberg, Vedaldi & Zisserman 2014, arXiv 1405.3866 (scheme 2); spatial SVD in AIMET.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from ranksearch.lowering.contract import MatrixLowering, register
+from ranksearch.lowering.contract import register
+from ranksearch.lowering.matrix import MatrixLowering
 from ranksearch.lowering.spec import LayerSpec
 
 
@@ -21,61 +25,33 @@ class Spatial(MatrixLowering):
     def refusal(self, spec: LayerSpec) -> str | None:
         if len(spec.kernel_size) == 2:
             return None
-        return "spatial splits a kernel into a column and a row, so it takes a Conv2d alone."
+        return "spatial splits a kernel into a column and a row, so it takes convolutions over two axes alone."
 
     def matrix_shape(self, spec: LayerSpec) -> tuple[int, int]:
-        kh, kw = spec.kernel_size
-        return spec.in_channels // spec.groups * kh, spec.out_channels // spec.groups * kw
+        outputs, inputs, kh, kw = spec.block_shape
+        return inputs * kh, outputs * kw
 
-    def unfold(self, weight: Tensor, spec: LayerSpec) -> Tensor:
+    def unfold(self, blocks: Tensor, spec: LayerSpec) -> Tensor:
         # [g, T/g, S/g, kh, kw] -> [g, S/g, kh, T/g, kw] -> [g, S/g·kh, T/g·kw]
-        return spec.grouped(weight).permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
+        return blocks.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
 
-    def fold(self, matrix: Tensor, spec: LayerSpec) -> Tensor:
-        kh, kw = spec.kernel_size
-        split = matrix.reshape(spec.groups, -1, kh, spec.out_channels // spec.groups, kw)
-        return split.permute(0, 3, 1, 2, 4).reshape(spec.weight_shape)
+    def fold(self, matrices: Tensor, spec: LayerSpec) -> Tensor:
+        outputs, inputs, kh, kw = spec.block_shape
+        return matrices.reshape(spec.groups, inputs, kh, outputs, kw).permute(0, 3, 1, 2, 4)
 
-    def factor_specs(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
-        hidden = spec.groups * rank
-        (kh, kw), (sh, sw), (dh, dw) = spec.kernel_size, spec.stride, spec.dilation
-        if isinstance(spec.padding, str):
-            vertical: tuple[int, ...] | str = spec.padding
-            horizontal: tuple[int, ...] | str = spec.padding
-        else:
-            vertical, horizontal = (spec.padding[0], 0), (0, spec.padding[1])
-        shared = {"groups": spec.groups, "padding_mode": spec.padding_mode}
+    def chain(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
+        hidden, groups = spec.groups * rank, spec.groups
         return (
-            LayerSpec.conv(
-                spec.in_channels,
-                hidden,
-                (kh, 1),
-                stride=(sh, 1),
-                padding=vertical,
-                dilation=(dh, 1),
-                **shared,
-            ),
-            LayerSpec.conv(
-                hidden,
-                spec.out_channels,
-                (1, kw),
-                stride=(1, sw),
-                padding=horizontal,
-                dilation=(1, dw),
-                bias=spec.bias,
-                **shared,
-            ),
+            spec.along(0, spec.in_channels, hidden, groups=groups),
+            spec.along(1, hidden, spec.out_channels, groups=groups, bias=spec.bias),
         )
 
-    def split(self, left: Tensor, right: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-        (kh, kw), rank = spec.kernel_size, left.shape[-1]
-        # [g, S/g·kh, r] -> [g·r, S/g, kh, 1] and [g, r, T/g·kw] -> [T, r, 1, kw]
-        first = left.transpose(1, 2).reshape(spec.groups * rank, -1, kh, 1)
-        second = right.reshape(spec.groups, rank, -1, kw).transpose(1, 2)
-        return first, second.reshape(spec.out_channels, rank, 1, kw)
+    def split(self, left: Tensor, right: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
+        kh, kw = spec.kernel_size
+        first = left.transpose(1, 2).unflatten(2, (-1, kh, 1))  # [g, S/g·kh, r] -> [g, r, S/g, kh, 1]
+        second = right.unflatten(2, (-1, 1, kw)).transpose(1, 2)  # [g, r, T/g·kw] -> [g, T/g, r, 1, kw]
+        return first, second
 
-    def join(self, first: Tensor, second: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-        rows, columns = self.matrix_shape(spec)
-        left = first.reshape(spec.groups, -1, rows).transpose(1, 2)
-        right = spec.grouped(second).flatten(3).transpose(1, 2).reshape(spec.groups, -1, columns)
-        return left, right
+    def join(self, factors: Sequence[Tensor], spec: LayerSpec) -> tuple[Tensor, Tensor]:
+        first, second = factors
+        return first.flatten(2).transpose(1, 2), second.flatten(3).transpose(1, 2).flatten(2)

@@ -11,14 +11,23 @@ from torch import Tensor, nn
 
 Ints = tuple[int, ...]
 
-_CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVS: dict[tuple[int, bool], Any] = {
+    (1, False): nn.Conv1d,
+    (2, False): nn.Conv2d,
+    (3, False): nn.Conv3d,
+    (1, True): nn.ConvTranspose1d,
+    (2, True): nn.ConvTranspose2d,
+    (3, True): nn.ConvTranspose3d,
+}
+"""(spatial axes, transposed) -> module"""
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A convolution over `len(kernel_size)` spatial axes, or a Linear where `kernel_size` is ().
+    """A convolution over `len(kernel_size)` spatial axes, transposed or not, or a Linear where `kernel_size` is ().
 
-    Letters, package-wide: T = out_channels, S = in_channels, k = kernel_size. The weight is [T, S/groups, *k].
+    Letters, package-wide: T = out_channels, S = in_channels, k = kernel_size, g = groups. torch lays the weight out as
+    [T, S/g, *k], and as [S, T/g, *k] where the convolution is transposed; lowerings see neither, but `blocks`: [g, T/g, S/g, *k].
     Sizes of the maps are not part of it: a layer's `in_size` (spatial extents of its input; for a Linear the leading
     extents, such as tokens) is passed where MACs are counted, so that one layer may be used at several sizes.
     """
@@ -32,23 +41,33 @@ class LayerSpec:
     groups: int = 1
     bias: bool = False
     padding_mode: str = "zeros"
+    transposed: bool = False
+    output_padding: Ints = ()
+    """Of a transposed convolution alone."""
 
     @classmethod
     def conv(cls, in_channels: int, out_channels: int, kernel_size: Ints, **settings: Any) -> LayerSpec:
         """A convolution with torch's defaults for what `settings` leaves out."""
         ones, zeros = (1,) * len(kernel_size), (0,) * len(kernel_size)
-        base = cls(in_channels, out_channels, kernel_size, stride=ones, padding=zeros, dilation=ones)
+        extra = zeros if settings.get("transposed") else ()
+        base = cls(
+            in_channels, out_channels, kernel_size, stride=ones, padding=zeros, dilation=ones, output_padding=extra
+        )
         return replace(base, **settings)
 
     @classmethod
     def of(cls, module: nn.Module) -> LayerSpec | None:
-        """The spec of a Conv1d/2d/3d or Linear; None for any other module.
+        """The spec of a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear; None for any other module.
 
-        A subclass with a `forward` of its own (weight standardisation, LoRA, ...) is another layer: None.
+        None also for a subclass with a `forward` of its own (weight standardisation, LoRA, ...), which computes something else, and
+        where the weight is no parameter of the module but computed (weight norm, spectral norm, pruning, other parametrizations):
+        what is written into it would not last.
         """
+        if "weight" not in module._parameters or module.weight is None:
+            return None
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             return cls(module.in_features, module.out_features, bias=module.bias is not None)
-        for conv in _CONVS.values():
+        for (axes, transposed), conv in _CONVS.items():
             if isinstance(module, conv) and type(module).forward is conv.forward:
                 padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
                 return cls(
@@ -56,11 +75,13 @@ class LayerSpec:
                     module.out_channels,
                     kernel_size=tuple(module.kernel_size),
                     stride=tuple(module.stride),
-                    padding=(0,) * len(module.kernel_size) if padding == "valid" else padding,
+                    padding=(0,) * axes if padding == "valid" else padding,
                     dilation=tuple(module.dilation),
                     groups=module.groups,
                     bias=module.bias is not None,
                     padding_mode=module.padding_mode,
+                    transposed=transposed,
+                    output_padding=tuple(module.output_padding) if transposed else (),
                 )
         return None
 
@@ -70,8 +91,16 @@ class LayerSpec:
 
     @property
     def weight_shape(self) -> Ints:
-        """[T, S/groups, *k]"""
-        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        """torch's layout: [T, S/g, *k], transposed [S, T/g, *k]"""
+        first, second = self.out_channels, self.in_channels
+        if self.transposed:
+            first, second = second, first
+        return (first, second // self.groups, *self.kernel_size)
+
+    @property
+    def block_shape(self) -> Ints:
+        """[T/g, S/g, *k]: what one group computes with."""
+        return (self.out_channels // self.groups, self.in_channels // self.groups, *self.kernel_size)
 
     @property
     def params(self) -> int:
@@ -84,20 +113,25 @@ class LayerSpec:
             return in_size
         if isinstance(self.padding, str):
             return in_size  # "same", which torch allows at stride 1 alone
-        return tuple(
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip(in_size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
-        )
+        axes = zip(in_size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
+        if self.transposed:
+            sizes = ((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, p, d, k, s in axes)
+            return tuple(n + extra for n, extra in zip(sizes, self.output_padding, strict=True))
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in axes)
 
     def macs(self, in_size: Ints) -> int:
-        """Multiply-accumulates of one sample (1 MAC = 2 FLOPs), bias not counted, as `torch.utils.flop_counter` does."""
-        return prod(self.out_size(in_size)) * prod(self.weight_shape)
+        """Multiply-accumulates of one sample (1 MAC = 2 FLOPs), bias not counted, as `torch.utils.flop_counter` does.
+
+        Every weight meets every position of the output, of a transposed convolution every position of the input.
+        """
+        return prod(in_size if self.transposed else self.out_size(in_size)) * prod(self.weight_shape)
 
     def build(self, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """The torch layer of this spec, with torch's own initial weights."""
         if not self.is_conv:
             return nn.Linear(self.in_channels, self.out_channels, bias=self.bias, device=device, dtype=dtype)
-        return _CONVS[len(self.kernel_size)](
+        extra = {"output_padding": self.output_padding} if self.transposed else {}
+        return _CONVS[len(self.kernel_size), self.transposed](
             self.in_channels,
             self.out_channels,
             self.kernel_size,
@@ -109,12 +143,40 @@ class LayerSpec:
             padding_mode=self.padding_mode,
             device=device,
             dtype=dtype,
+            **extra,
         )
 
     def pointwise(self, in_channels: int, out_channels: int, **settings: Any) -> LayerSpec:
-        """A 1x1 convolution over the same number of axes."""
+        """A 1x1 convolution over the same number of axes, not transposed."""
         return LayerSpec.conv(in_channels, out_channels, (1,) * len(self.kernel_size), **settings)
 
-    def grouped(self, weight: Tensor) -> Tensor:
-        """Splits the output channels of `weight` [T, S/g, *k] into its groups: [g, T/g, S/g, *k]."""
-        return weight.reshape(self.groups, self.out_channels // self.groups, *weight.shape[1:])
+    def along(self, axis: int, in_channels: int, out_channels: int, **settings: Any) -> LayerSpec:
+        """This convolution along one spatial axis alone: its kernel, stride, padding and dilation there, nothing elsewhere.
+
+        Padding modes, "same" and output padding act per axis, so a convolution with a separable kernel is the chain of these over its axes.
+        """
+
+        def alone(values: Ints, neutral: int) -> Ints:
+            return tuple(value if i == axis else neutral for i, value in enumerate(values))
+
+        return LayerSpec(
+            in_channels,
+            out_channels,
+            kernel_size=alone(self.kernel_size, 1),
+            stride=alone(self.stride, 1),
+            padding=self.padding if isinstance(self.padding, str) else alone(self.padding, 0),
+            dilation=alone(self.dilation, 1),
+            padding_mode=self.padding_mode,
+            transposed=self.transposed,
+            output_padding=alone(self.output_padding, 0),
+            **settings,
+        )
+
+    def blocks(self, weight: Tensor) -> Tensor:
+        """torch's layout of the weight -> [g, T/g, S/g, *k]; the ranks of a chain's inner channels may differ from the spec's."""
+        blocks = weight.reshape(self.groups, weight.shape[0] // self.groups, *weight.shape[1:])
+        return blocks.transpose(1, 2) if self.transposed else blocks
+
+    def weight_of(self, blocks: Tensor) -> Tensor:
+        """[g, T/g, S/g, *k] -> torch's layout, the inverse of `blocks`."""
+        return (blocks.transpose(1, 2) if self.transposed else blocks).flatten(0, 1)

@@ -1,15 +1,21 @@
 """`svd`: a Linear S -> T as two, S -> r -> T. Params r(S + T).
 
-It helps a square layer below half its width, and a classifier with few classes hardly ever: T = 10 leaves r <= 9.
+It helps a square layer below half its width, and a classifier with few classes hardly ever: T = 10 leaves r <= 9. Packed query, key
+and value projections of attention are one Linear of 3S outputs: one input factor serves all three and every head (4rS params against
+6rS for three separate ones). Per head there is nothing to gain: a head's d rows have rank d already, and no rank r < d is
+cheaper than dense unless r < dS / (d + S).
 
 Reference: Denton et al. 2014, arXiv 1404.0736.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from ranksearch.lowering.contract import MatrixLowering, register
+from ranksearch.lowering.contract import register
+from ranksearch.lowering.matrix import MatrixLowering
 from ranksearch.lowering.spec import LayerSpec
 
 
@@ -23,17 +29,19 @@ class Svd(MatrixLowering):
     def matrix_shape(self, spec: LayerSpec) -> tuple[int, int]:
         return spec.out_channels, spec.in_channels
 
-    def unfold(self, weight: Tensor, spec: LayerSpec) -> Tensor:
-        return weight.unsqueeze(0)
+    def unfold(self, blocks: Tensor, spec: LayerSpec) -> Tensor:
+        return blocks
 
-    def fold(self, matrix: Tensor, spec: LayerSpec) -> Tensor:
-        return matrix.squeeze(0)
+    def fold(self, matrices: Tensor, spec: LayerSpec) -> Tensor:
+        return matrices
 
-    def factor_specs(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
+    def chain(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
+        (hidden,) = (rank,)
         return LayerSpec(spec.in_channels, rank), LayerSpec(rank, spec.out_channels, bias=spec.bias)
 
-    def split(self, left: Tensor, right: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-        return right.squeeze(0), left.squeeze(0)
+    def split(self, left: Tensor, right: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
+        return right, left
 
-    def join(self, first: Tensor, second: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-        return second.unsqueeze(0), first.unsqueeze(0)
+    def join(self, factors: Sequence[Tensor], spec: LayerSpec) -> tuple[Tensor, Tensor]:
+        first, second = factors
+        return second, first

@@ -116,6 +116,8 @@ def _suggest_recipe(trial: optuna.Trial, space: Space) -> Recipe:
         weight_decay=recipe.weight_decay,
         bn_batches=recipe.bn_batches,
         precision=recipe.precision,
+        energy_transfer=recipe.projection.energy_transfer,
+        bn_rectification=recipe.projection.bn_rectification,
         period=int(found.pop("period")),
         **found,
     )

@@ -24,7 +24,7 @@ from ranksearch.allocate.budget import Budget, parse_budget
 from ranksearch.allocate.curves import MEASURES
 from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.errors import nearest
-from ranksearch.lowering import LOWERINGS
+from ranksearch.lowering import default_lowerings, expand_families
 
 
 class Strict(BaseModel):
@@ -111,6 +111,10 @@ def searchable(low: float, high: float, *, whole: bool = False) -> Any:
 class ProjectionSpace(Strict):
     period: searchable(1, 1_000_000, whole=True) = 20  # type: ignore[valid-type]
     """Optimizer steps between projections. At least ten projections per trial pay; with a long run, thirty or more."""
+    energy_transfer: bool = False
+    """Scale what a projection keeps of a weight so that its energy stays (LRPET, Guo et al. 2024, arXiv 2204.05566)."""
+    bn_rectification: bool = False
+    """Choose what a projection keeps by the weight as the BN layer behind it will scale it (LRPET)."""
 
 
 class DistillationSpace(Strict):
@@ -142,29 +146,25 @@ class LayerRuleSpace(Strict):
     lowerings: list[str] | None = None
     min_rank: int | None = Field(default=None, ge=1)
 
+    @field_validator("lowerings")
+    @classmethod
+    def _known(cls, names: list[str] | None) -> list[str] | None:
+        return None if names is None else list(expand_families(names))
+
 
 class LayersSpace(Strict):
     """Which layers may be lowered, and how. Patterns match names as the shell matches files (`layer1.*`)."""
 
     include: list[str] = ["*"]
     exclude: list[str] = []
-    lowerings: list[str] = Field(default_factory=lambda: [name for name in LOWERINGS if name != "dense"], min_length=1)
+    lowerings: list[str] = Field(default_factory=lambda: list(default_lowerings()), min_length=1)
+    """Names of lowerings, or of a family of them (`tiled`); left out, all but those that have to be asked for (`cp`, square tiles)."""
     rules: list[LayerRuleSpace] = []
 
     @field_validator("lowerings")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
-        for name in names:
-            if name not in LOWERINGS:
-                raise ValueError(f"there is no lowering {name!r}. {nearest(name, LOWERINGS)}")
-        return names
-
-    @field_validator("rules")
-    @classmethod
-    def _known_in_rules(cls, rules: list[LayerRuleSpace]) -> list[LayerRuleSpace]:
-        for rule in rules:
-            cls._known(rule.lowerings or [])
-        return rules
+        return list(expand_families(names))
 
     def as_rules(self) -> LayerRules:
         rules = tuple(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.compress import Net, RankPlan, dense_cost, plan_cost, project_, reestimate_bn_, save_net
+from ranksearch.compress import Net, Projector, RankPlan, dense_cost, plan_cost, reestimate_bn_, save_net
 from ranksearch.compress.surgery import compress
 from ranksearch.errors import NonFiniteError
 from ranksearch.tasks.dense import State
@@ -44,6 +44,8 @@ class Recipe:
     momentum: float
     weight_decay: float
     period: int
+    energy_transfer: bool
+    bn_rectification: bool
     factor_share: float
     bn_batches: int
     precision: str
@@ -76,15 +78,15 @@ class TrialResult:
 class Session:
     """One trial's data, randomness, settings and report: what the statements of the method are made of."""
 
-    def __init__(self, task: Task, dense: State, recipe: Recipe, *, macs: int, seed: int, report: Report) -> None:
+    def __init__(self, task: Task, dense: State, net: Net, recipe: Recipe, *, seed: int, report: Report) -> None:
         device = pick_device()
         torch.manual_seed(seed)
-        self.task, self.recipe, self.history = task.to(device), recipe, []
+        self.task, self.net, self.recipe, self.history = task.to(device), net, recipe, []
         self._device, self._dense, self._report = device, dense, report
         self._generator = torch.Generator(device).manual_seed(seed)
         self._settings = Optimisation(
             recipe.lr, recipe.momentum, recipe.weight_decay, recipe.batch_size, recipe.steps,
-            use_bf16(recipe.precision, device, macs),
+            use_bf16(recipe.precision, device, dense_cost(net).macs),
         )  # fmt: skip
         self._distillation = None
         if recipe.distillation_weight > 0:
@@ -128,18 +130,20 @@ def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
     Reference: Lee, Kwon, Kim & Wei 2019, arXiv 1905.10145 (projection training); fine-tuning the factors after it is ours.
     """
     recipe, model = session.recipe, session.dense_net()
+    norms = session.net.norms() if recipe.bn_rectification else None
+    project_ = Projector(plan, energy_transfer=recipe.energy_transfer, norms=norms)
     dense_steps = recipe.steps - round(recipe.factor_share * recipe.steps)
 
     def project_every_period(done: int) -> None:
         if done % recipe.period == 0 and done < dense_steps:
-            project_(model, plan)
+            project_(model)
 
     loss = session.train_(model, range(dense_steps), project_every_period)
-    removed = project_(model, plan)  # the training ends on a projection, so that decomposing changes nothing
+    removed = project_(model)  # the training ends on a projection, so that decomposing changes nothing
     session.score(
         "projected", model, dense_steps, train_loss=loss, removed_energy_max=max(removed.values(), default=0.0)
     )
-    small = compress(model, plan)
+    small = compress(model, plan, warm=project_.warm)
     session.reestimate_bn_(small)
     session.score("decomposed", small, dense_steps)
     if dense_steps < recipe.steps:
@@ -166,7 +170,7 @@ def run_trial(
     trial with status "diverged" and the metrics so far.
     """
     started, cost = time.perf_counter(), plan_cost(net, plan)
-    session = Session(task, dense, recipe, macs=dense_cost(net).macs, seed=seed, report=report)
+    session = Session(task, dense, net, recipe, seed=seed, report=report)
     status, reason = "complete", None
     try:
         small = learn_low_rank(session, plan)

@@ -1,0 +1,149 @@
+"""Opening `nn.MultiheadAttention`: the same attention with its projections as plain Linears, which then are lowered like any other.
+
+torch computes the projections from parameters of the attention itself (`in_proj_weight`, packed), so there is no module to replace.
+Self-attention is opened packed, one Linear of 3E outputs, whose factors at rank r take 4rE params against 6rE for three separate
+ones; where query, key and value differ (cross-attention, or widths of their own) they stay three. Never per head: the heads
+share their input, and a head's slice has few rows, so that hardly any rank of it is cheaper than dense (see `lowering/svd.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IN_PROJ, OUT_PROJ = "in_proj", "out_proj"
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def is_plain_attention(module: nn.Module) -> bool:
+    """Whether `module` is torch's own attention, without the extra key and value rows that nobody uses."""
+    plain = isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+    return plain and module.bias_k is None and not module.add_zero_attn  # type: ignore[union-attr]
+
+
+class OpenAttention(nn.Module):
+    """Multi-head attention over plain Linears; takes and returns what `nn.MultiheadAttention` does."""
+
+    def __init__(self, attention: nn.MultiheadAttention, *, packed: bool) -> None:
+        """Shares the parameters of `attention`; `packed` keeps query, key and value in one Linear."""
+        super().__init__()
+        self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
+        self.batch_first, self.dropout = attention.batch_first, attention.dropout
+        # what torch's encoder layers ask before they take a fused path of their own: not here
+        self.in_proj_weight = self.in_proj_bias = None
+        self._qkv_same_embed_dim = False
+        weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, self.embed_dim
+        if packed:
+            self.in_proj = _linear(weight, bias)
+        else:
+            biases: Any = (None, None, None) if bias is None else bias.detach().split(width)
+            weights = (
+                (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+                if weight is None
+                else weight.detach().split(width)
+            )
+            for name, part, part_bias in zip(QKV, weights, biases, strict=True):
+                self.add_module(name, _linear(part, part_bias))
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        self.train(attention.training)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if "in_proj" not in self._modules:
+            return self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if query is key and key is value:
+            return self.in_proj(query).chunk(3, dim=-1)
+        each = (self.in_proj(x).chunk(3, dim=-1)[i] for i, x in enumerate((query, key, value)))
+        return tuple(each)  # type: ignore[return-value]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[N, L, E] -> [N, heads, L, E / heads]"""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention.forward`: (output, attention weights or None)."""
+        batched = query.dim() == 3
+        q, k, v = self._project(query, key, value)
+        if not batched:
+            q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        elif not self.batch_first:
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        mask = self._mask(attn_mask, key_padding_mask, q, k)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.mT * (q.shape[-1] ** -0.5)
+            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = F.dropout(weights, dropout, training=self.training)
+            mixed = weights @ v
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        mixed = mixed.transpose(1, 2).flatten(2)  # [N, L, E]
+        if not batched:
+            mixed = mixed.squeeze(0)
+        elif not self.batch_first:
+            mixed = mixed.transpose(0, 1)
+        return self.out_proj(mixed), weights
+
+    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+        """Both masks as one that is added to the scores: [N, heads, L, S] or what broadcasts to it; -inf hides."""
+        whole = None
+        if attn_mask is not None:
+            whole = _additive(attn_mask, q.dtype)
+            whole = whole.unflatten(0, (-1, self.num_heads)) if whole.dim() == 3 else whole
+        if padding is not None:
+            hidden = _additive(padding, q.dtype).reshape(-1, 1, 1, k.shape[-2])
+            whole = hidden if whole is None else whole + hidden
+        return whole
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.clone())
+    if bias is not None:
+        layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.clone())
+    return layer
+
+
+def open_attention_(model: nn.Module, paths: Iterable[str], parts: Set[str]) -> None:
+    """Replaces the attention that goes by the names `paths`: packed unless `parts`, the projections to be lowered, name one of the three."""
+    paths = list(paths)
+    attention: Any = model.get_submodule(paths[0])
+    opened = OpenAttention(attention, packed=attention.in_proj_weight is not None and not parts & set(QKV))
+    for path in paths:
+        set_module_(model, path, opened)
+
+
+def set_module_(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` in the place `path`, and keeps torch's encoder layers around it from their fused path, which reads weights that are gone."""
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+    parts = parent.split(".") if parent else []
+    for depth in range(len(parts) + 1):
+        ancestor: Any = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(ancestor, nn.TransformerEncoderLayer):
+            ancestor.activation_relu_or_gelu = 0
+        if isinstance(ancestor, nn.TransformerEncoder):
+            ancestor.use_nested_tensor = False

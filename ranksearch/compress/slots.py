@@ -1,0 +1,167 @@
+"""Slots: where the weights that can be lowered live in a model, and why the others cannot be.
+
+A slot is a weight, not a module: one that several layers share is one slot with several paths, treated once and counted once; the
+packed `in_proj_weight` of an `nn.MultiheadAttention` is a slot although no module of that name exists before the
+attention is opened (`attention.py`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV, is_plain_attention
+from ranksearch.compress.plan import LayerPlan, RankPlan
+from ranksearch.errors import UsageError, nearest
+from ranksearch.lowering import LayerSpec, lowering_named
+
+KINDS = "Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A weight that can be lowered: the name plans use, its spec, the tensor itself (or a view into a packed one), and who holds it."""
+
+    name: str
+    spec: LayerSpec
+    weight: Tensor
+    paths: tuple[str, ...]
+    """Names of the layers that compute with this weight, the slot's own name first."""
+    attention: str | None = None
+    """The `nn.MultiheadAttention` that it is part of, if any."""
+
+
+def find_slots(model: nn.Module) -> dict[str, Slot]:
+    """Every slot of `model` by name. An attention's input projections are offered packed and one by one."""
+    return _survey(model)[0]
+
+
+def find_skipped(model: nn.Module) -> dict[str, str]:
+    """Every other layer that has a weight of at least two dimensions, and why it is no slot."""
+    return _survey(model)[1]
+
+
+def slots_of(model: nn.Module, plan: RankPlan) -> dict[str, tuple[Slot, LayerPlan]]:
+    """The slots that `plan` lowers, with what becomes of them.
+
+    Raises:
+        UsageError: a layer that is not there or cannot be lowered, a lowering that refuses it, a rank outside its range; the text
+            names the layer, says why, and what is nearest.
+    """
+    slots, skipped = _survey(model)
+    found = {}
+    for name, choice in plan.lowered():
+        if name not in slots:
+            raise UsageError(_no_slot(model, name, slots, skipped))
+        try:
+            lowering_named(choice.lowering).check_rank(slots[name].spec, choice.rank)
+        except UsageError as error:
+            raise UsageError(f"Layer {name!r}: {error}") from error
+        found[name] = slots[name], choice
+    return found
+
+
+def _no_slot(model: nn.Module, name: str, slots: dict[str, Slot], skipped: dict[str, str]) -> str:
+    for slot in slots.values():
+        if name in slot.paths:
+            return f"Layer {name!r} shares its weight with {slot.name!r}: name that one, both follow."
+    if name in skipped:
+        return f"Layer {name!r} cannot be lowered: {skipped[name]}"
+    kind = type(dict(model.named_modules()).get(name)).__name__
+    what = (
+        f"The model has no layer {name!r}."
+        if kind == "NoneType"
+        else f"Layer {name!r} is a {kind}, not a plain {KINDS}."
+    )
+    return f"{what} {nearest(name, slots)}"
+
+
+def _paths(model: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:
+    """Every module once, with all the names it goes by."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), (module, []))[1].append(name)
+    return found
+
+
+def _survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
+    slots: dict[str, Slot] = {}
+    skipped: dict[str, str] = {}
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name)
+    sharing: dict[int, list[tuple[LayerSpec, Any, list[str]]]] = defaultdict(list)
+    inside: set[int] = set()
+    for module, names in _paths(model).values():
+        if is_plain_attention(module):
+            inside |= {id(child) for child in module.modules()} - {id(module)}
+            tied = [
+                name
+                for p in module.parameters()
+                for name in owners[id(p)]
+                if name.rpartition(".")[0] not in _own(names)
+            ]
+            if tied:
+                skipped[names[0]] = f"this attention shares a weight with {tied[0]!r}."
+            else:
+                slots |= {slot.name: slot for slot in _attention_slots(module, names)}
+        elif (
+            id(module) not in inside and isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
+        ):
+            reason, spec = _refusal(module), LayerSpec.of(module)
+            if reason is None and spec is not None:
+                sharing[id(module.weight)].append((spec, module, names))
+            else:
+                skipped[names[0]] = reason or ""
+    for key, holders in sharing.items():
+        spec, module, _ = holders[0]
+        names = [name for _, _, holder in holders for name in holder]
+        others = [owner for owner in owners[key] if owner.removesuffix(".weight") not in names]
+        if others:
+            skipped |= {name: f"its weight is shared with {others[0]!r}, which is no such layer." for name in names}
+        elif len({replace(other, bias=False) for other, _, _ in holders}) > 1:
+            reason = f"{' and '.join(map(repr, names))} share a weight, but are different kinds of layer."
+            skipped |= dict.fromkeys(names, reason)
+        else:
+            slots[names[0]] = Slot(names[0], spec, module.weight, tuple(names))
+    return slots, skipped
+
+
+def _own(names: list[str]) -> set[str]:
+    return {*names, *(f"{name}.{OUT_PROJ}" for name in names)}
+
+
+def _refusal(module: Any) -> str | None:
+    """Why a module with a weight cannot be lowered; None where it can."""
+    if "weight" not in module._parameters:
+        return "its weight is computed (weight norm, spectral norm, pruning or another parametrization); remove that first."
+    if LayerSpec.of(module) is None:
+        return f"{type(module).__name__} is no plain {KINDS}."
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}, not floating point."
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it has hooks, which a replacement would lose."
+    return None
+
+
+def _attention_slots(module: Any, names: list[str]) -> Iterator[Slot]:
+    """The projections of an attention: packed as one Linear of 3E outputs where it is so, and one by one."""
+    name, width, bias = names[0], module.embed_dim, module.in_proj_bias is not None
+
+    def slot(part: str, weight: Tensor, spec: LayerSpec) -> Slot:
+        return Slot(f"{name}.{part}", spec, weight, tuple(f"{path}.{part}" for path in names), attention=name)
+
+    if module.in_proj_weight is not None:
+        packed = module.in_proj_weight
+        yield slot(IN_PROJ, packed, LayerSpec(width, 3 * width, bias=bias))
+        weights = [packed[i * width : (i + 1) * width] for i in range(3)]
+    else:
+        weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    for part, weight in zip(QKV, weights, strict=True):
+        yield slot(part, weight, LayerSpec(weight.shape[1], width, bias=bias))
+    out = module.out_proj
+    yield slot(OUT_PROJ, out.weight, LayerSpec(width, width, bias=out.bias is not None))

@@ -1,0 +1,93 @@
+"""What all lowerings share whose weight is a batch of matrices (one per group, or several), each cut by a truncated SVD."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ranksearch import linalg
+from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, sides
+from ranksearch.lowering.spec import LayerSpec
+
+
+class MatrixLowering(Lowering):
+    """A lowering whose weight is a batch of b matrices [n, m], b = g or a multiple of it.
+
+    The two factors are [b, n, r] and [b, r, m]; their balanced product is the best rank-r approximation of every matrix.
+    """
+
+    is_projection = True
+
+    @abstractmethod
+    def unfold(self, blocks: Tensor, spec: LayerSpec) -> Tensor:
+        """[g, T/g, S/g, *k] -> [b, n, m]"""
+
+    @abstractmethod
+    def fold(self, matrices: Tensor, spec: LayerSpec) -> Tensor:
+        """[b, n, m] -> [g, T/g, S/g, *k], the inverse of `unfold`"""
+
+    @abstractmethod
+    def split(self, left: Tensor, right: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
+        """[b, n, r], [b, r, m] -> the blocks [g', T'/g', S'/g', *k'] of every layer that runs"""
+
+    @abstractmethod
+    def join(self, factors: Sequence[Tensor], spec: LayerSpec) -> tuple[Tensor, Tensor]:
+        """Blocks of every layer that runs -> [b, n, r], [b, r, m], the inverse of `split`"""
+
+    @abstractmethod
+    def matrix_shape(self, spec: LayerSpec) -> tuple[int, int]:
+        """(n, m) of one matrix"""
+
+    @abstractmethod
+    def chain(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
+        """The layers that run at an integer rank: `factor_specs`."""
+
+    def factor_specs(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+        (count,) = sides(rank)
+        return self.chain(spec, count)
+
+    def full_rank(self, spec: LayerSpec) -> int:
+        return min(self.matrix_shape(spec))
+
+    def decompose(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> tuple[Tensor, ...]:
+        self.check_rank(spec, rank)
+        (count,) = sides(rank)
+        left, right, _ = linalg.truncated_svd(self.unfold(spec.blocks(weight), spec), count)
+        return self.lay_out(self.split(*linalg.balance(left, right), spec), spec, rank)
+
+    def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
+        left, right = self.join(self.taken_in(factors, spec), spec)
+        return spec.weight_of(self.fold(left @ right, spec))
+
+    def lay_out(self, factors: Sequence[Tensor], spec: LayerSpec, rank: Rank) -> tuple[Tensor, ...]:
+        """Blocks of the layers that run -> what is stored: the weights in torch's layout."""
+        layers = self.factor_specs(spec, rank)
+        return tuple(layer.weight_of(f).contiguous() for layer, f in zip(layers, factors, strict=True))
+
+    def taken_in(self, factors: Sequence[Tensor], spec: LayerSpec) -> tuple[Tensor, ...]:
+        """What is stored -> blocks of the layers that run, the inverse of `lay_out` (a layout does not depend on the rank)."""
+        return tuple(layer.blocks(f) for layer, f in zip(self.factor_specs(spec, 1), factors, strict=True))
+
+    def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:
+        self.check_rank(spec, rank)
+        (count,) = sides(rank)
+        cut = linalg.projected(self.unfold(spec.blocks(weight), spec), count, warm)
+        folded = spec.weight_of(self.fold(cut.matrix, spec))
+        return Projected(folded.to(weight.dtype), cut.removed, cut.basis)
+
+    def curve(self, weight: Tensor, spec: LayerSpec) -> RankCurve:
+        squared = linalg.squared_singular_values(self.unfold(spec.blocks(weight), spec)).double()
+        removed = linalg.removed_energy_by_rank(squared.sum(dim=0)).cpu().numpy()
+        ranks = tuple(range(1, self.full_rank(spec) + 1))
+        return RankCurve(ranks, removed[1:], relative_operator_norm(squared))
+
+
+def relative_operator_norm(squared: Tensor) -> np.ndarray:
+    """Squared singular values [b, k] -> sigma_{r+1} / sigma_1 for r = 1..k, the largest over the batch in both places: [k]."""
+    largest = squared.amax(dim=0).cpu().numpy()
+    following = np.append(largest[1:], 0.0)
+    return np.sqrt(following / largest[0]) if largest[0] > 0 else np.zeros_like(following)

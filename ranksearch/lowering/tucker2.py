@@ -1,0 +1,184 @@
+"""`tucker2`: both channel modes cut, W ~ C x_S P_S x_T P_T. A 1x1 conv S -> rs, a k conv rs -> rt, a 1x1 conv rt -> T.
+
+The rank is a pair (rs, rt), input side first; one number, a ratio, scales both sides by their width. Params S·rs + k·rs·rt + rt·T per
+group: quadratic in the ratio, so it wins at strong compression of wide convs with large kernels, and loses to the two-layer
+lowerings on 1x1 kernels (the middle layer is then superfluous), on layers with few channels and near full rank.
+
+The projection starts from the truncated HOSVD (or from the bases of the last projection) and improves it by HOOI sweeps; the kept energy
+grows with every one. The curve is that of the HOSVD, an upper bound of what is removed.
+
+Reference: Kim et al. 2016, arXiv 1511.06530 (Tucker-2 of convs); De Lathauwer, De Moor & Vandewalle 2000 (HOSVD, HOOI).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ranksearch import linalg
+from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, kernel_area, register, sides
+from ranksearch.lowering.spec import LayerSpec
+
+SWEEPS = 20
+SETTLED = 1e-4
+"""HOOI ends when the second half of a sweep gains less than this share of the removed energy."""
+GRID = 24
+"""Ranks per side that a curve offers to the allocation, beside the ladder of common ratios; all of them up to this width."""
+
+
+class Bases(NamedTuple):
+    """Orthonormal bases of the two channel modes."""
+
+    outputs: Tensor  # [g, T/g, rt]
+    inputs: Tensor  # [g, S/g, rs]
+
+
+@register
+class Tucker2(Lowering):
+    name = "tucker2"
+    is_projection = True
+
+    def refusal(self, spec: LayerSpec) -> str | None:
+        if not spec.is_conv:
+            return "tucker2 lowers convolutions; of a Linear it would be the plain svd."
+        if min(spec.block_shape[:2]) < 2:
+            return (
+                "tucker2 cuts both channel modes, and a group with a single input or output channel has nothing to cut."
+            )
+        return None
+
+    def full_rank(self, spec: LayerSpec) -> tuple[int, int]:
+        outputs, inputs = spec.block_shape[:2]
+        area = kernel_area(spec)
+        return min(inputs, outputs * area), min(outputs, inputs * area)
+
+    def factor_specs(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+        (rs, rt), groups = sides(rank), spec.groups
+        return (
+            spec.pointwise(spec.in_channels, groups * rs, groups=groups),
+            replace(spec, in_channels=groups * rs, out_channels=groups * rt, bias=False),
+            spec.pointwise(groups * rt, spec.out_channels, groups=groups, bias=spec.bias),
+        )
+
+    def decompose(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> tuple[Tensor, ...]:
+        self.check_rank(spec, rank)
+        blocks, scale = _moderate(spec.blocks(weight))
+        bases, core, _ = _hooi(blocks, rank, warm)
+        ones = (1,) * len(spec.kernel_size)
+        first = bases.inputs.mT * scale
+        # the three factors carry the same norm: fine-tuning and weight decay then treat them alike
+        norms = [f.norm().clamp_min(1e-30) for f in (first, core, bases.outputs)]
+        mean = (norms[0] * norms[1] * norms[2]) ** (1 / 3)
+        factors = (
+            (first * (mean / norms[0])).reshape(*first.shape, *ones),
+            (core * (mean / norms[1])).unflatten(3, spec.kernel_size),
+            (bases.outputs * (mean / norms[2])).reshape(*bases.outputs.shape, *ones),
+        )
+        layers = self.factor_specs(spec, rank)
+        return tuple(s.weight_of(f).to(weight.dtype).contiguous() for s, f in zip(layers, factors, strict=True))
+
+    def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
+        layers = self.factor_specs(spec, (1, 1))  # a layout does not depend on the rank
+        first, core, last = (layer.blocks(f) for layer, f in zip(layers, factors, strict=True))
+        core = core.flatten(3)
+        whole = _along_outputs(last.flatten(2), _along_inputs(first.flatten(2).mT, core))
+        return spec.weight_of(whole.unflatten(3, spec.kernel_size))
+
+    def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:
+        self.check_rank(spec, rank)
+        blocks, scale = _moderate(spec.blocks(weight))
+        bases, core, removed = _hooi(blocks, rank, warm)
+        whole = _along_outputs(bases.outputs, _along_inputs(bases.inputs, core)) * scale
+        return Projected(spec.weight_of(whole.unflatten(3, spec.kernel_size)).to(weight.dtype), removed, bases)
+
+    def curve(self, weight: Tensor, spec: LayerSpec) -> RankCurve:
+        """Of the truncated HOSVD: with all basis vectors, the energies of the core's prefixes are the kept ones."""
+        blocks, _ = _moderate(spec.blocks(weight))
+        blocks = blocks.double()
+        values_s, all_s = torch.linalg.eigh(_gram_inputs(blocks))
+        values_t, all_t = torch.linalg.eigh(_gram_outputs(blocks))
+        core = _along_outputs(all_t.flip(-1).mT, _along_inputs(all_s.flip(-1).mT, blocks))
+        kept = core.square().sum(dim=(0, 3)).cumsum(0).cumsum(1).cpu().numpy()  # [T/g, S/g]
+        total = kept[-1, -1]
+        mode_s, mode_t = (_left_out(v.clamp_min(0).flip(-1)) for v in (values_s, values_t))
+        full_s, full_t = self.full_rank(spec)
+        pairs = {(rs, rt) for rs in _grid(full_s) for rt in _grid(full_t)} | set(self.ladder(spec))
+        ranks = tuple(sorted(pairs))
+        removed = np.array([1 - kept[rt - 1, rs - 1] / total if total > 0 else 0.0 for rs, rt in ranks])
+        residual = np.array([max(mode_s[rs - 1], mode_t[rt - 1]) for rs, rt in ranks])
+        removed[-1] = residual[-1] = 0.0
+        return RankCurve(ranks, removed.clip(0, 1), residual)
+
+
+def _moderate(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """[g, T/g, S/g, *k] -> ([g, T/g, S/g, k] with entries of moderate size, what they were divided by)."""
+    flat = blocks.flatten(3)
+    checked, scale = linalg.moderate(flat.flatten(0, 2))
+    return checked.unflatten(0, flat.shape[:3]), scale
+
+
+def _along_outputs(matrix: Tensor, tensor: Tensor) -> Tensor:
+    """Mode product with the output side: [g, a, t], [g, t, s, k] -> [g, a, s, k]"""
+    return (matrix @ tensor.flatten(2)).unflatten(2, tensor.shape[2:])
+
+
+def _along_inputs(matrix: Tensor, tensor: Tensor) -> Tensor:
+    """Mode product with the input side: [g, a, s], [g, t, s, k] -> [g, t, a, k]"""
+    return matrix.unsqueeze(1) @ tensor
+
+
+def _gram_outputs(tensor: Tensor) -> Tensor:
+    flat = tensor.flatten(2)
+    return flat @ flat.mT
+
+
+def _gram_inputs(tensor: Tensor) -> Tensor:
+    flat = tensor.transpose(1, 2).flatten(2)
+    return flat @ flat.mT
+
+
+def _leading(gram: Tensor, rank: int) -> tuple[Tensor, float]:
+    """(the `rank` leading eigenvectors, the energy they keep)"""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors[..., -rank:], float(values[..., -rank:].sum(dtype=torch.float64))
+
+
+def _hooi(tensor: Tensor, rank: Rank, warm: Bases | None) -> tuple[Bases, Tensor, float]:
+    """(bases, core [g, rt, rs, k], share of energy removed) of [g, T/g, S/g, k].
+
+    Each half of a sweep finds the best basis of one mode for the other's; its leading eigenvalues sum to the energy kept.
+    """
+    rs, rt = sides(rank)
+    energy = float(tensor.square().sum(dtype=torch.float64))
+    fits = warm is not None and (warm.outputs.shape[-1], warm.inputs.shape[-1]) == (rt, rs)
+    outputs = warm.outputs.to(tensor) if fits and warm is not None else _leading(_gram_outputs(tensor), rt)[0]
+    kept, noise = 0.0, 8 * torch.finfo(tensor.dtype).eps * energy
+    for _ in range(SWEEPS):
+        inputs, after_inputs = _leading(_gram_inputs(_along_outputs(outputs.mT, tensor)), rs)
+        half = _along_inputs(inputs.mT, tensor)
+        outputs, after_outputs = _leading(_gram_outputs(half), rt)
+        gain, kept = after_outputs - max(after_inputs, kept), after_outputs
+        if gain <= SETTLED * (energy - kept) + noise:
+            break
+    core = _along_outputs(outputs.mT, half)
+    removed = max(0.0, energy - float(core.square().sum(dtype=torch.float64)))
+    return Bases(outputs, inputs), core, removed / energy if energy > 0 else 0.0
+
+
+def _left_out(squared: Tensor) -> np.ndarray:
+    """Squared mode singular values [g, n] -> sigma_{r+1} / sigma_1 for r = 1..n."""
+    largest = squared.amax(dim=0).cpu().numpy()
+    following = np.append(largest[1:], 0.0)
+    return np.sqrt(following / largest[0]) if largest[0] > 0 else np.zeros_like(following)
+
+
+def _grid(full: int) -> list[int]:
+    """Ranks 1..full, thinned out evenly to `GRID` of them, the full one included."""
+    return sorted(
+        {round(1 + i * (full - 1) / (min(full, GRID) - 1)) for i in range(min(full, GRID))} if full > 1 else {1}
+    )
