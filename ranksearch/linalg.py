@@ -7,6 +7,7 @@ the precision of U. Letters: n rows, m columns, r rank; leading dimensions are a
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -23,8 +24,12 @@ class LowRank(NamedTuple):
     removed_energy: Tensor  # [...], squared Frobenius norm of what was cut off, as a share of the matrix's own (0..1)
 
 
-def moderate(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(matrix [..., n, m] in fp32 or fp64 with entries of moderate size, its scale [..., 1, 1]: what it was divided by).
+SAFE = (1e-6, 1e6)
+"""max|M| between these needs no scaling: the squares of fp32 entries keep their digits."""
+
+
+def moderate(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(matrix [..., n, m] in fp32 or fp64 with entries of moderate size, its scale [..., 1, 1]: what it was divided by, None for 1).
 
     Squaring halves the exponent range: without the scaling, weights of 1e-25 underflow and 1e18 overflow in fp32. Entries whose
     squares are far from both ends are left as they are.
@@ -34,25 +39,45 @@ def moderate(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
-    largest = matrix.abs().amax(dim=(-2, -1), keepdim=True)
-    if not torch.isfinite(largest).all():
+    largest = torch.maximum(matrix.amax(dim=(-2, -1)), -matrix.amin(dim=(-2, -1)))
+    smallest, most = float(largest.min()), float(largest.max())  # NaN travels through minima and maxima
+    if not (isfinite(smallest) and isfinite(most)):
         raise NonFiniteError(
             "the matrix holds NaN or infinite values, so it has no SVD; was the training run diverging?"
         )
-    if ((largest > SAFE[0]) & (largest < SAFE[1])).all():
-        return matrix, torch.ones_like(largest)
-    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+    if SAFE[0] < smallest and most < SAFE[1]:
+        return matrix, None
+    scale = torch.where(largest > 0, largest, torch.ones_like(largest))[..., None, None]
     return matrix / scale, scale
 
 
-SAFE = (1e-6, 1e6)
-"""max|M| between these needs no scaling: the squares of fp32 entries keep their digits."""
+def rescaled(matrix: Tensor, scale: Tensor | None) -> Tensor:
+    """Undoes `moderate`."""
+    return matrix if scale is None else matrix * scale
+
+
+BLOCKS = 4
+
+
+def row_gram(matrix: Tensor) -> Tensor:
+    """Lower triangle of M Mᵀ, [..., n, m] -> [..., n, n]: `eigh` reads no more than that.
+
+    Large ones are made by block rows up to the diagonal, which saves 3/8 of the work.
+    """
+    n = matrix.shape[-2]
+    if n < 256:
+        return matrix @ matrix.mT
+    gram = matrix.new_empty((*matrix.shape[:-1], n))
+    for i in range(BLOCKS):
+        first, last = i * n // BLOCKS, (i + 1) * n // BLOCKS
+        gram[..., first:last, :last] = matrix[..., first:last, :] @ matrix[..., :last, :].mT
+    return gram
 
 
 def _gram(matrix: Tensor) -> tuple[Tensor, bool]:
-    """(Gram matrix of the smaller side, whether that side is the rows)."""
+    """(lower triangle of the Gram matrix of the smaller side, whether that side is the rows)."""
     rows_smaller = matrix.shape[-2] <= matrix.shape[-1]
-    return (matrix @ matrix.mT if rows_smaller else matrix.mT @ matrix), rows_smaller
+    return row_gram(matrix if rows_smaller else matrix.mT), rows_smaller
 
 
 def squared_singular_values(matrix: Tensor) -> Tensor:
@@ -62,7 +87,8 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
     """
     scaled, scale = moderate(matrix)
     gram, _ = _gram(scaled)
-    return torch.linalg.eigvalsh(gram).clamp_min(0).flip(-1) * scale[..., 0] ** 2
+    squared = torch.linalg.eigvalsh(gram).clamp_min(0).flip(-1)
+    return squared if scale is None else squared * scale[..., 0] ** 2
 
 
 def removed_energy_by_rank(squared: Tensor) -> Tensor:
@@ -98,7 +124,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> LowRank:
     values, vectors = torch.linalg.eigh(gram)  # ascending
     basis = vectors[..., -rank:].flip(-1)
     left, right = (basis, basis.mT @ scaled) if rows_smaller else (scaled @ basis, basis.mT)
-    left, right = (left, right * scale) if rows_smaller else (left * scale, right)
+    left, right = (left, rescaled(right, scale)) if rows_smaller else (rescaled(left, scale), right)
     removed = removed_energy_by_rank(values.clamp_min(0).flip(-1))[..., rank]
     return LowRank(left.to(matrix.dtype), right.to(matrix.dtype), removed)
 
@@ -113,13 +139,13 @@ class Basis(NamedTuple):
 class Projection(NamedTuple):
     """The best rank-r approximation of a batch of matrices, the share of the batch's energy that it removes, and its basis."""
 
-    matrix: Tensor  # [..., n, m]
+    matrix: Tensor  # [b, n, m]
     removed: float
     basis: Basis
 
 
 def projected(matrix: Tensor, rank: int, basis: Basis | None = None) -> Projection:
-    """`matrix` [..., n, m] projected to rank `rank`: as `truncated_svd`, but multiplied out, and faster from the `basis` of a matrix nearby.
+    """`matrix` [b, n, m] projected to rank `rank`: as `truncated_svd`, but multiplied out, and faster from the `basis` of a matrix nearby.
 
     A large and nearly square matrix is projected by subspace iteration from `basis`, as far as a bound certifies the result
     (`_from_basis`); any other, and any that the bound does not certify, by the exact way of `truncated_svd`.
@@ -130,70 +156,135 @@ def projected(matrix: Tensor, rank: int, basis: Basis | None = None) -> Projecti
     """
     _check_rank(matrix, rank)
     scaled, scale = moderate(matrix)
-    found = _from_basis(scaled, basis) if basis is not None and _warm_pays(scaled, rank, basis) else None
+    found = None
+    if basis is not None and scale is None and _warm_pays(scaled, rank, basis):
+        found = _from_basis(scaled, rank, basis)
     if found is None:
-        gram, rows_smaller = _gram(scaled)
-        values, vectors = torch.linalg.eigh(gram)
-        kept = vectors[..., -rank:]
-        product = kept @ (kept.mT @ scaled) if rows_smaller else (scaled @ kept) @ kept.mT
-        energy = values.double().clamp_min(0)
-        weights = scale[..., 0, 0].double().square()  # energies of a batch add up in the matrices' own units
-        total = float((energy.sum(-1) * weights).sum())
-        removed = float((energy[..., :-rank].sum(-1) * weights).sum()) / total if total > 0 else 0.0
-        found = Projection(product, removed, Basis(kept, rows_smaller))
-    return found._replace(matrix=(found.matrix * scale).to(matrix.dtype))
+        rows_smaller = scaled.shape[-2] <= scaled.shape[-1]
+        side = scaled if rows_smaller else scaled.mT
+        start = basis.vectors if basis is not None and basis.left is rows_smaller else None
+        kept, removed, total = leading(side, rank, start)
+        product = kept @ (kept.mT @ side)
+        if scale is not None:  # the energies of a batch add up in the matrices' own units
+            removed, total = (energy * scale[..., 0, 0].double().square() for energy in (removed, total))
+        share = float(removed.sum() / total.sum()) if float(total.sum()) > 0 else 0.0
+        found = Projection(product if rows_smaller else product.mT, share, Basis(kept, rows_smaller))
+    return found._replace(matrix=rescaled(found.matrix, scale).to(matrix.dtype))
 
 
-CERTIFIED = 2.5e-4
-"""Largest excess of the error over the optimum, as a share of the optimum, that a warm projection may be left with."""
-HALF_STEPS = 3
+CERTIFIED = 5e-4
+"""Largest excess of the error over the optimum, as a share of the optimum, that a projection from an earlier basis may be left with."""
 PROBES = 8
+WARM_FROM = 384
+
+
+def leading(matrix: Tensor, rank: int, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` leading left singular vectors of `matrix` [b, n, m], n <= m or not: (basis [b, n, r], energy left out [b], energy [b]).
+
+    From the Gram matrix of the rows: by one subspace iteration from the basis `start` [b, n, r] of a matrix nearby where the matrix
+    is large and the result certified (as in `_certified`, but exactly: the Gram matrix is small), else by `eigh`.
+    """
+    gram = row_gram(matrix)
+    energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
+    if start is not None and gram.shape[-1] >= WARM_FROM and start.shape == (*gram.shape[:-1], rank):
+        full = gram.tril() + gram.tril(-1).mT
+        vectors = torch.linalg.qr(full @ start.to(full)).Q
+        image = full @ vectors
+        values, turn = torch.linalg.eigh(vectors.mT @ image)
+        left_out = (energy - values.sum(-1, dtype=torch.float64)).clamp_min(0)
+        coupling = (image @ turn - (vectors @ turn) * values[..., None, :]).square().sum(dim=-2)
+        gap = values - left_out[..., None]  # no eigenvalue of the rest is above its trace
+        excess = (coupling / gap.clamp_min(1e-38)).sum(-1)
+        if bool(((gap > 0).all(-1) & (excess <= 2 * CERTIFIED * left_out)).all()):
+            return vectors, left_out, energy
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors[..., -rank:], values[..., :-rank].double().clamp_min(0).sum(-1), energy
 
 
 def _warm_pays(matrix: Tensor, rank: int, basis: Basis) -> bool:
-    """Measured on two CPU cores (`scripts/bench_projection.py`): below 192, or where one side is 3 times the other, Gram + eigh is as fast."""
+    """Measured on two CPU cores (`scripts/bench_projection.py`): below 384, or where one side is over twice the other, Gram + eigh is as fast."""
     small, large = sorted(matrix.shape[-2:])
     rows = matrix.shape[-2] if basis.left else matrix.shape[-1]
     fits = basis.vectors.shape == (*matrix.shape[:-2], rows, rank) and basis.vectors.device == matrix.device
-    return fits and small >= 192 and large <= 3 * small and rank <= 0.6 * small
+    return fits and small >= WARM_FROM and large <= 2 * small and rank <= 0.6 * small
 
 
-def _from_basis(matrix: Tensor, basis: Basis) -> Projection | None:
-    """Half-steps of subspace iteration until the excess error is certified to be small; None where it is not in time.
+def _from_basis(matrix: Tensor, rank: int, basis: Basis) -> Projection | None:
+    """Up to two half-steps of subspace iteration from `basis`; None where the excess error is not certified to be small then.
 
-    With Q orthonormal, A = B Qᵀ + R, B = A Q, the best rank-r approximation of A removes at most
-    ||C||² / (lambda_r(BᵀB) - ||R||²) less energy than B Qᵀ does, C = BᵀR being what couples the two parts. (The share of energy
-    that is removed says less: a drift of low rank removes next to nothing and may yet turn the best subspace.) ||C|| and ||R|| are
-    estimated from a few random probes.
+    Training drifts by noise and by a few strong directions, as gradients have. One half-step removes the noise; the second one is widened
+    by what random probes see of the rest, so that convergence depends on the spectrum behind the strong directions, and a
+    Rayleigh-Ritz step picks the r leading ones.
 
-    Reference: quadratic residual bounds, Mathias 1998, "Quadratic residual bounds for the Hermitian eigenvalue problem".
+    Reference: Saad 2011, "Numerical methods for large eigenvalue problems", ch. 5 (subspace iteration with Ritz projection); Halko,
+    Martinsson & Tropp 2011, arXiv 0909.4061 (range finding by probes).
     """
+    generator = torch.Generator(matrix.device).manual_seed(0)
+
+    def probes(width: int, count: int) -> Tensor:
+        return torch.randn((*matrix.shape[:-2], width, count), generator=generator, device=matrix.device).to(matrix)
+
     work, left = (matrix, True) if basis.left else (matrix.mT, False)
     image = work.mT @ basis.vectors.to(matrix.dtype)
-    energy = matrix.square().sum(dim=(-2, -1))
-    for _ in range(HALF_STEPS):
+    for widths in (0, 16 + rank // 16):
+        if widths:
+            image, work, left = torch.cat([image, rest @ probes(work.shape[-1], widths)], dim=-1), work.mT, not left
         vectors = torch.linalg.qr(image).Q
         image = work @ vectors
-        product = image @ vectors.mT
-        if _certified(work - product, image, energy):
-            removed = float((work - product).square().sum() / energy.sum().clamp_min(1e-38))
-            return Projection(product if left else product.mT, removed, Basis(vectors, not left))
-        work, left = work.mT, not left
+        values, turn = torch.linalg.eigh(image.mT @ image)
+        values, turn = values.flip(-1), turn.flip(-1)  # descending
+        kept, kept_image = (vectors @ turn[..., :rank], image @ turn[..., :rank]) if widths else (vectors, image)
+        spare = image @ turn[..., rank:], vectors @ turn[..., rank:]
+        rest = torch.baddbmm(work, kept_image, kept.mT, alpha=-1)
+        if _certified(rest, image, turn, spare, values, probes(work.shape[-1], PROBES)):
+            removed = float(rest.square().sum())
+            share = removed / (removed + float(values[..., :rank].sum()) + 1e-38)
+            product = torch.sub(work, rest, out=rest)
+            return Projection(product if left else product.mT, share, Basis(kept, not left))
     return None
 
 
-def _certified(rest: Tensor, image: Tensor, energy: Tensor) -> bool:
-    """Whether the bound on the excess error of every matrix of the batch is below `CERTIFIED`; rest is R, image is B."""
-    removed = rest.square().sum(dim=(-2, -1))
-    negligible = removed <= 1e-10 * energy
-    generator = torch.Generator(rest.device).manual_seed(0)
-    probes = torch.randn((*rest.shape[:-2], rest.shape[-1], PROBES), generator=generator, device=rest.device).to(rest)
-    seen = rest @ probes
-    coupling = (image.mT @ seen).square().sum(dim=(-2, -1)) / PROBES
-    top = torch.linalg.matrix_norm(rest.mT @ torch.linalg.qr(seen).Q, ord=2).square()
-    gap = torch.linalg.eigvalsh(image.mT @ image)[..., 0] - 1.5 * top
-    excess = coupling / gap.clamp_min(1e-38) / removed.clamp_min(1e-38) / 2  # of norms: half of that of energies
-    return bool((negligible | ((gap > 0) & (excess < CERTIFIED))).all())
+def is_settled(matrix: Tensor, left: Tensor) -> bool:
+    """Whether orthonormal columns `left` [b, n, r] are certified to span the best r-dimensional subspace for `matrix` [b, n, m]."""
+    image = matrix.mT @ left
+    values, turn = torch.linalg.eigh(image.mT @ image)
+    values, turn = values.flip(-1), turn.flip(-1)
+    rest = torch.baddbmm(matrix, left, image.mT, alpha=-1).mT
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    probes = torch.randn((*matrix.shape[:-1], PROBES), generator=generator, device=matrix.device).to(matrix)
+    return _certified(rest, image, turn, (image[..., :0], left[..., :0]), values, probes)
+
+
+def _certified(
+    rest: Tensor, image: Tensor, turn: Tensor, spare: tuple[Tensor, Tensor], values: Tensor, probes: Tensor
+) -> bool:
+    """Whether the kept Ritz vectors remove at most (1 + CERTIFIED) times the least error.
+
+    A = (what was searched) + R; R couples the Ritz vector i to what was not searched by c_i = Rᵀ image_i. No eigenvalue then
+    rises by more than |c_i|² / (values_i - ||R||²), so the r leading ones cannot sum to more than the largest r of the raised ones.
+    (The share of energy that is removed says less: a drift of low rank removes next to nothing and may yet turn the best
+    subspace.) |c_i| and ||R|| are estimated from a few random probes.
+
+    Args: rest = A - (kept part); image [.., n, w], to be turned by `turn` [.., w, w] into the Ritz vectors' images; spare, the images
+    and vectors of those that were searched but not kept; values [.., w], descending.
+
+    Reference: quadratic residual bounds, Mathias 1998, "Quadratic residual bounds for the Hermitian eigenvalue problem".
+    """
+    spare_image, spare_vectors = spare
+    rank = values.shape[-1] - spare_vectors.shape[-1]
+    seen = rest @ probes - spare_image @ (spare_vectors.mT @ probes)  # R · probes
+    coupling = (turn.mT @ (image.mT @ seen)).square().mean(dim=-1)  # E (c_i · probe)² = |c_i|²
+    range_of = torch.linalg.qr(seen).Q
+    back = rest.mT @ range_of - spare_vectors @ (spare_image.mT @ range_of)
+    top = 1.5 * torch.linalg.matrix_norm(back, ord=2).square()[..., None]  # probes see most of the norm, not all
+    gap = values - top
+    raised = values + torch.where(gap > 0, coupling / gap.clamp_min(1e-38), torch.inf)
+    # what lies below the unsearched part cannot be bounded so, but neither can it reach the kept ones while it couples weakly
+    raised = torch.where((gap <= 0) & (values + coupling.sqrt() < values[..., rank - 1 : rank]), values, raised)
+    excess = raised.sort(dim=-1, descending=True).values[..., :rank].sum(-1) - values[..., :rank].sum(-1)
+    removed = torch.linalg.vector_norm(rest, dim=(-2, -1)).square()
+    negligible = removed <= 1e-10 * values[..., :rank].sum(-1)
+    return bool((negligible | (excess <= 2 * CERTIFIED * removed)).all())  # of norms it is half of that of energies
 
 
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

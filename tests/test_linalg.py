@@ -69,28 +69,30 @@ def drifted(n: int, m: int, rank: int, *, size: float, drift: str, decay: float)
     left, right = torch.linalg.qr(normal(n, rank)).Q, torch.linalg.qr(normal(m, rank)).Q
     matrix = (left * torch.arange(1.0, rank + 1) ** -decay) @ right.mT
     change = normal(n, m) if drift == "noise" else normal(n, 8) @ normal(8, m)
-    return matrix, matrix + size * matrix.norm() / change.norm() * change
+    return matrix[None], (matrix + size * matrix.norm() / change.norm() * change)[None]
 
 
 @pytest.mark.parametrize("drift", ["noise", "few"])
 @pytest.mark.parametrize("size", [0.003, 0.03, 0.1, 0.3])
 @pytest.mark.parametrize("decay", [0.2, 1.0])
 @pytest.mark.parametrize("shape", [(200, 256), (256, 200)])
-def test_warm_projection_is_optimal_to_a_thousandth_whatever_the_drift(shape, decay, size, drift):
+def test_warm_projection_is_optimal_to_a_thousandth_whatever_the_drift(shape, decay, size, drift, monkeypatch):
+    monkeypatch.setattr(linalg, "WARM_FROM", 100)
     rank = 48
     matrix, moved = drifted(*shape, rank, size=size, drift=drift, decay=decay)
     start = linalg.projected(matrix, rank)
     warm = linalg.projected(moved, rank, start.basis)
-    singular = np.linalg.svd(moved.double().numpy(), compute_uv=False)
+    singular = np.linalg.svd(moved[0].double().numpy(), compute_uv=False)
     optimum = np.sqrt((singular[rank:] ** 2).sum())
     assert (moved - warm.matrix).norm().item() <= 1.001 * optimum
     assert warm.removed == pytest.approx(optimum**2 / (singular**2).sum(), rel=5e-3, abs=1e-6)
-    assert np.linalg.matrix_rank(warm.matrix.double().numpy(), tol=1e-5 * singular[0]) <= rank
+    assert np.linalg.matrix_rank(warm.matrix[0].double().numpy(), tol=1e-5 * singular[0]) <= rank
 
 
 def test_warm_projection_is_taken_for_a_small_drift_and_not_for_a_large_one(monkeypatch):
+    monkeypatch.setattr(linalg, "WARM_FROM", 100)
     calls = []
-    monkeypatch.setattr(linalg, "_gram", lambda matrix, gram=linalg._gram: calls.append(1) or gram(matrix))
+    monkeypatch.setattr(linalg, "row_gram", lambda matrix, gram=linalg.row_gram: calls.append(1) or gram(matrix))
     matrix, moved = drifted(200, 256, 48, size=0.01, drift="noise", decay=0.2)
     start = linalg.projected(matrix, 48)
     assert linalg.projected(moved, 48, start.basis).basis.left is not start.basis.left
@@ -100,7 +102,8 @@ def test_warm_projection_is_taken_for_a_small_drift_and_not_for_a_large_one(monk
     assert len(calls) == 2
 
 
-def test_a_basis_of_another_shape_or_rank_is_not_used():
+def test_a_basis_of_another_shape_or_rank_is_not_used(monkeypatch):
+    monkeypatch.setattr(linalg, "WARM_FROM", 100)
     matrix, moved = drifted(200, 256, 48, size=0.01, drift="noise", decay=0.2)
     basis = linalg.projected(matrix, 48).basis
     torch.testing.assert_close(linalg.projected(moved, 20, basis).matrix, linalg.projected(moved, 20).matrix)

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from ranksearch import linalg
+from ranksearch.errors import NonFiniteError
 from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, register, sides
 from ranksearch.lowering.spec import Ints, LayerSpec
 
-SWEEPS = 200
-SETTLED = 1e-6
+SWEEPS = 60
+SETTLED = 1e-5
 """Sweeps end when one gains less than this share of the weight's energy."""
 WORK = 5e11
 CURVE_RANKS = 8
@@ -108,16 +109,17 @@ class Cp(Lowering):
     def _terms(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any, work: float) -> list[Tensor]:
         """Factor matrices [g, n, R] of the modes (outputs, inputs, axes of the kernel), fp64."""
         (count,) = sides(rank)
-        tensor, scale = linalg.moderate(spec.blocks(weight).double().reshape(spec.groups, -1))
+        tensor, divisor = linalg.moderate(spec.blocks(weight).double().reshape(spec.groups, -1))
+        scale = 1.0 if divisor is None else float(divisor)
         tensor = tensor.reshape(spec.groups, *_shape(spec))
         if count == self.full_rank(spec):
-            return _scaled(_fibers(tensor), scale.max())
+            return _scaled(_fibers(tensor), scale)
         fits = warm is not None and warm[0].shape[-1] == count
         start = (
-            _scaled([f.to(tensor.device) for f in warm], 1 / scale.max()) if fits else _leading_vectors(tensor, count)
+            _scaled([f.to(tensor.device) for f in warm], 1 / scale) if fits else _leading_vectors(tensor, count)
         )
         rounding = 10 * torch.finfo(weight.dtype).eps if weight.dtype.is_floating_point else 1e-6
-        return _scaled(_als(tensor, start, work, rounding), scale.max())
+        return _scaled(_als(tensor, start, work, rounding), scale)
 
 
 def _axes(spec: LayerSpec) -> list[int]:
@@ -202,14 +204,24 @@ def _als(tensor: Tensor, terms: list[Tensor], work: float, rounding: float) -> l
         for mode in range(modes):
             others = [f for m, f in enumerate(terms) if m != mode]
             normal = torch.stack([f.mT @ f for f in others]).prod(dim=0)
-            ridge = RIDGE * normal.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-300
-            eye = torch.eye(rank, dtype=tensor.dtype, device=tensor.device)
-            terms[mode] = torch.linalg.solve(normal + ridge * eye, flats[mode] @ _khatri_rao(others), left=False)
+            terms[mode] = _solve(normal, flats[mode] @ _khatri_rao(others))
         terms = _balanced(terms)
         before, left = left, misfit()
         if before - left <= SETTLED * energy:
             break
     return terms
+
+
+def _solve(normal: Tensor, right: Tensor) -> Tensor:
+    """X with X · normal = right, [g, n, R]; the ridge grows until the normal equations have a Cholesky factor."""
+    mean = normal.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-300)
+    eye, ridge = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device), RIDGE
+    while ridge <= 1:
+        factor, info = torch.linalg.cholesky_ex(normal + ridge * mean * eye)
+        if not info.any():
+            return torch.cholesky_solve(right.mT, factor).mT
+        ridge *= 100
+    raise NonFiniteError("the alternating least squares of cp lost all digits; take a smaller rank, or another lowering.")
 
 
 def _balanced(terms: Sequence[Tensor]) -> list[Tensor]:
@@ -219,7 +231,7 @@ def _balanced(terms: Sequence[Tensor]) -> list[Tensor]:
     return [torch.where(n > 0, f * mean / n.clamp_min(1e-300), 0) for f, n in zip(terms, norms, strict=True)]
 
 
-def _scaled(terms: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
+def _scaled(terms: Sequence[Tensor], scale: float) -> list[Tensor]:
     return [terms[0] * scale, *terms[1:]]
 
 

@@ -25,7 +25,7 @@ from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, k
 from ranksearch.lowering.spec import LayerSpec
 
 SWEEPS = 20
-SETTLED = 1e-4
+SETTLED = 2e-5
 """HOOI ends when the second half of a sweep gains less than this share of the removed energy."""
 GRID = 24
 """Ranks per side that a curve offers to the allocation, beside the ladder of common ratios; all of them up to this width."""
@@ -67,16 +67,16 @@ class Tucker2(Lowering):
 
     def decompose(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> tuple[Tensor, ...]:
         self.check_rank(spec, rank)
-        blocks, scale = _moderate(spec.blocks(weight))
-        bases, core, _ = _hooi(blocks, rank, warm)
+        tensor, scale = _moderate(spec.blocks(weight))
+        bases, core, _ = _hooi(tensor, rank, kernel_area(spec), warm)
         ones = (1,) * len(spec.kernel_size)
-        first = bases.inputs.mT * scale
+        first = linalg.rescaled(bases.inputs.mT, scale)
         # the three factors carry the same norm: fine-tuning and weight decay then treat them alike
         norms = [f.norm().clamp_min(1e-30) for f in (first, core, bases.outputs)]
         mean = (norms[0] * norms[1] * norms[2]) ** (1 / 3)
         factors = (
             (first * (mean / norms[0])).reshape(*first.shape, *ones),
-            (core * (mean / norms[1])).unflatten(3, spec.kernel_size),
+            (core * (mean / norms[1])).unflatten(2, (-1, *spec.kernel_size)),
             (bases.outputs * (mean / norms[2])).reshape(*bases.outputs.shape, *ones),
         )
         layers = self.factor_specs(spec, rank)
@@ -85,25 +85,26 @@ class Tucker2(Lowering):
     def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
         layers = self.factor_specs(spec, (1, 1))  # a layout does not depend on the rank
         first, core, last = (layer.blocks(f) for layer, f in zip(layers, factors, strict=True))
-        core = core.flatten(3)
-        whole = _along_outputs(last.flatten(2), _along_inputs(first.flatten(2).mT, core))
-        return spec.weight_of(whole.unflatten(3, spec.kernel_size))
+        whole = _multiplied(core.flatten(2), Bases(last.flatten(2), first.flatten(2).mT), kernel_area(spec))
+        return spec.weight_of(whole.unflatten(2, spec.block_shape[1:]))
 
     def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:
         self.check_rank(spec, rank)
-        blocks, scale = _moderate(spec.blocks(weight))
-        bases, core, removed = _hooi(blocks, rank, warm)
-        whole = _along_outputs(bases.outputs, _along_inputs(bases.inputs, core)) * scale
-        return Projected(spec.weight_of(whole.unflatten(3, spec.kernel_size)).to(weight.dtype), removed, bases)
+        tensor, scale = _moderate(spec.blocks(weight))
+        area = kernel_area(spec)
+        bases, core, removed = _hooi(tensor, rank, area, warm)
+        whole = linalg.rescaled(_multiplied(core, bases, area), scale)
+        return Projected(spec.weight_of(whole.unflatten(2, spec.block_shape[1:])).to(weight.dtype), removed, bases)
 
     def curve(self, weight: Tensor, spec: LayerSpec) -> RankCurve:
         """Of the truncated HOSVD: with all basis vectors, the energies of the core's prefixes are the kept ones."""
-        blocks, _ = _moderate(spec.blocks(weight))
-        blocks = blocks.double()
-        values_s, all_s = torch.linalg.eigh(_gram_inputs(blocks))
-        values_t, all_t = torch.linalg.eigh(_gram_outputs(blocks))
-        core = _along_outputs(all_t.flip(-1).mT, _along_inputs(all_s.flip(-1).mT, blocks))
-        kept = core.square().sum(dim=(0, 3)).cumsum(0).cumsum(1).cpu().numpy()  # [T/g, S/g]
+        area = kernel_area(spec)
+        tensor = _moderate(spec.blocks(weight))[0].double()
+        values_s, all_s = torch.linalg.eigh(linalg.row_gram(_swap(tensor, area)))
+        values_t, all_t = torch.linalg.eigh(linalg.row_gram(tensor))
+        core = all_s.flip(-1).mT @ _swap(all_t.flip(-1).mT @ tensor, area)  # [g, S/g, T/g·k]
+        energies = core.square().unflatten(2, (-1, area)).sum(dim=(0, 3)).mT
+        kept = energies.cumsum(0).cumsum(1).cpu().numpy()  # [T/g, S/g]
         total = kept[-1, -1]
         mode_s, mode_t = (_left_out(v.clamp_min(0).flip(-1)) for v in (values_s, values_t))
         full_s, full_t = self.full_rank(spec)
@@ -115,57 +116,49 @@ class Tucker2(Lowering):
         return RankCurve(ranks, removed.clip(0, 1), residual)
 
 
-def _moderate(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """[g, T/g, S/g, *k] -> ([g, T/g, S/g, k] with entries of moderate size, what they were divided by)."""
-    flat = blocks.flatten(3)
-    checked, scale = linalg.moderate(flat.flatten(0, 2))
-    return checked.unflatten(0, flat.shape[:3]), scale
+def _moderate(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[g, T/g, S/g, *k] -> ([g, T/g, S/g·k] with entries of moderate size, what they were divided by, None for 1)."""
+    flat = blocks.flatten(2)
+    moderate, scale = linalg.moderate(flat.flatten(0, 1))
+    return moderate.unflatten(0, flat.shape[:2]), scale
 
 
-def _along_outputs(matrix: Tensor, tensor: Tensor) -> Tensor:
-    """Mode product with the output side: [g, a, t], [g, t, s, k] -> [g, a, s, k]"""
-    return (matrix @ tensor.flatten(2)).unflatten(2, tensor.shape[2:])
+def _swap(unfolded: Tensor, area: int) -> Tensor:
+    """Exchanges the channel modes: [g, a, b·k] -> [g, b, a·k]"""
+    return unfolded.unflatten(2, (-1, area)).transpose(1, 2).flatten(2)
 
 
-def _along_inputs(matrix: Tensor, tensor: Tensor) -> Tensor:
-    """Mode product with the input side: [g, a, s], [g, t, s, k] -> [g, t, a, k]"""
-    return matrix.unsqueeze(1) @ tensor
+def _multiplied(core: Tensor, bases: Bases, area: int) -> Tensor:
+    """core [g, rt, rs·k] -> the tensor of those bases, [g, T/g, S/g·k]"""
+    by_inputs = bases.inputs @ _swap(bases.outputs @ core, area)
+    return _swap(by_inputs, area)
 
 
-def _gram_outputs(tensor: Tensor) -> Tensor:
-    flat = tensor.flatten(2)
-    return flat @ flat.mT
+def _hooi(tensor: Tensor, rank: Rank, area: int, warm: Bases | None) -> tuple[Bases, Tensor, float]:
+    """(bases, core [g, rt, rs·k], share of energy removed) of [g, T/g, S/g·k].
 
-
-def _gram_inputs(tensor: Tensor) -> Tensor:
-    flat = tensor.transpose(1, 2).flatten(2)
-    return flat @ flat.mT
-
-
-def _leading(gram: Tensor, rank: int) -> tuple[Tensor, float]:
-    """(the `rank` leading eigenvectors, the energy they keep)"""
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors[..., -rank:], float(values[..., -rank:].sum(dtype=torch.float64))
-
-
-def _hooi(tensor: Tensor, rank: Rank, warm: Bases | None) -> tuple[Bases, Tensor, float]:
-    """(bases, core [g, rt, rs, k], share of energy removed) of [g, T/g, S/g, k].
-
-    Each half of a sweep finds the best basis of one mode for the other's; its leading eigenvalues sum to the energy kept.
+    Each half of a sweep finds the best basis of one mode for the other's. A first sweep from the bases of a tensor nearby mostly is
+    enough: then it is certified that another half would gain next to nothing.
     """
     rs, rt = sides(rank)
     energy = float(tensor.square().sum(dtype=torch.float64))
+    by_inputs = _swap(tensor, area)
     fits = warm is not None and (warm.outputs.shape[-1], warm.inputs.shape[-1]) == (rt, rs)
-    outputs = warm.outputs.to(tensor) if fits and warm is not None else _leading(_gram_outputs(tensor), rt)[0]
-    kept, noise = 0.0, 8 * torch.finfo(tensor.dtype).eps * energy
-    for _ in range(SWEEPS):
-        inputs, after_inputs = _leading(_gram_inputs(_along_outputs(outputs.mT, tensor)), rs)
-        half = _along_inputs(inputs.mT, tensor)
-        outputs, after_outputs = _leading(_gram_outputs(half), rt)
-        gain, kept = after_outputs - max(after_inputs, kept), after_outputs
-        if gain <= SETTLED * (energy - kept) + noise:
+    bases = Bases(*(b.to(tensor) for b in warm)) if warm is not None and fits else None
+    outputs = bases.outputs if bases else linalg.leading(tensor, rt)[0]
+    inputs = bases.inputs if bases else None
+    noise = 8 * torch.finfo(tensor.dtype).eps * energy
+    for sweep in range(SWEEPS):
+        inputs, left_out, seen = linalg.leading(_swap(outputs.mT @ tensor, area), rs, inputs)
+        before = float((seen - left_out).sum())
+        half = _swap(inputs.mT @ by_inputs, area)  # [g, T/g, rs·k]
+        outputs, left_out, seen = linalg.leading(half, rt, outputs)
+        kept = float((seen - left_out).sum())
+        if bases and sweep == 0 and linalg.is_settled(_swap(outputs.mT @ tensor, area), inputs):
             break
-    core = _along_outputs(outputs.mT, half)
+        if kept - before <= SETTLED * (energy - kept) + noise:
+            break
+    core = outputs.mT @ half
     removed = max(0.0, energy - float(core.square().sum(dtype=torch.float64)))
     return Bases(outputs, inputs), core, removed / energy if energy > 0 else 0.0
 
