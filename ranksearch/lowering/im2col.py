@@ -1,4 +1,4 @@
-"""`im2col`: the lowering of Lee et al. 2019, T x (S·k). A k conv S -> r, then a 1x1 conv r -> T.
+"""`im2col`: the lowering of Lee et al. 2019, T x (k·S). A k conv S -> r, then a 1x1 conv r -> T.
 
 Params r(T + S·k) per group. The first conv keeps stride, padding and dilation, so the maps shrink once. It helps most where
 T is large against r; on a 1x1 kernel it is the plain SVD bottleneck, and on depthwise convs (T/g = 1) no rank is cheaper than dense.
@@ -31,10 +31,11 @@ class Im2col(MatrixLowering):
         return outputs, inputs * kernel_area(spec)
 
     def unfold(self, blocks: Tensor, spec: LayerSpec) -> Tensor:
-        return blocks.flatten(2)
+        # [g, T/g, S/g, *k] -> [g, T/g, k·S/g]: of a channels_last weight this is a view
+        return blocks.flatten(3).transpose(2, 3).flatten(2)
 
     def fold(self, matrices: Tensor, spec: LayerSpec) -> Tensor:
-        return matrices.reshape(spec.groups, *spec.block_shape)
+        return matrices.unflatten(2, (*spec.kernel_size, -1)).movedim(-1, 2)
 
     def chain(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
         hidden = spec.groups * rank
@@ -44,9 +45,8 @@ class Im2col(MatrixLowering):
         )
 
     def split(self, left: Tensor, right: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
-        inputs, kernel = spec.block_shape[1], spec.kernel_size
-        return right.unflatten(2, (inputs, *kernel)), left.reshape(*left.shape, *(1 for _ in kernel))
+        return self.fold(right, spec), left.reshape(*left.shape, *(1 for _ in spec.kernel_size))
 
     def join(self, factors: Sequence[Tensor], spec: LayerSpec) -> tuple[Tensor, Tensor]:
         first, second = factors
-        return second.flatten(2), first.flatten(2)
+        return second.flatten(2), self.unfold(first, spec)

@@ -1,4 +1,4 @@
-"""`spatial`: vertical then horizontal, (S·kh) x (T·kw). A kh x 1 conv S -> r, then a 1 x kw conv r -> T. Two axes only.
+"""`spatial`: vertical then horizontal, (T·kw) x (kh·S). A kh x 1 conv S -> r, then a 1 x kw conv r -> T. Two axes only.
 
 Params r(S·kh + T·kw) per group. Each factor takes its own axis' stride, padding and dilation; padding modes act per axis, so they
 survive the split, and so does a transposed conv's output padding. On a kernel with one side of 1 it equals `channel` or `im2col`; on
@@ -29,15 +29,15 @@ class Spatial(MatrixLowering):
 
     def matrix_shape(self, spec: LayerSpec) -> tuple[int, int]:
         outputs, inputs, kh, kw = spec.block_shape
-        return inputs * kh, outputs * kw
+        return outputs * kw, kh * inputs
 
     def unfold(self, blocks: Tensor, spec: LayerSpec) -> Tensor:
-        # [g, T/g, S/g, kh, kw] -> [g, S/g, kh, T/g, kw] -> [g, S/g·kh, T/g·kw]
-        return blocks.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
+        # [g, T/g, S/g, kh, kw] -> [g, T/g·kw, kh·S/g]; S stays innermost, as it is in channels_last weights
+        return blocks.permute(0, 1, 4, 3, 2).flatten(3).flatten(1, 2)
 
     def fold(self, matrices: Tensor, spec: LayerSpec) -> Tensor:
         outputs, inputs, kh, kw = spec.block_shape
-        return matrices.reshape(spec.groups, inputs, kh, outputs, kw).permute(0, 3, 1, 2, 4)
+        return matrices.reshape(spec.groups, outputs, kw, kh, inputs).permute(0, 1, 4, 3, 2)
 
     def chain(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
         hidden, groups = spec.groups * rank, spec.groups
@@ -48,10 +48,10 @@ class Spatial(MatrixLowering):
 
     def split(self, left: Tensor, right: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
         kh, kw = spec.kernel_size
-        first = left.transpose(1, 2).unflatten(2, (-1, kh, 1))  # [g, S/g·kh, r] -> [g, r, S/g, kh, 1]
-        second = right.unflatten(2, (-1, 1, kw)).transpose(1, 2)  # [g, r, T/g·kw] -> [g, T/g, r, 1, kw]
+        first = right.unflatten(2, (kh, -1)).transpose(2, 3).unsqueeze(4)  # [g, r, kh·S/g] -> [g, r, S/g, kh, 1]
+        second = left.unflatten(1, (-1, kw)).transpose(2, 3).unsqueeze(3)  # [g, T/g·kw, r] -> [g, T/g, r, 1, kw]
         return first, second
 
     def join(self, factors: Sequence[Tensor], spec: LayerSpec) -> tuple[Tensor, Tensor]:
         first, second = factors
-        return first.flatten(2).transpose(1, 2), second.flatten(3).transpose(1, 2).flatten(2)
+        return second.squeeze(3).transpose(2, 3).flatten(1, 2), first.squeeze(4).transpose(2, 3).flatten(2)

@@ -24,8 +24,8 @@ from ranksearch import linalg
 from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, kernel_area, register, sides
 from ranksearch.lowering.spec import LayerSpec
 
-SWEEPS = 20
-SETTLED = 2e-5
+SWEEPS = 30
+SETTLED = 5e-6
 """HOOI ends when the second half of a sweep gains less than this share of the removed energy."""
 GRID = 24
 """Ranks per side that a curve offers to the allocation, beside the ladder of common ratios; all of them up to this width."""
@@ -76,7 +76,7 @@ class Tucker2(Lowering):
         mean = (norms[0] * norms[1] * norms[2]) ** (1 / 3)
         factors = (
             (first * (mean / norms[0])).reshape(*first.shape, *ones),
-            (core * (mean / norms[1])).unflatten(2, (-1, *spec.kernel_size)),
+            _kernel_last(core * (mean / norms[1]), spec),
             (bases.outputs * (mean / norms[2])).reshape(*bases.outputs.shape, *ones),
         )
         layers = self.factor_specs(spec, rank)
@@ -85,8 +85,9 @@ class Tucker2(Lowering):
     def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
         layers = self.factor_specs(spec, (1, 1))  # a layout does not depend on the rank
         first, core, last = (layer.blocks(f) for layer, f in zip(layers, factors, strict=True))
-        whole = _multiplied(core.flatten(2), Bases(last.flatten(2), first.flatten(2).mT), kernel_area(spec))
-        return spec.weight_of(whole.unflatten(2, spec.block_shape[1:]))
+        core = core.flatten(3).transpose(2, 3).flatten(2)
+        whole = _multiplied(core, Bases(last.flatten(2), first.flatten(2).mT), kernel_area(spec))
+        return spec.weight_of(_kernel_last(whole, spec))
 
     def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:
         self.check_rank(spec, rank)
@@ -94,7 +95,7 @@ class Tucker2(Lowering):
         area = kernel_area(spec)
         bases, core, removed = _hooi(tensor, rank, area, warm)
         whole = linalg.rescaled(_multiplied(core, bases, area), scale)
-        return Projected(spec.weight_of(whole.unflatten(2, spec.block_shape[1:])).to(weight.dtype), removed, bases)
+        return Projected(spec.weight_of(_kernel_last(whole, spec)).to(weight.dtype), removed, bases)
 
     def curve(self, weight: Tensor, spec: LayerSpec) -> RankCurve:
         """Of the truncated HOSVD: with all basis vectors, the energies of the core's prefixes are the kept ones."""
@@ -102,8 +103,8 @@ class Tucker2(Lowering):
         tensor = _moderate(spec.blocks(weight))[0].double()
         values_s, all_s = torch.linalg.eigh(linalg.row_gram(_swap(tensor, area)))
         values_t, all_t = torch.linalg.eigh(linalg.row_gram(tensor))
-        core = all_s.flip(-1).mT @ _swap(all_t.flip(-1).mT @ tensor, area)  # [g, S/g, T/g·k]
-        energies = core.square().unflatten(2, (-1, area)).sum(dim=(0, 3)).mT
+        core = all_s.flip(-1).mT @ _swap(all_t.flip(-1).mT @ tensor, area)  # [g, S/g, k·T/g]
+        energies = core.square().unflatten(2, (area, -1)).sum(dim=(0, 2)).mT
         kept = energies.cumsum(0).cumsum(1).cpu().numpy()  # [T/g, S/g]
         total = kept[-1, -1]
         mode_s, mode_t = (_left_out(v.clamp_min(0).flip(-1)) for v in (values_s, values_t))
@@ -117,25 +118,30 @@ class Tucker2(Lowering):
 
 
 def _moderate(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
-    """[g, T/g, S/g, *k] -> ([g, T/g, S/g·k] with entries of moderate size, what they were divided by, None for 1)."""
-    flat = blocks.flatten(2)
+    """[g, T/g, S/g, *k] -> ([g, T/g, k·S/g] with entries of moderate size, what they were divided by, None for 1)."""
+    flat = blocks.flatten(3).transpose(2, 3).flatten(2)  # of a channels_last weight this is a view
     moderate, scale = linalg.moderate(flat.flatten(0, 1))
     return moderate.unflatten(0, flat.shape[:2]), scale
 
 
 def _swap(unfolded: Tensor, area: int) -> Tensor:
-    """Exchanges the channel modes: [g, a, b·k] -> [g, b, a·k]"""
-    return unfolded.unflatten(2, (-1, area)).transpose(1, 2).flatten(2)
+    """Exchanges the channel modes: [g, a, k·b] -> [g, b, k·a]"""
+    return unfolded.unflatten(2, (area, -1)).transpose(1, 3).flatten(2)
+
+
+def _kernel_last(unfolded: Tensor, spec: LayerSpec) -> Tensor:
+    """[g, a, k·b] -> [g, a, b, *k]"""
+    return unfolded.unflatten(2, (*spec.kernel_size, -1)).movedim(-1, 2)
 
 
 def _multiplied(core: Tensor, bases: Bases, area: int) -> Tensor:
-    """core [g, rt, rs·k] -> the tensor of those bases, [g, T/g, S/g·k]"""
+    """core [g, rt, k·rs] -> the tensor of those bases, [g, T/g, k·S/g]"""
     by_inputs = bases.inputs @ _swap(bases.outputs @ core, area)
     return _swap(by_inputs, area)
 
 
 def _hooi(tensor: Tensor, rank: Rank, area: int, warm: Bases | None) -> tuple[Bases, Tensor, float]:
-    """(bases, core [g, rt, rs·k], share of energy removed) of [g, T/g, S/g·k].
+    """(bases, core [g, rt, k·rs], share of energy removed) of [g, T/g, k·S/g].
 
     Each half of a sweep finds the best basis of one mode for the other's. A first sweep from the bases of a tensor nearby mostly is
     enough: then it is certified that another half would gain next to nothing.
@@ -151,7 +157,7 @@ def _hooi(tensor: Tensor, rank: Rank, area: int, warm: Bases | None) -> tuple[Ba
     for sweep in range(SWEEPS):
         inputs, left_out, seen = linalg.leading(_swap(outputs.mT @ tensor, area), rs, inputs)
         before = float((seen - left_out).sum())
-        half = _swap(inputs.mT @ by_inputs, area)  # [g, T/g, rs·k]
+        half = _swap(inputs.mT @ by_inputs, area)  # [g, T/g, k·rs]
         outputs, left_out, seen = linalg.leading(half, rt, outputs)
         kept = float((seen - left_out).sum())
         if bases and sweep == 0 and linalg.is_settled(_swap(outputs.mT @ tensor, area), inputs):
