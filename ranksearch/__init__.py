@@ -3,7 +3,7 @@
     ranksearch.search("space.yaml").front          run a study
     ranksearch.allocate(model, x, {"flops": "50%"})  a plan within a budget, without a study
     ranksearch.compress(model, plan)               the compressed net
-    ranksearch.project_(model, plan)               projection, in a training loop of your own
+    ranksearch.project_(model, plan)               projection, once; Projector(plan) in a training loop of your own
     ranksearch.load("runs/NAME/trials/007")        a net of a study
 
 Importing the package loads none of torch, ray and mlflow; they are imported at the first use of a name.
@@ -23,6 +23,7 @@ _HOMES = {
     "resume": "ranksearch.api:resume",
     "load": "ranksearch.api:load",
     "project_": "ranksearch.compress:project_",
+    "Projector": "ranksearch.compress:Projector",
     "reestimate_bn_": "ranksearch.compress:reestimate_bn_",
     "trace": "ranksearch.compress:trace",
     "plan_cost": "ranksearch.compress:plan_cost",

@@ -130,7 +130,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> LowRank:
 
 
 class Basis(NamedTuple):
-    """Orthonormal columns that span what a projection kept: of the column space [..., n, r] where `left`, else of the row space [..., m, r]."""
+    """Orthonormal columns that span what a projection kept: of the column space [b, n, r] where `left`, else of the row space [b, m, r]."""
 
     vectors: Tensor
     left: bool
@@ -147,7 +147,7 @@ class Projection(NamedTuple):
 
 
 def projected(matrix: Tensor, rank: int, basis: Basis | None = None) -> Projection:
-    """`matrix` [b, n, m] projected to rank `rank`: as `truncated_svd`, but multiplied out, and faster from the `basis` of a matrix nearby.
+    """`matrix` [b, n, m] projected to rank `rank`: `truncated_svd` multiplied out, and faster from the `basis` of a matrix nearby.
 
     A large and nearly square matrix is projected by subspace iteration from `basis`, as far as a bound certifies the result
     (`_from_basis`); any other, and any that the bound does not certify, by the exact way of `truncated_svd`.
@@ -207,7 +207,7 @@ def leading(matrix: Tensor, rank: int, start: Tensor | None = None) -> tuple[Ten
 
 
 def _warm_pays(matrix: Tensor, rank: int, basis: Basis) -> bool:
-    """Measured on two CPU cores (`scripts/bench_projection.py`): below 384, or where one side is over twice the other, Gram + eigh is as fast."""
+    """Below `WARM_FROM`, or where one side is over twice the other, the Gram matrix is as fast (measured on two CPU cores)."""
     small, large = sorted(matrix.shape[-2:])
     rows = matrix.shape[-2] if basis.left else matrix.shape[-1]
     fits = basis.vectors.shape == (*matrix.shape[:-2], rows, rank) and basis.vectors.device == matrix.device

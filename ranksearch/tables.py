@@ -8,7 +8,8 @@ from ranksearch.allocate import rank_curves
 from ranksearch.allocate.budget import cost_value
 from ranksearch.compress import dense_cost
 from ranksearch.console import number, table
-from ranksearch.lowering import LOWERINGS
+from ranksearch.lowering import LOWERINGS, Rank
+from ranksearch.lowering.contract import sides
 from ranksearch.search.parametrize import RECIPE_KEYS, budgets_of, check_feasible_space, groups_of
 from ranksearch.search.space import Choices, Range, Space
 from ranksearch.search.workbench import open_net
@@ -26,10 +27,10 @@ def layer_rows(space: Space) -> dict[str, Any]:
                 cost: lowering.break_even_rank(layer.spec, cost, layer.in_sizes[0])
                 if lowering.supports(layer.spec)
                 else None
-                for cost in ("macs", "params")
+                for cost in ("macs", "params", "size")
             }
             for name, lowering in LOWERINGS.items()
-            if name != "dense"
+            if lowering.has_rank
         }
         rows.append(
             {
@@ -40,6 +41,7 @@ def layer_rows(space: Space) -> dict[str, Any]:
                 "in_size": list(layer.in_sizes[0]),
                 "out_size": list(layer.spec.out_size(layer.in_sizes[0])),
                 "uses": len(layer.in_sizes),
+                "shared_with": list(layer.shared_with),
                 "macs": layer.macs,
                 "params": layer.spec.params,
                 "lowerings": [name for name in allowed if LOWERINGS[name].supports(layer.spec)],
@@ -53,7 +55,7 @@ def layer_rows(space: Space) -> dict[str, Any]:
 
 
 def print_layers(record: dict[str, Any]) -> None:
-    names = [name for name in LOWERINGS if name != "dense"]
+    names = [name for name in LOWERINGS if any(name in row["lowerings"] for row in record["layers"])]
     columns = {"layer": "left", "weight": "left", "stride": "left", "out": "left", "MACs": "right", "params": "right"}
     columns |= {f"{name} ≤": "right" for name in names}
     columns |= {"may become": "left"}
@@ -65,7 +67,7 @@ def print_layers(record: dict[str, Any]) -> None:
             "×".join(map(str, row["out_size"])) or "–",
             number(row["macs"]),
             number(row["params"]),
-            *(number(row["break_even_rank"][name]["macs"]) for name in names),
+            *(_rank(row["break_even_rank"][name]["macs"]) for name in names),
             " ".join(row["lowerings"]) or "dense alone",
         ]
         for row in record["layers"]
@@ -78,8 +80,16 @@ def print_layers(record: dict[str, Any]) -> None:
         rows,
         spare=("may become", "stride", "weight", "out", "params"),
     )
+    for row in record["layers"]:
+        if row["shared_with"]:
+            print(f"one weight: {row['name']} and {', '.join(row['shared_with'])}")
     for entry in record["skipped"]:
         print(f"not lowered: {entry['name']}: {entry['reason']}")
+
+
+def _rank(rank: Rank | None) -> str:
+    """A rank for a table cell, such as `57` or `57·57`."""
+    return "–" if rank is None else "·".join(map(str, sides(rank)))
 
 
 def check_record(space: Space) -> dict[str, Any]:

@@ -4,16 +4,18 @@ For ResNet-20 (batch 128 at 32x32) and ResNet-18 (batch 32 at 224x224), for each
 
   svd_ms     the same projection by `torch.linalg.svd` (Tucker-2: HOSVD by SVDs of both unfoldings)
   cold_ms    ours without a basis of an earlier projection
-  warm_ms    ours after ten SGD steps from a projection, with its basis: what a training run pays at period 10
+  warm_ms    ours ten SGD steps after the last projection, with its basis: what a training run pays at period 10 (measured at the
+             third projection of a run; the first period trains in bf16, the second in fp32)
   removed_max  the largest share of a layer's energy that ten steps brought and the projection takes away
-  share_pN   of the time of N fp32 SGD steps, forward, backward and update (p10: warm_ms; p50, p200: cold_ms, the most it can be)
+  share_pN   of the time of N fp32 SGD steps, forward, backward and update, those of the second period (p10: warm_ms; p50, p200:
+             cold_ms, the most it can be)
   excess     (||W - P|| - optimum) / optimum, the largest over layers, cold and warm; the optimum by numpy's fp64 SVD
              (Tucker-2: HOOI in fp64, swept until it settles; a negative excess is a better local optimum)
 
 bf16 columns: the same against a bf16-autocast step, the fastest that this project trains with on a CPU.
 
-    python scripts/bench_projection.py            about six minutes on two cores
-    python scripts/bench_projection.py --quick    two steps of drift instead of ten; the optimum for layers of up to 64 channels alone
+    python scripts/bench_projection.py            about five minutes on two cores
+    python scripts/bench_projection.py --quick    one step a period instead of ten; the optimum for layers of up to 64 channels alone
 """
 
 from __future__ import annotations
@@ -63,7 +65,16 @@ class Block(nn.Module):
 def resnet18() -> nn.Module:
     """ResNet-18 for ImageNet, random weights."""
     stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    widths = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1)]
+    widths = [
+        (64, 64, 1),
+        (64, 64, 1),
+        (64, 128, 2),
+        (128, 128, 1),
+        (128, 256, 2),
+        (256, 256, 1),
+        (256, 512, 2),
+        (512, 512, 1),
+    ]
     blocks = [Block(*width) for width in widths]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
 
@@ -185,40 +196,44 @@ class Training:
 
 
 def measure(report: Report, net: str, training: Training, *, drift: int, repeats: int, widest: int) -> None:
-    training.step()
-    step = {bf16: seconds(lambda: training.step(bf16=bf16), max(2, repeats)) for bf16 in (False, True)}  # noqa: B023
-    report.say(f"{net}: a step takes {step[False]:.3f} s in fp32, {step[True]:.3f} s in bf16")
+    training.step(bf16=True)  # first calls allocate
     start = copy.deepcopy(training.model.state_dict())
     for name in NAMES:
         training.model.load_state_dict(start)
         training.sgd.state.clear()
         plan = half_break_even(training.model, name)
 
-        def timed(weights: dict[str, Tensor], warm: dict[str, object], count: int, plan: RankPlan = plan) -> float:
-            """Median seconds of a projection of `weights` that starts from `warm`; leaves the projected weights."""
+        def timed(
+            weights: dict[str, Tensor], warm: dict[str, object], count: int, plan: RankPlan = plan
+        ) -> tuple[float, Projector]:
+            """Median seconds of a projection of `weights` that starts from `warm`, and its projector; leaves the projected weights."""
             times = []
             for _ in range(count):
                 training.restore(weights)
                 projector = Projector(plan)
                 projector.warm = dict(warm)
                 times.append(seconds(lambda: projector(training.model), 1))  # noqa: B023
-            return median(times)
+            return median(times), projector
 
         before = training.weights(plan)
         slots = find_slots(training.model)
         svd = seconds(lambda: [by_svd(slots[n], c) for n, c in plan.lowered()], repeats // 2)  # noqa: B023
-        cold = timed(before, {}, repeats // 2)
+        cold, projector = timed(before, {}, repeats // 2)
         excess_cold = largest_excess(before, training.model, plan, widest=widest)
-        projector = Projector(plan)
-        training.restore(before)
-        projector(training.model)
-        for _ in range(drift):
-            training.step()
+        step = {}
+        for bf16 in (True, False):
+            step[bf16] = seconds(lambda: training.step(bf16=bf16), drift)  # noqa: B023
+            if bf16:
+                projector(training.model)
         drifted = training.weights(plan)
         training.restore(drifted)
-        drift_removed = max(Projector(plan)(training.model).values())
-        warm = timed(drifted, projector.warm, repeats)
-        removed = Projector(plan)(copy.deepcopy(training.model).train())  # of projected weights: nothing is left to remove
+        again = Projector(plan)
+        again.warm = dict(projector.warm)
+        drift_removed = max(again(training.model).values())
+        warm, _ = timed(drifted, projector.warm, repeats)
+        removed = Projector(plan)(
+            copy.deepcopy(training.model).train()
+        )  # of projected weights: nothing is left to remove
         assert max(removed.values()) < 1e-5, removed
         row = {
             "net": net,
@@ -238,7 +253,9 @@ def measure(report: Report, net: str, training: Training, *, drift: int, repeats
             "share_p10_bf16": warm / (10 * step[True]),
         }
         report.rows.append(row)
-        report.say(f"{net} {name}: svd {1e3 * svd:.0f} ms, cold {1e3 * cold:.0f} ms, warm {1e3 * warm:.0f} ms")
+        report.say(
+            f"{net} {name}: svd {1e3 * svd:.0f} ms, cold {1e3 * cold:.0f} ms, warm {1e3 * warm:.0f} ms, step {step[False]:.2f} s"
+        )
 
 
 def resnet20_training(report: Report, generator: torch.Generator) -> Training:
@@ -260,7 +277,7 @@ def main() -> int:
     report = Report("bench_projection", options)
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    effort = {"drift": 2, "repeats": 3, "widest": 64} if options.quick else {"drift": 10, "repeats": 5, "widest": 10**9}
+    effort = {"drift": 1, "repeats": 3, "widest": 64} if options.quick else {"drift": 10, "repeats": 5, "widest": 10**9}
     measure(report, "resnet20", resnet20_training(report, generator), **effort)
     labels = torch.randint(0, 1000, (320,), generator=generator)
     measure(report, "resnet18", Training(resnet18(), smooth_images(320, 224, generator), labels, 32), **effort)

@@ -22,7 +22,9 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--quick", action="store_true", help="a smaller measurement, within a minute on two cores")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
@@ -63,7 +65,9 @@ class Report:
             print(f"{name:40s} {value if not isinstance(value, float) else f'{value:.4g}'}")
         for note in notes:
             print(note)
-        print(f"{record['device']}, {self.options.threads} threads, torch {record['versions']['torch']}, {record['seconds']} s")
+        print(
+            f"{record['device']}, {self.options.threads} threads, torch {record['versions']['torch']}, {record['seconds']} s"
+        )
 
     def _print_table(self) -> None:
         columns = list(dict.fromkeys(name for row in self.rows for name in row))

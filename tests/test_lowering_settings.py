@@ -166,6 +166,8 @@ def test_the_sweep_does_find_a_silent_error(monkeypatch, capsys):
     import check_lowerings
 
     im2col = LOWERINGS["im2col"]
-    monkeypatch.setattr(im2col, "split", lambda left, right, spec: [1.01 * f for f in type(im2col).split(im2col, left, right, spec)])
+    monkeypatch.setattr(
+        im2col, "split", lambda left, right, spec: [1.01 * f for f in type(im2col).split(im2col, left, right, spec)]
+    )
     assert check_lowerings.main() == 1
     assert "FAILED {'lowering': 'im2col'" in capsys.readouterr().out

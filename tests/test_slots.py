@@ -1,4 +1,4 @@
-"""Weights that are not simply one layer's own: tied, aliased, packed in an attention, computed by a parametrization; and transposed convs."""
+"""Weights that are not one layer's own: tied, aliased, packed in an attention, computed by a parametrization; transposed convs."""
 
 import copy
 
@@ -59,7 +59,8 @@ def test_a_tied_weight_is_one_layer_counted_once_and_stays_tied(lowering, tmp_pa
     torch.manual_seed(0)
     model, x = Tied().eval(), torch.randn(2, 8, 6, 5)
     net = trace(model, x)
-    assert [(layer.name, len(layer.in_sizes)) for layer in net.layers] == [("once", 2), ("left", 2)]
+    found = [(layer.name, len(layer.in_sizes), layer.shared_with) for layer in net.layers]
+    assert found == [("once", 2, ("again",)), ("left", 2, ("right",))]
     assert dense_cost(net).params == sum(p.numel() for p in model.parameters())
     rank = (3, 4) if lowering == "tucker2" else 4
     plan = RankPlan({"once": LayerPlan(lowering, rank), "left": LayerPlan(lowering, rank)}, model="tied")
@@ -136,6 +137,28 @@ def test_a_layer_with_hooks_is_refused_rather_than_its_hooks_lost():
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     model[0].register_forward_hook(lambda *args: None)
     assert "hooks" in dict(trace(model, torch.randn(1, 4, 8, 8)).skipped)["0"]
+
+
+def test_every_other_weight_is_said_to_be_left_alone():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.lazy = nn.LSTM(8, 8, batch_first=True), nn.LazyLinear(8)
+            self.odd, self.hooked = nn.MultiheadAttention(8, 2, add_bias_kv=True), nn.MultiheadAttention(8, 2)
+            self.hooked.register_forward_hook(lambda *args: None)
+            self.token = nn.Parameter(torch.zeros(1, 1, 8))
+
+        def forward(self, x):
+            x = self.lazy(self.lstm(x)[0] + self.token)
+            return self.hooked(*[self.odd(x, x, x)[0]] * 3)[0]
+
+    net = trace(Mixed(), torch.randn(2, 5, 8))
+    reasons = dict(net.skipped)
+    assert [layer.name for layer in net.layers] == ["lazy"]
+    assert set(reasons) == {"(the model itself)", "lstm", "odd", "hooked"}
+    assert "add_bias_kv" in reasons["odd"]
+    assert "hooks" in reasons["hooked"]
+    assert "LSTM" in reasons["lstm"]
 
 
 @pytest.mark.parametrize("conv", ["im2col", "channel", "spatial", "tucker2", "cp", "tiled_c2", "tiled_16"])

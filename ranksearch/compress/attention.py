@@ -14,15 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 IN_PROJ, OUT_PROJ = "in_proj", "out_proj"
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
-def is_plain_attention(module: nn.Module) -> bool:
-    """Whether `module` is torch's own attention, without the extra key and value rows that nobody uses."""
-    plain = isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
-    return plain and module.bias_k is None and not module.add_zero_attn  # type: ignore[union-attr]
+def attention_refusal(module: Any) -> str | None:
+    """Why an `nn.MultiheadAttention` cannot be opened; None where it can."""
+    if type(module).forward is not nn.MultiheadAttention.forward:
+        return f"{type(module).__name__} is an attention with a forward of its own."
+    if module.bias_k is not None or module.add_zero_attn:
+        return "its attention adds rows to keys and values (add_bias_kv, add_zero_attn)."
+    if parametrize.is_parametrized(module) or parametrize.is_parametrized(module.out_proj):
+        return "its weights are computed (a parametrization); remove that first."
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (module, module.out_proj)):
+        return "it has hooks, which a replacement would lose."
+    return None
 
 
 class OpenAttention(nn.Module):
@@ -52,12 +60,14 @@ class OpenAttention(nn.Module):
         self.train(attention.training)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if "in_proj" not in self._modules:
-            return self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        layers: Any = self._modules
+        if IN_PROJ not in layers:
+            q_proj, k_proj, v_proj = (layers[name] for name in QKV)
+            return q_proj(query), k_proj(key), v_proj(value)
+        in_proj = layers[IN_PROJ]
         if query is key and key is value:
-            return self.in_proj(query).chunk(3, dim=-1)
-        each = (self.in_proj(x).chunk(3, dim=-1)[i] for i, x in enumerate((query, key, value)))
-        return tuple(each)  # type: ignore[return-value]
+            return in_proj(query).chunk(3, dim=-1)
+        return tuple(in_proj(x).chunk(3, dim=-1)[i] for i, x in enumerate((query, key, value)))  # type: ignore[return-value]
 
     def _heads(self, x: Tensor) -> Tensor:
         """[N, L, E] -> [N, heads, L, E / heads]"""
@@ -128,7 +138,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def open_attention_(model: nn.Module, paths: Iterable[str], parts: Set[str]) -> None:
-    """Replaces the attention that goes by the names `paths`: packed unless `parts`, the projections to be lowered, name one of the three."""
+    """Replaces the attention that goes by the names `paths`: packed, unless `parts`, which are to be lowered, name one of the three."""
     paths = list(paths)
     attention: Any = model.get_submodule(paths[0])
     opened = OpenAttention(attention, packed=attention.in_proj_weight is not None and not parts & set(QKV))
@@ -137,7 +147,7 @@ def open_attention_(model: nn.Module, paths: Iterable[str], parts: Set[str]) -> 
 
 
 def set_module_(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` in the place `path`, and keeps torch's encoder layers around it from their fused path, which reads weights that are gone."""
+    """Puts `module` in the place `path`; torch's encoder layers around it forgo their fused path, which reads weights that are gone."""
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
     parts = parent.split(".") if parent else []

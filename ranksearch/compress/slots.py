@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV, is_plain_attention
+from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV, attention_refusal
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import LayerSpec, lowering_named
@@ -97,32 +97,29 @@ def _survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
     sharing: dict[int, list[tuple[LayerSpec, Any, list[str]]]] = defaultdict(list)
     inside: set[int] = set()
     for module, names in _paths(model).values():
-        if is_plain_attention(module):
-            inside |= {id(child) for child in module.modules()} - {id(module)}
-            tied = [
-                name
-                for p in module.parameters()
-                for name in owners[id(p)]
-                if name.rpartition(".")[0] not in _own(names)
-            ]
-            if tied:
-                skipped[names[0]] = f"this attention shares a weight with {tied[0]!r}."
-            else:
+        if id(module) in inside:
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            inside |= {id(child) for child in module.modules()}
+            own = _own(names)
+            tied = [name for p in module.parameters() for name in owners[id(p)] if name.rpartition(".")[0] not in own]
+            reason = f"this attention shares a weight with {tied[0]!r}." if tied else attention_refusal(module)
+            if reason is None:
                 slots |= {slot.name: slot for slot in _attention_slots(module, names)}
-        elif (
-            id(module) not in inside and isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
-        ):
+            else:
+                skipped[names[0]] = reason
+        elif _has_matrix(module):
             reason, spec = _refusal(module), LayerSpec.of(module)
             if reason is None and spec is not None:
                 sharing[id(module.weight)].append((spec, module, names))
             else:
-                skipped[names[0]] = reason or ""
+                skipped[names[0] or "(the model itself)"] = reason or ""
     for key, holders in sharing.items():
         spec, module, _ = holders[0]
         names = [name for _, _, holder in holders for name in holder]
         others = [owner for owner in owners[key] if owner.removesuffix(".weight") not in names]
         if others:
-            skipped |= {name: f"its weight is shared with {others[0]!r}, which is no such layer." for name in names}
+            skipped |= dict.fromkeys(names, f"its weight is shared with {others[0]!r}, which is no such layer.")
         elif len({replace(other, bias=False) for other, _, _ in holders}) > 1:
             reason = f"{' and '.join(map(repr, names))} share a weight, but are different kinds of layer."
             skipped |= dict.fromkeys(names, reason)
@@ -131,13 +128,19 @@ def _survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
     return slots, skipped
 
 
+def _has_matrix(module: Any) -> bool:
+    """Whether the module has a parameter of its own, or a computed weight, of at least two dimensions."""
+    weights = [*module._parameters.values(), getattr(module, "weight", None)]
+    return any(isinstance(w, Tensor) and w.dim() > 1 for w in weights)
+
+
 def _own(names: list[str]) -> set[str]:
     return {*names, *(f"{name}.{OUT_PROJ}" for name in names)}
 
 
 def _refusal(module: Any) -> str | None:
     """Why a module with a weight cannot be lowered; None where it can."""
-    if "weight" not in module._parameters:
+    if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor):
         return "its weight is computed (weight norm, spectral norm, pruning or another parametrization); remove that first."
     if LayerSpec.of(module) is None:
         return f"{type(module).__name__} is no plain {KINDS}."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV, is_plain_attention
+from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV
 from ranksearch.compress.slots import KINDS, Slot, find_skipped, find_slots
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import LayerSpec
@@ -29,6 +29,8 @@ class Layer:
     in_sizes: tuple[Ints, ...]
     norm: str | None = None
     """The BN layer that takes its output."""
+    shared_with: tuple[str, ...] = ()
+    """Other layers that compute with the same weight; they become what this one becomes."""
 
     @property
     def macs(self) -> int:
@@ -94,7 +96,7 @@ class _Recorder:
         return tuple(x.shape[1:-1]) if x.shape[0] == self._batch else (x.numel() // x.shape[-1] // self._batch,)
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_plain_attention(module):
+        if isinstance(module, nn.MultiheadAttention):
             query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))[:3]
             if query is not key or key is not value:
                 self.crossing.add(id(module))
@@ -142,10 +144,10 @@ def trace(model: nn.Module, example_input: Any) -> Net:
     """
     inputs = _tuple(example_input)
     batch = next(x.shape[0] for x in inputs if isinstance(x, Tensor))
-    slots, skipped = find_slots(model), find_skipped(model)
     with _recording(model, batch) as recorder, torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*inputs)
 
+    slots, skipped = find_slots(model), find_skipped(model)  # now: lazy layers have their shapes
     names = {id(module): name for name, module in model.named_modules()}
     layers = []
     for slot in slots.values():
@@ -163,7 +165,7 @@ def trace(model: nn.Module, example_input: Any) -> Net:
         if not uses:
             reason = "the forward pass does not call it as a module."
         if reason is None:
-            layers.append(Layer(slot.name, slot.spec, tuple(uses), norm))
+            layers.append(Layer(slot.name, slot.spec, tuple(uses), norm, slot.paths[1:]))
         else:
             skipped |= dict.fromkeys(slot.paths, reason)
     if not layers:

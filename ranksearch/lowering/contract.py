@@ -58,7 +58,7 @@ def lowering_named(name: str) -> Lowering:
 
 
 def default_lowerings() -> tuple[str, ...]:
-    """Names of the lowerings that a search takes where none are named: all but `dense`, which a layer may always be, and the opt-in ones."""
+    """Names of the lowerings that a search takes where none are named: all but the opt-in ones and `dense`, which is always allowed."""
     return tuple(name for name, lowering in LOWERINGS.items() if not lowering.opt_in and lowering.has_rank)
 
 

@@ -115,9 +115,7 @@ class Cp(Lowering):
         if count == self.full_rank(spec):
             return _scaled(_fibers(tensor), scale)
         fits = warm is not None and warm[0].shape[-1] == count
-        start = (
-            _scaled([f.to(tensor.device) for f in warm], 1 / scale) if fits else _leading_vectors(tensor, count)
-        )
+        start = _scaled([f.to(tensor.device) for f in warm], 1 / scale) if fits else _leading_vectors(tensor, count)
         rounding = 10 * torch.finfo(weight.dtype).eps if weight.dtype.is_floating_point else 1e-6
         return _scaled(_als(tensor, start, work, rounding), scale)
 
@@ -221,7 +219,9 @@ def _solve(normal: Tensor, right: Tensor) -> Tensor:
         if not info.any():
             return torch.cholesky_solve(right.mT, factor).mT
         ridge *= 100
-    raise NonFiniteError("the alternating least squares of cp lost all digits; take a smaller rank, or another lowering.")
+    raise NonFiniteError(
+        "the alternating least squares of cp lost all digits; take a smaller rank, or another lowering."
+    )
 
 
 def _balanced(terms: Sequence[Tensor]) -> list[Tensor]:

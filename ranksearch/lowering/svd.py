@@ -36,7 +36,6 @@ class Svd(MatrixLowering):
         return matrices
 
     def chain(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
-        (hidden,) = (rank,)
         return LayerSpec(spec.in_channels, rank), LayerSpec(rank, spec.out_channels, bias=spec.bias)
 
     def split(self, left: Tensor, right: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:

@@ -4,8 +4,8 @@
 1x1 conv q·r -> T that adds the groups up. Params r(S·k + q·T) per group: for the same params a total rank q·r that im2col does not have,
 but each tile sees its own channels alone. It helps where blocks of channels carry different things; grouped convs run slower per MAC.
 
-`tiled_64`, `tiled_32`, `tiled_16`, `tiled_8`: the paper's p x q square tiles of that side, which need not align with channels (64 columns of
-a 3x3 kernel cut through a channel's taps; tiles at the lower and right edge are smaller). Such a tiling has no conv form: the layer is
+`tiled_64`, `tiled_32`, `tiled_16`, `tiled_8`: the paper's p x q square tiles of that side, which need not align with channels (64 columns
+of a 3x3 kernel cut through a channel's taps; tiles at the lower and right edge are smaller). Such a tiling has no conv form: the layer is
 projected and **stored** as factors, params r(q·T + p·S·k), and runs as the dense kernel, which is rebuilt while training and once at
 load. It saves size, never MACs, and is opt-in.
 

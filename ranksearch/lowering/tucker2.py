@@ -2,7 +2,7 @@
 
 The rank is a pair (rs, rt), input side first; one number, a ratio, scales both sides by their width. Params S·rs + k·rs·rt + rt·T per
 group: quadratic in the ratio, so it wins at strong compression of wide convs with large kernels, and loses to the two-layer
-lowerings on 1x1 kernels (the middle layer is then superfluous), on layers with few channels and near full rank.
+lowerings on layers with few channels and near full rank. 1x1 kernels it refuses: the middle layer would be superfluous.
 
 The projection starts from the truncated HOSVD (or from the bases of the last projection) and improves it by HOOI sweeps; the kept energy
 grows with every one. The curve is that of the HOSVD, an upper bound of what is removed.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ranksearch import linalg
 from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, kernel_area, register, sides
+from ranksearch.lowering.matrix import relative_operator_norm
 from ranksearch.lowering.spec import LayerSpec
 
 SWEEPS = 30
@@ -46,6 +47,8 @@ class Tucker2(Lowering):
     def refusal(self, spec: LayerSpec) -> str | None:
         if not spec.is_conv:
             return "tucker2 lowers convolutions; of a Linear it would be the plain svd."
+        if kernel_area(spec) == 1:
+            return "tucker2 of a 1x1 kernel is the plain bottleneck with a layer to spare: take im2col."
         if min(spec.block_shape[:2]) < 2:
             return (
                 "tucker2 cuts both channel modes, and a group with a single input or output channel has nothing to cut."
@@ -101,16 +104,16 @@ class Tucker2(Lowering):
         """Of the truncated HOSVD: with all basis vectors, the energies of the core's prefixes are the kept ones."""
         area = kernel_area(spec)
         tensor = _moderate(spec.blocks(weight))[0].double()
-        values_s, all_s = torch.linalg.eigh(linalg.row_gram(_swap(tensor, area)))
+        values_s, all_s = torch.linalg.eigh(linalg.row_gram(_tall(tensor, area).mT))
         values_t, all_t = torch.linalg.eigh(linalg.row_gram(tensor))
-        core = all_s.flip(-1).mT @ _swap(all_t.flip(-1).mT @ tensor, area)  # [g, S/g, k·T/g]
-        energies = core.square().unflatten(2, (area, -1)).sum(dim=(0, 2)).mT
+        core = _tall(all_t.flip(-1).mT @ tensor, area) @ all_s.flip(-1)  # [g, T/g·k, S/g]
+        energies = core.square().unflatten(1, (-1, area)).sum(dim=(0, 2))
         kept = energies.cumsum(0).cumsum(1).cpu().numpy()  # [T/g, S/g]
         total = kept[-1, -1]
-        mode_s, mode_t = (_left_out(v.clamp_min(0).flip(-1)) for v in (values_s, values_t))
+        mode_s, mode_t = (relative_operator_norm(v.clamp_min(0).flip(-1)) for v in (values_s, values_t))
         full_s, full_t = self.full_rank(spec)
-        pairs = {(rs, rt) for rs in _grid(full_s) for rt in _grid(full_t)} | set(self.ladder(spec))
-        ranks = tuple(sorted(pairs))
+        ladder = {(rank[0], rank[1]) for rank in map(sides, self.ladder(spec))}
+        ranks = tuple(sorted(ladder | {(rs, rt) for rs in _grid(full_s) for rt in _grid(full_t)}))
         removed = np.array([1 - kept[rt - 1, rs - 1] / total if total > 0 else 0.0 for rs, rt in ranks])
         residual = np.array([max(mode_s[rs - 1], mode_t[rt - 1]) for rs, rt in ranks])
         removed[-1] = residual[-1] = 0.0
@@ -124,9 +127,14 @@ def _moderate(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
     return moderate.unflatten(0, flat.shape[:2]), scale
 
 
-def _swap(unfolded: Tensor, area: int) -> Tensor:
-    """Exchanges the channel modes: [g, a, k·b] -> [g, b, k·a]"""
-    return unfolded.unflatten(2, (area, -1)).transpose(1, 3).flatten(2)
+def _tall(unfolded: Tensor, area: int) -> Tensor:
+    """[g, a, k·b] -> [g, a·k, b], a view: the input side alone in the columns"""
+    return unfolded.unflatten(2, (area, -1)).flatten(1, 2)
+
+
+def _wide(unfolded: Tensor, area: int) -> Tensor:
+    """[g, a·k, b] -> [g, a, k·b], the inverse of `_tall`"""
+    return unfolded.unflatten(1, (-1, area)).flatten(2)
 
 
 def _kernel_last(unfolded: Tensor, spec: LayerSpec) -> Tensor:
@@ -136,8 +144,7 @@ def _kernel_last(unfolded: Tensor, spec: LayerSpec) -> Tensor:
 
 def _multiplied(core: Tensor, bases: Bases, area: int) -> Tensor:
     """core [g, rt, k·rs] -> the tensor of those bases, [g, T/g, k·S/g]"""
-    by_inputs = bases.inputs @ _swap(bases.outputs @ core, area)
-    return _swap(by_inputs, area)
+    return _wide(_tall(bases.outputs @ core, area) @ bases.inputs.mT, area)
 
 
 def _hooi(tensor: Tensor, rank: Rank, area: int, warm: Bases | None) -> tuple[Bases, Tensor, float]:
@@ -147,33 +154,30 @@ def _hooi(tensor: Tensor, rank: Rank, area: int, warm: Bases | None) -> tuple[Ba
     enough: then it is certified that another half would gain next to nothing.
     """
     rs, rt = sides(rank)
-    energy = float(tensor.square().sum(dtype=torch.float64))
-    by_inputs = _swap(tensor, area)
+    energy = _energy(tensor)
     fits = warm is not None and (warm.outputs.shape[-1], warm.inputs.shape[-1]) == (rt, rs)
     bases = Bases(*(b.to(tensor) for b in warm)) if warm is not None and fits else None
     outputs = bases.outputs if bases else linalg.leading(tensor, rt)[0]
-    inputs = bases.inputs if bases else None
+    inputs: Tensor = bases.inputs if bases else tensor[..., :0, :0]  # of no size: `leading` starts from none
     noise = 8 * torch.finfo(tensor.dtype).eps * energy
     for sweep in range(SWEEPS):
-        inputs, left_out, seen = linalg.leading(_swap(outputs.mT @ tensor, area), rs, inputs)
+        inputs, left_out, seen = linalg.leading(_tall(outputs.mT @ tensor, area).mT, rs, inputs)
         before = float((seen - left_out).sum())
-        half = _swap(inputs.mT @ by_inputs, area)  # [g, T/g, k·rs]
+        half = _wide(_tall(tensor, area) @ inputs, area)  # [g, T/g, k·rs]
         outputs, left_out, seen = linalg.leading(half, rt, outputs)
         kept = float((seen - left_out).sum())
-        if bases and sweep == 0 and linalg.is_settled(_swap(outputs.mT @ tensor, area), inputs):
+        if bases and sweep == 0 and linalg.is_settled(_tall(outputs.mT @ tensor, area).mT, inputs):
             break
         if kept - before <= SETTLED * (energy - kept) + noise:
             break
     core = outputs.mT @ half
-    removed = max(0.0, energy - float(core.square().sum(dtype=torch.float64)))
+    removed = max(0.0, energy - _energy(core))
     return Bases(outputs, inputs), core, removed / energy if energy > 0 else 0.0
 
 
-def _left_out(squared: Tensor) -> np.ndarray:
-    """Squared mode singular values [g, n] -> sigma_{r+1} / sigma_1 for r = 1..n."""
-    largest = squared.amax(dim=0).cpu().numpy()
-    following = np.append(largest[1:], 0.0)
-    return np.sqrt(following / largest[0]) if largest[0] > 0 else np.zeros_like(following)
+def _energy(tensor: Tensor) -> float:
+    """||.||², added up in fp64 over the groups and fp32 within one."""
+    return float(torch.linalg.vector_norm(tensor, dim=(1, 2)).double().square().sum())
 
 
 def _grid(full: int) -> list[int]:
