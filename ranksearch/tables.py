@@ -55,7 +55,8 @@ def layer_rows(space: Space) -> dict[str, Any]:
 
 
 def print_layers(record: dict[str, Any]) -> None:
-    names = [name for name in LOWERINGS if any(name in row["lowerings"] for row in record["layers"])]
+    # a lowering that saves no MACs anywhere (square tiles) has no column of its own
+    names = [name for name in LOWERINGS if any(_saves_macs(row, name) for row in record["layers"])]
     columns = {"layer": "left", "weight": "left", "stride": "left", "out": "left", "MACs": "right", "params": "right"}
     columns |= {f"{name} ≤": "right" for name in names}
     columns |= {"may become": "left"}
@@ -85,6 +86,10 @@ def print_layers(record: dict[str, Any]) -> None:
             print(f"one weight: {row['name']} and {', '.join(row['shared_with'])}")
     for entry in record["skipped"]:
         print(f"not lowered: {entry['name']}: {entry['reason']}")
+
+
+def _saves_macs(row: dict[str, Any], name: str) -> bool:
+    return name in row["lowerings"] and bool(row["break_even_rank"][name]["macs"])
 
 
 def _rank(rank: Rank | None) -> str:
