@@ -166,11 +166,11 @@ def projected(matrix: Tensor, rank: int, basis: Basis | None = None) -> Projecti
         side = scaled if rows_smaller else scaled.mT
         start = basis.vectors if basis is not None and basis.left is rows_smaller else None
         kept, removed, total = leading(side, rank, start)
-        product = kept @ (kept.mT @ side)
+        product = kept @ (kept.mT @ scaled) if rows_smaller else (scaled @ kept) @ kept.mT
         if scale is not None:  # the energies of a batch add up in the matrices' own units
             removed, total = (energy * scale[..., 0, 0].double().square() for energy in (removed, total))
         share = float(removed.sum() / total.sum()) if float(total.sum()) > 0 else 0.0
-        found = Projection(product if rows_smaller else product.mT, share, Basis(kept, rows_smaller))
+        found = Projection(product, share, Basis(kept, rows_smaller))
     return found._replace(matrix=rescaled(found.matrix, scale).to(matrix.dtype))
 
 
@@ -196,9 +196,16 @@ def leading(matrix: Tensor, rank: int, start: Tensor | None = None) -> tuple[Ten
         vectors = torch.linalg.qr(full @ start.to(full)).Q
         image = full @ vectors
         values, turn = torch.linalg.eigh(vectors.mT @ image)
+        vectors = vectors @ turn
         left_out = (energy - values.sum(-1, dtype=torch.float64)).clamp_min(0)
-        coupling = (image @ turn - (vectors @ turn) * values[..., None, :]).square().sum(dim=-2)
-        gap = values - left_out[..., None]  # no eigenvalue of the rest is above its trace
+        coupling = (image @ turn - vectors * values[..., None, :]).square().sum(dim=-2)
+
+        def rest(x: Tensor) -> Tensor:
+            return full @ x - vectors @ (values[..., None] * (vectors.mT @ x))
+
+        seen = torch.linalg.qr(rest(_probes(full, full.shape[-1], PROBES))).Q
+        top = 1.5 * torch.linalg.matrix_norm(rest(seen), ord=2)  # probes see most of the largest eigenvalue, not all
+        gap = values - torch.minimum(top, left_out)[..., None]  # which is not above the trace either
         excess = (coupling / gap.clamp_min(1e-38)).sum(-1)
         if bool(((gap > 0).all(-1) & (excess <= 2 * CERTIFIED * left_out)).all()):
             return vectors, left_out, energy
@@ -224,15 +231,10 @@ def _from_basis(matrix: Tensor, rank: int, basis: Basis) -> Projection | None:
     Reference: Saad 2011, "Numerical methods for large eigenvalue problems", ch. 5 (subspace iteration with Ritz projection); Halko,
     Martinsson & Tropp 2011, arXiv 0909.4061 (range finding by probes).
     """
-    generator = torch.Generator(matrix.device).manual_seed(0)
-
-    def probes(width: int, count: int) -> Tensor:
-        return torch.randn((*matrix.shape[:-2], width, count), generator=generator, device=matrix.device).to(matrix)
-
     work, left = (matrix, True) if basis.left else (matrix.mT, False)
     start, widening = basis.vectors.to(matrix.dtype), basis.widening
     if widening:
-        seen = work @ probes(work.shape[-1], widening)
+        seen = work @ _probes(work, work.shape[-1], widening)
         start = torch.cat([start, torch.linalg.qr(seen - start @ (start.mT @ seen)).Q], dim=-1)
     image = work.mT @ start
     for _ in range(2):
@@ -244,16 +246,22 @@ def _from_basis(matrix: Tensor, rank: int, basis: Basis) -> Projection | None:
         kept = image - spare[0] @ dropped.mT if widening else image, vectors.mT
         rest = torch.baddbmm(matrix, *(kept if left else (kept[1].mT, kept[0].mT)), alpha=-1)
         values, turn = values.flip(-1), turn.flip(-1)
-        if _certified(rest if left else rest.mT, image, turn, spare, values, probes(work.shape[-1], PROBES)):
+        if _certified(rest if left else rest.mT, image, turn, spare, values, _probes(work, work.shape[-1], PROBES)):
             removed = float(rest.square().sum())
             share = removed / (removed + float(values[..., :rank].sum()) + 1e-38)
             found = vectors @ turn[..., :rank] if widening else vectors
             return Projection(torch.sub(matrix, rest, out=rest), share, Basis(found, not left, widening))
         if not widening:
             widening = WIDENING
-            image = torch.cat([image, (rest if left else rest.mT) @ probes(work.shape[-1], widening)], dim=-1)
+            image = torch.cat([image, (rest if left else rest.mT) @ _probes(work, work.shape[-1], widening)], dim=-1)
         work, left = work.mT, not left
     return None
+
+
+def _probes(like: Tensor, width: int, count: int) -> Tensor:
+    """Seeded random columns [b, width, count] on the device of `like` [b, .., ..]: a projection is the same every time."""
+    generator = torch.Generator(like.device).manual_seed(width + count)
+    return torch.randn((*like.shape[:-2], width, count), generator=generator, device=like.device).to(like)
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
@@ -271,8 +279,7 @@ def is_settled(matrix: Tensor, left: Tensor) -> bool:
     values, turn = torch.linalg.eigh(image.mT @ image)
     values, turn = values.flip(-1), turn.flip(-1)
     rest = torch.baddbmm(matrix, left, image.mT, alpha=-1).mT
-    generator = torch.Generator(matrix.device).manual_seed(0)
-    probes = torch.randn((*matrix.shape[:-1], PROBES), generator=generator, device=matrix.device).to(matrix)
+    probes = _probes(matrix, matrix.shape[-2], PROBES)
     return _certified(rest, image, turn, (image[..., :0], left[..., :0]), values, probes)
 
 

@@ -150,8 +150,9 @@ def _multiplied(core: Tensor, bases: Bases, area: int) -> Tensor:
 def _hooi(tensor: Tensor, rank: Rank, area: int, warm: Bases | None) -> tuple[Bases, Tensor, float]:
     """(bases, core [g, rt, k·rs], share of energy removed) of [g, T/g, k·S/g].
 
-    Each half of a sweep finds the best basis of one mode for the other's. A first sweep from the bases of a tensor nearby mostly is
-    enough: then it is certified that another half would gain next to nothing.
+    Each half of a sweep finds the best basis of one mode for the other's. From the bases of a tensor nearby the sweeps end as soon as it is
+    certified that another half would gain next to nothing, mostly after the first; from the HOSVD, where gains can shrink slowly,
+    when they have shrunk.
     """
     rs, rt = sides(rank)
     energy = _energy(tensor)
@@ -160,13 +161,13 @@ def _hooi(tensor: Tensor, rank: Rank, area: int, warm: Bases | None) -> tuple[Ba
     outputs = bases.outputs if bases else linalg.leading(tensor, rt)[0]
     inputs: Tensor = bases.inputs if bases else tensor[..., :0, :0]  # of no size: `leading` starts from none
     noise = 8 * torch.finfo(tensor.dtype).eps * energy
-    for sweep in range(SWEEPS):
+    for _ in range(SWEEPS):
         inputs, left_out, seen = linalg.leading(_tall(outputs.mT @ tensor, area).mT, rs, inputs)
         before = float((seen - left_out).sum())
         half = _wide(_tall(tensor, area) @ inputs, area)  # [g, T/g, k·rs]
         outputs, left_out, seen = linalg.leading(half, rt, outputs)
         kept = float((seen - left_out).sum())
-        if bases and sweep == 0 and linalg.is_settled(_tall(outputs.mT @ tensor, area).mT, inputs):
+        if bases and linalg.is_settled(_tall(outputs.mT @ tensor, area).mT, inputs):
             break
         if kept - before <= SETTLED * (energy - kept) + noise:
             break
