@@ -240,8 +240,9 @@ def test_layers_and_check_in_json(tmp_path, digits_yaml):
     assert sum(row["params"] for row in layers["layers"]) < layers["total"]["params"]
     by_name = {row["name"]: row for row in layers["layers"]}
     # a 3x3 conv 64 -> 64 on one map: im2col breaks even below 64·64·9 / (64 + 64·9) = 57.6
-    assert by_name["layer3.0.conv2"]["break_even_rank"]["im2col"] == {"macs": 57, "params": 57}
-    assert by_name["linear"]["break_even_rank"]["im2col"] == {"macs": None, "params": None}
+    assert by_name["layer3.0.conv2"]["break_even_rank"]["im2col"] == {"macs": 57, "params": 57, "size": 57}
+    assert by_name["linear"]["break_even_rank"]["im2col"] == {"macs": None, "params": None, "size": None}
+    assert by_name["layer3.0.conv2"]["break_even_rank"]["tucker2"]["macs"] == [57, 57]
     record = json.loads(call("check", digits_yaml, "--json", "--budget", "params=30%", cwd=tmp_path).stdout)
     assert record["costs"]["params"]["limit"] == int(0.3 * 75_002)
     assert "digits_resnet8" in call("check", digits_yaml, cwd=tmp_path).stdout

@@ -185,6 +185,19 @@ def test_bn_rectification_is_nearest_where_bn_looks(small_net, image, lowering):
         assert seen_by_bn(model[0].weight) == pytest.approx(np.sqrt((singular[3:] ** 2).sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"energy_transfer": True}, {"norms": {"stem": "bn"}}], ids=str)
+@pytest.mark.parametrize("lowering", ["cp", "tucker2", "spatial", "tiled_8"])
+def test_decomposing_what_a_projector_left_changes_nothing(small_net, image, lowering, options):
+    plan = RankPlan({"stem": LayerPlan(lowering, (2, 5) if lowering == "tucker2" else 3)})
+    projector = Projector(plan, **options)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        small_net.stem.weight.data += 0.05 * torch.randn_like(small_net.stem.weight)
+        projector(small_net)
+    small = ranksearch.compress(small_net, plan, warm=projector.warm)
+    torch.testing.assert_close(small(image), small_net(image), rtol=1e-4, atol=1e-5)
+
+
 def test_bn_rectification_survives_a_silent_channel(small_net):
     model = nn.Sequential(nn.Conv2d(4, 12, 3), nn.BatchNorm2d(12))
     model[1].weight.data[3:] = 0

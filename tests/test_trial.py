@@ -123,3 +123,12 @@ def test_distillation_runs_through_the_trial(bench):
     result, _ = run(bench, distillation_weight=0.7)
     assert result.status == "complete"
     assert result.val_accuracy > 85
+
+
+@pytest.mark.parametrize("option", ["energy_transfer", "bn_rectification"])
+def test_options_of_the_projection_reach_it(bench, option):
+    plain, _ = run(bench, steps=20)
+    result, _ = run(bench, steps=20, **{option: True})
+    assert result.status == "complete"
+    assert result.val_accuracy > 80
+    assert result.val_loss != plain.val_loss

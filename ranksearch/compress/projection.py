@@ -34,7 +34,8 @@ class Projector:
         Args:
             energy_transfer: scales what is kept of a weight so that it has the energy ||W||² that it had before.
             norms: layer -> the BN layer that takes its output (`Net.norms`). BN rectification: such a layer's output channels are
-                weighted by |gamma| / sqrt(var + eps), by which BN will scale them, for the choice of what is kept.
+                weighted by |gamma| / sqrt(var + eps), by which BN will scale them, for the choice of what is kept. `cp` goes without:
+                it has to find its own terms again when it decomposes.
         """
         self.plan, self.energy_transfer, self.norms = plan, energy_transfer, dict(norms or {})
         self.warm: dict[str, Any] = {}
@@ -52,10 +53,12 @@ class Projector:
         """
         removed, written = {}, []
         for name, (slot, choice) in slots_of(model, self.plan).items():
-            scale = _channel_scale(model, self.norms[name], slot.spec) if name in self.norms else None
+            lowering = lowering_named(choice.lowering)
+            rectified = name in self.norms and lowering.is_projection
+            scale = _channel_scale(model, self.norms[name], slot.spec) if rectified else None
             weight = slot.weight.detach() if scale is None else slot.weight.detach() * scale
             try:
-                projected, share, self.warm[name] = lowering_named(choice.lowering).project(
+                projected, share, self.warm[name] = lowering.project(
                     weight, choice.rank, slot.spec, self.warm.get(name)
                 )
             except NonFiniteError as error:
