@@ -134,8 +134,6 @@ class Basis(NamedTuple):
 
     vectors: Tensor
     left: bool
-    widening: int = 0
-    """Directions by which the next projection widens it from the start: found necessary once, it is for the next drift too."""
 
 
 class Projection(NamedTuple):
@@ -177,7 +175,7 @@ def projected(matrix: Tensor, rank: int, basis: Basis | None = None) -> Projecti
 CERTIFIED = 7e-4
 """Largest excess of the error over the optimum, as a share of the optimum, that a projection from an earlier basis may be left with."""
 PROBES = 16
-WIDENING = 16
+WIDENING = 32
 WELL_CONDITIONED = 0.1
 """Least pivot of a Cholesky factor of unit columns: they lose at most two of seven digits of orthogonality."""
 WARM_FROM = 384
@@ -224,36 +222,31 @@ def _warm_pays(matrix: Tensor, rank: int, basis: Basis) -> bool:
 def _from_basis(matrix: Tensor, rank: int, basis: Basis) -> Projection | None:
     """Up to two half-steps of subspace iteration from `basis`; None where the excess error is not certified to be small then.
 
-    Training drifts by noise, which one half-step removes, and by a few strong directions, as gradients have. Where those are too strong
-    for one half-step, the basis is widened by what random probes see outside it, so that convergence depends on the spectrum
-    behind them; a Rayleigh-Ritz step then drops the weakest directions again.
+    Training drifts by noise, which one half-step removes, and by a few strong directions, as gradients have: the basis is widened by what
+    random probes see outside it, so that convergence depends on the spectrum behind those; a Rayleigh-Ritz step then drops the
+    weakest directions again.
 
     Reference: Saad 2011, "Numerical methods for large eigenvalue problems", ch. 5 (subspace iteration with Ritz projection); Halko,
     Martinsson & Tropp 2011, arXiv 0909.4061 (range finding by probes).
     """
     work, left = (matrix, True) if basis.left else (matrix.mT, False)
-    start, widening = basis.vectors.to(matrix.dtype), basis.widening
-    if widening:
-        seen = work @ _probes(work, work.shape[-1], widening)
-        start = torch.cat([start, torch.linalg.qr(seen - start @ (start.mT @ seen)).Q], dim=-1)
-    image = work.mT @ start
+    start = basis.vectors.to(matrix.dtype)
+    seen = work @ _probes(work, work.shape[-1], WIDENING)
+    outside = torch.linalg.qr(seen - start @ (start.mT @ seen)).Q
+    image = work.mT @ torch.cat([start, outside], dim=-1)
     for _ in range(2):
         vectors = _orthonormal(image)
         image = work @ vectors
         values, turn = torch.linalg.eigh(image.mT @ image)  # ascending
-        dropped = turn[..., :widening]
+        dropped = turn[..., :WIDENING]
         spare = image @ dropped, vectors @ dropped
-        kept = image - spare[0] @ dropped.mT if widening else image, vectors.mT
+        kept = image - spare[0] @ dropped.mT, vectors.mT
         rest = torch.baddbmm(matrix, *(kept if left else (kept[1].mT, kept[0].mT)), alpha=-1)
         values, turn = values.flip(-1), turn.flip(-1)
         if _certified(rest if left else rest.mT, image, turn, spare, values, _probes(work, work.shape[-1], PROBES)):
             removed = float(rest.square().sum())
             share = removed / (removed + float(values[..., :rank].sum()) + 1e-38)
-            found = vectors @ turn[..., :rank] if widening else vectors
-            return Projection(torch.sub(matrix, rest, out=rest), share, Basis(found, not left, widening))
-        if not widening:
-            widening = WIDENING
-            image = torch.cat([image, (rest if left else rest.mT) @ _probes(work, work.shape[-1], widening)], dim=-1)
+            return Projection(torch.sub(matrix, rest, out=rest), share, Basis(vectors @ turn[..., :rank], not left))
         work, left = work.mT, not left
     return None
 
