@@ -206,20 +206,25 @@ def measure(report: Report, net: str, training: Training, *, drift: int, repeats
 
         def timed(
             weights: dict[str, Tensor], warm: dict[str, object], count: int, plan: RankPlan = plan
-        ) -> tuple[float, Projector]:
-            """Median seconds of a projection of `weights` that starts from `warm`, and its projector; leaves the projected weights."""
+        ) -> tuple[float, Projector, float]:
+            """Median seconds of a projection of `weights` that starts from `warm`, its projector, the largest share removed.
+
+            Leaves the projected weights.
+            """
             times = []
             for _ in range(count):
                 training.restore(weights)
                 projector = Projector(plan)
                 projector.warm = dict(warm)
-                times.append(seconds(lambda: projector(training.model), 1))  # noqa: B023
-            return median(times), projector
+                started = time.perf_counter()
+                removed = projector(training.model)
+                times.append(time.perf_counter() - started)
+            return median(times), projector, max(removed.values())
 
         before = training.weights(plan)
         slots = find_slots(training.model)
         svd = seconds(lambda: [by_svd(slots[n], c) for n, c in plan.lowered()], repeats // 2)  # noqa: B023
-        cold, projector = timed(before, {}, repeats // 2)
+        cold, projector, _ = timed(before, {}, repeats // 2)
         excess_cold = largest_excess(before, training.model, plan, widest=widest)
         step = {}
         for bf16 in (True, False):
@@ -227,15 +232,9 @@ def measure(report: Report, net: str, training: Training, *, drift: int, repeats
             if bf16:
                 projector(training.model)
         drifted = training.weights(plan)
-        training.restore(drifted)
-        again = Projector(plan)
-        again.warm = dict(projector.warm)
-        drift_removed = max(again(training.model).values())
-        warm, _ = timed(drifted, projector.warm, repeats)
-        removed = Projector(plan)(
-            copy.deepcopy(training.model).train()
-        )  # of projected weights: nothing is left to remove
-        assert max(removed.values()) < 1e-5, removed
+        warm, _, drift_removed = timed(drifted, projector.warm, repeats)
+        left = Projector(plan)(copy.deepcopy(training.model))  # of projected weights: nothing is left to remove
+        assert max(left.values()) < 1e-5, left
         row = {
             "net": net,
             "lowering": name,

@@ -59,7 +59,9 @@ def _first(options: LayerOptions) -> str:
 def _ladder(options: LayerOptions, name: str) -> list[int]:
     """The options of one lowering whose ranks are of a common ratio, smallest first."""
     mine = [i for i, choice in enumerate(options.choices) if choice.lowering == name]
-    ladder = set(lowering_named(name).ladder(options.layer.spec)) if mine and mine != [0] else {0}
+    if not mine or not lowering_named(name).has_rank:
+        return mine
+    ladder = set(lowering_named(name).ladder(options.layer.spec))
     return [i for i in mine if options.choices[i].rank in ladder]
 
 

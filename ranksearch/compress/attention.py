@@ -28,7 +28,12 @@ def attention_refusal(module: Any) -> str | None:
         return "its attention adds rows to keys and values (add_bias_kv, add_zero_attn)."
     if parametrize.is_parametrized(module) or parametrize.is_parametrized(module.out_proj):
         return "its weights are computed (a parametrization); remove that first."
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (module, module.out_proj)):
+    return hooks_refusal(module) or hooks_refusal(module.out_proj)
+
+
+def hooks_refusal(module: Any) -> str | None:
+    """Why a module with hooks cannot be replaced; None for one without."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks, which a replacement would lose."
     return None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV, attention_refusal
+from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV, attention_refusal, hooks_refusal
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import LayerSpec, lowering_named
@@ -37,12 +37,7 @@ class Slot:
 
 def find_slots(model: nn.Module) -> dict[str, Slot]:
     """Every slot of `model` by name. An attention's input projections are offered packed and one by one."""
-    return _survey(model)[0]
-
-
-def find_skipped(model: nn.Module) -> dict[str, str]:
-    """Every other layer that has a weight of at least two dimensions, and why it is no slot."""
-    return _survey(model)[1]
+    return survey(model)[0]
 
 
 def slots_of(model: nn.Module, plan: RankPlan) -> dict[str, tuple[Slot, LayerPlan]]:
@@ -52,7 +47,7 @@ def slots_of(model: nn.Module, plan: RankPlan) -> dict[str, tuple[Slot, LayerPla
         UsageError: a layer that is not there or cannot be lowered, a lowering that refuses it, a rank outside its range; the text
             names the layer, says why, and what is nearest.
     """
-    slots, skipped = _survey(model)
+    slots, skipped = survey(model)
     found = {}
     for name, choice in plan.lowered():
         if name not in slots:
@@ -88,7 +83,8 @@ def _paths(model: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:
     return found
 
 
-def _survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
+def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
+    """(slots by name; every other layer that has a weight of at least two dimensions, and why it is no slot)"""
     slots: dict[str, Slot] = {}
     skipped: dict[str, str] = {}
     owners: dict[int, list[str]] = defaultdict(list)
@@ -146,9 +142,7 @@ def _refusal(module: Any) -> str | None:
         return f"{type(module).__name__} is no plain {KINDS}."
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}, not floating point."
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-        return "it has hooks, which a replacement would lose."
-    return None
+    return hooks_refusal(module)
 
 
 def _attention_slots(module: Any, names: list[str]) -> Iterator[Slot]:

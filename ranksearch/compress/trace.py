@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV
-from ranksearch.compress.slots import KINDS, Slot, find_skipped, find_slots
+from ranksearch.compress.slots import KINDS, Slot, survey
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import LayerSpec
 from ranksearch.lowering.spec import Ints
@@ -147,7 +147,7 @@ def trace(model: nn.Module, example_input: Any) -> Net:
     with _recording(model, batch) as recorder, torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*inputs)
 
-    slots, skipped = find_slots(model), find_skipped(model)  # now: lazy layers have their shapes
+    slots, skipped = survey(model)  # now: lazy layers have their shapes
     names = {id(module): name for name, module in model.named_modules()}
     layers = []
     for slot in slots.values():

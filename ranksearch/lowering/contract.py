@@ -110,8 +110,6 @@ class Lowering(ABC):
     """Whether a search takes it only where the space names it."""
     has_rank: bool = True
     """False for `dense` alone."""
-    rebuilds_dense: bool = False
-    """Whether storage alone shrinks: the layer runs dense, with a weight that is rebuilt from the stored factors."""
 
     @classmethod
     def members(cls) -> Sequence[Lowering]:

@@ -68,14 +68,12 @@ class Cp(Lowering):
     def decompose(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> tuple[Tensor, ...]:
         self.check_rank(spec, rank)
         outputs, inputs, *kernel = _balanced(self._terms(weight, rank, spec, warm, WORK))
-        ones = (1,) * len(spec.kernel_size)
-        alone = [_one_axis(spec, axis) for axis in _axes(spec)]
+        ones, layers = (1,) * len(spec.kernel_size), self.factor_specs(spec, rank)
         blocks = (
             inputs.mT.reshape(spec.groups, -1, inputs.shape[1], *ones),
-            *(f.mT.reshape(-1, 1, 1, *shape) for f, shape in zip(kernel, alone, strict=True)),
+            *(f.mT.reshape(-1, 1, 1, *s.kernel_size) for f, s in zip(kernel, layers[1:-1], strict=True)),
             outputs.reshape(*outputs.shape, *ones),
         )
-        layers = self.factor_specs(spec, rank)
         return tuple(s.weight_of(b).to(weight.dtype).contiguous() for s, b in zip(layers, blocks, strict=True))
 
     def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
@@ -130,10 +128,6 @@ def _axes(spec: LayerSpec) -> list[int]:
 
 def _extents(spec: LayerSpec) -> list[int]:
     return [spec.kernel_size[axis] for axis in _axes(spec)]
-
-
-def _one_axis(spec: LayerSpec, axis: int) -> Ints:
-    return tuple(k if i == axis else 1 for i, k in enumerate(spec.kernel_size))
 
 
 def _shape(spec: LayerSpec) -> Ints:

@@ -83,7 +83,6 @@ class SquareTiles(MatrixLowering):
 
     family = "tiled"
     opt_in = True
-    rebuilds_dense = True
 
     def __init__(self, side: int) -> None:
         self.side = side
@@ -161,8 +160,7 @@ class SquareTiles(MatrixLowering):
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
         """The dense layer, its weight computed from factors that are its parameters."""
-        self.check_rank(spec, rank)
-        layer = spec.build(device=device, dtype=dtype)
+        layer = super().build(spec, rank, device=device, dtype=dtype)
         parametrize.register_parametrization(layer, "weight", Rebuilt(self, spec, rank))
         return layer
 
