@@ -20,6 +20,7 @@ from ranksearch.allocate import (
     rank_curves,
 )  # fmt: skip
 from ranksearch.allocate.curves import limits_of, log_kept_energy
+from ranksearch.allocate.exact import solve_exactly
 from ranksearch.allocate.solver import Problem, pose, solve
 from ranksearch.compress import Cost, LayerPlan, dense_cost, plan_cost, trace
 from ranksearch.errors import NonFiniteError, UsageError
@@ -88,6 +89,26 @@ def test_solver_is_feasible_near_the_exact_optimum_and_its_bound_holds(costs):
     assert np.median(gaps) <= 0.002
     assert np.quantile(gaps, 0.9) <= 0.02
     assert max(gaps) <= 0.1
+
+
+@pytest.mark.parametrize("costs", [1, 2])
+def test_the_exact_solver_meets_the_reference_and_every_budget(costs):
+    compared = 0
+    for seed in range(12):
+        problem = random_problem(seed, costs)
+        optimum = exact(problem)
+        if optimum is None:
+            with pytest.raises(UsageError, match="at once"):
+                solve_exactly(problem, time_limit=20)
+            continue
+        picks, bound = solve_exactly(problem, time_limit=20)
+        damage, used = problem.totals(picks)
+        assert (used <= 1 + 1e-12).all()
+        assert damage == pytest.approx(optimum, rel=2e-4)
+        assert bound <= damage * (1 + 1e-9)
+        assert bound == pytest.approx(optimum, rel=2e-4)
+        compared += 1
+    assert compared >= 8
 
 
 @pytest.mark.parametrize("share", [10, 28, 35, 50, 75, 99])
@@ -286,7 +307,7 @@ def test_nothing_to_lower_and_bad_weights_are_errors():
         rank_curves(model, net, LayerRules(CONVS))
 
 
-@pytest.mark.parametrize("method", ["solver", "uniform"])
+@pytest.mark.parametrize("method", ["solver", "milp", "uniform"])
 def test_public_allocate_on_a_net_of_the_users_own(small_net, image, method):
     plan = ranksearch.allocate(small_net, image, {"flops": "60%", "size": "80%"}, method=method)
     small = ranksearch.compress(small_net, plan)

@@ -6,11 +6,12 @@ bound equals that of the LP relaxation). The plan starts from the best feasible 
 until no layer can be improved within the budgets: never above a budget, below by less than one step of any layer. Where the
 bound leaves room, pairs of layers are exchanged.
 
-Reference: Sinha & Zoltners 1979 (multiple-choice knapsack); Kelley 1960 (cutting planes).
+Reference: Sinha & Zoltners 1979 (multiple-choice knapsack); Kelley 1960 (cutting planes); Minoux 1978 (lazy greedy).
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,19 +94,38 @@ def dual_bound(problem: Problem, starts: Sequence[np.ndarray]) -> tuple[float, n
 
 
 def fill_in(problem: Problem, picks: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
-    """Improves one layer at a time, best damage per priced cost first, until nothing more fits."""
-    picks, rows = picks.copy(), np.arange(len(picks))
-    _, used = problem.totals(picks)
+    """Improves one layer at a time, best damage per priced cost first, until nothing more fits.
+
+    Lazily (Minoux 1978): a layer's best move waits in a queue, and is looked for again only when it comes up and no longer fits.
+    """
+    picks = picks.copy()
+    room = 1 + 1e-12 - problem.totals(picks)[1]
+    prices = np.tensordot(multipliers, problem.costs, axes=1)
+
+    def best_move(layer: int) -> list[tuple[float, int, int]]:
+        current = picks[layer]
+        gain = problem.damage[layer, current] - problem.damage[layer]
+        extra = problem.costs[:, layer] - problem.costs[:, layer, current, None]  # [K, N]
+        options = np.flatnonzero((extra <= room[:, None]).all(axis=0) & (gain > 0))
+        if len(options) == 0:
+            return []
+        rate = gain[options] / np.maximum(prices[layer, options] - prices[layer, current], 1e-12)
+        found = int(np.argmax(rate))
+        return [(-float(rate[found]), layer, int(options[found]))]
+
     while True:
-        gain = problem.damage[rows, picks][:, None] - problem.damage  # [L, N]
-        extra = problem.costs - problem.costs[:, rows, picks][:, :, None]  # [K, L, N]
-        fits = ((used[:, None, None] + extra) <= 1 + 1e-12).all(axis=0) & (gain > 0)
-        if not fits.any():
+        queue = [move for layer in range(len(picks)) for move in best_move(layer)]
+        if not queue:
             return picks
-        price = np.maximum(np.tensordot(multipliers, extra, axes=1), 1e-12)
-        layer, option = np.unravel_index(np.argmax(np.where(fits, gain / price, -1.0)), fits.shape)
-        picks[layer] = option
-        _, used = problem.totals(picks)
+        heapq.heapify(queue)
+        while queue:
+            _, layer, option = heapq.heappop(queue)
+            extra = problem.costs[:, layer, option] - problem.costs[:, layer, picks[layer]]
+            if (extra <= room).all():
+                picks[layer] = option
+                room = room - extra
+            for move in best_move(layer):
+                heapq.heappush(queue, move)
 
 
 def exchange(problem: Problem, picks: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
@@ -163,6 +183,10 @@ def solve(problem: Problem) -> tuple[np.ndarray, float]:
     return best, bound
 
 
+Solver = Callable[[Problem], tuple[np.ndarray, float]]
+"""A problem -> (options [L], lower bound)."""
+
+
 def pose(
     curves: Curves,
     limits: np.ndarray,
@@ -191,6 +215,7 @@ def allocate_plan(
     measure: Callable[[np.ndarray], np.ndarray] = log_kept_energy,
     allowed: Mapping[str, Sequence[str]] | None = None,
     model: str | None = None,
+    solver: Solver = solve,
 ) -> Allocation:
     """The plan of least weighted damage within every budget.
 
@@ -198,12 +223,13 @@ def allocate_plan(
         weights: layer name -> factor on its damage (1 where missing): how much the prediction is corrected.
         measure: damage from the removed energy share; see `curves.MEASURES`.
         allowed: layer name -> lowerings it may take besides dense (all of its options where missing).
+        solver: `solve`, or `exact.solve_exactly` with a time limit.
 
     Raises:
         UsageError: the budgets cannot be met; the text names the smallest value that can.
     """
     limits = limits_of(curves, budgets)
     problem, columns = pose(curves, limits, weights=weights or {}, measure=measure, allowed=allowed or {})
-    picks, bound = solve(problem)
+    picks, bound = solver(problem)
     chosen = {o.layer.name: int(i[p]) for o, i, p in zip(curves.layers, columns, picks, strict=True)}
     return Allocation(curves.plan(chosen, model), problem.totals(picks)[0], bound)
