@@ -18,8 +18,9 @@ from ranksearch.search.space_file import read_space
 from ranksearch.search.study import DENSE_WEIGHTS, Study, find_study
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.tasks import build_reference
+from ranksearch.tasks.device import pick_device
+from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.task import Split, Task
-from ranksearch.tasks.train import evaluate, pick_device
 from ranksearch.tracking.mirror import MIRROR_ERRORS, Mirror
 
 

@@ -10,8 +10,9 @@ from ranksearch.compress import dense_cost
 from ranksearch.console import number, table
 from ranksearch.lowering import LOWERINGS, Rank
 from ranksearch.lowering.contract import sides
-from ranksearch.search.parametrize import RECIPE_KEYS, budgets_of, check_feasible_space, groups_of
-from ranksearch.search.space import Choices, Range, Space
+from ranksearch.search.parametrize import budgets_of, check_feasible_space, groups_of
+from ranksearch.search.recipe import searched_settings
+from ranksearch.search.space import Space
 from ranksearch.search.workbench import open_net
 
 
@@ -124,19 +125,12 @@ def check_record(space: Space) -> dict[str, Any]:
         for cost, (low, full) in ranges.items()
     }
     groups = groups_of(curves, search.groups)
-    searched = [name for name, path in RECIPE_KEYS.items() if _is_searched(space, path)]
+    searched = list(searched_settings(space.recipe))
     return {
         "space": space.name, "valid": True, "task": space.task, "model": space.model, "costs": costs,
         "layers_lowered": sum(len(names) for names in groups.values()), "layers": len(net.layers),
         "groups": groups, "recipe_searched": searched, "trials": search.trials,
     }  # fmt: skip
-
-
-def _is_searched(space: Space, path: tuple[str, ...]) -> bool:
-    value: Any = space.recipe
-    for key in path:
-        value = getattr(value, key)
-    return isinstance(value, Range | Choices)
 
 
 def print_check(record: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def test_mlflow_holds_the_same_numbers(studied):
             assert data.metrics[name] == row[name]
         lowered = {name: f"{c['lowering']}:{c.get('rank', 'full')}" for name, c in row["plan"]["layers"].items()}
         assert lowered == {k.removeprefix("plan/"): v for k, v in data.params.items() if k.startswith("plan/")}
-        assert data.params["period"] == str(row["params_searched"]["period"])
+        assert data.params["projection.period"] == str(row["params_searched"]["projection.period"])
     names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
     assert {"front.json", "front.csv", "front_table.json", "front.png", "front.html", "space.yaml"} <= names
     stored = Path(client.download_artifacts(parent.info.run_id, "front.json", str(folder)))

@@ -38,3 +38,26 @@ def test_a_resumed_study_goes_on_in_the_same_runs(tmp_path, digits_yaml, short_s
     assert sum("mlflow.parentRunId" in run.data.tags for run in runs) == 4
     front = {str(row["seed"]) for row in Study.open(study.folder).front}
     assert {r.data.params["seed"] for r in runs if r.data.tags.get("on_front") == "true"} == front
+
+
+def test_what_every_projection_did_is_a_metric_of_the_trials_run(tmp_path, digits_yaml, short_settings):
+    from mlflow import MlflowClient
+
+    settings = [*short_settings, "search.trials=1", "recipe.projection.period=4", "recipe.factor_share=0.2"]
+    study = search(digits_yaml, settings=settings, runs=tmp_path, inline=True)
+    (row,) = study.trials
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("digits_resnet8")
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`ranksearch.kind` = 'trial'")
+    lowered = [name for name, layer in row["plan"]["layers"].items() if layer["lowering"] != "dense"]
+    names = ["projection/loss_before", "projection/loss_after", *(f"removed_energy/{layer}" for layer in lowered)]
+    for name in names:
+        history = sorted(client.get_metric_history(run.info.run_id, name), key=lambda metric: metric.step)
+        assert [metric.step for metric in history] == [4, 8, 12, 16], name
+    assert history[-1].value == row["projections"][-1]["removed_energy"][lowered[-1]]
+    for phase in ("trained", "projected", "decomposed", "factors"):
+        assert 0 < run.data.metrics[f"{phase}_val_accuracy"] <= 100
+    assert run.data.metrics["images_per_second"] > 0
+    assert 0 < run.data.metrics["projection_share"] < 1
+    assert run.data.params["projection.period"] == "4"
+    assert run.data.params["distillation.temperature"] == str(row["recipe"]["distillation"]["temperature"])

@@ -1,12 +1,14 @@
 """The search-space file: every mistake gets one message with its place and the nearest valid name."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from ranksearch.errors import UsageError
-from ranksearch.search.space import Choices, Range
+from ranksearch.search.recipe import Recipe, flattened, middle, searched_settings
+from ranksearch.search.space import Choices, DistillationSpace, ProjectionSpace, Range, RecipeSpace, values_of
 from ranksearch.search.space_file import parse_space, read_space
 from ranksearch.tables import check_record
 
@@ -50,6 +52,26 @@ def test_there_are_spaces():
             r"recipe\.projection\.period: 2\.5 is not a whole number",
         ),
         ({"recipe": {"steps": 10, "projection": {"perod": 5}}}, r"recipe\.projection\.perod.*Did you mean 'period'"),
+        ({"recipe": {"steps": 10, "optimizer": "adam"}}, r"recipe\.optimizer: 'adam' is not possible.*'adamw'"),
+        ({"recipe": {"steps": 10, "schedule": {"choices": ["cosin", "step"]}}}, r"recipe\.schedule: 'cosin'.*'cosine'"),
+        ({"recipe": {"steps": 10, "optimizer": None}}, r"recipe\.optimizer: expected one value or {choices}, got None"),
+        ({"recipe": {"steps": 10, "optimizer": {"choices": []}}}, r"recipe\.optimizer\.choices: .*at least 1 item"),
+        ({"recipe": {"steps": 10, "schedule": 3}}, r"recipe\.schedule: 3\.0 is not possible"),
+        (
+            {"recipe": {"steps": 10, "projection": {"schedule": "learning-rate"}}},
+            r"recipe\.projection\.schedule: 'learning-rate' is not possible.*'learning_rate'",
+        ),
+        (
+            {"recipe": {"steps": 10, "projection": {"energy_transfer": 1}}},
+            r"projection\.energy_transfer: 1\.0 is not pos",
+        ),
+        ({"recipe": {"steps": 10, "lr": {"choices": ["fast"]}}}, r"recipe\.lr: expected a number, got 'fast'"),
+        (
+            {"recipe": {"steps": 10, "projection": {"start": 0.6, "until_end": 0.5}}},
+            r"recipe\.projection: start 0\.6 is after until_end 0\.5",
+        ),
+        ({"recipe": {"steps": 10, "projection": {"until_end": False}}}, r"projection\.until_end: expected a number"),
+        ({"recipe": {"steps": 10, "ema": 1}}, r"recipe\.ema: 1 is outside"),
         ({"budgets": {"flop": "50%"}}, "budgets: .*Did you mean 'flops'"),
         ({"budgets": {"flops": "0.5"}}, "written in percent"),
         ({"layers": {"lowerings": ["im2cool"]}}, r"layers\.lowerings: .*Did you mean 'im2col'"),
@@ -149,6 +171,40 @@ def test_middles_of_distributions():
     assert Range(low=1, high=3).middle == 2
     assert Range(low=1, high=3, default=1.5).middle == 1.5
     assert Choices(choices=[3, 1]).middle == 3
+
+
+def test_every_part_of_the_recipe_can_be_searched():
+    """Numbers, whole numbers, names and switches come out of a distribution as what the recipe wants."""
+    recipe = {
+        "steps": 10, "optimizer": {"choices": ["adamw", "sgd"]}, "schedule": {"choices": ["step", "cosine"], "default": "cosine"},
+        "ema": {"low": 0.5, "high": 0.9}, "momentum": {"choices": [0.8, 0.9]},
+        "projection": {
+            "period": {"low": 5, "high": 20, "log": True}, "energy_transfer": {"choices": [False, True], "default": True},
+            "schedule": {"choices": ["removed_energy", "constant"]}, "until_end": True,
+        },
+    }  # fmt: skip
+    space = parse_space(SMALL | {"recipe": recipe}, "f")
+    settled = Recipe.settled(space.recipe, middle)
+    assert (settled.optimizer, settled.schedule, settled.ema, settled.momentum) == ("adamw", "cosine", 0.7, 0.8)
+    projection = settled.projection
+    assert (projection.period, projection.energy_transfer, projection.schedule) == (10, True, "removed_energy")
+    assert type(projection.period) is int
+    assert projection.until_end == 1.0
+    assert Recipe.from_dict(json.loads(json.dumps(settled.to_dict()))) == settled
+    names = {"optimizer", "schedule", "ema", "momentum", "projection.period", "projection.energy_transfer"}
+    assert set(searched_settings(space.recipe)) == names | {"projection.schedule"}
+    assert set(check_record(space)["recipe_searched"]) == names | {"projection.schedule"}
+    drawn = [Recipe.settled(space.recipe, lambda name, setting, whole: values_of(setting)[-1])]
+    assert drawn[0].projection.period == 20
+    assert (drawn[0].optimizer, drawn[0].projection.schedule) == ("sgd", "constant")
+
+
+def test_every_field_of_the_schema_reaches_the_recipe():
+    flat = dict(flattened(Recipe.settled(RecipeSpace(steps=1), middle).to_dict()))
+    schema = set(RecipeSpace.model_fields) - {"projection", "distillation"}
+    schema |= {f"projection.{name}" for name in ProjectionSpace.model_fields}
+    schema |= {f"distillation.{name}" for name in DistillationSpace.model_fields}
+    assert set(flat) == schema
 
 
 def test_a_resolved_space_is_read_back_the_same(digits_yaml):

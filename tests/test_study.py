@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 import ranksearch
-from ranksearch.api import Silent
+from ranksearch.api import Silent, resume
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.pareto import hypervolume
 from ranksearch.search import run as runner
@@ -15,6 +15,7 @@ from ranksearch.search.space_file import read_space
 from ranksearch.search.study import Study, find_study
 from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import prepare
+from ranksearch.tasks.train import Training
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +270,52 @@ def test_a_study_whose_first_trials_all_fail_ends_with_the_reason(make, bench, m
     with pytest.raises(StudyError, match=r"first 3 trials failed.*MemoryError: the plan was too large"):
         runner.run_inline(study, bench, lambda row: None)
     assert study.finished == 3
+
+
+def test_an_interrupted_trial_goes_on_from_its_checkpoint(tmp_path, digits_yaml, short_settings, monkeypatch):
+    made, step = [], Training._step
+
+    def counted(self):
+        if len(made) == 15:
+            made.append(None)
+            raise KeyboardInterrupt
+        made.append(self.done)
+        return step(self)
+
+    monkeypatch.setattr(Training, "_step", counted)
+    settings = [*short_settings, "search.trials=1", "resources.checkpoint_seconds=0.000001"]
+    with pytest.raises(KeyboardInterrupt):
+        ranksearch.search(digits_yaml, settings=settings, runs=tmp_path, inline=True)
+    folder = tmp_path / "digits_resnet8"
+    assert len(list((folder / "checkpoints").glob("*.pt"))) == 1
+    study = resume("digits_resnet8", runs=tmp_path, inline=True)
+    assert study.finished == 1
+    assert len([done for done in made if done is not None]) == 20  # not a step of the 20 was made twice
+    assert not list((folder / "checkpoints").iterdir())
+    (row,) = study.trials
+    assert row["epochs"] == pytest.approx(20 * 64 / (1797 - 360 - 360))
+    assert row["projections"]
+    assert "projections" not in study.front_record()["trials"][0]
+
+
+def test_a_trial_that_lost_its_workers_leaves_no_state_behind(make, bench):
+    study = make(trials=2)
+    candidate = study.ask(bench)
+    candidate.checkpoint.parent.mkdir()
+    for name in (candidate.checkpoint.name, f"{candidate.checkpoint.name}.99"):
+        (candidate.checkpoint.parent / name).write_bytes(b"")
+    study.tell(candidate.number, TrialResult("failed", 0, 0.0, reason="its workers died, twice"))
+    assert not list(candidate.checkpoint.parent.iterdir())
+
+
+def test_a_retried_trial_has_the_same_checkpoint_and_another_trial_another(make, bench):
+    study = make(trials=4)
+    first, second = study.ask(bench), study.ask(bench)
+    assert first.checkpoint != second.checkpoint
+    assert study.retry(first.number)
+    later = [study.ask(bench) for _ in range(3)]
+    assert [c.recipe for c in later if c.checkpoint == first.checkpoint] == [first.recipe]
+    assert len({c.checkpoint for c in [first, second, *later]}) == 4
 
 
 def test_inline_search_from_the_public_api(tmp_path, digits_yaml, short_settings):

@@ -1,6 +1,8 @@
 """Data, models, the training loop: splits, augmentation against a plain loop, the real CIFAR-10 and its baselines."""
 
+import itertools
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -9,28 +11,32 @@ from safetensors.torch import save_file
 
 from ranksearch.errors import UsageError
 from ranksearch.tasks import build_reference, cifar10, digits, model_reference, task_kind
+from ranksearch.tasks.batches import Batches
 from ranksearch.tasks.dense import checkpoint_path, dense_state, read_checkpoint
+from ranksearch.tasks.device import use_bf16
+from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.folder import data_folder, writable_cache
+from ranksearch.tasks.schedule import SCHEDULES, learning_rate
 from ranksearch.tasks.task import Augment, Normalise
-from ranksearch.tasks.train import (
-    Distillation,
-    Diverged,
-    Optimisation,
-    evaluate,
-    index_batches,
-    one_cycle,
-    train_,
-    use_bf16,
-)  # fmt: skip
+from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training
 
 CPU = torch.device("cpu")
 
 
 def settings(**changes) -> Optimisation:
     return Optimisation(
-        **{"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64, "total_steps": 60, "bf16": False}
+        **{
+            "optimizer": "sgd", "schedule": "cosine", "lr": 0.05, "warmup": 0.15, "momentum": 0.9, "weight_decay": 5e-4,
+            "batch_size": 64, "total_steps": 60, "label_smoothing": 0, "clip_norm": 0, "ema": 0, "bf16": False,
+            "compile": False,
+        }
         | changes
-    )
+    )  # fmt: skip
+
+
+def training(model, task, steps, *, seed=0, distillation=None, **changes) -> Training:
+    generator = torch.Generator().manual_seed(seed)
+    return Training(model, task, settings(**changes), range(steps), generator=generator, distillation=distillation)
 
 
 @pytest.fixture
@@ -84,14 +90,14 @@ def test_normalise_is_the_plain_formula():
 
 
 def test_every_epoch_sees_every_image_once():
-    batches = index_batches(64, 16, torch.Generator().manual_seed(0))
+    batches = Batches(64, 16, torch.Generator().manual_seed(0))
     epochs = [torch.cat([next(batches) for _ in range(4)]) for _ in range(2)]
     assert all(sorted(epoch.tolist()) == list(range(64)) for epoch in epochs)
     assert not torch.equal(*epochs)
 
 
 def test_one_cycle_warms_up_to_its_peak_and_ends_near_zero():
-    rates = [one_cycle(step, 100, 0.1) for step in range(100)]
+    rates = [learning_rate("cosine", step, 100, peak=0.1, warmup=0.15) for step in range(100)]
     assert max(rates) == pytest.approx(0.1)
     assert rates.index(max(rates)) in (14, 15)
     assert rates[-1] < 1e-3
@@ -104,9 +110,7 @@ def test_training_learns(task, bf16):
     model = task.build_model("resnet8")
     before = evaluate(model, task.val, task).accuracy
     seen = []
-    stats = train_(
-        model, task, settings(bf16=bf16), range(60), generator=torch.Generator().manual_seed(0), after_step=seen.append
-    )
+    stats = training(model, task, 60, bf16=bf16).run(lambda training: seen.append(training.done))
     assert evaluate(model, task.val, task).accuracy > max(60, before)
     assert stats.images == 60 * 64
     assert seen == list(range(1, 61))
@@ -116,16 +120,109 @@ def test_training_is_reproducible(task):
     def weights():
         torch.manual_seed(0)
         model = task.build_model("resnet8")
-        train_(model, task, settings(total_steps=5), range(5), generator=torch.Generator().manual_seed(3))
+        training(model, task, 5, seed=3, total_steps=5).run()
         return model.linear.weight
 
     assert torch.equal(weights(), weights())
 
 
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_schedules_warm_up_peak_once_and_never_rise_again(name):
+    rates = [learning_rate(name, step, 200, peak=0.1, warmup=0.1) for step in range(200)]
+    assert rates[:20] == pytest.approx([0.1 * (step + 1) / 20 for step in range(20)])
+    assert max(rates) == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[20:]))
+    ends = {"cosine": 0.0, "linear": 0.0, "step": 1e-3, "constant": 0.1}
+    assert rates[-1] == pytest.approx(ends[name], abs=1e-3)
+    without = [learning_rate(name, step, 200, peak=0.1, warmup=0.0) for step in (0, 100)]
+    assert without[0] == pytest.approx(0.1)
+    assert without[1] == pytest.approx({"cosine": 0.05, "linear": 0.05, "step": 0.01, "constant": 0.1}[name])
+
+
+def weights_of(model):
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def test_adamw_is_torchs(task):
+    torch.manual_seed(0)
+    model = task.build_model("resnet8")
+    run = training(model, task, 3, optimizer="adamw", lr=1e-3, momentum=0.8)
+    assert isinstance(run.optimizer, torch.optim.AdamW)
+    assert run.optimizer.defaults["betas"] == (0.8, 0.999)
+    before = weights_of(model)
+    run.run()
+    assert not torch.equal(before, weights_of(model))
+
+
+def test_the_average_is_the_exponential_one_of_the_weights_after_each_step(task):
+    torch.manual_seed(0)
+    model, seen = task.build_model("resnet8"), []
+    expected = None
+    training(model, task, 6, ema=0.6).run(lambda t: seen.append(weights_of(t.model)))
+    for weights in seen:
+        expected = weights if expected is None else 0.6 * expected + 0.4 * weights
+    torch.testing.assert_close(weights_of(model), expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(weights_of(model), seen[-1], atol=1e-4)
+
+
+def test_gradients_are_clipped_to_their_norm(task, monkeypatch):
+    norms = []
+    model = task.build_model("resnet8")
+    run = training(model, task, 4, clip_norm=0.01)
+    step = run.optimizer.step
+
+    def spy():
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
+        step()
+
+    monkeypatch.setattr(run.optimizer, "step", spy)
+    run.run()
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+
+
+def test_label_smoothing_is_torchs(task):
+    torch.manual_seed(0)
+    model = task.build_model("resnet8")
+    run = training(model, task, 1, label_smoothing=0.2)
+    x, y = task.normalise(task.train.images[:32]), task.train.labels[:32]
+    logits = model(x)
+    spread = -0.02 * logits.log_softmax(1).sum(1) - 0.8 * logits.log_softmax(1).gather(1, y[:, None])[:, 0]
+    assert run._loss(model, x, y).item() == pytest.approx(spread.mean().item(), rel=1e-5)
+
+
+def test_a_probe_tells_the_loss_of_the_last_batch_and_leaves_everything_as_it_was(task):
+    torch.manual_seed(0)
+    model = task.build_model("resnet8")
+    run = training(model, task, 3)
+    assert run.probe() is None
+    run.run()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    loss = run.probe()
+    assert 0 < loss == run.probe()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state())
+    with torch.no_grad():
+        model.linear.weight.mul_(float("nan"))
+    assert run.probe() is None
+
+
+def test_a_compiled_step_trains_as_an_eager_one(task):
+    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        pytest.skip("torch.compile needs a C++ compiler here, and there is none")
+    trained = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = task.build_model("resnet8")
+        training(model, task, 3, compile=compiled).run()
+        trained.append(weights_of(model))
+    torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-4)
+
+
 def test_a_loss_that_is_not_finite_is_divergence(task):
     model = task.build_model("resnet8")
     with pytest.raises(Diverged, match="step"):
-        train_(model, task, settings(lr=1e12), range(60), generator=torch.Generator().manual_seed(0))
+        training(model, task, 60, lr=1e12).run()
 
 
 def test_distillation_is_zero_against_itself_and_adds_the_divergence(task):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.plan import RankPlan
+from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.compress.slots import slots_of
 from ranksearch.errors import NonFiniteError
 from ranksearch.lowering import LayerSpec, lowering_named
@@ -39,10 +39,14 @@ class Projector:
         """
         self.plan, self.energy_transfer, self.norms = plan, energy_transfer, dict(norms or {})
         self.warm: dict[str, Any] = {}
+        self._warm_plan: dict[str, LayerPlan] = {}
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: nn.Module, plan: RankPlan | None = None) -> dict[str, float]:
         """Projects the layers of the plan in place; nothing is written unless every layer can be.
+
+        Args:
+            plan: used this once instead of the projector's own, such as one of larger ranks on the way down to it.
 
         Returns:
             Layer name -> share of its ||W||² that was removed (0 where the weight had the rank already), before energy transfer.
@@ -52,27 +56,33 @@ class Projector:
             NonFiniteError: weights that are not finite; the text names the layer.
         """
         removed, written = {}, []
-        for name, (slot, choice) in slots_of(model, self.plan).items():
+        for name, (slot, choice) in slots_of(model, plan or self.plan).items():
             lowering = lowering_named(choice.lowering)
             rectified = name in self.norms and lowering.is_projection
             scale = _channel_scale(model, self.norms[name], slot.spec) if rectified else None
             weight = slot.weight.detach() if scale is None else slot.weight.detach() * scale
+            warm = self.warm.get(name) if self._warm_plan.get(name, choice) == choice else None
             try:
-                projected, share, self.warm[name] = lowering.project(
-                    weight, choice.rank, slot.spec, self.warm.get(name)
-                )
+                projected, share, self.warm[name] = lowering.project(weight, choice.rank, slot.spec, warm)
             except NonFiniteError as error:
                 raise NonFiniteError(f"Layer {name!r}: {error}") from error
             if scale is not None:
                 projected = projected / scale
                 share = _removed(slot.weight, projected)
-            if self.energy_transfer and share < 1:
+            if self.energy_transfer and share < 1 and projected.norm() > 0:
                 projected = projected * (slot.weight.norm() / projected.norm())
-            removed[name] = share
+            removed[name], self._warm_plan[name] = share, choice
             written.append((slot.weight, projected))
         for weight, projected in written:
             weight.copy_(projected)
         return removed
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bases, as tensors and numbers that can be saved without pickling code."""
+        return {name: None if warm is None else tuple(warm) for name, warm in self.warm.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.warm, self._warm_plan = dict(state), {}
 
 
 def project_(

@@ -142,7 +142,10 @@ class Lowering(ABC):
 
     @abstractmethod
     def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:
-        """reconstruct(decompose(weight)) and what it removes. `warm`, from the last projection of a weight nearby, makes it faster."""
+        """reconstruct(decompose(weight)) and what it removes. `warm`, from the last projection of a weight nearby, makes it faster.
+
+        It is a tuple of tensors and numbers or None, so that it can be saved; it may come back as a plain tuple.
+        """
 
     # Derived -----------------------------------------------------------------------------------------------------
 

@@ -75,7 +75,8 @@ class MatrixLowering(Lowering):
     def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:
         self.check_rank(spec, rank)
         (count,) = sides(rank)
-        cut = linalg.projected(self.unfold(spec.blocks(weight), spec), count, warm)
+        basis = linalg.Basis(warm[0].to(weight.device), warm[1]) if warm is not None else None
+        cut = linalg.projected(self.unfold(spec.blocks(weight), spec), count, basis)
         folded = spec.weight_of(self.fold(cut.matrix, spec))
         return Projected(folded.to(weight.dtype), cut.removed, cut.basis)
 

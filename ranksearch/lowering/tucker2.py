@@ -147,7 +147,7 @@ def _multiplied(core: Tensor, bases: Bases, area: int) -> Tensor:
     return _wide(_tall(bases.outputs @ core, area) @ bases.inputs.mT, area)
 
 
-def _hooi(tensor: Tensor, rank: Rank, area: int, warm: Bases | None) -> tuple[Bases, Tensor, float]:
+def _hooi(tensor: Tensor, rank: Rank, area: int, warm: Sequence[Tensor] | None) -> tuple[Bases, Tensor, float]:
     """(bases, core [g, rt, k·rs], share of energy removed) of [g, T/g, k·S/g].
 
     Each half of a sweep finds the best basis of one mode for the other's. From the bases of a tensor nearby the sweeps end as soon as it is
@@ -156,8 +156,9 @@ def _hooi(tensor: Tensor, rank: Rank, area: int, warm: Bases | None) -> tuple[Ba
     """
     rs, rt = sides(rank)
     energy = _energy(tensor)
-    fits = warm is not None and (warm.outputs.shape[-1], warm.inputs.shape[-1]) == (rt, rs)
-    bases = Bases(*(b.to(tensor) for b in warm)) if warm is not None and fits else None
+    bases = Bases(*(b.to(tensor) for b in warm)) if warm is not None else None
+    if bases and (bases.outputs.shape[-1], bases.inputs.shape[-1]) != (rt, rs):
+        bases = None
     outputs = bases.outputs if bases else linalg.leading(tensor, rt)[0]
     inputs: Tensor = bases.inputs if bases else tensor[..., :0, :0]  # of no size: `leading` starts from none
     noise = 8 * torch.finfo(tensor.dtype).eps * energy

@@ -12,8 +12,11 @@ from ranksearch.search.space import OBJECTIVES, Space
 
 Row = dict[str, Any]
 COST_RATIOS = {"macs": "macs_ratio", "params": "params_ratio", "size": "size_ratio"}
-MEASURED = ("val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_ms", "images_per_second", "seconds")
-NOT_IN_RECORD = ("history", "recipe")
+MEASURED = (
+    "val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_ms", "images_per_second", "projection_share",
+    "seconds",
+)  # fmt: skip
+NOT_IN_RECORD = ("history", "projections", "recipe")
 
 
 def row_of(trial: FrozenTrial, dense: Mapping[str, Any], test_accuracy: float | None) -> Row:
@@ -39,6 +42,7 @@ def row_of(trial: FrozenTrial, dense: Mapping[str, Any], test_accuracy: float | 
         "seed": attrs.get("seed"),
         "reason": result.get("reason"),
         "history": result.get("history", []),
+        "projections": result.get("projections", []),
     }
 
 

@@ -18,8 +18,8 @@ import optuna
 from ranksearch.allocate import BASELINES, MEASURES, Budget, Curves, allocate_plan
 from ranksearch.allocate.budget import cost_value
 from ranksearch.compress import RankPlan, dense_cost
-from ranksearch.search.space import Choices, Range, Space
-from ranksearch.search.trial import Recipe
+from ranksearch.search.recipe import Recipe, searched_settings
+from ranksearch.search.space import Choices, Range, Scalar, Space
 from ranksearch.tasks import model_reference
 
 ANY = "any"
@@ -79,48 +79,15 @@ def budgets_of(space: Space, curves: Curves) -> list[Budget]:
     return [Budget(cost, Decimal(full), relative=False, text=str(full))]
 
 
-RECIPE_KEYS = {
-    "lr": ("lr",),
-    "factor_share": ("factor_share",),
-    "period": ("projection", "period"),
-    "distillation_weight": ("distillation", "weight"),
-    "distillation_temperature": ("distillation", "temperature"),
-}
-"""Recipe field -> where the schema keeps its setting."""
-
-
-def _setting(space: Space, path: Sequence[str]) -> float | Range | Choices:
-    value: Any = space.recipe
-    for key in path:
-        value = getattr(value, key)
-    return value
-
-
-def _suggest_setting(trial: optuna.Trial, name: str, setting: float | Range | Choices) -> float:
-    if isinstance(setting, Choices):
-        return trial.suggest_categorical(name, setting.choices)  # type: ignore[return-value]
-    if isinstance(setting, Range):
-        if name == "period":
+def _suggest_recipe(trial: optuna.Trial, space: Space) -> Recipe:
+    def draw(name: str, setting: Range | Choices, whole: bool) -> Scalar:
+        if isinstance(setting, Choices):
+            return trial.suggest_categorical(name, setting.choices)
+        if whole:
             return trial.suggest_int(name, int(setting.low), int(setting.high), log=setting.log)
         return trial.suggest_float(name, setting.low, setting.high, log=setting.log)
-    return setting
 
-
-def _suggest_recipe(trial: optuna.Trial, space: Space) -> Recipe:
-    found = {name: _suggest_setting(trial, name, _setting(space, path)) for name, path in RECIPE_KEYS.items()}
-    recipe = space.recipe
-    return Recipe(
-        steps=recipe.steps,
-        batch_size=recipe.batch_size,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        bn_batches=recipe.bn_batches,
-        precision=recipe.precision,
-        energy_transfer=recipe.projection.energy_transfer,
-        bn_rectification=recipe.projection.bn_rectification,
-        period=int(found.pop("period")),
-        **found,
-    )
+    return Recipe.settled(space.recipe, draw)
 
 
 def suggest(trial: optuna.Trial, space: Space, curves: Curves) -> Suggestion:
@@ -161,10 +128,7 @@ def first_points(space: Space, curves: Curves) -> list[tuple[dict[str, Any], str
     The solver's uncorrected optimum at the budget comes first, then the first baseline, then, where a front is asked for, the solver
     half-way down, the other baselines, and the solver at the lowest level.
     """
-    recipe = {name: _setting(space, path) for name, path in RECIPE_KEYS.items()}
-    settled = {name: s.middle for name, s in recipe.items() if isinstance(s, Range | Choices)}
-    if "period" in settled:
-        settled["period"] = round(settled["period"])
+    settled = searched_settings(space.recipe)
     neutral: dict[str, Any] = {}
     for group, names in groups_of(curves, space.search.groups).items():
         neutral |= {f"log_weight/{group}": 0.0}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ import torch
 
 from ranksearch.compress import Net, RankPlan
 from ranksearch.errors import StudyError, UsageError
+from ranksearch.search.recipe import Recipe
 from ranksearch.search.run import OnRow, attempt, check_not_hopeless
 from ranksearch.search.space import ResourcesSpace
 from ranksearch.search.study import Candidate, Study
-from ranksearch.search.trial import Recipe, TrialResult
+from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.task import Task
@@ -114,19 +114,23 @@ def join(resources: ResourcesSpace, address: str | None) -> tuple[float, int]:
     return gpus, trials_at_once(resources.cpus_per_trial, gpus, available)
 
 
-def _trainable(config: dict[str, Any], task: Task, dense: State, net: Net, threads: int) -> None:
+def _trainable(
+    config: dict[str, Any], task: Task, dense: State, net: Net, threads: int, checkpoint_seconds: float
+) -> None:
     """A trial on a Ray worker; the result travels as one JSON text, because Tune flattens nested metrics."""
     torch.set_num_threads(threads)
     candidate = Candidate(
         config["number"],
         RankPlan.from_dict(config["plan"]),
-        Recipe(**config["recipe"]),
+        Recipe.from_dict(config["recipe"]),
         config["seed"],
         Path(config["save_to"]),
+        Path(config["checkpoint"]),
     )
     result = attempt(
-        task, dense, net, candidate, report=lambda metrics: tune.report({METRIC: metrics[METRIC], "result": ""})
-    )
+        task, dense, net, candidate, checkpoint_seconds=checkpoint_seconds,
+        report=lambda metrics: tune.report({METRIC: metrics[METRIC], "result": ""}),
+    )  # fmt: skip
     tune.report({METRIC: result.val_accuracy or 0.0, "result": json.dumps(result.to_dict())})
 
 
@@ -151,8 +155,9 @@ class AskTell(Searcher):
             return None if self._study.running and self.error is None else Searcher.FINISHED
         self._numbers[trial_id] = candidate.number
         return {
-            "number": candidate.number, "plan": candidate.plan.to_dict(), "recipe": asdict(candidate.recipe),
+            "number": candidate.number, "plan": candidate.plan.to_dict(), "recipe": candidate.recipe.to_dict(),
             "seed": candidate.seed, "save_to": str(candidate.save_to.absolute()),
+            "checkpoint": str(candidate.checkpoint.absolute()),
         }  # fmt: skip
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -196,8 +201,9 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, *, address: str | 
     gpus, at_once = join(study.space.resources, address)
     searcher = AskTell(study, bench, on_row)
     trainable = tune.with_parameters(
-        _trainable, task=bench.task.without_test(), dense=bench.dense, net=bench.net, threads=cpus
-    )
+        _trainable, task=bench.task.without_test(), dense=bench.dense, net=bench.net, threads=cpus,
+        checkpoint_seconds=study.space.resources.checkpoint_seconds,
+    )  # fmt: skip
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
         tune_config=tune.TuneConfig(

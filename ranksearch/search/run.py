@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from ranksearch.compress import Net
 from ranksearch.errors import StudyError, UsageError
+from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.front import Row
 from ranksearch.search.study import Candidate, Study
 from ranksearch.search.trial import Report, TrialResult, run_trial
@@ -39,12 +40,15 @@ def check_address(address: str | None) -> None:
         ) from error
 
 
-def attempt(task: Task, dense: State, net: Net, candidate: Candidate, report: Report) -> TrialResult:
+def attempt(
+    task: Task, dense: State, net: Net, candidate: Candidate, *, report: Report, checkpoint_seconds: float
+) -> TrialResult:
     """Runs a trial; an exception becomes a result with its reason, so that one bad trial does not end a study."""
+    checkpoint = CheckpointFile(candidate.checkpoint, checkpoint_seconds)
     try:
         return run_trial(
             task, dense, net, candidate.plan, candidate.recipe,
-            seed=candidate.seed, report=report, save_to=candidate.save_to,
+            seed=candidate.seed, report=report, save_to=candidate.save_to, checkpoint=checkpoint,
         )  # fmt: skip
     except Exception as error:
         lines = traceback.format_exc().strip().splitlines()[-6:]
@@ -68,6 +72,9 @@ def run_inline(study: Study, bench: Workbench, on_row: OnRow) -> None:
     """
     task = bench.task.without_test()
     while (candidate := study.ask(bench)) is not None:
-        result = attempt(task, bench.dense, bench.net, candidate, report=lambda metrics: None)
+        result = attempt(
+            task, bench.dense, bench.net, candidate,
+            report=lambda metrics: None, checkpoint_seconds=study.space.resources.checkpoint_seconds,
+        )  # fmt: skip
         on_row(study.tell(candidate.number, result))
         check_not_hopeless(study)

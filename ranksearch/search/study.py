@@ -6,10 +6,12 @@ opened again from its folder. Ray and MLflow are not known here.
     runs/NAME/space.yaml        the resolved space          runs/NAME/front.json   the front, written after every trial
     runs/NAME/study.json        dense net, versions, seed   runs/NAME/trials/007/  plan.json, model.safetensors
     runs/NAME/optuna.journal    Optuna's storage            runs/NAME/test.json    test accuracies of the front, at the end
+    runs/NAME/checkpoints/      states of running trials
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,19 +33,21 @@ from ranksearch.allocate import parse_budget
 from ranksearch.compress import Cost, RankPlan, dense_cost
 from ranksearch.errors import StudyError, UsageError, nearest
 from ranksearch.files import write_atomically
+from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.front import Row, front_hypervolume, front_of, front_record, objective_values, row_of
 from ranksearch.search.parametrize import first_points, suggest
 from ranksearch.search.provenance import provenance
+from ranksearch.search.recipe import Recipe
 from ranksearch.search.samplers import make_sampler
 from ranksearch.search.space import OBJECTIVES, Space
 from ranksearch.search.space_file import parse_space
-from ranksearch.search.trial import Recipe, TrialResult
+from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import Workbench
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # the study's own progress is shown, not Optuna's
 
 SPACE, INFO, JOURNAL, FRONT, TEST = "space.yaml", "study.json", "optuna.journal", "front.json", "test.json"
-DENSE_WEIGHTS = "dense.safetensors"
+DENSE_WEIGHTS, CHECKPOINTS = "dense.safetensors", "checkpoints"
 NOT_RUN = ("infeasible", "duplicate", "interrupted")
 """Outcomes of proposals that did not become a finished trial; they do not count towards the planned number."""
 MAX_REJECTED = 200
@@ -60,6 +64,8 @@ class Candidate:
     recipe: Recipe
     seed: int
     save_to: Path
+    checkpoint: Path
+    """Where the trial keeps its state while it runs; the same file for the same plan, recipe and seed."""
 
 
 def find_study(name: str, runs: Path) -> Path:
@@ -242,22 +248,27 @@ class Study:
             except UsageError as error:
                 self._reject(trial, "infeasible", str(error))
                 continue
-            key = f"{found.plan.digest()} {sorted(asdict(found.recipe).items())}"
+            key = f"{found.plan.digest()} {json.dumps(found.recipe.to_dict(), sort_keys=True)}"
             if "retry_of" not in trial.user_attrs and key in self._keys():
                 self._reject(trial, "duplicate", "the same plan and recipe are in the study already")
                 continue
             seed = trial.user_attrs.get("seed", self.space.search.seed * 100_003 + trial.number)
             for name, value in (
-                ("allocator", found.allocator), ("plan", found.plan.to_dict()), ("recipe", asdict(found.recipe)),
+                ("allocator", found.allocator), ("plan", found.plan.to_dict()), ("recipe", found.recipe.to_dict()),
                 ("seed", seed), ("key", key),
             ):  # fmt: skip
                 trial.set_user_attr(name, value)
             self._running[trial.number] = trial
-            return Candidate(trial.number, found.plan, found.recipe, seed, self.trial_folder(trial.number))
+            folder, checkpoint = self.trial_folder(trial.number), self._checkpoint(key, seed)
+            return Candidate(trial.number, found.plan, found.recipe, seed, folder, checkpoint)
         if not self._keys():
             raise StudyError(f"None of {MAX_REJECTED} proposals was feasible: widen the space or the budgets.")
         self.exhausted = True
         return None
+
+    def _checkpoint(self, key: str, seed: int) -> Path:
+        """The file of a plan, recipe and seed: a trial that is proposed again finds the state that it had."""
+        return self.folder / CHECKPOINTS / f"{hashlib.sha256(f'{key} {seed}'.encode()).hexdigest()[:16]}.pt"
 
     def _keys(self) -> set[str]:
         """Plan and recipe of every trial so far, by which a duplicate is recognised."""
@@ -288,6 +299,7 @@ class Study:
             self._study.tell(number, objective_values(row, self._objectives))
         else:
             self._study.tell(number, state=TrialState.FAIL)
+        CheckpointFile(self._checkpoint(trial.user_attrs["key"], trial.user_attrs["seed"]), 0.0).remove()
         return row
 
     # What is known -----------------------------------------------------------------------------------------------

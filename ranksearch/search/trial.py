@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -15,42 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.compress import Net, Projector, RankPlan, dense_cost, plan_cost, reestimate_bn_, save_net
-from ranksearch.compress.surgery import compress
+from ranksearch.compress import Net, RankPlan, dense_cost, plan_cost, reestimate_bn_, save_net
+from ranksearch.compress.surgery import compress, restructure_
 from ranksearch.errors import NonFiniteError
+from ranksearch.search.checkpoint import CheckpointFile
+from ranksearch.search.projecting import Projecting
+from ranksearch.search.recipe import Recipe
+from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.dense import State
+from ranksearch.tasks.device import pick_device, use_bf16
+from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import (
-    Distillation,
-    Diverged,
-    Optimisation,
-    calibration_batches,
-    evaluate,
-    pick_device,
-    train_,
-    use_bf16,
-)
+from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training, TrainStats
 
 Report = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a trial trains, every value settled. Defaults are in the search-space schema."""
-
-    steps: int
-    batch_size: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    period: int
-    energy_transfer: bool
-    bn_rectification: bool
-    factor_share: float
-    bn_batches: int
-    precision: str
-    distillation_weight: float
-    distillation_temperature: float
 
 
 @dataclass(frozen=True)
@@ -68,31 +46,67 @@ class TrialResult:
     latency_ms: float | None = None
     images_per_second: float | None = None
     seconds: float | None = None
+    projection_share: float | None = None
+    """Share of the training time that projections took."""
     reason: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    """One entry per phase: its name, the step, validation accuracy and loss, what else was found."""
+    projections: list[dict[str, Any]] = field(default_factory=list)
+    """Recorded projections: step, loss on one training batch before and after, removed energy (share of ||W||²) per layer."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Session:
-    """One trial's data, randomness, settings and report: what the statements of the method are made of."""
+    """One trial's data, randomness, settings, report and checkpoint: what the statements of the method are made of."""
 
-    def __init__(self, task: Task, dense: State, net: Net, recipe: Recipe, *, seed: int, report: Report) -> None:
+    def __init__(
+        self,
+        task: Task,
+        dense: State,
+        net: Net,
+        recipe: Recipe,
+        *,
+        seed: int,
+        report: Report,
+        checkpoint: CheckpointFile,
+    ) -> None:
         device = pick_device()
         torch.manual_seed(seed)
-        self.task, self.net, self.recipe, self.history = task.to(device), net, recipe, []
-        self._device, self._dense, self._report = device, dense, report
+        self.task, self.net, self.recipe = task.to(device), net, recipe
+        self._device, self._dense, self._report, self._checkpoint = device, dense, report, checkpoint
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._settings = Optimisation(
-            recipe.lr, recipe.momentum, recipe.weight_decay, recipe.batch_size, recipe.steps,
-            use_bf16(recipe.precision, device, dense_cost(net).macs),
+        self.settings = Optimisation(
+            optimizer=recipe.optimizer, schedule=recipe.schedule, lr=recipe.lr, warmup=recipe.warmup,
+            momentum=recipe.momentum, weight_decay=recipe.weight_decay, batch_size=recipe.batch_size,
+            total_steps=recipe.steps, label_smoothing=recipe.label_smoothing, clip_norm=recipe.clip_norm, ema=recipe.ema,
+            bf16=use_bf16(recipe.precision, device, dense_cost(net).macs), compile=recipe.compile,
         )  # fmt: skip
         self._distillation = None
-        if recipe.distillation_weight > 0:
+        if recipe.distillation.weight > 0:
             teacher = self.dense_net().eval().requires_grad_(False)
-            self._distillation = Distillation(teacher, recipe.distillation_weight, recipe.distillation_temperature)
-        self.images, self.seconds = 0, 0.0
+            teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._distillation = Distillation(teacher, recipe.distillation.weight, recipe.distillation.temperature)
+        self._started = time.perf_counter()
+        self.history: list[dict[str, Any]] = []
+        self.projections: list[dict[str, Any]] = []
+        self.images, self.seconds, self.projecting_seconds = 0, 0.0, 0.0
+        state = checkpoint.load()
+        # another kind of device has other random numbers: there the trial starts anew
+        self._resumed = state if state is not None and state["device"] == device.type else None
+        if self._resumed is not None:
+            self._take_up(self._resumed["session"])
+
+    def _take_up(self, known: dict[str, Any]) -> None:
+        self.history, self.projections = list(known["history"]), list(known["projections"])
+        self.images, self.seconds, self.projecting_seconds = known["images"], known["seconds"], known["projecting"]
+        self._started -= known["elapsed"]
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the trial has taken, in all processes that it was run by."""
+        return time.perf_counter() - self._started
 
     def dense_net(self) -> nn.Module:
         """The dense net with its trained weights, on the device."""
@@ -100,14 +114,69 @@ class Session:
         model.load_state_dict(self._dense)
         return model.to(self._device)
 
-    def train_(self, model: nn.Module, steps: range, after_step: Callable[[int], None] | None = None) -> float | None:
-        """Trains `model` for `steps` of the schedule; returns the loss towards the end (None without steps)."""
-        stats = train_(
-            model, self.task, self._settings, steps,
-            generator=self._generator, distillation=self._distillation, after_step=after_step,
-        )  # fmt: skip
-        self.images, self.seconds = self.images + stats.images, self.seconds + stats.seconds
-        return stats.loss
+    def resumes_at(self, phase: str) -> bool:
+        """Whether a checkpoint says that the trial was stopped in `phase`, and has not been taken up yet."""
+        return self._resumed is not None and self._resumed["phase"] == phase
+
+    def train_(
+        self, phase: str, model: nn.Module, steps: range, projecting: Projecting | None = None
+    ) -> tuple[Training, TrainStats]:
+        """Trains `model` for `steps` of the schedule, from the checkpoint where there is one of this phase."""
+        share = self.recipe.factor_lr if phase == "factors" else 1.0
+        settings = replace(self.settings, lr=share * self.settings.lr)
+        training = Training(
+            model, self.task, settings, steps, generator=self._generator, distillation=self._distillation
+        )
+        if self._resumed is not None and self.resumes_at(phase):
+            self._go_on(self._resumed, training, projecting)
+            self._resumed = None
+
+        def after_step(training: Training) -> None:
+            if projecting is not None:
+                projecting.after_step(training)
+            if self._checkpoint.due and training.done < len(steps):  # what follows a phase needs its last batch
+                self._save(phase, training, projecting)
+
+        try:
+            return training, training.run(after_step)
+        finally:  # where it diverged, what was seen until then counts too
+            self.images, self.seconds = self.images + training.images, self.seconds + training.seconds
+            self._note(projecting)
+
+    def project_at_last_(self, projecting: Projecting, training: Training) -> None:
+        """The projection that the dense training ends on; it counts as training time, like the others."""
+        before = projecting.seconds
+        projecting.finish(training)
+        self.seconds += projecting.seconds - before
+        self._note(projecting)
+
+    def _note(self, projecting: Projecting | None) -> None:
+        if projecting is not None:
+            self.projections, self.projecting_seconds = projecting.records, projecting.seconds
+
+    def _save(self, phase: str, training: Training, projecting: Projecting | None) -> None:
+        self._checkpoint.save({
+            "phase": phase,
+            "training": training.state_dict(),
+            "projector": projecting.state_dict() if projecting is not None else None,
+            "generator": self._generator.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self._device.type == "cuda" else None,
+            "device": self._device.type,
+            "session": {
+                "history": self.history, "projections": self.projections, "images": self.images,
+                "seconds": self.seconds, "projecting": self.projecting_seconds, "elapsed": self.elapsed,
+            },
+        })  # fmt: skip
+
+    def _go_on(self, state: dict[str, Any], training: Training, projecting: Projecting | None) -> None:
+        training.load_state_dict(state["training"])
+        if projecting is not None:
+            projecting.load_state_dict(state["projector"])
+        self._generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
 
     def reestimate_bn_(self, model: nn.Module) -> None:
         recipe = self.recipe
@@ -129,27 +198,27 @@ def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
 
     Reference: Lee, Kwon, Kim & Wei 2019, arXiv 1905.10145 (projection training); fine-tuning the factors after it is ours.
     """
-    recipe, model = session.recipe, session.dense_net()
-    norms = session.net.norms() if recipe.bn_rectification else None
-    project_ = Projector(plan, energy_transfer=recipe.energy_transfer, norms=norms)
-    dense_steps = recipe.steps - round(recipe.factor_share * recipe.steps)
-
-    def project_every_period(done: int) -> None:
-        if done % recipe.period == 0 and done < dense_steps:
-            project_(model)
-
-    loss = session.train_(model, range(dense_steps), project_every_period)
-    removed = project_(model)  # the training ends on a projection, so that decomposing changes nothing
-    session.score(
-        "projected", model, dense_steps, train_loss=loss, removed_energy_max=max(removed.values(), default=0.0)
-    )
-    small = compress(model, plan, warm=project_.warm)
-    session.reestimate_bn_(small)
-    session.score("decomposed", small, dense_steps)
-    if dense_steps < recipe.steps:
-        loss = session.train_(small, range(dense_steps, recipe.steps))
+    recipe, goes_on = session.recipe, session.resumes_at("factors")  # the factors' weights are in the checkpoint then
+    small = restructure_(session.dense_net(), plan) if goes_on else train_and_decompose(session, plan)
+    if recipe.dense_steps < recipe.steps:
+        _, stats = session.train_("factors", small, range(recipe.dense_steps, recipe.steps))
         session.reestimate_bn_(small)
-        session.score("factors", small, recipe.steps, train_loss=loss)
+        session.score("factors", small, recipe.steps, train_loss=stats.loss)
+    return small
+
+
+def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
+    """Trains the dense net under projections, ends on one, so that decomposing changes nothing, and decomposes."""
+    recipe, model, steps = session.recipe, session.dense_net(), range(session.recipe.dense_steps)
+    projecting = Projecting(plan, session.net, recipe.projection, [session.settings.lr_at(step) for step in steps])
+    training, stats = session.train_("dense", model, steps, projecting)
+    session.reestimate_bn_(model)
+    session.score("trained", model, len(steps), train_loss=stats.loss)
+    session.project_at_last_(projecting, training)
+    session.reestimate_bn_(model)
+    session.score("projected", model, len(steps), projections=projecting.count, **projecting.summary())
+    small = compress(model, plan, warm=projecting.projector.warm)  # computes the same, so BN's fresh statistics fit
+    session.score("decomposed", small, len(steps))
     return small
 
 
@@ -163,14 +232,16 @@ def run_trial(
     seed: int,
     report: Report,
     save_to: Path | None,
+    checkpoint: CheckpointFile,
 ) -> TrialResult:
     """Runs the method under `plan` and returns its validation score and costs; the compressed net is written to `save_to`.
 
-    `report` is called with the metrics of each phase. Divergence is a result: a loss or weights that are not finite end the
-    trial with status "diverged" and the metrics so far.
+    `report` is called with the metrics of each phase. From `checkpoint`, which must be this trial's own, it goes on where it
+    stopped; there it keeps its state meanwhile, and nothing once it has ended. Divergence is a result: a loss or weights that are
+    not finite end the trial with status "diverged" and the metrics so far.
     """
-    started, cost = time.perf_counter(), plan_cost(net, plan)
-    session = Session(task, dense, net, recipe, seed=seed, report=report)
+    cost = plan_cost(net, plan)
+    session = Session(task, dense, net, recipe, seed=seed, report=report, checkpoint=checkpoint)
     status, reason = "complete", None
     try:
         small = learn_low_rank(session, plan)
@@ -179,11 +250,14 @@ def run_trial(
     else:
         if save_to is not None:
             save_net(small, plan, save_to)
-    last = session.history[-1] if session.history else {}
+    checkpoint.remove()
+    last, seconds = session.history[-1] if session.history else {}, session.seconds
     return TrialResult(
-        status, seed, session.images / len(task.train), reason=reason, history=session.history,
+        status, seed, session.images / len(task.train), reason=reason,
+        history=session.history, projections=session.projections,
         val_accuracy=last.get("val_accuracy"), val_loss=last.get("val_loss"),
         macs=cost.macs, params=cost.params, size_bytes=cost.size_bytes, latency_ms=cost.latency_ms,
-        images_per_second=session.images / session.seconds if session.seconds else None,
-        seconds=time.perf_counter() - started,
+        images_per_second=session.images / seconds if session.images else None,
+        projection_share=session.projecting_seconds / seconds if session.images else None,
+        seconds=session.elapsed,
     )  # fmt: skip

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ranksearch.compress import dense_cost, trace
 from ranksearch.errors import StudyError, UsageError
+from ranksearch.tasks.device import pick_device, use_bf16
+from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.folder import data_folder, writable_cache
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Diverged, Optimisation, evaluate, pick_device, train_, use_bf16
+from ranksearch.tasks.train import Diverged, Optimisation, Training
 
 State = dict[str, Tensor]
 
@@ -88,16 +90,19 @@ def _train_dense(task: Task, log: Callable[[str], None]) -> State:
     batch = 64 if len(task.train) < 5_000 else 128
     steps = EPOCHS.get(task.name, 100) * max(1, len(task.train) // batch)
     macs = dense_cost(trace(model, on_device.example_input)).macs
-    settings = Optimisation(0.1, 0.9, 5e-4, batch, steps, use_bf16("auto", device, macs))
+    settings = Optimisation(
+        optimizer="sgd", schedule="cosine", lr=0.1, warmup=0.15, momentum=0.9, weight_decay=5e-4, batch_size=batch,
+        total_steps=steps, label_smoothing=0, clip_norm=0, ema=0, bf16=use_bf16("auto", device, macs), compile=False,
+    )  # fmt: skip
     log(f"training the dense {task.model} on {task.name} once: {steps} steps")
 
-    def tell(done: int) -> None:
-        if done % max(1, steps // 10) == 0:
-            log(f"  dense net: {100 * done // steps} %")
+    def tell(training: Training) -> None:
+        if training.done % max(1, steps // 10) == 0:
+            log(f"  dense net: {100 * training.done // steps} %")
 
     generator = torch.Generator(device).manual_seed(0)
     try:
-        stats = train_(model, on_device, settings, range(steps), generator=generator, after_step=tell)
+        stats = Training(model, on_device, settings, range(steps), generator=generator).run(tell)
     except Diverged as error:
         raise StudyError(f"Training the dense net failed: {error}.") from error
     score = evaluate(model, on_device.val, on_device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,13 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
 
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[1, C, 1, 1] on the device; made once, because every copy to a GPU would make it wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
 @dataclass(frozen=True)
 class Normalise:
     """uint8 images [N, C, H, W] -> floats (x / scale - mean) / std, per channel, channels_last."""
@@ -36,8 +44,7 @@ class Normalise:
     scale: float = 255.0
 
     def __call__(self, images: Tensor) -> Tensor:
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)
         return ((images.float() / self.scale - mean) / std).contiguous(memory_format=torch.channels_last)
 
 

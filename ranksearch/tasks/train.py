@@ -1,51 +1,29 @@
-"""The training loop and the evaluation: data resident on the device, augmentation on tensors, no Python per image."""
+"""The training loop: data resident on the device, augmentation on tensors, no Python per image.
+
+A `Training` can be saved in the middle and taken up again as if it had not stopped.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import cos, isfinite, pi
+from math import isfinite
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ranksearch.errors import RanksearchError
-from ranksearch.tasks.task import Split, Task
-
-WARMUP_SHARE = 0.15
-BF16_FROM_MACS = 5_000_000
-"""Below about this many MACs per image a CPU loses more to autocast's casts than bf16 products gain."""
+from ranksearch.tasks.batches import Batches
+from ranksearch.tasks.schedule import learning_rate
+from ranksearch.tasks.task import Task
 
 
 class Diverged(RanksearchError):
     """The loss is no longer finite. A trial turns this into a result."""
-
-
-def pick_device() -> torch.device:
-    """CUDA where there is a device, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def use_bf16(precision: str, device: torch.device, macs: int) -> bool:
-    """Whether to train under bf16 autocast: as `precision` says ("bf16", "fp32"), or for "auto" where it is faster.
-
-    "auto" asks for bf16 arithmetic in the hardware and, on a CPU, for a net large enough to gain.
-    """
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() and macs >= BF16_FROM_MACS
-
-
-def one_cycle(step: int, total: int, peak: float) -> float:
-    """Learning rate at `step` of `total`: linear warm-up over 15 % of the steps, then a cosine to 0."""
-    warmup = max(1, round(WARMUP_SHARE * total))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + cos(pi * (step - warmup) / max(1, total - warmup)))
 
 
 @dataclass(frozen=True)
@@ -65,16 +43,50 @@ class Distillation:
         return (1 - self.weight) * hard + self.weight * soft
 
 
+def _sgd(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=True,
+        fused=True,
+    )
+
+
+def _adamw(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
+    betas = (settings.momentum, 0.999)
+    return torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=betas, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, Optimisation], torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
+"""SGD with Nesterov momentum; AdamW, whose first beta is the momentum."""
+
+
 @dataclass(frozen=True)
 class Optimisation:
-    """Settings of SGD (Nesterov) under `one_cycle`; `total_steps` is the schedule's length, over all phases of a trial."""
+    """How weights are updated. `total_steps` is the schedule's length, over all phases of a trial."""
 
+    optimizer: str
+    schedule: str
     lr: float
+    warmup: float
     momentum: float
     weight_decay: float
     batch_size: int
     total_steps: int
+    label_smoothing: float
+    clip_norm: float
+    """Largest norm of the gradient; 0 does without."""
+    ema: float
+    """Decay of the exponential moving average of weights that a phase ends with; 0 does without."""
     bf16: bool
+    compile: bool
+
+    def lr_at(self, step: int) -> float:
+        return learning_rate(self.schedule, step, self.total_steps, peak=self.lr, warmup=self.warmup)
 
 
 @dataclass(frozen=True)
@@ -86,99 +98,131 @@ class TrainStats:
     seconds: float
 
 
-def index_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless shuffled index batches [batch_size]; every epoch is a new order, its ragged end is dropped."""
-    batch_size = min(batch_size, count)
-    while True:
-        order = torch.randperm(count, generator=generator, device=generator.device)
-        for start in range(0, count - batch_size + 1, batch_size):
-            yield order[start : start + batch_size]
+class Training:
+    """A model in training, for `steps` (positions within the schedule). The model, the task's tensors and the generator lie on one device.
 
-
-def train_(
-    model: nn.Module,
-    task: Task,
-    settings: Optimisation,
-    steps: range,
-    *,
-    generator: torch.Generator,
-    distillation: Distillation | None = None,
-    after_step: Callable[[int], None] | None = None,
-) -> TrainStats:
-    """Trains `model` in place for `steps` (positions within the schedule); `after_step(k)` is called with 1, 2, ...
-
-    The model, the task's tensors and the generator lie on one device.
-
-    Raises:
-        Diverged: the loss is not finite.
+    `state_dict` holds everything but the generators: weights, optimizer, data order, average, progress.
     """
-    if len(steps) == 0:
-        return TrainStats(loss=None, images=0, seconds=0.0)
-    device = task.train.labels.device
-    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=True,
-    )
-    batches = index_batches(len(task.train), settings.batch_size, generator)
-    tail, losses, images = max(1, len(steps) // 10), [], 0
-    started = time.perf_counter()
-    for done, step in enumerate(steps, start=1):
-        for group in optimizer.param_groups:
-            group["lr"] = one_cycle(step, settings.total_steps, settings.lr)
-        index = next(batches)
-        x = task.normalise(task.augment(task.train.images[index], generator))
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
-            logits = model(x)
-            loss = F.cross_entropy(logits.float(), task.train.labels[index])
-            if distillation is not None:
-                loss = distillation.loss(logits.float(), x, loss)
-        optimizer.zero_grad(set_to_none=True)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        settings: Optimisation,
+        steps: range,
+        *,
+        generator: torch.Generator,
+        distillation: Distillation | None = None,
+    ) -> None:
+        self.model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.settings, self.steps, self.done = settings, steps, 0
+        self._task, self._generator, self._distillation = task, generator, distillation
+        self.optimizer = OPTIMIZERS[settings.optimizer](model, settings)
+        self._batches = Batches(len(task.train), settings.batch_size, generator)
+        self._average = None
+        if settings.ema > 0:
+            self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+        self._forward: Callable[[Tensor], Tensor] = model
+        if settings.compile:
+            torch._dynamo.reset()  # after eight recompilations in one process it would fall back to eager in silence
+            self._forward = torch.compile(model)
+        self._tail: list[float] = []
+        self._recent: list[Tensor] = []  # losses of the tail that have not been looked at
+        self.images, self.seconds = 0, 0.0
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def run(self, after_step: Callable[[Training], None] | None = None) -> TrainStats:
+        """Trains until the steps are done; `after_step` may project the weights, or save the state.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        total, tail = len(self.steps), max(1, len(self.steps) // 10)
+        while self.done < total:
+            started = time.perf_counter()
+            loss = self._step()
+            self.done += 1
+            if total - self.done < tail:
+                self._recent.append(loss.detach())
+            # a look at the loss makes a GPU wait: there, only now and then
+            if loss.device.type == "cpu" or self.done % 50 == 0 or self.done == total:
+                if not isfinite(loss.item()):
+                    at = self.steps[self.done - 1] + 1
+                    raise Diverged(f"the loss is {loss.item()} by step {at} of {self.settings.total_steps}")
+                self._settle_losses()
+            if after_step is not None:
+                after_step(self)
+            self.seconds += time.perf_counter() - started
+        if self._average is not None and total:
+            self._take_average_()
+        return TrainStats(sum(self._tail) / len(self._tail) if self._tail else None, self.images, self.seconds)
+
+    def _settle_losses(self) -> None:
+        self._tail += [loss.item() for loss in self._recent]
+        self._recent.clear()
+
+    def _step(self) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr_at(self.steps[self.done])
+        index = next(self._batches)
+        task = self._task
+        x = task.normalise(task.augment(task.train.images[index], self._generator))
+        self._last = x, task.train.labels[index]
+        loss = self._loss(self._forward, *self._last)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
-        images += len(index)
-        # a look at the loss makes a GPU wait: there, only now and then
-        if (device.type == "cpu" or done % 50 == 0 or done == len(steps)) and not isfinite(loss.item()):
-            raise Diverged(f"the loss is {loss.item()} at step {step + 1} of {settings.total_steps}")
-        if len(steps) - done < tail:
-            losses.append(loss.detach())
-        if after_step is not None:
-            after_step(done)
-    return TrainStats(torch.stack(losses).mean().item(), images, time.perf_counter() - started)
+        if self.settings.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        self.optimizer.step()
+        if self._average is not None:
+            self._average.update_parameters(self.model)
+        self.images += len(index)
+        return loss
 
+    def _loss(self, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
+            logits = forward(x).float()
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
+            return loss if self._distillation is None else self._distillation.loss(logits, x, loss)
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracy in percent and mean cross-entropy over a split."""
+    @torch.no_grad()
+    def probe(self) -> float | None:
+        """Loss on the last step's batch with the weights as they are now; None before the first step, or where it is not finite.
 
-    accuracy: float
-    loss: float
+        Batch statistics are used as in training; running statistics and random numbers stay as they were.
+        """
+        if self._last is None:
+            return None
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        devices = [self._last[0].device] if self._last[0].is_cuda else []
+        with torch.random.fork_rng(devices):
+            loss = self._loss(self.model, *self._last)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
+        return loss.item() if isfinite(loss.item()) else None
 
+    @torch.no_grad()
+    def _take_average_(self) -> None:
+        """The average's weights become the model's. BN statistics are not averaged: they are to be re-estimated."""
+        assert self._average is not None
+        for weight, average in zip(self.model.parameters(), self._average.module.parameters(), strict=True):
+            weight.copy_(average)
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, split: Split, task: Task, *, batch_size: int = 500) -> Evaluation:
-    """Scores `model` on `split` in fp32, whatever it was trained in: a reported figure does not depend on the hardware's bf16."""
-    training = model.training
-    model.eval()
-    correct, total = 0, 0.0
-    for start in range(0, len(split), batch_size):
-        labels = split.labels[start : start + batch_size]
-        logits = model(task.normalise(split.images[start : start + batch_size])).float()
-        correct += int((logits.argmax(1) == labels).sum())
-        total += F.cross_entropy(logits, labels, reduction="sum").item()
-    model.train(training)
-    return Evaluation(accuracy=100 * correct / len(split), loss=total / len(split))
+    def state_dict(self) -> dict[str, Any]:
+        self._settle_losses()
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self._average.state_dict() if self._average is not None else None,
+            "batches": self._batches.state_dict(),
+            "done": self.done, "tail": self._tail, "images": self.images, "seconds": self.seconds,
+        }  # fmt: skip
 
-
-def calibration_batches(task: Task, count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`count` batches of training inputs, augmented as in training, as BN re-estimation wants them.
-
-    The statistics must be those that the weights were trained under. Random crops fill with zeros, and without them the dense
-    ResNet-20 itself falls from 99.8 to 95.9 % of 2,000 validation images (20 batches of 128, CPU), a plan at half the FLOPs from
-    92.8 to 85.5 %.
-    """
-    batches = index_batches(len(task.train), batch_size, generator)
-    return (task.normalise(task.augment(task.train.images[next(batches)], generator)) for _ in range(count))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        self._batches.load_state_dict(state["batches"])
+        self.done, self._tail = state["done"], list(state["tail"])
+        self.images, self.seconds = state["images"], state["seconds"]

@@ -11,6 +11,7 @@ import io
 import json
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import sqlalchemy.exc
 from ranksearch.compress import RankPlan
 from ranksearch.files import write_atomically
 from ranksearch.search.front import Row, describe_budgets
+from ranksearch.search.recipe import flattened
 from ranksearch.search.study import Study
 from ranksearch.tracking.figures import front_html, front_png
 from ranksearch.tracking.store import artifact_root, quiet_mlflow, store_uri
@@ -48,23 +50,37 @@ def front_csv(front: dict[str, Any]) -> str:
 
 
 def _metrics(row: Row) -> dict[str, float]:
-    names = ("val_accuracy", "val_loss", "test_accuracy", "macs", "params", "size_bytes", "latency_ms")
-    names += ("macs_ratio", "params_ratio", "size_ratio", "epochs", "images_per_second", "seconds")
+    names: tuple[str, ...] = ("test_accuracy", "macs", "params", "size_bytes", "latency_ms")
+    if row["status"] == "complete":  # what a diverged trial had before stands under its phases alone
+        names += ("val_accuracy", "val_loss")
+    names += ("macs_ratio", "params_ratio", "size_ratio", "epochs", "images_per_second", "projection_share", "seconds")
     return {name: float(row[name]) for name in names if row[name] is not None}
+
+
+def _phase(entry: dict[str, Any]) -> tuple[int, dict[str, float]]:
+    """(step, metrics) after a phase, such as `decomposed_val_accuracy`."""
+    return entry["step"], {f"{entry['phase']}_{k}": v for k, v in entry.items() if k not in ("phase", "step")}
+
+
+def _projection(record: dict[str, Any]) -> tuple[int, dict[str, float]]:
+    """(step, metrics) of a recorded projection: `removed_energy/layer1.0.conv1`, the loss before and after."""
+    removed = {f"removed_energy/{layer}": share for layer, share in record["removed_energy"].items()}
+    losses = {f"projection/{name}": record[name] for name in ("loss_before", "loss_after") if record[name] is not None}
+    return record["step"], losses | removed
 
 
 def _params(row: Row) -> dict[str, str]:
     """Trial, allocator, seed, recipe, and lowering and rank per layer: `plan/layer2.0.conv1` = `spatial:12`."""
     layers = (row["plan"] or {}).get("layers", {})
     plan = {f"plan/{name}": f"{layer['lowering']}:{layer.get('rank', 'full')}" for name, layer in layers.items()}
-    recipe = {name: str(value) for name, value in (row["recipe"] or {}).items()}
+    recipe = {name: str(value) for name, value in flattened(row["recipe"] or {})}
     known = {name: str(row[name]) for name in ("trial", "allocator", "seed")}
     return {**known, **recipe, **plan}
 
 
 def run_name(row: Row) -> str:
     """A child run's readable name, such as `t017 macs 48% acc 91.2`."""
-    if row["val_accuracy"] is None or row["macs_ratio"] is None:
+    if row["status"] != "complete":
         return f"t{row['trial']:03d} {row['status']}"
     return f"t{row['trial']:03d} macs {100 * row['macs_ratio']:.0f}% acc {row['val_accuracy']:.1f}"
 
@@ -118,20 +134,23 @@ class Mirror:
             "budgets": ", ".join(map(str, space.parsed_budgets())) or "none",
         }  # fmt: skip
         dense = {f"dense_{k}": v for k, v in info["dense"].items() if v is not None}
-        self._batch(parent, {k: str(v) for k, v in params.items()}, dense, step=0)
+        self._batch(parent, {k: str(v) for k, v in params.items()}, [(0, dense)])
         self.client.log_artifact(parent, str(self.study.folder / "space.yaml"))
 
     def _remember(self, **ids: str) -> None:
         self._ids |= ids
         write_atomically(self._ids_file, json.dumps({"ids": self._ids, "logged": self._logged}, indent=2))
 
-    def _batch(self, run_id: str, params: dict[str, str], metrics: dict[str, float], *, step: int) -> None:
+    def _batch(self, run_id: str, params: dict[str, str], steps: Iterable[tuple[int, dict[str, float]]]) -> None:
+        """Logs parameters, and metrics of several steps at once."""
         now = int(time.time() * 1000)
-        # the store takes at most 100 parameters at once
+        # the store takes at most 100 parameters, and 1000 entries, at once
         entries = [Param(k, v) for k, v in params.items()]
         for start in range(0, len(entries), 100):
             self.client.log_batch(run_id, params=entries[start : start + 100])
-        self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
+        metrics = [Metric(k, float(v), now, step) for step, found in steps for k, v in found.items()]
+        for start in range(0, len(metrics), 1000):
+            self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
 
     def log_trial(self, row: Row) -> None:
         """A child run with the trial's parameters, its metrics after every phase, its final costs and its plan.
@@ -154,17 +173,15 @@ class Mirror:
             run = self.client.create_run(self.experiment_id, run_name=run_name(row), tags=tags).info.run_id
             self._remember(**{key: run})
         run = self._ids[key]
-        for entry in row["history"]:
-            phase = {f"{entry['phase']}_{k}": v for k, v in entry.items() if k not in ("phase", "step")}
-            self._batch(run, {}, phase, step=entry["step"])
-        self._batch(run, _params(row), _metrics(row), step=0)
+        steps = [*map(_phase, row["history"]), *map(_projection, row["projections"]), (0, _metrics(row))]
+        self._batch(run, _params(row), steps)
         if row["plan"] is not None:
             self.client.log_dict(run, row["plan"], "plan.json")
         self.client.set_terminated(run, "FINISHED" if row["status"] == "complete" else "FAILED")
         self._logged.append(key)
         self._remember()
         progress = {"hypervolume": self.study.hypervolume, "finished_trials": self.study.finished}
-        self._batch(self.parent_id, {}, progress, step=self.study.finished)
+        self._batch(self.parent_id, {}, [(self.study.finished, progress)])
 
     def finish(self, *, complete: bool) -> None:
         """The front on the parent: JSON, CSV, a table, figures, a note; `on_front` and test accuracies on the children."""

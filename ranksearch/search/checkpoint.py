@@ -1,0 +1,49 @@
+"""A trial's state on disk, written now and then, so that a trial that is started again goes on as if it had not stopped."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+
+
+class CheckpointFile:
+    """Where one trial's state is kept: `path` belongs to its plan, recipe and seed alone. `path` None keeps nothing."""
+
+    def __init__(self, path: Path | None, every_seconds: float) -> None:
+        self._path, self._every = path, every_seconds
+        self._written = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return self._path is not None and time.monotonic() - self._written >= self._every
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Writes `state` (tensors, numbers, texts and containers of them) beside the old file, then in its place."""
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        torch.save(state, unfinished)
+        os.replace(unfinished, self._path)
+        self._written = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """The last state; None where there is none, or none that can be read (no code is run by reading it)."""
+        if self._path is None or not is_zipfile(self._path):  # a torch file that is whole is a zip file
+            return None
+        try:
+            return torch.load(self._path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError):
+            return None
+
+    def remove(self) -> None:
+        """Removes the state, and what a process that was killed while writing left behind."""
+        if self._path is not None:
+            for file in (self._path, *self._path.parent.glob(f"{self._path.name}.*")):
+                file.unlink(missing_ok=True)
