@@ -28,6 +28,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from imagenet_resnets import resnet18
 from report import Report, arguments
 from torch import Tensor, nn
 
@@ -45,39 +46,6 @@ LR = {"resnet20": 0.02, "resnet18": 0.01}
 steps bring ResNet-18 about the share of energy (`removed_max`) that they bring to the trained ResNet-20."""
 ROUNDING = 1e-5
 """Share of ||W|| below which an optimum is rounding."""
-
-
-class Block(nn.Module):
-    """Basic block of He et al. 2016, arXiv 1512.03385."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.downsample = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        return torch.relu(out + self.downsample(x))
-
-
-def resnet18() -> nn.Module:
-    """ResNet-18 for ImageNet, random weights."""
-    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    widths = [
-        (64, 64, 1),
-        (64, 64, 1),
-        (64, 128, 2),
-        (128, 128, 1),
-        (128, 256, 2),
-        (256, 256, 1),
-        (256, 512, 2),
-        (512, 512, 1),
-    ]
-    blocks = [Block(*width) for width in widths]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
 
 
 def smooth_images(count: int, side: int, generator: torch.Generator) -> Tensor:

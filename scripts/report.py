@@ -38,39 +38,41 @@ class Report:
         torch.set_num_threads(options.threads)
         self.script, self.options = script, options
         self.rows: list[dict[str, Any]] = []
+        self.device = _device()
+        self.versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
         self._started = time.perf_counter()
 
     def say(self, text: str) -> None:
         """Progress, on stderr."""
         print(f"[{time.perf_counter() - self._started:5.0f} s] {text}", file=sys.stderr, flush=True)
 
-    def finish(self, figures: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
+    def finish(
+        self, figures: Mapping[str, Any], notes: Sequence[str] = (), *, seeds: Sequence[int] | None = None
+    ) -> None:
         record = {
             "script": self.script,
             "quick": self.options.quick,
-            "device": _device(),
+            "device": self.device,
             "threads": self.options.threads,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "seeds": [self.options.seed],
+            "versions": self.versions,
+            "seeds": [self.options.seed] if seeds is None else list(seeds),
             "seconds": round(time.perf_counter() - self._started, 1),
             "rows": self.rows,
             "figures": dict(figures),
             "notes": list(notes),
         }
         if self.options.json:
-            print(json.dumps(record))
+            print(json.dumps(record, allow_nan=False))
             return
         self._print_table()
         for name, value in figures.items():
             print(f"{name:40s} {value if not isinstance(value, float) else f'{value:.4g}'}")
         for note in notes:
             print(note)
-        print(
-            f"{record['device']}, {self.options.threads} threads, torch {record['versions']['torch']}, {record['seconds']} s"
-        )
+        print(f"{self.device}, {self.options.threads} threads, torch {self.versions['torch']}, {record['seconds']} s")
 
     def _print_table(self) -> None:
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        columns = list(dict.fromkeys(k for row in self.rows for k, v in row.items() if not isinstance(v, dict)))
         cells = [[_cell(row.get(name)) for name in columns] for row in self.rows]
         widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(columns)]
         for line in [columns, *cells]:

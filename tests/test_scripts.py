@@ -1,0 +1,61 @@
+"""The scripts that measure training: they run, say what they were asked for, and go on where they stopped."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+
+def call(script, *options):
+    """The object that a script prints under --json."""
+    command = [sys.executable, str(REPOSITORY / "scripts" / f"{script}.py"), "--quick", "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) >= {"script", "device", "versions", "seeds", "seconds", "rows", "figures"}
+    assert (found["script"], found["quick"]) == (script, True)
+    return found
+
+
+@pytest.fixture
+def cifar(data_folder_for_tests):
+    for needed in ("cifar-10-batches-py/test_batch", "weights/resnet32-d509ac18.th", "weights/resnet20-12fca82f.th"):
+        if not (data_folder_for_tests / needed).is_file():
+            pytest.skip(f"{needed} is not in the data folder: python scripts/download_cifar10.py")
+
+
+def test_training_bench_compares_loops_in_one_run():
+    found = call("bench_training")
+    loops = {row["loop"]: row for row in found["rows"]}
+    assert set(loops) >= {"plain, 0 workers", "plain, 2 workers", "resident", "ours", "projected"}
+    plain = max(row["images_per_second"] for loop, row in loops.items() if loop.startswith("plain"))
+    assert found["figures"]["throughput_ratio"] == pytest.approx(loops["ours"]["images_per_second"] / plain)
+    assert 0 < found["figures"]["projection_share"] < 1
+
+
+def test_the_papers_tables_are_run_once_and_read_from_disk_the_second_time(tmp_path, cifar):
+    first = call("reproduce_paper", "--out", str(tmp_path))
+    assert [row["method"] for row in first["rows"]] == ["dense", "projection", "decomposed", "ours"]
+    assert all(row["status"] == "complete" and row["test_accuracy"] > 40 for row in first["rows"])
+    sizes = {row["method"]: row["ratio"] for row in first["rows"]}
+    assert 4.28 <= sizes["projection"] == sizes["decomposed"] <= sizes["ours"] < 4.5
+    assert first["figures"]["decomposition_loss_max"] <= 100 / 250 + 1e-9  # one image of 250
+    assert not any(name.startswith("ours_minus_paper") for name in first["figures"])  # that takes the full run
+    table = (tmp_path / "quick" / "table.md").read_text()
+    assert "1,280 training images" in table
+    assert "| ratio | 4.28 |" in table
+    assert (tmp_path / "quick" / "figure.png").stat().st_size > 5_000
+    again = call("reproduce_paper", "--out", str(tmp_path))
+    assert again["rows"] == first["rows"]
+    assert again["seconds"] < first["seconds"]
+
+
+def test_an_ablation_pairs_its_variants_with_the_base(tmp_path, cifar):
+    found = call("ablate_recipe", "--out", str(tmp_path), "--only", "EMA .95")
+    assert [row["variant"] for row in found["rows"]] == ["base", "EMA .95"]
+    assert found["rows"][0]["differences"] == [0.0]
+    difference = found["rows"][1]["val_accuracy"] - found["rows"][0]["val_accuracy"]
+    assert found["rows"][1]["differences"] == [pytest.approx(difference, abs=0.006)]
