@@ -17,7 +17,6 @@ Rounds go through all of them in turn; a figure is the median over rounds. `thro
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
@@ -35,7 +34,7 @@ from ranksearch.search.projecting import Projecting
 from ranksearch.search.recipe import Recipe, middle
 from ranksearch.search.space import RecipeSpace
 from ranksearch.tasks import cifar10
-from ranksearch.tasks.device import pick_device, use_bf16
+from ranksearch.tasks.device import clock, pick_device, use_bf16
 from ranksearch.tasks.task import Augment, Normalise, Split, Task
 from ranksearch.tasks.train import Optimisation, Training
 
@@ -85,13 +84,13 @@ def plain_loop(model: nn.Module, task: Task, recipe: Recipe, steps: int, workers
     model.train()
     for step in range(WARM + steps):
         if step == WARM:
-            started = now(device)
+            started = clock(device)
         x, labels = (t.to(device, non_blocking=True) for t in next(batches))
         loss = F.cross_entropy(model(x), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return steps * recipe.batch_size / (now(device) - started)
+    return steps * recipe.batch_size / (clock(device) - started)
 
 
 def our_loop(
@@ -105,18 +104,12 @@ def our_loop(
         if projecting is not None:
             projecting.after_step(training)
         if training.done == WARM:
-            started, before = now(device), projecting.seconds if projecting is not None else 0.0
+            started, before = clock(device), projecting.seconds if projecting is not None else 0.0
 
     generator = torch.Generator(device).manual_seed(0)
     Training(model, task, settings, range(WARM + steps), generator=generator).run(after_step)
-    seconds = now(device) - started
+    seconds = clock(device) - started
     return steps * settings.batch_size / seconds, (projecting.seconds - before) / seconds if projecting else 0.0
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def contestants(

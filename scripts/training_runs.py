@@ -13,6 +13,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,16 @@ class Bench:
             task = replace(task, train=_first(task.train, options.subset))
         if test_images is not None and task.test is not None:
             task = replace(task, test=_first(task.test, test_images))
-        model = task.build_model(options.model)
-        model.load_state_dict(dense)
-        return cls(task, dense, trace(model, task.example_input), options.out, say)
+        net = trace(task.build_model(options.model), task.example_input)  # shapes alone: any weights do
+        return cls(task, dense, net, options.out, say)
+
+    @cached_property
+    def dense_digest(self) -> str:
+        """Content hash of the dense weights."""
+        found = hashlib.sha256()
+        for name in sorted(self.dense):
+            found.update(self.dense[name].numpy().tobytes())
+        return found.hexdigest()
 
     def ratio(self, plan: RankPlan) -> float:
         """Dense parameters / compressed parameters of the whole net."""
@@ -101,11 +109,9 @@ class Bench:
     def run(self, label: dict[str, Any], plan: RankPlan, recipe: Recipe, seed: int, *, test: bool) -> dict[str, Any]:
         """The row of a run: `label`, costs, accuracies in percent after every phase, at the end the test accuracy where `test`."""
         train = self.task.train
-        device, weights = pick_device(), hashlib.sha256()
-        for name in sorted(self.dense):
-            weights.update(self.dense[name].numpy().tobytes())
+        device = pick_device()
         what = {
-            "model": self.task.model, "dense": weights.hexdigest(), "torch": torch.__version__,
+            "model": self.task.model, "dense": self.dense_digest, "torch": torch.__version__,
             "plan": plan.digest(), "recipe": recipe.to_dict(), "seed": seed,
             "images": len(train), "val": len(self.task.val), "test": len(self.task.test or ()) if test else 0,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),

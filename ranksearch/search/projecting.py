@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from typing import Any
 
-import torch
-from torch import nn
-
 from ranksearch.compress import LayerPlan, Net, Projector, RankPlan
 from ranksearch.lowering import lowering_named
 from ranksearch.search.recipe import ProjectionRecipe
+from ranksearch.tasks.device import clock
 from ranksearch.tasks.train import Training
 
 RECORDED = 10
@@ -81,9 +78,10 @@ class Projecting:
 
     def _project(self, training: Training, step: int, *, recorded: bool) -> Mapping[str, float]:
         before = training.probe() if recorded else None
-        started = _clock(training.model)
+        device = next(training.model.parameters()).device
+        started = clock(device)
         removed = self.projector(training.model, self._plan_at(step))
-        self.seconds += _clock(training.model) - started
+        self.seconds += clock(device) - started
         self.count += 1
         if recorded:
             after = training.probe()
@@ -135,10 +133,3 @@ def _between(rank: Any, full: Any, share: float) -> Any:
     if isinstance(rank, tuple):
         return tuple(_between(r, f, share) for r, f in zip(rank, full, strict=True))
     return rank + round(share * (full - rank))
-
-
-def _clock(model: nn.Module) -> float:
-    """Seconds; on a GPU what is queued is waited for."""
-    if next(model.parameters()).is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 BF16_FROM_MACS = 5_000_000
@@ -11,6 +13,13 @@ BF16_FROM_MACS = 5_000_000
 def pick_device() -> torch.device:
     """CUDA where there is a device, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def clock(device: torch.device) -> float:
+    """Seconds on a running clock; what is queued on a GPU is waited for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def use_bf16(precision: str, device: torch.device, macs: int) -> bool:
