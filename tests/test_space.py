@@ -8,7 +8,8 @@ import yaml
 
 from ranksearch.errors import UsageError
 from ranksearch.search.recipe import Recipe, flattened, middle, searched_settings
-from ranksearch.search.space import Choices, DistillationSpace, ProjectionSpace, Range, RecipeSpace, values_of
+from ranksearch.search.settings import Choices, Range, values_of
+from ranksearch.search.space import DistillationSpace, ProjectionSpace, RecipeSpace
 from ranksearch.search.space_file import parse_space, read_space
 from ranksearch.tables import check_record
 

@@ -19,7 +19,8 @@ from ranksearch.allocate import BASELINES, MEASURES, Budget, Curves, allocate_pl
 from ranksearch.allocate.budget import cost_value
 from ranksearch.compress import RankPlan, dense_cost
 from ranksearch.search.recipe import Recipe, searched_settings
-from ranksearch.search.space import Choices, Range, Scalar, Space
+from ranksearch.search.settings import Choices, Range, Scalar
+from ranksearch.search.space import Space
 from ranksearch.tasks import model_reference
 
 ANY = "any"

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ranksearch.search.space import Choices, Range, RecipeSpace, Scalar, is_whole
+from ranksearch.search.settings import Choices, Range, Scalar, is_whole
+from ranksearch.search.space import RecipeSpace
 
 Draw = Callable[[str, Range | Choices, bool], Scalar]
 """(dotted name, distribution, whether whole) -> a value"""

@@ -1,0 +1,136 @@
+"""Settings of a search space that are fixed or searched: distributions, and the types that keep values within what is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+from ranksearch.errors import nearest
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; a read space never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Range(Strict):
+    """A distribution over low..high, in logarithms where `log`."""
+
+    low: float
+    high: float
+    log: bool = False
+    default: float | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a logarithmic range needs low > 0, got {self.low:g}")
+        if self.default is not None and not self.low <= self.default <= self.high:
+            raise ValueError(f"default {self.default:g} is outside {self.low:g}..{self.high:g}")
+        return self
+
+    @property
+    def middle(self) -> float:
+        if self.default is not None:
+            return self.default
+        return sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+
+
+Scalar = bool | float | str
+
+
+class Choices(Strict):
+    """A distribution over listed values."""
+
+    choices: list[Scalar] = Field(min_length=1)
+    default: Scalar | None = None
+
+    @model_validator(mode="after")
+    def _listed(self) -> Choices:
+        if self.default is not None and self.default not in self.choices:
+            raise ValueError(f"default {self.default!r} is not one of {self.choices}")
+        return self
+
+    @property
+    def middle(self) -> Scalar:
+        return self.choices[0] if self.default is None else self.default
+
+
+def _pick_form(value: Any) -> Any:
+    """Reads a value as the form it plainly is, so that an error speaks of that form alone."""
+    if isinstance(value, Mapping):
+        return Choices.model_validate(value) if "choices" in value else Range.model_validate(value)
+    if isinstance(value, bool) or not isinstance(value, int | float | Range | Choices):
+        raise ValueError(f"expected a number, {{low, high}} or {{choices}}, got {value!r}")
+    return value
+
+
+def _pick_choice(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Choices.model_validate(value)
+    if not isinstance(value, Scalar | Choices | int):
+        raise ValueError(f"expected one value or {{choices}}, got {value!r}")
+    return value
+
+
+def values_of(setting: Scalar | Range | Choices) -> tuple[Scalar, ...]:
+    """The extreme values that a setting can take."""
+    if isinstance(setting, Range):
+        return setting.low, setting.high
+    return tuple(setting.choices) if isinstance(setting, Choices) else (setting,)
+
+
+@dataclass(frozen=True)
+class Within:
+    """What a number may be: low..high, and whole where `whole`."""
+
+    low: float
+    high: float
+    whole: bool
+
+    def __call__(self, setting: Any) -> Any:
+        for value in values_of(setting):
+            if isinstance(value, bool | str):
+                raise ValueError(f"expected a number, got {value!r}")
+            if not self.low <= value <= self.high:
+                raise ValueError(f"{value:g} is outside {self.low:g}..{self.high:g}")
+            if self.whole and value != int(value):
+                raise ValueError(f"{value:g} is not a whole number")
+        return setting
+
+
+def _one_of(names: Sequence[Scalar]) -> Any:
+    def check(setting: Any) -> Any:
+        for value in values_of(setting):
+            if value not in names or isinstance(value, bool) is not isinstance(names[0], bool):
+                raise ValueError(f"{value!r} is not possible. {nearest(str(value), map(str, names))}")
+        return setting
+
+    return check
+
+
+def searchable(low: float, high: float, *, whole: bool = False) -> Any:
+    """The type of a number that may be fixed or searched, within low..high."""
+    within = AfterValidator(Within(low, high, whole))
+    return Annotated[float | Range | Choices, BeforeValidator(_pick_form), within]
+
+
+def is_whole(field: FieldInfo) -> bool:
+    """Whether a setting takes whole numbers alone."""
+    return any(isinstance(getattr(mark, "func", None), Within) and mark.func.whole for mark in field.metadata)
+
+
+def searchable_choice(*names: Scalar) -> Any:
+    """The type of a setting that is one of `names`, fixed or searched (`{choices: [...]}`)."""
+    return Annotated[Scalar | Choices, BeforeValidator(_pick_choice), AfterValidator(_one_of(names))]
+
+
+SWITCH = searchable_choice(False, True)
