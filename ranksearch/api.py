@@ -9,13 +9,14 @@ from typing import Protocol
 
 from torch import nn
 
+from ranksearch.allocate import CurveCache
 from ranksearch.compress import load_net
 from ranksearch.errors import UsageError
 from ranksearch.search.front import Row
 from ranksearch.search.run import check_address, run_inline
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import read_space
-from ranksearch.search.study import DENSE_WEIGHTS, Study, find_study
+from ranksearch.search.study import CURVES, DENSE_WEIGHTS, Study, find_study
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.tasks import build_reference
 from ranksearch.tasks.device import pick_device
@@ -91,12 +92,14 @@ def search(
         raise UsageError(
             f"The folder of studies {runs} cannot be written ({error}): name another one by --runs."
         ) from error
-    bench = prepare(space, fallback=runs / ".dense", log=observer.log)
+    known = CurveCache(runs / space.name / CURVES)
+    bench = prepare(space, fallback=runs / ".dense", log=observer.log, known=known)
     if not inline:
         from ranksearch.search.ray_tune import join
 
         join(space.resources, address)  # a cluster that is not there must not leave an empty study behind
     study = Study.create(runs, space, bench, _accuracy(bench.dense_model(), bench.task.val, bench.task))
+    known.save()
     with study.locked():
         return _run(study, bench, runs, observer, address=address, inline=inline)
 
@@ -120,7 +123,9 @@ def resume(
     with study.locked():
         again = study.requeue_interrupted()
         observer.log(f"{study.finished} of {study.planned} trials are done, {again} were interrupted and run again")
-        bench = prepare(study.space, fallback=folder, log=observer.log, saved_dense=folder / DENSE_WEIGHTS)
+        known, dense = CurveCache(folder / CURVES), folder / DENSE_WEIGHTS
+        bench = prepare(study.space, fallback=folder, log=observer.log, known=known, saved_dense=dense)
+        known.save()
         return _run(study, bench, folder.parent, observer, address=address, inline=inline)
 
 

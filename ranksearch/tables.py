@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ranksearch.allocate import rank_curves
 from ranksearch.allocate.budget import cost_value
+from ranksearch.allocate.curves import cost_curves
 from ranksearch.compress import dense_cost
 from ranksearch.console import number, table
 from ranksearch.lowering import LOWERINGS, Rank
@@ -104,8 +104,8 @@ def check_record(space: Space) -> dict[str, Any]:
     Raises:
         UsageError: a rule that matches nothing, or budgets that cannot be met.
     """
-    model, net = open_net(space)
-    curves = rank_curves(model, net, space.layers.as_rules())
+    _, net = open_net(space)
+    curves = cost_curves(net, space.layers.as_rules())
     ranges = check_feasible_space(space, curves)
     dense, search = dense_cost(net), space.search
     limits: dict[str, int] = {}

@@ -27,7 +27,7 @@ from report import Report, arguments
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ranksearch.allocate import MEASURES, LayerRules, allocate_plan, parse_budget, rank_curves
+from ranksearch.allocate import LayerRules, allocate_plan, parse_budget, rank_curves
 from ranksearch.compress import dense_cost, trace
 from ranksearch.lowering import default_lowerings
 from ranksearch.search.projecting import Projecting
@@ -126,7 +126,7 @@ def contestants(
     traced = trace(model, task.example_input)
     budget = parse_budget("params", "50%")
     curves = rank_curves(model, traced, LayerRules(default_lowerings()))
-    plan = allocate_plan(curves, [budget], measure=MEASURES["log_kept_energy"]).plan
+    plan = allocate_plan(curves, [budget]).plan
 
     def settings(*, bf16: bool, compile: bool = False) -> Optimisation:
         return Optimisation(

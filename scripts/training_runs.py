@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ranksearch.allocate import BASELINES, MEASURES, Curves, LayerRules, allocate_plan, parse_budget, rank_curves
+from ranksearch.allocate import BASELINES, Curves, LayerRules, allocate_plan, parse_budget, rank_curves
 from ranksearch.compress import Net, RankPlan, dense_cost, load_net, plan_cost, trace
 from ranksearch.files import write_atomically
 from ranksearch.search.checkpoint import CheckpointFile
@@ -103,7 +103,7 @@ class Bench:
         budgets = [parse_budget("params", str(int(dense_cost(self.net).params / ratio + 1e-6)))]
         reference = model_reference(self.task.name, self.task.model)
         if allocator == "solver":
-            return allocate_plan(curves, budgets, measure=MEASURES["log_kept_energy"], model=reference).plan
+            return allocate_plan(curves, budgets, model=reference).plan
         return BASELINES[allocator](curves, budgets, reference)
 
     def run(self, label: dict[str, Any], plan: RankPlan, recipe: Recipe, seed: int, *, test: bool) -> dict[str, Any]:

@@ -6,8 +6,12 @@ Calling the package is `allocate(model, example_input, budgets)`.
 from ranksearch._callable import make_callable
 from ranksearch.allocate.baselines import BASELINES
 from ranksearch.allocate.budget import COSTS, Budget, cost_value, parse_budget
-from ranksearch.allocate.curves import MEASURES, Curves, rank_curves
+from ranksearch.allocate.curve_cache import CurveCache
+from ranksearch.allocate.curves import Curves, rank_curves
+from ranksearch.allocate.damage import MEASURES, Damage
+from ranksearch.allocate.greedy import greedy, measure_scores
 from ranksearch.allocate.rules import LayerRule, LayerRules
+from ranksearch.allocate.sensitivity import SENSITIVITIES, weigh
 from ranksearch.allocate.solver import Allocation, allocate_plan
 
 make_callable(__name__, "ranksearch.allocate.allocate:allocate")
@@ -16,13 +20,19 @@ __all__ = [
     "BASELINES",
     "COSTS",
     "MEASURES",
+    "SENSITIVITIES",
     "Allocation",
     "Budget",
+    "CurveCache",
     "Curves",
+    "Damage",
     "LayerRule",
     "LayerRules",
     "allocate_plan",
     "cost_value",
+    "greedy",
+    "measure_scores",
     "parse_budget",
     "rank_curves",
+    "weigh",
 ]

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ranksearch.allocate.baselines import BASELINES
+from ranksearch.allocate.baselines import BASELINES, random
 from ranksearch.allocate.budget import parse_budget
-from ranksearch.allocate.curves import MEASURES, rank_curves
+from ranksearch.allocate.curves import rank_curves
+from ranksearch.allocate.damage import MEASURES
 from ranksearch.allocate.exact import solve_exactly
-from ranksearch.allocate.rules import LayerRules
+from ranksearch.allocate.greedy import greedy, measure_scores
+from ranksearch.allocate.rules import LayerRule, LayerRules
+from ranksearch.allocate.sensitivity import SENSITIVITIES, weigh
 from ranksearch.allocate.solver import Solver, allocate_plan, solve
-from ranksearch.compress import RankPlan, trace
+from ranksearch.allocate.statistics import Loss
+from ranksearch.compress import RankPlan, reestimate_bn_, trace
+from ranksearch.compress.surgery import compress
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import default_lowerings, expand_families
 
 SOLVERS: dict[str, Solver] = {"solver": solve, "milp": partial(solve_exactly, time_limit=60.0)}
+METHODS = (*SOLVERS, *BASELINES, "greedy")
 
 
 def allocate(
@@ -29,32 +35,66 @@ def allocate(
     lowerings: Sequence[str] | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    rules: Sequence[LayerRule] = (),
+    rank_multiple: int = 1,
     method: str = "solver",
+    sensitivity: str = "none",
     measure: str = "log_kept_energy",
+    calibration: Sequence[Any] = (),
+    loss: Loss | None = None,
+    score: Callable[[nn.Module], float] | None = None,
+    seed: int = 0,
 ) -> RankPlan:
-    """The plan of least predicted damage within `budgets`, from the weights alone (no data, no training).
+    """The plan of least predicted damage within `budgets`; `plan.gap` says how far from the least it can be at most.
 
     Args:
         example_input: a batched input tensor, or a tuple of them.
         budgets: cost -> limit, such as {"flops": "50%", "size": "1.2MiB"}.
         lowerings: names of the allowed lowerings or of families of them; all but the opt-in ones (`cp`, square tiles) where None.
         include, exclude: name patterns of the layers that may be lowered.
+        rules: what holds for some layers: their lowerings, smallest rank, rank multiple, one ratio for all of them.
+        rank_multiple: every rank is a multiple of this, as hardware that computes in tiles wants it.
         method: "solver" (milliseconds, within a fraction of a percent of the optimum), "milp" (the optimum to 0.01 %, or the best that
-            a minute allows), or a classic baseline: "uniform", "energy", "minimax".
-        measure: damage measure of the solver, "log_kept_energy" or "relative_energy".
+            a minute allows), or a baseline: "uniform", "energy", "minimax", "evbmf", "stable_rank", "random", or "greedy", which
+            evaluates the net nine times a layer with `score`.
+        sensitivity: what weighs a layer's error: "none" (the weights alone), or with `calibration` "activation", "fisher", "kfac".
+        measure: damage as a function of the share that a layer loses, "log_kept_energy" or "relative_energy".
+        calibration: batches of inputs as the model takes them, a list; "greedy" re-estimates BN statistics on them.
+        loss: output of the model -> sum of the samples' losses, for "fisher" and "kfac"; left out, cross-entropy against labels drawn
+            from the model's own prediction.
+        score: net -> figure of merit, higher is better.
+        seed: of the drawn labels and positions, and of "random".
 
     Raises:
-        UsageError: an unknown name, a pattern that matches nothing, or a budget that cannot be met.
+        UsageError: an unknown name, a pattern that matches nothing, data that is missing, or a budget that cannot be met.
     """
-    if method not in (*SOLVERS, *BASELINES):
-        raise UsageError(f"There is no allocation method {method!r}. {nearest(method, [*SOLVERS, *BASELINES])}")
-    if measure not in MEASURES:
-        raise UsageError(f"There is no damage measure {measure!r}. {nearest(measure, MEASURES)}")
+    for what, name, valid in (
+        ("allocation method", method, METHODS), ("damage measure", measure, MEASURES), ("sensitivity", sensitivity, SENSITIVITIES),
+    ):  # fmt: skip
+        if name not in valid:
+            raise UsageError(f"There is no {what} {name!r}. {nearest(name, valid)}")
     net = trace(model, example_input)
-    rules = LayerRules(expand_families(lowerings or default_lowerings()), tuple(include), tuple(exclude))
-    rules.check(net)
-    curves = rank_curves(model, net, rules)
+    found = LayerRules(
+        expand_families(lowerings or default_lowerings()), tuple(include), tuple(exclude), tuple(rules), rank_multiple
+    )
+    found.check(net)
+    curves = rank_curves(model, net, found)
     parsed = [parse_budget(cost, text) for cost, text in budgets.items()]
     if method in SOLVERS:
-        return allocate_plan(curves, parsed, measure=MEASURES[measure], solver=SOLVERS[method]).plan
+        damage = weigh(curves, model, calibration, sensitivity, MEASURES[measure], seed=seed, loss=loss)
+        return allocate_plan(curves, parsed, damage=damage, solver=SOLVERS[method]).plan
+    if method == "random":
+        return random(curves, parsed, seed=seed)
+    if method == "greedy":
+        if score is None:
+            raise UsageError("The method 'greedy' evaluates the net: give it score, a function from a net to a number.")
+        return greedy(curves, parsed, scores=measure_scores(curves, partial(_scored, model, score, calibration)))
     return BASELINES[method](curves, parsed)
+
+
+def _scored(model: nn.Module, score: Callable[[nn.Module], float], calibration: Sequence[Any], plan: RankPlan) -> float:
+    """The score of `model` under `plan`, its BN statistics made anew where there is data for it."""
+    small = compress(model, plan).eval()
+    if calibration and next(plan.lowered(), None) is not None:
+        reestimate_bn_(small, calibration)
+    return float(score(small))

@@ -1,38 +1,45 @@
 """The classic ways to choose ranks, under one interface: (curves, budgets) -> plan. The search's first points, and its controls.
 
-Each has one knob; the knob is set by bisection to the largest plan within every budget.
+Each has one knob; the knob is set by bisection to the largest plan within every budget. `greedy.py` holds the one that needs scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import ceil
 
 import numpy as np
 
 from ranksearch.allocate.budget import Budget
 from ranksearch.allocate.curves import Curves, LayerOptions, limits_of
+from ranksearch.allocate.rank_rules import evbmf_rank, stable_rank
 from ranksearch.compress import RankPlan
 from ranksearch.errors import UsageError
-from ranksearch.lowering import lowering_named
+from ranksearch.lowering.contract import Spectrum, sides
 
 STEPS = 40
 
+Pick = Callable[[LayerOptions, float], int]
+"""(a layer's options, knob 0..1) -> the option; a larger knob never costs less."""
 
-def _cheapest(options: LayerOptions, fine: np.ndarray) -> int:
-    """Of the options that are good enough, the one with the fewest MACs, then params, then the smallest error."""
+
+def cheapest(options: LayerOptions, fine: np.ndarray) -> int:
+    """Of the options that are `fine` [n options], the one with the fewest MACs, then params, then the smallest error."""
     index = np.flatnonzero(fine)
     order = np.lexsort((options.removed[index], options.params[index], options.macs[index]))
     return int(index[order[0]])
 
 
-def _largest_within(
-    curves: Curves, budgets: Sequence[Budget], pick: Callable[[LayerOptions, float], int], model: str | None
-) -> RankPlan:
-    """The plan of the largest knob in 0..1 whose MACs and params stay within the budgets, `pick` being one layer's option."""
+def largest_within(curves: Curves, budgets: Sequence[Budget], pick: Pick, model: str | None) -> RankPlan:
+    """The plan of the largest knob in 0..1 whose MACs and params stay within the budgets; layers that share a ratio are tied.
+
+    Raises:
+        UsageError: the budgets cannot be met, or not by this baseline; the text says which.
+    """
     limits = limits_of(curves, budgets)
 
     def picks_at(knob: float) -> dict[str, int] | None:
-        picks = {o.layer.name: pick(o, knob) for o in curves.layers}
+        picks = curves.tied({o.layer.name: pick(o, knob) for o in curves.layers})
         macs = sum(int(o.macs[picks[o.layer.name]]) for o in curves.layers)
         params = sum(int(o.params[picks[o.layer.name]]) for o in curves.layers)
         return picks if macs <= limits[0] and params <= limits[1] else None
@@ -51,18 +58,24 @@ def _largest_within(
     return curves.plan(best, model)
 
 
-def _first(options: LayerOptions) -> str:
-    """The first lowering a layer may take, `dense` where it may take none."""
-    return options.choices[min(1, len(options.choices) - 1)].lowering
+def _best_lowering(
+    curves: Curves, budgets: Sequence[Budget], pick_of: Callable[[str], Pick], names: Sequence[str], model: str | None
+) -> RankPlan:
+    """Of the plans with one lowering each, `pick_of(name)` by the knob, the one that keeps most energy."""
+    limits_of(curves, budgets)  # a budget that no plan can meet is told as such
+    plans = []
+    for name in names:
+        try:
+            plans.append(largest_within(curves, budgets, pick_of(name), model))
+        except UsageError:
+            continue  # this lowering alone is too large at rank 1; another may fit
+    if not plans:
+        raise UsageError("No single lowering under this baseline's rule lies within the budgets.")
+    return min(plans, key=lambda plan: _total_removed(curves, plan))
 
 
-def _ladder(options: LayerOptions, name: str) -> list[int]:
-    """The options of one lowering whose ranks are of a common ratio, smallest first."""
-    mine = [i for i, choice in enumerate(options.choices) if choice.lowering == name]
-    if not mine or not lowering_named(name).has_rank:
-        return mine
-    ladder = set(lowering_named(name).ladder(options.layer.spec))
-    return [i for i in mine if options.choices[i].rank in ladder]
+def _total_removed(curves: Curves, plan: RankPlan) -> float:
+    return sum(float(o.removed[o.choices.index(plan[o.layer.name])]) for o in curves.layers)
 
 
 def uniform(curves: Curves, budgets: Sequence[Budget], model: str | None = None) -> RankPlan:
@@ -70,23 +83,17 @@ def uniform(curves: Curves, budgets: Sequence[Budget], model: str | None = None)
 
     Of the lowerings, the one whose plan keeps most energy is taken. A layer that it refuses takes its own first lowering.
     """
-    limits_of(curves, budgets)  # a budget that no plan can meet is told as such
-    names = sorted({c.lowering for o in curves.layers for c in o.choices if c.rank})
-    plans = []
-    for name in names:
-        ladders = {o.layer.name: _ladder(o, name) or _ladder(o, _first(o)) or [0] for o in curves.layers}
 
-        def pick(options: LayerOptions, ratio: float, ladders: dict[str, list[int]] = ladders) -> int:
+    def pick_of(name: str) -> Pick:
+        ladders = {o.layer.name: o.ladder(name) for o in curves.layers}
+
+        def pick(options: LayerOptions, ratio: float) -> int:
             mine = ladders[options.layer.name]
             return mine[int(ratio * (len(mine) - 1))]
 
-        try:
-            plans.append(_largest_within(curves, budgets, pick, model))
-        except UsageError:
-            continue  # this lowering alone is too large at rank 1; another may fit
-    if not plans:
-        raise UsageError("No uniform ratio of a single lowering lies within the budgets.")
-    return min(plans, key=lambda plan: _total_removed(curves, plan))
+        return pick
+
+    return _best_lowering(curves, budgets, pick_of, _lowerings(curves), model)
 
 
 def energy(curves: Curves, budgets: Sequence[Budget], model: str | None = None) -> RankPlan:
@@ -94,7 +101,7 @@ def energy(curves: Curves, budgets: Sequence[Budget], model: str | None = None) 
 
     Reference: the threshold of TRP, Xu et al. 2020, arXiv 2004.14566.
     """
-    return _largest_within(curves, budgets, lambda o, kept: _cheapest(o, o.removed <= 1 - kept), model)
+    return largest_within(curves, budgets, lambda o, kept: cheapest(o, o.removed <= 1 - kept), model)
 
 
 def minimax(curves: Curves, budgets: Sequence[Budget], model: str | None = None) -> RankPlan:
@@ -102,11 +109,82 @@ def minimax(curves: Curves, budgets: Sequence[Budget], model: str | None = None)
 
     Reference: ALDS, Liebenwein et al. 2021, arXiv 2107.11442 (data-free, without its channel groups).
     """
-    return _largest_within(curves, budgets, lambda o, knob: _cheapest(o, o.residual <= 1 - knob), model)
+    return largest_within(curves, budgets, lambda o, knob: cheapest(o, o.residual <= 1 - knob), model)
 
 
-def _total_removed(curves: Curves, plan: RankPlan) -> float:
-    return sum(float(o.removed[o.choices.index(plan[o.layer.name])]) for o in curves.layers)
+def evbmf(curves: Curves, budgets: Sequence[Budget], model: str | None = None) -> RankPlan:
+    """Every layer's rank by variational Bayes, all weakened or strengthened by one factor until the budgets are met.
+
+    One lowering for the net, as in `uniform`. Of several matrices in a layer (groups) the largest rank counts.
+
+    Reference: Nakajima et al. 2013, JMLR 14; the common factor: MUSCO, Gusak et al. 2019, arXiv 1903.09973.
+    """
+    return _scaled_rule(curves, budgets, lambda s: max(evbmf_rank(row, s.shape) for row in s.squared), model)
 
 
-BASELINES: dict[str, Callable[..., RankPlan]] = {"uniform": uniform, "energy": energy, "minimax": minimax}
+def stable(curves: Curves, budgets: Sequence[Budget], model: str | None = None) -> RankPlan:
+    """Every layer's rank is its stable rank ||W||²_F / ||W||²_2 times one factor, the same for all layers.
+
+    Reference: Cuttlefish, Wang et al. 2023, arXiv 2305.02538 (its rule for the ranks; when to switch to factors is not taken over).
+    """
+    return _scaled_rule(curves, budgets, lambda s: max(stable_rank(row) for row in s.squared), model)
+
+
+def _scaled_rule(
+    curves: Curves, budgets: Sequence[Budget], rule: Callable[[Spectrum], float], model: str | None
+) -> RankPlan:
+    """Ranks factor · rule(spectrum), at least 1, every side of a rank by its own spectrum; dense where that costs no less."""
+    names = list(dict.fromkeys(name for o in curves.layers for name in o.spectra))
+    if not names:
+        raise UsageError(
+            "This baseline reads ranks off spectra, and none of the allowed lowerings cuts a matrix: allow im2col."
+        )
+    ruled = {(o.layer.name, name): tuple(map(rule, s)) for o in curves.layers for name, s in o.spectra.items()}
+
+    def pick_of(name: str) -> Pick:
+        def pick(options: LayerOptions, knob: float) -> int:
+            own = name if name in options.spectra else next(iter(options.spectra), None)
+            if own is None or knob >= 1:
+                return 0
+            factor = knob / (1 - knob)
+            targets = [max(1, ceil(factor * max(1, rank))) for rank in ruled[options.layer.name, own]]
+            wide_enough = np.zeros(len(options.choices), dtype=bool)
+            for i in options.of_lowering(own):
+                rank = sides(options.choices[i].rank)
+                wide_enough[i] = all(side >= target for side, target in zip(rank, targets, strict=True))
+            return cheapest(options, wide_enough) if wide_enough.any() else 0
+
+        return pick
+
+    return _best_lowering(curves, budgets, pick_of, names, model)
+
+
+def random(curves: Curves, budgets: Sequence[Budget], model: str | None = None, *, seed: int = 0) -> RankPlan:
+    """A random lowering and rank ratio per layer, all ratios raised to one power so that the plan just fits the budgets."""
+    generator = np.random.default_rng(seed)
+    drawn = {}
+    for options in curves.layers:
+        names = options.lowerings
+        ladder = options.ladder(names[int(generator.integers(len(names)))]) if names else []
+        drawn[options.layer.name] = [*ladder, 0], float(generator.random())
+
+    def pick(options: LayerOptions, knob: float) -> int:
+        ladder, ratio = drawn[options.layer.name]
+        power = (1 - knob) / max(knob, 1e-9)
+        return ladder[min(int(ratio**power * len(ladder)), len(ladder) - 1)]
+
+    return largest_within(curves, budgets, pick, model)
+
+
+def _lowerings(curves: Curves) -> list[str]:
+    return sorted({name for o in curves.layers for name in o.lowerings})
+
+
+BASELINES: dict[str, Callable[..., RankPlan]] = {
+    "uniform": uniform,
+    "energy": energy,
+    "minimax": minimax,
+    "evbmf": evbmf,
+    "stable_rank": stable,
+    "random": random,
+}

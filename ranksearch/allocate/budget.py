@@ -78,5 +78,11 @@ def check_feasible(budgets: Iterable[Budget], smallest: dict[str, int], dense: C
         if low > limit:
             raise UsageError(
                 f"Budget {budget} allows {limit:,} of {full:,} {budget.cost}, but no plan under these layer rules costs "
-                f"less than {low:,} ({-(-low * 1000 // full) / 10}%): raise it to that, or allow more layers and lowerings."
+                f"less than {low:,} ({percent_above(low, full)}%), {low - limit:,} more: raise it to that, or allow more layers "
+                f"and lowerings."
             )
+
+
+def percent_above(value: int, full: int) -> str:
+    """`value` in percent of `full`, rounded up to a digit, so that a budget of it is met."""
+    return f"{-(-value * 1000 // full) / 10}"

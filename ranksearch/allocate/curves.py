@@ -5,42 +5,24 @@ One Gram `eigvalsh` per layer and lowering gives the error at every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from ranksearch.allocate.budget import Budget, check_feasible
-from ranksearch.allocate.rules import LayerRules
+from ranksearch.allocate.curve_cache import curve_key
+from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.compress import DENSE, Layer, LayerPlan, Net, RankPlan, dense_cost, layer_cost
 from ranksearch.compress.slots import find_slots
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import Lowering, lowering_named
-from ranksearch.lowering.contract import BYTES_PER_WEIGHT, sides
-from ranksearch.pareto import nondominated
+from ranksearch.lowering.contract import BYTES_PER_WEIGHT, RankCurve, Spectrum, sides
 
 
-def relative_energy(removed: np.ndarray) -> np.ndarray:
-    """Damage as the removed share of ||W||²."""
-    return removed
-
-
-def log_kept_energy(removed: np.ndarray) -> np.ndarray:
-    """Damage as -log of the kept share of ||W||²: a layer that loses nearly everything costs more than its share.
-
-    On ResNets without training it ranks plans better than the relative energy at small budgets.
-    """
-    return -np.log(np.clip(1 - removed, 1e-12, 1))
-
-
-MEASURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "log_kept_energy": log_kept_energy,
-    "relative_energy": relative_energy,
-}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerOptions:
     """Every way one layer can be; option 0 is dense. Arrays are [n options]."""
 
@@ -52,52 +34,145 @@ class LayerOptions:
     """Relative operator-norm error sigma_{r+1} / sigma_1."""
     macs: np.ndarray
     params: np.ndarray
-    _efficient: dict[frozenset[str] | None, np.ndarray] = field(default_factory=dict, repr=False)
+    spectra: Mapping[str, tuple[Spectrum, ...]]
+    """Lowering -> the whole spectra of the matrices that it cuts, one per side of its rank; without the lowerings that cut none."""
+    rank_multiple: int = 1
 
-    def efficient(self, lowerings: Collection[str] | None = None) -> np.ndarray:
-        """Indices of the options, of `lowerings` and dense (all where None), nondominated in (removed, macs, params).
+    def of_lowering(self, name: str) -> list[int]:
+        """The options of one lowering."""
+        return [i for i, choice in enumerate(self.choices) if choice.lowering == name]
 
-        Computed once per set of lowerings: neither a layer's weight nor a monotone measure changes what dominates.
+    def ladder(self, name: str) -> list[int]:
+        """The options of one lowering whose ranks are of a common ratio, smallest first.
+
+        A layer that refuses the lowering climbs that of its own first one; one that may take none stays dense.
         """
-        key = None if lowerings is None else frozenset(lowerings)
-        if key not in self._efficient:
-            allowed = [i for i, c in enumerate(self.choices) if key is None or c.lowering in key or c == DENSE]
-            table = np.stack([self.removed, self.macs, self.params], axis=1)[allowed]
-            self._efficient[key] = np.array(allowed)[nondominated(table)]
-        return self._efficient[key]
+        mine = self.of_lowering(name) or self.of_lowering(self.choices[min(1, len(self.choices) - 1)].lowering)
+        lowering = lowering_named(self.choices[mine[0]].lowering)
+        if not lowering.has_rank:
+            return mine
+        ranks = set(lowering.ladder(self.layer.spec, self.rank_multiple))
+        return [i for i in mine if self.choices[i].rank in ranks] or mine
+
+    @property
+    def lowerings(self) -> tuple[str, ...]:
+        """The lowerings that this layer may take besides dense."""
+        return tuple(dict.fromkeys(choice.lowering for choice in self.choices[1:]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Layers that are chosen for together: one by itself, or a group that takes one lowering at one ratio."""
+
+    members: tuple[LayerOptions, ...]
+    picks: np.ndarray
+    """[n options, members]: which option of each member"""
+
+    def total(self, values: Iterable[np.ndarray]) -> np.ndarray:
+        """Sum over the members of their `values` [n options of the member] -> [n options of the row]"""
+        columns = [value[self.picks[:, i]] for i, value in enumerate(values)]
+        return np.sum(columns, axis=0)
+
+    @cached_property
+    def costs(self) -> np.ndarray:
+        """[2, n options]: MACs and params."""
+        return np.stack([self.total(m.macs for m in self.members), self.total(m.params for m in self.members)])
+
+    def allowed(self, lowerings: Mapping[str, Iterable[str]]) -> np.ndarray:
+        """[n options]: whether every member takes one of its `lowerings` (any, where it is not named) or stays dense."""
+        fine = np.ones(len(self.picks), dtype=bool)
+        for i, member in enumerate(self.members):
+            if member.layer.name in lowerings:
+                names = {*lowerings[member.layer.name], DENSE.lowering}
+                fine &= np.array([choice.lowering in names for choice in member.choices])[self.picks[:, i]]
+        return fine
+
+
+def _single(options: LayerOptions) -> Row:
+    return Row((options,), np.arange(len(options.choices))[:, None])
+
+
+def _group(members: tuple[LayerOptions, ...]) -> Row:
+    """Every lowering at every ratio of its largest useful rank, the same for all members, and all of them dense."""
+    rows = [(0,) * len(members)]
+    for name in dict.fromkeys(name for member in members for name in member.lowerings):
+        ladders = [member.ladder(name) for member in members]
+        steps = max(map(len, ladders))
+        for step in range(steps):
+            ratio = step / max(steps - 1, 1)
+            rows.append(tuple(ladder[int(ratio * (len(ladder) - 1))] for ladder in ladders))
+    return Row(members, np.array(list(dict.fromkeys(rows))))
+
+
+@dataclass(frozen=True, eq=False)
 class Curves:
-    """The options of every layer of a net, and its fixed costs."""
+    """The options of every layer of a net, which layers share a ratio, and the net's fixed costs."""
 
     net: Net
     layers: tuple[LayerOptions, ...]
+    groups: tuple[tuple[str, ...], ...] = ()
+    """Names of layers that take one lowering at one ratio; others are free."""
 
-    def plan(self, picks: Mapping[str, int], model: str | None = None) -> RankPlan:
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """What there is to decide, in the order of the layers."""
+        group_of = {name: group for group in self.groups for name in group}
+        named = {options.layer.name: options for options in self.layers}
+        rows = []
+        for name, options in named.items():
+            group = group_of.get(name, (name,))
+            if name == group[0]:
+                rows.append(_single(options) if len(group) == 1 else _group(tuple(named[n] for n in group)))
+        return tuple(rows)
+
+    def tied(self, picks: Mapping[str, int]) -> dict[str, int]:
+        """The options `picks`, those of every group replaced by the group's largest that costs no more MACs and params."""
+        tied = dict(picks)
+        for row in self.rows:
+            if len(row.members) > 1:
+                names = [member.layer.name for member in row.members]
+                index = [tied[name] for name in names]
+                most = np.array(
+                    [
+                        sum(int(m.macs[i]) for m, i in zip(row.members, index, strict=True)),
+                        sum(int(m.params[i]) for m, i in zip(row.members, index, strict=True)),
+                    ]
+                )
+                fits = np.flatnonzero((row.costs <= most[:, None]).all(axis=0))
+                removed = row.total(member.removed for member in row.members)
+                best = int(fits[np.argmin(removed[fits])]) if len(fits) else int(np.lexsort(row.costs[::-1])[0])
+                tied |= dict(zip(names, map(int, row.picks[best]), strict=True))
+        return tied
+
+    def plan(self, picks: Mapping[str, int], model: str | None = None, gap: float | None = None) -> RankPlan:
         """The plan that takes option `picks[name]` of every layer."""
-        return RankPlan({o.layer.name: o.choices[picks[o.layer.name]] for o in self.layers}, model)
+        return RankPlan({o.layer.name: o.choices[picks[o.layer.name]] for o in self.layers}, model, gap)
+
+    def value(self, cost: str, layers: int) -> int:
+        """The whole net's cost ("macs", "flops", "params", "size") where its lowered layers have `layers` MACs or params."""
+        if cost in ("macs", "flops"):
+            return (layers + self.net.other_macs) * (2 if cost == "flops" else 1)
+        params = layers + self.net.other_params
+        return (
+            params if cost == "params" else (params + self.net.other_floats) * BYTES_PER_WEIGHT + self.net.other_bytes
+        )
 
     def smallest(self) -> dict[str, int]:
         """The smallest reachable value of every cost, each taken alone."""
-        macs = self.net.other_macs + sum(int(o.macs.min()) for o in self.layers)
-        params = self.net.other_params + sum(int(o.params.min()) for o in self.layers)
-        size = (params + self.net.other_floats) * BYTES_PER_WEIGHT + self.net.other_bytes
-        return {"flops": 2 * macs, "macs": macs, "params": params, "size": size}
+        least = [sum(int(row.costs[axis].min()) for row in self.rows) for axis in range(2)]
+        return {cost: self.value(cost, least[axis]) for cost, axis in AXES.items()}
 
 
-def _lowering_options(
-    layer: Layer, weight: Tensor, lowering: Lowering, min_rank: int
-) -> tuple[list[LayerPlan], np.ndarray]:
+AXES = {"flops": 0, "macs": 0, "params": 1, "size": 1}
+"""Cost -> which of (MACs, params) of the layers it is bound to."""
+
+
+def _lowering_options(layer: Layer, curve: RankCurve, name: str, min_rank: int) -> tuple[list[LayerPlan], np.ndarray]:
     """The ranks of one lowering that are cheaper than dense in MACs or params, and [4, n]: removed, residual, macs, params."""
     dense_macs, dense_params = layer_cost(layer, DENSE)
-    even = [lowering.break_even_rank(layer.spec, cost, layer.in_sizes[0]) for cost in ("macs", "params")]
-    if max(max(sides(rank)) for rank in even) < min_rank:
-        return [], np.zeros((4, 0))
-    curve = lowering.curve(weight, layer.spec)
     choices, columns = [], []
     for rank, removed, residual in zip(curve.ranks, curve.removed, curve.residual, strict=True):
-        choice = LayerPlan(lowering.name, rank)
+        choice = LayerPlan(name, rank)
         macs, params = layer_cost(layer, choice)
         if min(sides(rank)) >= min_rank and (macs < dense_macs or params < dense_params):
             choices.append(choice)
@@ -105,33 +180,77 @@ def _lowering_options(
     return choices, np.array(columns).reshape(-1, 4).T
 
 
-def rank_curves(model: nn.Module, net: Net, rules: LayerRules) -> Curves:
+def _options(layer: Layer, rule: LayerRule, curve_of: Callable[[Layer, Lowering, int], RankCurve]) -> LayerOptions:
+    macs, params = layer_cost(layer, DENSE)
+    choices, tables, spectra = [DENSE], [np.array([[0.0], [0.0], [macs], [params]])], {}
+    min_rank, multiple = rule.min_rank or 1, rule.rank_multiple or 1
+    for lowering in map(lowering_named, rule.lowerings or ()):
+        if not (lowering.has_rank and lowering.supports(layer.spec)):
+            continue
+        even = [lowering.break_even_rank(layer.spec, cost, layer.in_sizes[0]) for cost in ("macs", "params")]
+        if max(max(sides(rank)) for rank in even) < min_rank:
+            continue
+        curve = curve_of(layer, lowering, multiple)
+        more, table = _lowering_options(layer, curve, lowering.name, min_rank)
+        choices += more
+        tables.append(table)
+        if more and curve.spectra:
+            spectra[lowering.name] = curve.spectra
+    removed, residual, layer_macs, layer_params = np.concatenate(tables, axis=1)
+    return LayerOptions(
+        layer, tuple(choices), removed, residual, layer_macs.astype(np.int64), layer_params.astype(np.int64), spectra, multiple
+    )  # fmt: skip
+
+
+def rank_curves(
+    model: nn.Module, net: Net, rules: LayerRules, known: MutableMapping[str, RankCurve] | None = None
+) -> Curves:
     """Options of every layer of `net` under `rules`, from the weights of `model`.
+
+    Args:
+        known: curves by content hash, such as a `CurveCache`; what is not there is computed and added.
 
     Raises:
         UsageError: the rules leave no layer that could be lowered.
         NonFiniteError: a weight is not finite; the text names the layer.
     """
-    layers, slots = [], find_slots(model)
-    for layer in net.layers:
-        rule = rules.for_layer(layer.name)
-        macs, params = layer_cost(layer, DENSE)
-        choices, tables = [DENSE], [np.array([[0.0], [0.0], [macs], [params]])]
+    slots, found = find_slots(model), {} if known is None else known
+
+    def curve_of(layer: Layer, lowering: Lowering, multiple: int) -> RankCurve:
         weight = slots[layer.name].weight.detach()
-        for lowering in map(lowering_named, rule.lowerings or ()):
-            if lowering.has_rank and lowering.supports(layer.spec):
-                try:
-                    more, table = _lowering_options(layer, weight, lowering, rule.min_rank or 1)
-                except NonFiniteError as error:
-                    raise NonFiniteError(f"Layer {layer.name!r}: {error}") from error
-                choices += more
-                tables.append(table)
-        removed, residual, layer_macs, layer_params = np.concatenate(tables, axis=1)
-        macs_int, params_int = layer_macs.astype(np.int64), layer_params.astype(np.int64)
-        layers.append(LayerOptions(layer, tuple(choices), removed, residual, macs_int, params_int))
+        key = curve_key(weight, layer.spec, lowering.name, multiple)
+        if key not in found:
+            try:
+                found[key] = lowering.curve(weight, layer.spec, multiple)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"Layer {layer.name!r}: {error}") from error
+        return found[key]
+
+    return _curves(net, rules, curve_of)
+
+
+def cost_curves(net: Net, rules: LayerRules) -> Curves:
+    """The same options and costs from the shapes alone: nothing is decomposed, and no option seems to remove anything.
+
+    It tells which budgets can be met.
+
+    Raises:
+        UsageError: the rules leave no layer that could be lowered.
+    """
+
+    def curve_of(layer: Layer, lowering: Lowering, multiple: int) -> RankCurve:
+        ranks = lowering.ranks(layer.spec, multiple)
+        return RankCurve(ranks, np.zeros(len(ranks)), np.zeros(len(ranks)))
+
+    return _curves(net, rules, curve_of)
+
+
+def _curves(net: Net, rules: LayerRules, curve_of: Callable[[Layer, Lowering, int], RankCurve]) -> Curves:
+    layers = [_options(layer, rules.for_layer(layer.name), curve_of) for layer in net.layers]
     if all(len(options.choices) == 1 for options in layers):
-        raise UsageError("The layer rules leave no layer to lower: check layers.include, exclude and lowerings.")
-    return Curves(net, tuple(layers))
+        raise UsageError("The layer rules leave no layer to lower: check layers.include, exclude, lowerings and ranks.")
+    free = [options.layer.name for options in layers if len(options.choices) > 1]
+    return Curves(net, tuple(layers), rules.groups_among(free))
 
 
 def limits_of(curves: Curves, budgets: Iterable[Budget]) -> np.ndarray:
@@ -144,14 +263,9 @@ def limits_of(curves: Curves, budgets: Iterable[Budget]) -> np.ndarray:
     check_feasible(budgets, curves.smallest(), dense)
     limits = np.array([np.inf, np.inf])
     for budget in budgets:
-        limit = budget.limit(dense)
+        limit, axis = budget.limit(dense), AXES[budget.cost]
         if budget.cost == "size":
             limit = (limit - net.other_bytes) // BYTES_PER_WEIGHT - net.other_floats
-        axis, value = {
-            "flops": (0, limit // 2 - net.other_macs),
-            "macs": (0, limit - net.other_macs),
-            "params": (1, limit - net.other_params),
-            "size": (1, limit - net.other_params),
-        }[budget.cost]
+        value = (limit // 2 if budget.cost == "flops" else limit) - (net.other_params if axis else net.other_macs)
         limits[axis] = min(limits[axis], value)
     return limits

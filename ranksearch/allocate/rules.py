@@ -14,11 +14,14 @@ from ranksearch.lowering.contract import sides
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What holds for the layers whose name matches: only these lowerings, at least this rank; None leaves it as it was."""
+    """What holds for the layers whose name matches: only these lowerings, at least this rank, ranks in these multiples; None leaves
+    it as it was. With `share_ratio` they take one lowering at one ratio of its largest useful rank."""
 
     match: str
     lowerings: tuple[str, ...] | None = None
     min_rank: int | None = None
+    rank_multiple: int | None = None
+    share_ratio: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,29 @@ class LayerRules:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     rules: tuple[LayerRule, ...] = ()
+    rank_multiple: int = 1
+    """Ranks are multiples of this; hardware that computes in tiles wants 8, 16 or more."""
 
     def for_layer(self, name: str) -> LayerRule:
         """The rule of one layer; no lowerings for a layer that stays dense."""
         if not _matches(name, self.include) or _matches(name, self.exclude):
-            return LayerRule(name, (), 1)
-        lowerings, min_rank = self.lowerings, 1
+            return LayerRule(name, (), 1, 1)
+        lowerings, min_rank, multiple = self.lowerings, 1, self.rank_multiple
         for rule in self.rules:
             if fnmatchcase(name, rule.match):
                 lowerings = lowerings if rule.lowerings is None else rule.lowerings
                 min_rank = min_rank if rule.min_rank is None else rule.min_rank
-        return LayerRule(name, lowerings, min_rank)
+                multiple = multiple if rule.rank_multiple is None else rule.rank_multiple
+        return LayerRule(name, lowerings, min_rank, multiple)
+
+    def groups_among(self, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """The groups of `names` that share a ratio; of several sharing rules that match a layer the last one has it."""
+        groups: dict[int, list[str]] = {}
+        for name in names:
+            sharing = [i for i, rule in enumerate(self.rules) if rule.share_ratio and fnmatchcase(name, rule.match)]
+            if sharing:
+                groups.setdefault(sharing[-1], []).append(name)
+        return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
     def check(self, net: Net) -> None:
         """Raises UsageError for a pattern that matches no layer, or a lowering that no matching layer supports."""
@@ -57,6 +72,11 @@ class LayerRules:
                 raise UsageError(
                     f"layers.rules.{i}.min_rank: {rule.min_rank} leaves nothing to choose: the largest rank of {rule.match!r} that "
                     f"costs less than dense is {largest}; use exclude for layers that shall stay dense."
+                )
+            if rule.rank_multiple is not None and layers and rule.rank_multiple > largest:
+                raise UsageError(
+                    f"layers.rules.{i}.rank_multiple: no multiple of {rule.rank_multiple} costs less than dense for {rule.match!r}; the "
+                    f"largest rank that does is {largest}; use exclude for layers that shall stay dense."
                 )
             for lowering in map(lowering_named, rule.lowerings or ()):
                 if not any(lowering.supports(layer.spec) for layer in layers):

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import linprog
 
-from ranksearch.allocate.budget import Budget
-from ranksearch.allocate.curves import Curves, limits_of, log_kept_energy
-from ranksearch.compress import RankPlan
+from ranksearch.allocate.budget import Budget, cost_value, percent_above
+from ranksearch.allocate.curves import AXES, Curves, limits_of
+from ranksearch.allocate.damage import WITHOUT_DATA, Damage
+from ranksearch.allocate.problem import FITS, SLACK, Infeasible, Poser, Problem, by_milp
+from ranksearch.compress import RankPlan, dense_cost
 from ranksearch.errors import UsageError
 
 ROUNDS = 60
@@ -29,6 +32,8 @@ GOOD_GAP = 2e-3
 """A plan certified to within this share of the bound is not exchanged any further."""
 MOVES = 1200
 """Single moves that an exchange pairs up: their square is what one round costs."""
+SEARCH_SECONDS = 20.0
+"""How long HiGHS may look for a feasible choice where the prices found none, or for the smallest feasible value of a cost."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +49,6 @@ class Allocation:
     def gap(self) -> float:
         """(damage - bound) / damage, 0 for a plan that is proven optimal."""
         return max(0.0, (self.damage - self.bound) / self.damage) if self.damage > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class Problem:
-    """damage [L, N] and costs [K, L, N] in units of their limits; unused places have infinite damage and cost 0."""
-
-    damage: np.ndarray
-    costs: np.ndarray
-
-    def choose(self, multipliers: np.ndarray) -> np.ndarray:
-        """The option [L] of every layer that is best at these prices [K]."""
-        return np.argmin(self.damage + np.tensordot(multipliers, self.costs, axes=1), axis=1)
-
-    def totals(self, picks: np.ndarray) -> tuple[float, np.ndarray]:
-        """(sum of damages, sums of costs [K]) of the options [L]."""
-        rows = np.arange(len(picks))
-        return float(self.damage[rows, picks].sum()), self.costs[:, rows, picks].sum(axis=1)
 
 
 def dual_bound(problem: Problem, starts: Sequence[np.ndarray]) -> tuple[float, np.ndarray, list[np.ndarray]]:
@@ -99,7 +87,7 @@ def fill_in(problem: Problem, picks: np.ndarray, multipliers: np.ndarray) -> np.
     Lazily (Minoux 1978): a layer's best move waits in a queue, and is looked for again only when it comes up and no longer fits.
     """
     picks = picks.copy()
-    room = 1 + 1e-12 - problem.totals(picks)[1]
+    room = FITS - problem.totals(picks)[1]
     prices = np.tensordot(multipliers, problem.costs, axes=1)
 
     def best_move(layer: int) -> list[tuple[float, int, int]]:
@@ -147,7 +135,7 @@ def exchange(problem: Problem, picks: np.ndarray, multipliers: np.ndarray) -> np
         down = np.flatnonzero((delta > 0) & np.isfinite(delta) & (extra < 0).any(axis=0))
         up = np.flatnonzero(delta < 0)
         total = delta[down][:, None] + delta[up]
-        fits = (used[:, None, None] + extra[:, down][:, :, None] + extra[:, up][:, None, :] <= 1 + 1e-12).all(axis=0)
+        fits = (used[:, None, None] + extra[:, down][:, :, None] + extra[:, up][:, None, :] <= FITS).all(axis=0)
         better = fits & (layers[down][:, None] != layers[up]) & (total < -1e-9 * np.abs(delta[up]))
         if not better.any():
             return picks
@@ -157,25 +145,23 @@ def exchange(problem: Problem, picks: np.ndarray, multipliers: np.ndarray) -> np
 
 
 def solve(problem: Problem) -> tuple[np.ndarray, float]:
-    """(options [L], lower bound) of a problem with at least one feasible choice.
+    """(options [L], lower bound) of a problem.
 
     Raises:
-        UsageError: no choice of options meets all limits at once.
+        Infeasible: no choice of options meets all limits at once.
     """
     count = len(problem.costs)
     everything_dense = np.argmin(problem.damage, axis=1)
-    if (problem.totals(everything_dense)[1] <= 1).all():
+    if problem.fits(everything_dense):
         return everything_dense, problem.totals(everything_dense)[0]
     usable = np.isfinite(problem.damage)
     prices = [*np.eye(count), *(np.full((1, count), 1 / count) if count > 1 else [])]
     cheapest = [np.argmin(np.where(usable, np.tensordot(p, problem.costs, axes=1), np.inf), axis=1) for p in prices]
-    if not any((problem.totals(picks)[1] <= 1 + 1e-12).all() for picks in cheapest):
-        raise UsageError(
-            "No plan under these layer rules is within all budgets at once: raise one, or allow more lowerings."
-        )
-    bound, multipliers, met = dual_bound(problem, [everything_dense, *cheapest])
-    feasible = [picks for picks in met if (problem.totals(picks)[1] <= 1 + 1e-12).all()]
-    feasible.sort(key=lambda picks: problem.totals(picks)[0])
+    starts = [everything_dense, *cheapest]
+    if not any(map(problem.fits, cheapest)):
+        starts.append(_any_feasible(problem))
+    bound, multipliers, met = dual_bound(problem, starts)
+    feasible = sorted(filter(problem.fits, met), key=lambda picks: problem.totals(picks)[0])
     filled = [fill_in(problem, picks, multipliers) for picks in feasible[:3]]
     best = min(filled, key=lambda picks: problem.totals(picks)[0])
     if problem.totals(best)[0] - bound > GOOD_GAP * abs(bound):
@@ -183,28 +169,22 @@ def solve(problem: Problem) -> tuple[np.ndarray, float]:
     return best, bound
 
 
+def _any_feasible(problem: Problem) -> np.ndarray:
+    """A choice within all limits, where neither cost's cheapest choice nor their mean's is one.
+
+    Raises:
+        Infeasible: there is none.
+    """
+    usable = np.where(np.isfinite(problem.damage), problem.costs.sum(axis=0), np.inf)
+    for limit in (1.0, 1.0 - SLACK):
+        picks, _ = by_milp(usable, problem, limit, SEARCH_SECONDS)
+        if picks is not None and problem.fits(picks):
+            return picks
+    raise Infeasible("No plan under these layer rules is within all budgets at once.")
+
+
 Solver = Callable[[Problem], tuple[np.ndarray, float]]
 """A problem -> (options [L], lower bound)."""
-
-
-def pose(
-    curves: Curves,
-    limits: np.ndarray,
-    *,
-    weights: Mapping[str, float],
-    measure: Callable[[np.ndarray], np.ndarray],
-    allowed: Mapping[str, Sequence[str]],
-) -> tuple[Problem, list[np.ndarray]]:
-    """The knapsack of `limits` [2] on the layers' MACs and params, and which option of each layer every column is."""
-    bounded = np.flatnonzero(np.isfinite(limits))
-    columns = [options.efficient(allowed.get(options.layer.name)) for options in curves.layers]
-    shape = (len(columns), max(len(index) for index in columns))
-    damage, costs = np.full(shape, np.inf), np.zeros((len(bounded), *shape))
-    for row, (options, index) in enumerate(zip(curves.layers, columns, strict=True)):
-        damage[row, : len(index)] = weights.get(options.layer.name, 1.0) * measure(options.removed[index])
-        for axis, which in enumerate(bounded):
-            costs[axis, row, : len(index)] = (options.macs, options.params)[which][index] / max(limits[which], 1e-9)
-    return Problem(damage, costs), columns
 
 
 def allocate_plan(
@@ -212,7 +192,7 @@ def allocate_plan(
     budgets: Sequence[Budget],
     *,
     weights: Mapping[str, float] | None = None,
-    measure: Callable[[np.ndarray], np.ndarray] = log_kept_energy,
+    damage: Damage = WITHOUT_DATA,
     allowed: Mapping[str, Sequence[str]] | None = None,
     model: str | None = None,
     solver: Solver = solve,
@@ -221,7 +201,7 @@ def allocate_plan(
 
     Args:
         weights: layer name -> factor on its damage (1 where missing): how much the prediction is corrected.
-        measure: damage from the removed energy share; see `curves.MEASURES`.
+        damage: what every option is predicted to cost; left out, -log of the kept energy.
         allowed: layer name -> lowerings it may take besides dense (all of its options where missing).
         solver: `solve`, or `exact.solve_exactly` with a time limit.
 
@@ -229,7 +209,49 @@ def allocate_plan(
         UsageError: the budgets cannot be met; the text names the smallest value that can.
     """
     limits = limits_of(curves, budgets)
-    problem, columns = pose(curves, limits, weights=weights or {}, measure=measure, allowed=allowed or {})
-    picks, bound = solver(problem)
-    chosen = {o.layer.name: int(i[p]) for o, i, p in zip(curves.layers, columns, picks, strict=True)}
-    return Allocation(curves.plan(chosen, model), problem.totals(picks)[0], bound)
+    problem, columns = _poser(curves, damage).pose(limits, weights=weights or {}, allowed=allowed or {})
+    try:
+        picks, bound = solver(problem)
+    except Infeasible:
+        raise UsageError(_why_infeasible(curves, budgets, problem)) from None
+    chosen = {
+        member.layer.name: int(option)
+        for row, index, pick in zip(curves.rows, columns, picks, strict=True)
+        for member, option in zip(row.members, row.picks[index[pick]], strict=True)
+    }
+    total = problem.totals(picks)[0]
+    allocation = Allocation(curves.plan(chosen, model), total, bound)
+    return replace(allocation, plan=replace(allocation.plan, gap=allocation.gap))
+
+
+@lru_cache(maxsize=16)
+def _poser(curves: Curves, damage: Damage) -> Poser:
+    """One per curves and damage, by identity: a search poses hundreds of problems over the same ones."""
+    return Poser(curves, damage)
+
+
+def _why_infeasible(curves: Curves, budgets: Sequence[Budget], problem: Problem) -> str:
+    """Which of several budgets keeps the others from being met, by how much, and the smallest value that could be met."""
+    dense, limits = dense_cost(curves.net), limits_of(curves, budgets)
+    bounded = np.flatnonzero(np.isfinite(limits)).tolist()
+    sentences = []
+    for budget in budgets:
+        axis, limit = bounded.index(AXES[budget.cost]), np.full(len(bounded), 1.0 - SLACK)
+        limit[axis] = np.inf
+        objective = np.where(np.isfinite(problem.damage), problem.costs[axis], np.inf)
+        picks, _ = by_milp(objective, problem, limit, SEARCH_SECONDS)
+        if picks is None:
+            continue
+        layers = round(problem.totals(picks)[1][axis] * limits[bounded[axis]])
+        least, full = curves.value(budget.cost, layers), cost_value(dense, budget.cost)
+        sentences.append(
+            f"With the others kept, the smallest {budget.cost} is {least:,} ({percent_above(least, full)}%), "
+            f"{least - budget.limit(dense):,} above the budget {budget}."
+        )
+    return " ".join(
+        [
+            f"No plan is within {' and '.join(map(str, budgets))} at once.",
+            *sentences,
+            "Or allow more layers and lowerings.",
+        ]
+    )

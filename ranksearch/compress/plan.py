@@ -30,6 +30,8 @@ class RankPlan:
 
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)
     model: str | None = None
+    gap: float | None = field(default=None, compare=False)
+    """Of a solver's plan: its predicted damage is at most this share of itself above the least possible within the budgets."""
 
     def __getitem__(self, name: str) -> LayerPlan:
         return self.layers.get(name, DENSE)
@@ -48,7 +50,8 @@ class RankPlan:
             name: {"lowering": layer.lowering} | ({"rank": layer.rank} if layer.rank else {})
             for name, layer in self.layers.items()
         }
-        return {"format": 1, "model": self.model, "layers": layers}
+        gap = {} if self.gap is None else {"gap": self.gap}
+        return {"format": 1, "model": self.model, **gap, "layers": layers}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -73,7 +76,7 @@ class RankPlan:
                 raise UsageError(f'Plan, layer {name!r}: expected {{"lowering": ..., "rank": ...}}, got {entry!r}.')
             lowering, rank = lowering_named(entry["lowering"]).name, entry.get("rank", 0)
             layers[name] = LayerPlan(lowering, _read_rank(rank, f"Plan, layer {name!r}: {lowering}", lowering))
-        return cls(layers, data.get("model"))
+        return cls(layers, data.get("model"), data.get("gap"))
 
     @classmethod
     def from_json(cls, text: str) -> RankPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from ranksearch.compress.attention import IN_PROJ, QKV, open_attention_, set_module_
 from ranksearch.compress.plan import LayerPlan, RankPlan
-from ranksearch.compress.slots import Slot, slots_of
+from ranksearch.compress.slots import Slot, find_slots, slots_of
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.contract import running_layers
@@ -40,23 +40,30 @@ def restructure_(model: nn.Module, plan: RankPlan) -> nn.Module:
 
 
 def _restructured(model: nn.Module, plan: RankPlan, *, fill: bool, warm: Mapping[str, Any]) -> nn.Module:
-    _open_attentions_(model, slots_of(model, plan))  # everything wrong is told before anything is changed
+    open_attentions_(model, slots_of(model, plan))  # everything wrong is told before anything is changed
     for name, (slot, choice) in slots_of(model, plan).items():
         _replace_(model, slot, choice, fill=fill, warm=warm.get(name))
     return model
 
 
-def _open_attentions_(model: nn.Module, slots: Mapping[str, tuple[Slot, LayerPlan]]) -> None:
+def open_attentions_(model: nn.Module, names: Iterable[str]) -> None:
+    """Opens the attentions that the slots `names` are parts of, so that each of those slots is a Linear of that name.
+
+    Raises:
+        UsageError: an attention is named both packed and by its parts.
+    """
     parts: dict[tuple[str, ...], set[str]] = defaultdict(set)
-    for name, (slot, _) in slots.items():
+    slots = find_slots(model)
+    for name in names:
+        slot = slots[name]
         if slot.attention is not None:
             paths = tuple(path.rpartition(".")[0] for path in slot.paths)
             parts[paths].add(name.rpartition(".")[2])
-    for paths, names in parts.items():
-        if IN_PROJ in names and names & set(QKV):
+    for paths, found in parts.items():
+        if IN_PROJ in found and found & set(QKV):
             raise UsageError(f"The plan lowers {paths[0]}.{IN_PROJ} and a part of it: name it packed or its parts.")
-    for paths, names in parts.items():
-        open_attention_(model, paths, names)
+    for paths, found in parts.items():
+        open_attention_(model, paths, found)
 
 
 def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, *, fill: bool, warm: Any) -> None:

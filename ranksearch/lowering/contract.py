@@ -11,7 +11,7 @@ One file per lowering; `@register` adds it to the registry, and every file of th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, TypeVar
@@ -87,6 +87,13 @@ class Projected(NamedTuple):
     warm: Any
 
 
+class Spectrum(NamedTuple):
+    """Squared singular values [b, k], descending, of a batch of n x m matrices, and their shape (n, m)."""
+
+    squared: np.ndarray
+    shape: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class RankCurve:
     """What a weight loses at each of `ranks`, from the smallest to the full one. Arrays are [n ranks]."""
@@ -96,6 +103,8 @@ class RankCurve:
     """Share of ||W||² that projection at the rank removes (an upper bound where the format has no closed-form optimum)."""
     residual: np.ndarray
     """Relative operator-norm error: the largest singular value left out, sigma_{r+1} / sigma_1."""
+    spectra: tuple[Spectrum, ...] = ()
+    """Of the matrices that the rank cuts, one spectrum per side of the rank; none where the format cuts no matrix (`cp`)."""
 
 
 class Lowering(ABC):
@@ -136,9 +145,14 @@ class Lowering(ABC):
     def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
         """The dense weight that the chain of `factors` computes."""
 
+    def ranks(self, spec: LayerSpec, multiple: int = 1) -> tuple[Rank, ...]:
+        """The ranks that an allocation may choose from, smallest first: all multiples of `multiple`, or a grid of them."""
+        (full,) = sides(self.full_rank(spec))
+        return tuple(range(multiple, full + 1, multiple))
+
     @abstractmethod
-    def curve(self, weight: Tensor, spec: LayerSpec) -> RankCurve:
-        """What projection removes at every rank (or at a grid of ranks that the allocation may choose from)."""
+    def curve(self, weight: Tensor, spec: LayerSpec, multiple: int = 1) -> RankCurve:
+        """What projection removes at each of `ranks(spec, multiple)`."""
 
     @abstractmethod
     def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:
@@ -146,6 +160,10 @@ class Lowering(ABC):
 
         It is a tuple of tensors and numbers or None, so that it can be saved; it may come back as a plain tuple.
         """
+
+    def approximations(self, weight: Tensor, ranks: Sequence[Rank], spec: LayerSpec) -> Iterator[Tensor]:
+        """The weight near its projection at each of `ranks` in turn, for estimates: a format may share work between ranks or save it."""
+        return (self.project(weight, rank, spec).weight for rank in ranks)
 
     # Derived -----------------------------------------------------------------------------------------------------
 
@@ -165,16 +183,19 @@ class Lowering(ABC):
             ranges = " and ".join(f"{min(1, most)}..{most}" for most in sides(full))
             raise UsageError(f"rank {rank} is outside {ranges}, the ranks of {self.name} on this layer")
 
-    def scaled_rank(self, spec: LayerSpec, ratio: float) -> Rank:
-        """The rank that is `ratio` (0..1) of the full one, every side by its own width and at least 1."""
+    def scaled_rank(self, spec: LayerSpec, ratio: float, multiple: int = 1) -> Rank:
+        """The rank that is `ratio` (0..1) of the full one, every side by its own width, a multiple of `multiple` and at least 1.
+
+        A side that is narrower than `multiple` keeps its whole width.
+        """
         full = self.full_rank(spec)
-        scaled = tuple(max(min(1, side), min(side, round(ratio * side))) for side in sides(full))
+        scaled = tuple(_scaled_side(side, ratio, multiple) for side in sides(full))
         return scaled[0] if isinstance(full, int) else scaled
 
-    def ladder(self, spec: LayerSpec) -> tuple[Rank, ...]:
+    def ladder(self, spec: LayerSpec, multiple: int = 1) -> tuple[Rank, ...]:
         """The ranks of all ratios, smallest to full: the one-number family in which costs grow from step to step."""
         widest = max(sides(self.full_rank(spec)))
-        return tuple(dict.fromkeys(self.scaled_rank(spec, step / widest) for step in range(1, widest + 1)))
+        return tuple(dict.fromkeys(self.scaled_rank(spec, step / widest, multiple) for step in range(1, widest + 1)))
 
     def stored_shapes(self, spec: LayerSpec, rank: Rank) -> tuple[Ints, ...]:
         """Shapes of the stored factors: the weights of the chain."""
@@ -238,6 +259,11 @@ class Lowering(ABC):
 def running_layers(built: nn.Module) -> tuple[Any, ...]:
     """The layers of a built module, first to last; the bias is the last one's."""
     return tuple(built) if isinstance(built, nn.Sequential) else (built,)
+
+
+def _scaled_side(side: int, ratio: float, multiple: int) -> int:
+    most = side if side < multiple else side // multiple * multiple
+    return max(min(multiple, most), min(most, multiple * round(ratio * side / multiple)))
 
 
 def sides(rank: Rank) -> tuple[int, ...]:

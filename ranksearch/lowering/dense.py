@@ -37,7 +37,10 @@ class Dense(Lowering):
         (weight,) = factors
         return weight
 
-    def curve(self, weight: Tensor, spec: LayerSpec) -> RankCurve:
+    def ranks(self, spec: LayerSpec, multiple: int = 1) -> tuple[Rank, ...]:
+        return (0,)
+
+    def curve(self, weight: Tensor, spec: LayerSpec, multiple: int = 1) -> RankCurve:
         return RankCurve((0,), np.zeros(1), np.zeros(1))
 
     def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ranksearch import linalg
-from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, sides
+from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, Spectrum, sides
 from ranksearch.lowering.spec import LayerSpec
 
 
@@ -80,11 +80,19 @@ class MatrixLowering(Lowering):
         folded = spec.weight_of(self.fold(cut.matrix, spec))
         return Projected(folded.to(weight.dtype), cut.removed, cut.basis)
 
-    def curve(self, weight: Tensor, spec: LayerSpec) -> RankCurve:
+    def approximations(self, weight: Tensor, ranks: Sequence[Rank], spec: LayerSpec) -> Iterator[Tensor]:
+        counts = [sides(rank)[0] for rank in ranks]
+        left, right, _ = linalg.truncated_svd(self.unfold(spec.blocks(weight), spec), max(counts, default=1))
+        for count in counts:
+            yield spec.weight_of(self.fold(left[..., :count] @ right[..., :count, :], spec))
+
+    def curve(self, weight: Tensor, spec: LayerSpec, multiple: int = 1) -> RankCurve:
         squared = linalg.squared_singular_values(self.unfold(spec.blocks(weight), spec)).double()
         removed = linalg.removed_energy_by_rank(squared.sum(dim=0)).cpu().numpy()
-        ranks = tuple(range(1, self.full_rank(spec) + 1))
-        return RankCurve(ranks, removed[1:], relative_operator_norm(squared))
+        ranks = self.ranks(spec, multiple)
+        index = np.array([sides(rank)[0] for rank in ranks], dtype=np.int64)
+        spectrum = Spectrum(squared.cpu().numpy(), self.matrix_shape(spec))
+        return RankCurve(ranks, removed[index], relative_operator_norm(squared)[index - 1], (spectrum,))
 
 
 def relative_operator_norm(squared: Tensor) -> np.ndarray:

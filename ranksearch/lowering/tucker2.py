@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ranksearch import linalg
-from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, kernel_area, register, sides
+from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, Spectrum, kernel_area, register, sides
 from ranksearch.lowering.matrix import relative_operator_norm
 from ranksearch.lowering.spec import LayerSpec
 
@@ -100,24 +100,37 @@ class Tucker2(Lowering):
         whole = linalg.rescaled(_multiplied(core, bases, area), scale)
         return Projected(spec.weight_of(_kernel_last(whole, spec)).to(weight.dtype), removed, bases)
 
-    def curve(self, weight: Tensor, spec: LayerSpec) -> RankCurve:
+    def ranks(self, spec: LayerSpec, multiple: int = 1) -> tuple[Rank, ...]:
+        full_s, full_t = self.full_rank(spec)
+        ladder = {(rank[0], rank[1]) for rank in map(sides, self.ladder(spec, multiple))}
+        return tuple(sorted(ladder | {(rs, rt) for rs in _grid(full_s, multiple) for rt in _grid(full_t, multiple)}))
+
+    def curve(self, weight: Tensor, spec: LayerSpec, multiple: int = 1) -> RankCurve:
         """Of the truncated HOSVD: with all basis vectors, the energies of the core's prefixes are the kept ones."""
         area = kernel_area(spec)
-        tensor = _moderate(spec.blocks(weight))[0].double()
+        moderate, scale = _moderate(spec.blocks(weight))
+        tensor = moderate.double()
         values_s, all_s = torch.linalg.eigh(linalg.row_gram(_tall(tensor, area).mT))
         values_t, all_t = torch.linalg.eigh(linalg.row_gram(tensor))
         core = _tall(all_t.flip(-1).mT @ tensor, area) @ all_s.flip(-1)  # [g, T/g·k, S/g]
         energies = core.square().unflatten(1, (-1, area)).sum(dim=(0, 2))
         kept = energies.cumsum(0).cumsum(1).cpu().numpy()  # [T/g, S/g]
         total = kept[-1, -1]
-        mode_s, mode_t = (relative_operator_norm(v.clamp_min(0).flip(-1)) for v in (values_s, values_t))
+        modes = [v.clamp_min(0).flip(-1) for v in (values_s, values_t)]
+        mode_s, mode_t = map(relative_operator_norm, modes)
         full_s, full_t = self.full_rank(spec)
-        ladder = {(rank[0], rank[1]) for rank in map(sides, self.ladder(spec))}
-        ranks = tuple(sorted(ladder | {(rs, rt) for rs in _grid(full_s) for rt in _grid(full_t)}))
-        removed = np.array([1 - kept[rt - 1, rs - 1] / total if total > 0 else 0.0 for rs, rt in ranks])
-        residual = np.array([max(mode_s[rs - 1], mode_t[rt - 1]) for rs, rt in ranks])
-        removed[-1] = residual[-1] = 0.0
-        return RankCurve(ranks, removed.clip(0, 1), residual)
+        ranks = self.ranks(spec, multiple)
+        pairs = [sides(rank) for rank in ranks]
+        removed = np.array([1 - kept[rt - 1, rs - 1] / total if total > 0 else 0.0 for rs, rt in pairs])
+        residual = np.array([max(mode_s[rs - 1], mode_t[rt - 1]) for rs, rt in pairs])
+        if ranks[-1] == (full_s, full_t):
+            removed[-1] = residual[-1] = 0.0  # to the last digit
+        unscaled = 1.0 if scale is None else float(scale) ** 2
+        spectra = tuple(
+            Spectrum((mode * unscaled)[..., :full].cpu().numpy(), (width, tensor[0].numel() // width))
+            for mode, full, width in zip(modes, (full_s, full_t), spec.block_shape[1::-1], strict=True)
+        )
+        return RankCurve(ranks, removed.clip(0, 1), residual, spectra)
 
 
 def _moderate(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -182,8 +195,8 @@ def _energy(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dim=(1, 2)).double().square().sum())
 
 
-def _grid(full: int) -> list[int]:
-    """Ranks 1..full, thinned out evenly to `GRID` of them, the full one included."""
-    return sorted(
-        {round(1 + i * (full - 1) / (min(full, GRID) - 1)) for i in range(min(full, GRID))} if full > 1 else {1}
-    )
+def _grid(full: int, multiple: int) -> list[int]:
+    """The multiples in 1..full, thinned out evenly to `GRID` of them, the largest included; `full` itself where it is smaller than all."""
+    ranks = list(range(multiple, full + 1, multiple)) or [full]
+    count = min(len(ranks), GRID)
+    return sorted({ranks[round(i * (len(ranks) - 1) / max(count - 1, 1))] for i in range(count)})

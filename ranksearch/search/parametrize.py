@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 
-from ranksearch.allocate import BASELINES, MEASURES, Budget, Curves, allocate_plan
+from ranksearch.allocate import BASELINES, Budget, Curves, Damage, allocate_plan
 from ranksearch.allocate.budget import cost_value
 from ranksearch.compress import RankPlan, dense_cost
 from ranksearch.search.recipe import Recipe, searched_settings
@@ -91,7 +91,7 @@ def _suggest_recipe(trial: optuna.Trial, space: Space) -> Recipe:
     return Recipe.settled(space.recipe, draw)
 
 
-def suggest(trial: optuna.Trial, space: Space, curves: Curves) -> Suggestion:
+def suggest(trial: optuna.Trial, space: Space, curves: Curves, damage: Damage) -> Suggestion:
     """Draws a suggestion; a trial enqueued with the attribute `allocator` takes that classic plan without corrections.
 
     Raises:
@@ -118,8 +118,7 @@ def suggest(trial: optuna.Trial, space: Space, curves: Curves) -> Suggestion:
             choice = trial.suggest_categorical(f"lowering/{group}", [ANY, *lowerings])
             if choice != ANY:
                 allowed |= {name: [choice] for name in names}
-    measure = MEASURES[space.search.measure]
-    allocation = allocate_plan(curves, budgets, weights=weights, measure=measure, allowed=allowed, model=reference)
+    allocation = allocate_plan(curves, budgets, weights=weights, damage=damage, allowed=allowed, model=reference)
     return Suggestion(allocation.plan, recipe, allocator)
 
 
@@ -160,6 +159,6 @@ def first_points(space: Space, curves: Curves) -> list[tuple[dict[str, Any], str
 
 def check_feasible_space(space: Space, curves: Curves) -> Mapping[str, tuple[int, int]]:
     """Cost -> (smallest, dense) value; raises UsageError where the budgets cannot be met, alone or together."""
-    allocate_plan(curves, budgets_of(space, curves), measure=MEASURES[space.search.measure])
+    allocate_plan(curves, budgets_of(space, curves))
     smallest, dense = curves.smallest(), dense_cost(curves.net)
     return {cost: (smallest[cost], cost_value(dense, cost)) for cost in ("macs", "params", "size")}

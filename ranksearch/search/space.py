@@ -15,9 +15,11 @@ from pydantic import (
     model_validator,
 )
 
+from ranksearch.allocate.baselines import BASELINES
 from ranksearch.allocate.budget import Budget, parse_budget
-from ranksearch.allocate.curves import MEASURES
+from ranksearch.allocate.damage import MEASURES
 from ranksearch.allocate.rules import LayerRule, LayerRules
+from ranksearch.allocate.sensitivity import SENSITIVITIES
 from ranksearch.errors import nearest
 from ranksearch.lowering import default_lowerings, expand_families
 from ranksearch.search.settings import SWITCH, Strict, searchable, searchable_choice, values_of
@@ -108,6 +110,9 @@ class LayerRuleSpace(Strict):
     match: str
     lowerings: list[str] | None = None
     min_rank: int | None = Field(default=None, ge=1)
+    rank_multiple: int | None = Field(default=None, ge=1)
+    share_ratio: bool = False
+    """These layers take one lowering at one ratio of its largest useful rank."""
 
     @field_validator("lowerings")
     @classmethod
@@ -122,7 +127,10 @@ class LayersSpace(Strict):
     exclude: list[str] = Field(default=[])
     lowerings: list[str] = Field(default_factory=lambda: list(default_lowerings()), min_length=1)
     """Names of lowerings, or of a family of them (`tiled`); left out, all but those that have to be asked for (`cp`, square tiles)."""
+    rank_multiple: int = Field(default=1, ge=1)
+    """Every rank is a multiple of this (a rule may say otherwise for its layers): many devices compute in tiles of 8, 16 or more."""
     rules: list[LayerRuleSpace] = Field(default=[])
+    """Of several rules that match a layer a later one overrides what it names."""
 
     @field_validator("lowerings")
     @classmethod
@@ -131,10 +139,15 @@ class LayersSpace(Strict):
 
     def as_rules(self) -> LayerRules:
         rules = tuple(
-            LayerRule(rule.match, tuple(rule.lowerings) if rule.lowerings is not None else None, rule.min_rank)
+            LayerRule(
+                rule.match, tuple(rule.lowerings) if rule.lowerings is not None else None, rule.min_rank, rule.rank_multiple,
+                rule.share_ratio,
+            )
             for rule in self.rules
+        )  # fmt: skip
+        return LayerRules(
+            tuple(self.lowerings), tuple(self.include), tuple(self.exclude), rules, rank_multiple=self.rank_multiple
         )
-        return LayerRules(tuple(self.lowerings), tuple(self.include), tuple(self.exclude), rules)
 
 
 OBJECTIVES = {"accuracy": "maximize", "macs": "minimize", "params": "minimize", "size": "minimize"}
@@ -157,11 +170,14 @@ class SearchSpace(Strict):
     """Whether a group may be confined to a single lowering. Off: the solver's own choice is hard to better, and fewer numbers are
     searched. ResNet-20 on CIFAR-10, 16 trials without training (1,500 validation images, CPU, seeds 0 and 1): hypervolume .643 and
     .642 without, .642 and .639 with it."""
+    sensitivity: str = "none"
+    """What weighs a layer's error: "none" (the weights alone), or from a few batches "activation", "fisher", "kfac"."""
+    calibration_batches: int = Field(default=8, ge=1)
+    """Batches, augmented as in training, that the sensitivity is measured on."""
     measure: str = "log_kept_energy"
-    first_points: list[Literal["solver", "uniform", "energy", "minimax"]] = Field(
-        default=["solver", "uniform", "energy", "minimax"]
-    )
-    """Uncorrected plans that open the study, as far as half of the trials allows."""
+    """Damage as a function of the share that a layer loses."""
+    first_points: list[str] = Field(default=["solver", "uniform", "energy", "minimax"])
+    """Uncorrected plans that open the study, as far as half of the trials allows: "solver" or the name of a baseline."""
 
     @field_validator("objectives")
     @classmethod
@@ -176,6 +192,21 @@ class SearchSpace(Strict):
         if name not in MEASURES:
             raise ValueError(f"there is no damage measure {name!r}. {nearest(name, MEASURES)}")
         return name
+
+    @field_validator("sensitivity")
+    @classmethod
+    def _sensible(cls, name: str) -> str:
+        if name not in SENSITIVITIES:
+            raise ValueError(f"there is no sensitivity {name!r}. {nearest(name, SENSITIVITIES)}")
+        return name
+
+    @field_validator("first_points")
+    @classmethod
+    def _allocators(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in ("solver", *BASELINES):
+                raise ValueError(f"there is no allocator {name!r}. {nearest(name, ['solver', *BASELINES])}")
+        return names
 
 
 class ResourcesSpace(Strict):

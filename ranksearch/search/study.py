@@ -48,6 +48,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)  # the study's own progress
 
 SPACE, INFO, JOURNAL, FRONT, TEST = "space.yaml", "study.json", "optuna.journal", "front.json", "test.json"
 DENSE_WEIGHTS, CHECKPOINTS = "dense.safetensors", "checkpoints"
+CURVES, PREVIEW = "curves.safetensors", "preview"
 NOT_RUN = ("infeasible", "duplicate", "interrupted")
 """Outcomes of proposals that did not become a finished trial; they do not count towards the planned number."""
 MAX_REJECTED = 200
@@ -81,6 +82,13 @@ def find_study(name: str, runs: Path) -> Path:
     raise UsageError(f"There is no study {name!r}, neither as a folder nor in {runs}. {nearest(name, known)}")
 
 
+def _in_the_way(folder: Path) -> list[Path]:
+    """What a new study's folder must not hold: everything but what a preview leaves there."""
+    if not folder.is_dir():
+        return [folder] if folder.exists() else []
+    return [path for path in folder.iterdir() if path.name not in (PREVIEW, CURVES)]
+
+
 class Study:
     """A study on disk. `create` makes a new one, `open` continues or reads one."""
 
@@ -98,11 +106,11 @@ class Study:
     def check_name(runs: Path, space: Space) -> Path:
         """The new study's folder; raises UsageError where that name is taken, and proposes a free one."""
         folder = runs / space.name
-        if folder.exists() and not (folder / INFO).is_file():
+        if not (folder / INFO).is_file() and _in_the_way(folder):
             raise UsageError(
                 f"{folder} is there, but is no study ({INFO} is missing): remove it, or take another --name."
             )
-        if folder.exists():
+        if (folder / INFO).is_file():
             free = next(f"{space.name}-{i}" for i in range(2, 10_000) if not (runs / f"{space.name}-{i}").exists())
             raise UsageError(
                 f"There is a study {space.name!r} in {runs} already, and it is kept. Continue it with `ranksearch resume "
@@ -114,11 +122,14 @@ class Study:
     def create(cls, runs: Path, space: Space, bench: Workbench, dense_val_accuracy: float) -> Study:
         """A new study in `runs`/NAME with its first points enqueued."""
         folder = cls.check_name(runs, space)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             return cls._fill(folder, space, bench, dense_val_accuracy)
         except BaseException:
-            shutil.rmtree(folder)  # half a study would be in the way of the next try
+            for path in _in_the_way(folder):  # half a study would be in the way of the next try
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
             raise
 
     @classmethod
@@ -244,7 +255,7 @@ class Study:
         for _ in range(MAX_REJECTED):
             trial = self._study.ask()
             try:
-                found = suggest(trial, self.space, bench.curves)
+                found = suggest(trial, self.space, bench.curves, bench.damage)
             except UsageError as error:
                 self._reject(trial, "infeasible", str(error))
                 continue

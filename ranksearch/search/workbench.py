@@ -1,4 +1,4 @@
-"""`Workbench`: what a study needs before its first trial: the task, the dense net, its layers and their rank curves."""
+"""`Workbench`: what a study needs before its first trial: the task, the dense net, its layers, their rank curves and what they predict."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
-from ranksearch.allocate import Curves, rank_curves
+from ranksearch.allocate import MEASURES, CurveCache, Curves, Damage, rank_curves, weigh
+from ranksearch.allocate.curves import cost_curves
 from ranksearch.compress import Net, trace
 from ranksearch.search.parametrize import check_feasible_space
 from ranksearch.search.space import Space
 from ranksearch.tasks import Task, task_kind
+from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.dense import State, dense_state, read_checkpoint
+from ranksearch.tasks.device import pick_device
 
 Log = Callable[[str], None]
 
@@ -26,6 +29,8 @@ class Workbench:
     dense: State
     net: Net
     curves: Curves
+    damage: Damage
+    """What every option is predicted to cost."""
 
     def dense_model(self) -> torch.nn.Module:
         """The dense net with its trained weights."""
@@ -47,10 +52,14 @@ def open_net(space: Space) -> tuple[torch.nn.Module, Net]:
     return model, net
 
 
-def prepare(space: Space, *, fallback: Path, log: Log, saved_dense: Path | None = None) -> Workbench:
-    """Loads the task, finds or trains the dense net (or reads `saved_dense`), traces it and computes its rank curves.
+def prepare(
+    space: Space, *, fallback: Path, log: Log, known: CurveCache | None = None, saved_dense: Path | None = None
+) -> Workbench:
+    """Loads the task, finds or trains the dense net (or reads `saved_dense`), traces it, computes its rank curves and weighs them.
 
-    `fallback` is the folder for a newly trained dense net where the data folder cannot be written.
+    Args:
+        fallback: folder for a newly trained dense net where the data folder cannot be written.
+        known: curves of an earlier preview or of the interrupted study; new ones are added, the caller saves them.
 
     Raises:
         UsageError: data or checkpoint missing, a layer rule that matches nothing, budgets that cannot be met.
@@ -59,7 +68,7 @@ def prepare(space: Space, *, fallback: Path, log: Log, saved_dense: Path | None 
     rules = space.layers.as_rules()
     if saved_dense is None:
         # costs depend on shapes alone: budgets that cannot be met fail here, before anything is loaded or trained
-        check_feasible_space(space, rank_curves(model, net, rules))
+        check_feasible_space(space, cost_curves(net, rules))
     task = task_kind(space.task).make_task(
         space.model, data=space.data, validation=space.validation, split_seed=space.split_seed
     )
@@ -68,4 +77,18 @@ def prepare(space: Space, *, fallback: Path, log: Log, saved_dense: Path | None 
     else:
         dense = dense_state(task, checkpoint=space.checkpoint, data=space.data, fallback=fallback, log=log)
     model.load_state_dict(dense)
-    return Workbench(task, dense, net, rank_curves(model, net, rules))
+    curves = rank_curves(model, net, rules, known)
+    return Workbench(task, dense, net, curves, _damage(space, task, model, curves, log))
+
+
+def _damage(space: Space, task: Task, model: torch.nn.Module, curves: Curves, log: Log) -> Damage:
+    """What the space's sensitivity predicts, from augmented training inputs, always the same ones."""
+    sensitivity, measure = space.search.sensitivity, MEASURES[space.search.measure]
+    if sensitivity == "none":
+        return Damage(measure)
+    count, size = space.search.calibration_batches, space.recipe.batch_size
+    log(f"sensitivity {sensitivity} of {len(curves.layers)} layers on {count} batches of {min(size, len(task.train))}")
+    device = pick_device()
+    generator = torch.Generator().manual_seed(space.search.seed)
+    batches = calibration_batches(task, count, size, generator)
+    return weigh(curves, model.to(device).eval(), batches, sensitivity, measure, seed=space.search.seed)

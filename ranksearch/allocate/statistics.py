@@ -1,0 +1,281 @@
+"""What a few calibration batches show of every layer: moments of its inputs, of the loss gradients at its outputs, and of its weight.
+
+Hooks on a copy of the net; batches are inputs alone. Gradients are those of the log-likelihood of labels drawn from the net's own
+prediction, so the Fisher information is the true one, needs no labels, and does not vanish on data that the net has learnt by heart.
+
+Letters: g groups, N samples, P positions of a layer's output, n = S/g·k inputs of one output.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ranksearch.compress import Net
+from ranksearch.compress.surgery import open_attentions_
+from ranksearch.errors import NonFiniteError, UsageError
+from ranksearch.lowering import LayerSpec
+
+ROWS = 8192
+"""Positions of one batch and layer that enter a moment; more are drawn from at random."""
+WIDE = 1024
+"""A moment over more inputs than this is kept as that many rows drawn at random, which stand for it: 4608² numbers are too many."""
+FISHER_NUMBERS = 2**24
+"""Numbers that the per-sample gradients of one chunk may take."""
+
+Loss = Callable[[Any], Tensor]
+"""Output of the net on a batch -> the sum of the samples' losses."""
+
+
+class Moment:
+    """Means of rows x [m, g, n] and of x xᵀ, as a matrix [g, n, n] or, where n is large, as drawn rows that stand for it."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self.rows = 0
+        self._sum: Tensor | None = None
+        self._second: Tensor | None = None  # [g, n, n], a sum
+        self._kept: Tensor | None = None  # [WIDE, g, n]
+        self._keys = torch.zeros(0)
+
+    def add(self, rows: Tensor) -> None:
+        """rows [m, g, n]"""
+        self.rows += len(rows)
+        total = rows.sum(dim=0)
+        self._sum = total if self._sum is None else self._sum + total
+        if rows.shape[2] <= WIDE:
+            grouped = rows.transpose(0, 1)  # [g, m, n]
+            second = grouped.mT @ grouped
+            self._second = second if self._second is None else self._second + second
+            return
+        # every row ever seen has the same chance to be among the kept ones: those of the largest random keys
+        keys = torch.cat([self._keys, torch.rand(len(rows), generator=self._generator)])
+        kept = rows if self._kept is None else torch.cat([self._kept, rows])
+        best = keys.topk(min(WIDE, len(keys))).indices
+        self._keys, self._kept = keys[best], kept[best.to(rows.device)]
+
+    @property
+    def mean(self) -> Tensor:
+        """[g, n]"""
+        assert self._sum is not None
+        return self._sum / max(self.rows, 1)
+
+    def times(self, matrix: Tensor, *, centred: bool, damping: float) -> Tensor:
+        """matrix [g, t, n] · (M + damping · mean diagonal of M · I), M = E[x xᵀ] or, where `centred`, the covariance: [g, t, n]"""
+        if self._second is not None:
+            product = matrix @ (self._second / self.rows)
+            diagonal = self._second.diagonal(dim1=-2, dim2=-1) / self.rows
+        else:
+            assert self._kept is not None
+            kept = self._kept.transpose(0, 1)  # [g, WIDE, n]
+            product = (matrix @ kept.mT) @ kept / kept.shape[1]
+            diagonal = kept.square().mean(dim=1)
+        if centred:
+            mean = self.mean
+            product = product - (matrix @ mean[..., None]) * mean[:, None]
+            diagonal = (diagonal - mean.square()).clamp_min(0)
+        return product + damping * diagonal.mean(dim=-1)[:, None, None] * matrix
+
+
+@dataclass
+class Statistics:
+    """Of one layer, over all of its uses; what was not asked for is None."""
+
+    inputs: Moment
+    """Of the inputs of one output: [m, g, n]."""
+    gradients: Moment | None
+    """Of the loss gradients at the outputs, per position: [m, g, T/g]."""
+    fisher: Tensor | None
+    """Mean squared gradient of one sample's loss by the weight, [g, T/g, n] (a sum until the collection ends)."""
+    positions: float = 0.0
+    """Positions of the output per sample, over all uses (a sum until the collection ends)."""
+
+
+def patches(x: Tensor, spec: LayerSpec) -> Tensor:
+    """What every output position of a layer is computed from: x [N, S, *in] -> a view [N, *out, S, *k]; of a Linear [N, .., S].
+
+    Of a transposed conv, which spreads its inputs, the equal conv: its input stretched with zeros, its kernel flipped.
+    """
+    if not spec.is_conv:
+        return x
+    axes, kernel = len(spec.kernel_size), spec.kernel_size
+    reach = [d * (k - 1) for d, k in zip(spec.dilation, kernel, strict=True)]
+    strides = spec.stride
+    if spec.transposed:
+        assert not isinstance(spec.padding, str)
+        sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], spec.stride, strict=True)]
+        stretched = x.new_zeros((*x.shape[:2], *sizes))
+        everywhere = (slice(None), slice(None), *(slice(None, None, s) for s in spec.stride))
+        stretched[everywhere] = x
+        ends = [(r - p, r - p + e) for r, p, e in zip(reach, spec.padding, spec.output_padding, strict=True)]
+        x, strides, mode = stretched, (1,) * axes, "constant"
+    else:
+        same = isinstance(spec.padding, str)
+        ends = [(r // 2, r - r // 2) for r in reach] if same else [(int(p), int(p)) for p in spec.padding]
+        mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
+    x = F.pad(x, [end for pair in reversed(ends) for end in pair], mode=mode)
+    for axis in range(axes):
+        x = x.unfold(2 + axis, reach[axis] + 1, strides[axis])[..., :: spec.dilation[axis]]
+    if spec.transposed:
+        x = x.flip(tuple(range(2 + axes, 2 + 2 * axes)))
+    return x.movedim(1, 1 + axes)
+
+
+def _rows(found: Tensor, spec: LayerSpec, generator: torch.Generator) -> Tensor:
+    """At most `ROWS` of the patches [N, *out, S, *k], drawn at random: [m, g, n]"""
+    axes = len(spec.kernel_size)
+    positions = found.shape[: found.dim() - 1 - axes]
+    total = positions.numel()
+    if total > ROWS:
+        drawn = torch.randperm(total, generator=generator)[:ROWS].to(found.device)
+        found = found[torch.unravel_index(drawn, positions)]
+    return found.reshape(-1, spec.groups, _width(spec))
+
+
+def _width(spec: LayerSpec) -> int:
+    """n: inputs of one output."""
+    inputs = spec.in_channels // spec.groups
+    for extent in spec.kernel_size:
+        inputs *= extent
+    return inputs
+
+
+def drawn_labels_loss(generator: torch.Generator) -> Loss:
+    """Cross-entropy, summed, against labels drawn from the prediction itself: classes in dimension 1 of a floating output."""
+
+    def loss(output: Any) -> Tensor:
+        if not isinstance(output, Tensor) or output.dim() < 2 or not output.is_floating_point():
+            raise UsageError(
+                "The net's output is no tensor [N, classes, ...], so no labels can be drawn from it: give the sensitivity a loss of "
+                "its own (output -> sum of the samples' losses), or take sensitivity 'activation' or 'none'."
+            )
+        logits = output.movedim(1, -1).flatten(0, -2).float()
+        chances = logits.detach().softmax(-1).cpu()
+        labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    return loss
+
+
+@contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    """torch's fused encoder path calls no layers."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+class _Collector:
+    """Hooks on the layers of a net."""
+
+    def __init__(self, gradients: bool, fisher: bool, generator: torch.Generator) -> None:
+        self.statistics: dict[str, Statistics] = {}
+        self.samples = 0
+        self._gradients, self._fisher, self._generator = gradients, fisher, generator
+
+    def watch(self, name: str, spec: LayerSpec, module: nn.Module) -> None:
+        found = self.statistics.setdefault(
+            name,
+            Statistics(
+                Moment(self._generator),
+                Moment(self._generator) if self._gradients else None,
+                torch.zeros(spec.groups, spec.out_channels // spec.groups, _width(spec)) if self._fisher else None,
+            ),
+        )
+
+        def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach()
+            view = patches(x, spec)
+            found.inputs.add(_rows(view, spec, self._generator).float())
+            found.positions += output.numel() / spec.out_channels
+            if self._gradients or self._fisher:
+                output.register_hook(lambda gradient: self._backward(found, spec, x, gradient.detach()))
+
+        module.register_forward_hook(after)
+
+    def _backward(self, found: Statistics, spec: LayerSpec, x: Tensor, gradient: Tensor) -> None:
+        channels_last = gradient.movedim(1, -1) if spec.is_conv else gradient
+        rows = channels_last.reshape(len(gradient), -1, spec.groups, spec.out_channels // spec.groups).float()
+        if found.gradients is not None:
+            found.gradients.add(rows.flatten(0, 1))
+        if found.fisher is not None:
+            width = _width(spec)
+            size = max(1, FISHER_NUMBERS // max(spec.out_channels * width, rows.shape[1] * spec.groups * width))
+            for start in range(0, len(x), size):
+                part = patches(x[start : start + size], spec).reshape(
+                    len(x[start : start + size]), -1, spec.groups, width
+                )
+                each = torch.einsum("npgt,npgi->ngti", rows[start : start + size], part.float())
+                found.fisher += each.square().sum(dim=0).to(found.fisher.device)
+
+
+def collect(
+    model: nn.Module,
+    net: Net,
+    batches: Iterable[Any],
+    *,
+    gradients: bool,
+    fisher: bool,
+    loss: Loss | None,
+    generator: torch.Generator,
+) -> dict[str, Statistics]:
+    """Layer -> its statistics over `batches` of inputs (tensors, or tuples of a model's inputs), in evaluation mode.
+
+    `model` is not changed: a copy is run, on the model's device. Without `gradients` and `fisher` nothing is differentiated.
+
+    Raises:
+        UsageError: no batches, or an output that the default loss cannot read.
+        NonFiniteError: the net's activations or gradients are not finite; the text names the layer.
+    """
+    probe = copy.deepcopy(model).eval()
+    open_attentions_(probe, [layer.name for layer in net.layers])
+    differentiated = gradients or fisher
+    for parameter in probe.parameters():
+        parameter.requires_grad_(False)
+    device = next(probe.parameters()).device
+    collector = _Collector(gradients, fisher, generator)
+    for layer in net.layers:
+        modules = {id(m): m for m in map(probe.get_submodule, (layer.name, *layer.shared_with))}
+        for module in modules.values():
+            collector.watch(layer.name, layer.spec, module)
+    loss = loss or drawn_labels_loss(generator)
+    samples = 0
+    with torch.set_grad_enabled(differentiated), _without_fused_attention():
+        for batch in batches:
+            inputs = [x.to(device) for x in (batch if isinstance(batch, tuple | list) else (batch,))]
+            samples += len(inputs[0])
+            if differentiated:
+                # gradients flow from the inputs on, so none are computed by the weights; a multiple of 1 is no leaf, as layers that
+                # work in place want it
+                inputs = [x.requires_grad_() * 1 if x.is_floating_point() else x for x in inputs]
+                if not any(x.requires_grad for x in inputs):
+                    probe.requires_grad_()
+            output = probe(*inputs)
+            if differentiated:
+                loss(output).backward()
+    if samples == 0:
+        raise UsageError("This sensitivity is measured on data: give it at least one batch of inputs (calibration).")
+    for name, found in collector.statistics.items():
+        found.positions /= samples
+        if found.fisher is not None:
+            found.fisher /= samples
+        sums = [
+            found.inputs.mean,
+            *([found.gradients.mean] if found.gradients else []),
+            *([found.fisher] if fisher else []),
+        ]
+        if not all(bool(total.isfinite().all()) for total in sums if total is not None):
+            raise NonFiniteError(
+                f"Layer {name!r}: its inputs or the gradients at its output are not finite on the calibration data."
+            )
+    return collector.statistics
