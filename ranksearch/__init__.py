@@ -1,6 +1,7 @@
 """ranksearch: give it a PyTorch net, data and a budget; get back the Pareto front of low-rank nets you can deploy.
 
     ranksearch.search("space.yaml").front          run a study
+    ranksearch.preview("space.yaml")               the front that allocation alone gives, before any training
     ranksearch.allocate(model, x, {"flops": "50%"})  a plan within a budget, without a study
     ranksearch.compress(model, plan)               the compressed net
     ranksearch.project_(model, plan)               projection, once; Projector(plan) in a training loop of your own
@@ -22,6 +23,7 @@ _HOMES = {
     "compress": "ranksearch.compress",
     "resume": "ranksearch.api:resume",
     "load": "ranksearch.api:load",
+    "preview": "ranksearch.api:preview",
     "project_": "ranksearch.compress:project_",
     "Projector": "ranksearch.compress:Projector",
     "reestimate_bn_": "ranksearch.compress:reestimate_bn_",
@@ -29,6 +31,7 @@ _HOMES = {
     "plan_cost": "ranksearch.compress:plan_cost",
     "RankPlan": "ranksearch.compress:RankPlan",
     "LayerPlan": "ranksearch.compress:LayerPlan",
+    "LayerRule": "ranksearch.allocate:LayerRule",
     "Study": "ranksearch.search.study:Study",
     "RanksearchError": "ranksearch.errors:RanksearchError",
     "UsageError": "ranksearch.errors:UsageError",

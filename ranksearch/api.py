@@ -1,28 +1,41 @@
-"""The public Python API that joins the floors: `search`, `resume`, `load`."""
+"""The public Python API that joins the floors: `search`, `resume`, `preview`, `load`."""
 
 from __future__ import annotations
 
+import json
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from ranksearch.allocate import CurveCache
-from ranksearch.compress import load_net
+from ranksearch.compress import RankPlan, load_net
 from ranksearch.errors import UsageError
+from ranksearch.files import write_atomically
 from ranksearch.search.front import Row
+from ranksearch.search.preview import (
+    DEFAULT_ALLOCATORS,
+    LEVELS,
+    check_names,
+    levels_of,
+    preview_record,
+    preview_rows,
+)
 from ranksearch.search.run import check_address, run_inline
+from ranksearch.search.scorer import Scorer
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import read_space
-from ranksearch.search.study import CURVES, DENSE_WEIGHTS, Study, find_study
+from ranksearch.search.study import CURVES, DENSE_WEIGHTS, PREVIEW, Study, find_study
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.tasks import build_reference
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.task import Split, Task
 from ranksearch.tracking.mirror import MIRROR_ERRORS, Mirror
+from ranksearch.tracking.preview_figures import preview_html, preview_png
 
 
 class Observer(Protocol):
@@ -127,6 +140,65 @@ def resume(
         bench = prepare(study.space, fallback=folder, log=observer.log, known=known, saved_dense=dense)
         known.save()
         return _run(study, bench, folder.parent, observer, address=address, inline=inline)
+
+
+def preview(
+    space: str | Path | Space,
+    *,
+    budgets: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    levels: Sequence[float] = LEVELS,
+    allocators: Sequence[str] = DEFAULT_ALLOCATORS,
+    images: int = 1000,
+    runs: str | Path = "runs",
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """The front that allocation alone gives, before any training: what `ranksearch preview --json` prints.
+
+    Plans over a range of budgets by several allocators, each decomposed, its BN statistics re-estimated, and scored on validation
+    images. Also written to `runs`/NAME/preview/: preview.json, preview.png, preview.html.
+
+    Args:
+        levels: budgets in percent of the dense net's cost (of the space's first budget), beside the space's own.
+        allocators: "solver" and names of baselines; "greedy" evaluates the net nine times a layer first.
+        images: validation images that a plan is scored on.
+
+    Raises:
+        UsageError: something in the space, the data or the names is wrong, or no level can be met.
+    """
+    started, observer = time.monotonic(), observer or Silent()
+    if not isinstance(space, Space):
+        space = read_space(space, budgets=budgets, settings=settings)
+    check_names(allocators)
+    folder = Path(runs) / space.name
+    known = CurveCache(folder / CURVES)
+    bench = prepare(space, fallback=Path(runs) / ".dense", log=observer.log, known=known)
+    found = levels_of(space, bench.curves, levels, observer.log)
+    known.save()
+    images = min(images, len(bench.task.val))
+    batch_size = space.recipe.batch_size
+    val = Split(bench.task.val.images[:images], bench.task.val.labels[:images])
+    dense = Scorer(bench.task, bench.dense_model(), val, bn_batches=0, batch_size=batch_size)(RankPlan())
+    rows: list[dict[str, Any]] = []
+    for row in preview_rows(space, bench, found, list(dict.fromkeys(allocators)), images=images, log=observer.log):
+        rows.append(row)
+        observer.log(
+            f"[{len(rows)}/{len(found) * len(allocators)}] {row['allocator']} at {row['level']:g} %: "
+            f"{row['val_accuracy']:.2f} % with {100 * row['macs_ratio']:.1f} % of MACs"
+        )
+    if not rows:
+        raise UsageError(
+            "None of the allocators has a plan at any level: see above; allow more lowerings, or raise --levels."
+        )
+    seconds = time.monotonic() - started
+    record = preview_record(space, bench, rows, dense, images=images, seconds=seconds)
+    target = folder / PREVIEW
+    target.mkdir(parents=True, exist_ok=True)
+    write_atomically(target / "preview.json", json.dumps(record, indent=2, allow_nan=False))
+    preview_png(record, target / "preview.png")
+    preview_html(record, target / "preview.html")
+    observer.log(f"figures: {target / 'preview.png'}, {target / 'preview.html'}")
+    return record
 
 
 def load(folder: str | Path) -> nn.Module:

@@ -182,6 +182,66 @@ def check(
 
 
 @app.command()
+def preview(
+    space: SpaceFile,
+    budget: Budgets = None,
+    setting: Settings = None,
+    levels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P,P,…", help="Budgets in percent of the dense net's cost; left out, 90 to 20 and the space's own."
+        ),
+    ] = None,
+    allocator: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="solver, uniform, energy, minimax (these four where left out), evbmf, stable_rank, random, greedy, or all; repeatable.",
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Validation images that a plan is scored on.")] = 1000,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Predict the front in about a minute: plans over a range of budgets, scored after decomposition. Trains no trial.
+
+    Example: ranksearch preview search_spaces/cifar10_resnet20.yaml --levels 75,50,35 --allocator solver --allocator uniform
+    """
+    from ranksearch.search.space_file import read_space
+
+    resolved = read_space(space, budgets=budget or (), settings=setting or ())
+    percents = _percents(levels) if levels is not None else None
+    from ranksearch import api
+    from ranksearch.console import Terminal
+    from ranksearch.search.preview import ALLOCATORS, DEFAULT_ALLOCATORS, LEVELS
+    from ranksearch.tables import print_preview
+
+    names = list(ALLOCATORS) if allocator and "all" in allocator else allocator or DEFAULT_ALLOCATORS
+    try:
+        record = api.preview(
+            resolved, levels=percents or LEVELS, allocators=names, images=images, runs=runs, observer=Terminal()
+        )
+    except KeyboardInterrupt:
+        print("ranksearch: interrupted; no preview was written.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        _print_json(record)
+    else:
+        print_preview(record)
+
+
+def _percents(text: str) -> list[float]:
+    """Levels such as "75,50,35": numbers above 0 and at most 100."""
+    try:
+        percents = [float(part.strip().rstrip("%")) for part in text.split(",")]
+    except ValueError:
+        percents = []
+    if not percents or not all(0 < percent <= 100 for percent in percents):
+        raise UsageError(f"--levels {text}: expected percentages of the dense net's cost, such as 75,50,35.")
+    return percents
+
+
+@app.command()
 def front(study: StudyName, runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
     """Print the front of a study, best first; also while it is running.
 

@@ -1,4 +1,4 @@
-"""The records and tables of `ranksearch layers` and `ranksearch check`."""
+"""The records and tables of `ranksearch layers` and `ranksearch check`, and the table of `ranksearch preview`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from ranksearch.allocate.budget import cost_value
 from ranksearch.allocate.curves import cost_curves
-from ranksearch.compress import dense_cost
+from ranksearch.compress import RankPlan, dense_cost
 from ranksearch.console import number, table
 from ranksearch.lowering import LOWERINGS, Rank
 from ranksearch.lowering.contract import sides
@@ -145,3 +145,42 @@ def print_check(record: dict[str, Any]) -> None:
         f"({', '.join(record['groups'])}); recipe searched: {', '.join(record['recipe_searched']) or 'nothing'}; "
         f"{record['trials']} trials."
     )
+
+
+def print_preview(record: dict[str, Any]) -> None:
+    """A line per level: every allocator's accuracy, then the solver's plan (or the first allocator's)."""
+    names = list(dict.fromkeys(row["allocator"] for row in record["plans"]))
+    shown = "solver" if "solver" in names else names[0]
+    columns = {f"{record['cost']} ≤": "right"} | {f"{name} %": "right" for name in names}
+    columns |= {"MACs %": "right", "params %": "right", "gap %": "right", f"plan of {shown}": "left"}
+    rows = []
+    for level in sorted({row["level"] for row in record["plans"]}, reverse=True):
+        at = {row["allocator"]: row for row in record["plans"] if row["level"] == level}
+        plan = at.get(shown)
+        rows.append(
+            [
+                f"{level:g}%",
+                *(_score(at.get(name)) for name in names),
+                *(
+                    [number(100 * plan["macs_ratio"], ".2f"), number(100 * plan["params_ratio"], ".2f")]
+                    if plan
+                    else ["–", "–"]
+                ),
+                number(100 * plan["gap"], ".2f") if plan and plan["gap"] is not None else "–",
+                RankPlan.from_dict(plan["plan"]).summary() if plan else "",
+            ]
+        )
+    rows.append(["dense", *(number(record["dense"]["val_accuracy"], ".2f") for _ in names), "100.00", "100.00", "", ""])
+    table(
+        f"{record['space']}: validation accuracy after decomposition and BN re-estimation, no training; "
+        f"{record['images']:,} images, * on the front, {record['seconds']:.0f} s",
+        columns,
+        rows,
+        spare=(f"plan of {shown}", "gap %", "params %"),
+    )
+
+
+def _score(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    return f"{row['val_accuracy']:.2f}{'*' if row['on_front'] else ' '}"
