@@ -9,8 +9,8 @@
     python scripts/bench_allocators.py --json > allocators.json       about an hour on two cores
     python scripts/bench_allocators.py --quick                        less of everything, within a minute
 
-`accuracy_{net}_{percent}_{allocator}` are validation accuracies in percent; `random` is the mean of `--random-plans` plans, `random_best` the
-best of them. The checkpoints have seen the validation images: the figures rank allocators, their absolute values are too high.
+`accuracy_{net}_{percent}_{allocator}` are validation accuracies in percent; `random` is the mean of `--random-plans` plans, `random_best`
+the best of them. The checkpoints have seen the validation images: the figures rank allocators, their absolute values are too high.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Budgets, rules, the solver against an exact MILP, and the baselines on closed-form spectra."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,12 +20,12 @@ from ranksearch.allocate import (
     parse_budget,
     rank_curves,
 )  # fmt: skip
-from ranksearch.allocate.curves import limits_of
+from ranksearch.allocate.curves import cost_curves, limits_of
 from ranksearch.allocate.damage import WITHOUT_DATA
 from ranksearch.allocate.exact import solve_exactly
 from ranksearch.allocate.problem import Infeasible, Poser, Problem
 from ranksearch.allocate.solver import solve
-from ranksearch.compress import Cost, LayerPlan, dense_cost, plan_cost, trace
+from ranksearch.compress import Cost, LayerPlan, RankPlan, dense_cost, plan_cost, trace
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.tasks.resnet import CifarResNet
 
@@ -332,3 +333,162 @@ def test_zero_layer_stays_cheap_and_harmless():
     plan = allocate_plan(curves, [parse_budget("params", "60%")]).plan
     assert plan["0"] == LayerPlan("svd", 1)
     assert SimpleNamespace(**plan.to_dict()).format == 1
+
+
+@pytest.mark.parametrize("multiple", [2, 4, 8])
+def test_every_rank_is_a_multiple_and_a_rule_may_say_otherwise(multiple):
+    torch.manual_seed(0)
+    model = CifarResNet(1, channels=3, classes=10)
+    net = trace(model, torch.zeros(1, 3, 16, 16))
+    rules = LayerRules(
+        (*CONVS, "tucker2"), rules=(LayerRule("layer3.*", rank_multiple=3),), rank_multiple=multiple, exclude=("conv1",)
+    )
+    curves = rank_curves(model, net, rules)
+    for options in curves.layers:
+        step = 3 if options.layer.name.startswith("layer3") else multiple
+        ranks = [side for c in options.choices[1:] for side in (c.rank if isinstance(c.rank, tuple) else (c.rank,))]
+        assert all(rank % step == 0 for rank in ranks), options.layer.name
+        assert len(options.choices) > 1 or options.layer.name in ("conv1", "linear")
+    for method in (allocate_plan, *BASELINES.values()):
+        found = method(curves, [parse_budget("flops", "60%")])
+        plan = getattr(found, "plan", found)
+        assert plan_cost(net, plan).macs <= 0.6 * dense_cost(net).macs
+        assert all(c in o.choices for o in curves.layers for c in [plan[o.layer.name]])
+
+
+def test_a_multiple_that_no_useful_rank_has_is_an_error():
+    model = CifarResNet(1, channels=1, classes=10)
+    net = trace(model, torch.zeros(1, 1, 8, 8))
+    with pytest.raises(UsageError, match=r"rank_multiple: no multiple of 64 .* largest rank that does is 23"):
+        LayerRules(CONVS, rules=(LayerRule("layer1.*", rank_multiple=64),)).check(net)
+    with pytest.raises(UsageError, match="leave no layer to lower"):
+        rank_curves(model, net, LayerRules(CONVS, rank_multiple=512))
+
+
+SHARED = ("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv2")
+
+
+@pytest.fixture(scope="module")
+def shared() -> Curves:
+    torch.manual_seed(0)
+    model = CifarResNet(1, channels=3, classes=10)
+    rules = LayerRules(CONVS, rules=(LayerRule("layer?.0.conv*", share_ratio=True), LayerRule("layer3.*")))
+    curves = rank_curves(model, trace(model, torch.zeros(1, 3, 16, 16)), rules)
+    assert len(curves.groups) == 1
+    return curves
+
+
+def ratios(curves: Curves, plan, names) -> list[tuple[str, float]]:
+    """(lowering, position on its ladder of useful ranks, 0..1) of each named layer."""
+    found = []
+    for options in curves.layers:
+        if options.layer.name in names:
+            index = options.choices.index(plan[options.layer.name])
+            ladder = options.ladder(options.choices[index].lowering)
+            found.append((options.choices[index].lowering, ladder.index(index) / max(len(ladder) - 1, 1)))
+    return found
+
+
+@pytest.mark.parametrize("method", ["solver", *BASELINES])
+@pytest.mark.parametrize("share", [12, 30, 55])
+def test_layers_of_a_group_share_lowering_and_ratio(shared, method, share):
+    (group,) = shared.groups
+    budgets = [parse_budget("flops", f"{share}%"), parse_budget("params", f"{share + 10}%")]
+    found = BASELINES.get(method, allocate_plan)(shared, budgets)
+    plan, dense = getattr(found, "plan", found), dense_cost(shared.net)
+    assert all(budget.allows(plan_cost(shared.net, plan), dense) for budget in budgets)
+    lowerings, positions = zip(*ratios(shared, plan, group), strict=True)
+    assert len(set(lowerings)) == 1
+    # one ratio, each layer's rank rounded down on its own ladder
+    assert max(positions) - min(positions) <= 1 / 8
+
+
+def test_a_group_costs_damage_and_no_group_is_free_to_differ(shared, curves):
+    budgets = [parse_budget("flops", "35%")]
+    free, tied = allocate_plan(curves, budgets), allocate_plan(shared, budgets)
+    assert free.damage <= tied.damage
+    assert tied.bound <= tied.damage
+
+
+def test_budgets_that_exclude_each_other_say_by_how_much_and_that_value_works(curves):
+    smallest, dense = curves.smallest(), dense_cost(curves.net)
+    budgets = [parse_budget("flops", str(smallest["flops"])), parse_budget("params", str(smallest["params"]))]
+    with pytest.raises(UsageError, match="at once") as error:
+        allocate_plan(curves, budgets)
+    text = str(error.value)
+    (least,) = re.findall(r"smallest flops is ([\d,]+)", text)
+    value = int(least.replace(",", ""))
+    assert smallest["flops"] < value
+    assert f"{value - smallest['flops']:,} above the budget" in text
+    kept = [parse_budget("flops", str(value)), budgets[1]]
+    cost = plan_cost(curves.net, allocate_plan(curves, kept).plan)
+    assert all(b.allows(cost, dense) for b in kept)
+
+
+def test_a_single_budget_that_cannot_be_met_says_what_is_missing(curves):
+    low = curves.smallest()["flops"]
+    with pytest.raises(UsageError, match=f"{low:,} .*, {low - 1000:,} more: raise it"):
+        allocate_plan(curves, [parse_budget("flops", "1000")])
+
+
+def test_costs_from_shapes_alone_are_those_of_the_curves(curves):
+    torch.manual_seed(0)
+    model = CifarResNet(1, channels=3, classes=10)
+    from_shapes = cost_curves(trace(model, torch.zeros(1, 3, 16, 16)), LayerRules(CONVS))
+    assert from_shapes.smallest() == curves.smallest()
+    for mine, theirs in zip(from_shapes.layers, curves.layers, strict=True):
+        assert mine.choices == theirs.choices
+        assert (mine.macs == theirs.macs).all()
+
+
+def test_a_budget_is_met_to_the_last_mac(curves):
+    """The cost of a plan as its own budget: nothing is lost to rounding, and one MAC less is another plan."""
+    for share in (17, 33, 51, 68, 87):
+        plan = allocate_plan(curves, [parse_budget("flops", f"{share}%")]).plan
+        macs = plan_cost(curves.net, plan).macs
+        again = plan_cost(curves.net, allocate_plan(curves, [parse_budget("macs", str(macs))]).plan)
+        assert again.macs <= macs
+        assert allocate_plan(curves, [parse_budget("macs", str(macs))]).damage <= damage_of(curves, plan) * 1.005
+        assert plan_cost(curves.net, allocate_plan(curves, [parse_budget("macs", str(macs - 1))]).plan).macs < macs
+
+
+def damage_of(curves: Curves, plan) -> float:
+    return sum(float(WITHOUT_DATA(o)[o.choices.index(plan[o.layer.name])]) for o in curves.layers)
+
+
+def test_the_gap_travels_with_the_plan_and_does_not_make_it_another(curves):
+    allocation = allocate_plan(curves, [parse_budget("flops", "40%")])
+    assert allocation.plan.gap == allocation.gap
+    read = RankPlan.from_json(allocation.plan.to_json())
+    assert read.gap == allocation.gap
+    assert read.digest() == RankPlan(allocation.plan.layers).digest()
+    with pytest.raises(UsageError, match="gap"):
+        RankPlan.from_dict({"layers": {}, "gap": "small"})
+
+
+def test_public_allocate_by_measured_score(small_net, image):
+    calls = []
+
+    def score(net) -> float:
+        calls.append(1)
+        with torch.no_grad():
+            return -float((net(image) - small_net(image)).square().mean())
+
+    plan = ranksearch.allocate(small_net, image, {"flops": "60%"}, method="greedy", score=score, calibration=[image])
+    net = trace(small_net, image)
+    assert plan_cost(net, plan).macs <= 0.6 * dense_cost(net).macs
+    assert len(calls) > len(net.layers)
+    with pytest.raises(UsageError, match="give it score"):
+        ranksearch.allocate(small_net, image, {"flops": "60%"}, method="greedy")
+
+
+def test_public_allocate_takes_rules_and_multiples(small_net, image):
+    names = [layer.name for layer in trace(small_net, image).layers]
+    rules = [ranksearch.LayerRule(names[0], min_rank=4)]
+    plan = ranksearch.allocate(small_net, image, {"params": "70%"}, rules=rules, rank_multiple=2)
+    assert all(
+        side % 2 == 0 for _, c in plan.lowered() for side in (c.rank if isinstance(c.rank, tuple) else (c.rank,))
+    )
+    assert plan[names[0]].lowering == "dense" or min(np.atleast_1d(plan[names[0]].rank)) >= 4
+    with pytest.raises(UsageError, match="Did you mean 'kfac'"):
+        ranksearch.allocate(small_net, image, {"params": "70%"}, sensitivity="k-fac")

@@ -51,6 +51,7 @@ def test_search_on_ray_prints_the_front_and_says_where_to_look(studied):
         assert (folder / "runs" / "digits_resnet8" / "trials" / f"{row['trial']:03d}" / "model.safetensors").is_file()
     assert "ranksearch ui" in errors
     assert "[3/3]" in errors
+    assert (folder / "runs" / "digits_resnet8" / "curves.safetensors").is_file()
     assert "Traceback" not in errors
 
 

@@ -128,6 +128,17 @@ def by_milp(
     return picks, float(done.mip_dual_bound)
 
 
+def least(objective: np.ndarray, problem: Problem, time_limit: float, free: int | None = None) -> np.ndarray | None:
+    """Options [L] of least `objective` [L, N] that are within all limits, but for the cost `free`; None where none was found."""
+    bounded = np.arange(len(problem.costs)) != free
+    usable = np.where(np.isfinite(problem.damage), objective, np.inf)
+    for limit in (1.0, 1.0 - SLACK):
+        picks, _ = by_milp(usable, problem, np.where(bounded, limit, np.inf), time_limit)
+        if picks is not None and (problem.totals(picks)[1][bounded] <= FITS).all():
+            return picks
+    return None
+
+
 @contextmanager
 def _quiet_stdout() -> Iterator[None]:
     """HiGHS writes an occasional line of its own to the process's stdout, where results belong."""

@@ -22,7 +22,7 @@ from scipy.optimize import linprog
 from ranksearch.allocate.budget import Budget, cost_value, percent_above
 from ranksearch.allocate.curves import AXES, Curves, limits_of
 from ranksearch.allocate.damage import WITHOUT_DATA, Damage
-from ranksearch.allocate.problem import FITS, SLACK, Infeasible, Poser, Problem, by_milp
+from ranksearch.allocate.problem import FITS, Infeasible, Poser, Problem, least
 from ranksearch.compress import RankPlan, dense_cost
 from ranksearch.errors import UsageError
 
@@ -175,12 +175,10 @@ def _any_feasible(problem: Problem) -> np.ndarray:
     Raises:
         Infeasible: there is none.
     """
-    usable = np.where(np.isfinite(problem.damage), problem.costs.sum(axis=0), np.inf)
-    for limit in (1.0, 1.0 - SLACK):
-        picks, _ = by_milp(usable, problem, limit, SEARCH_SECONDS)
-        if picks is not None and problem.fits(picks):
-            return picks
-    raise Infeasible("No plan under these layer rules is within all budgets at once.")
+    picks = least(problem.costs.sum(axis=0), problem, SEARCH_SECONDS)
+    if picks is None:
+        raise Infeasible("No plan under these layer rules is within all budgets at once.")
+    return picks
 
 
 Solver = Callable[[Problem], tuple[np.ndarray, float]]
@@ -236,17 +234,15 @@ def _why_infeasible(curves: Curves, budgets: Sequence[Budget], problem: Problem)
     bounded = np.flatnonzero(np.isfinite(limits)).tolist()
     sentences = []
     for budget in budgets:
-        axis, limit = bounded.index(AXES[budget.cost]), np.full(len(bounded), 1.0 - SLACK)
-        limit[axis] = np.inf
-        objective = np.where(np.isfinite(problem.damage), problem.costs[axis], np.inf)
-        picks, _ = by_milp(objective, problem, limit, SEARCH_SECONDS)
+        axis = bounded.index(AXES[budget.cost])
+        picks = least(problem.costs[axis], problem, SEARCH_SECONDS, free=axis)
         if picks is None:
             continue
         layers = round(problem.totals(picks)[1][axis] * limits[bounded[axis]])
-        least, full = curves.value(budget.cost, layers), cost_value(dense, budget.cost)
+        low, full = curves.value(budget.cost, layers), cost_value(dense, budget.cost)
         sentences.append(
-            f"With the others kept, the smallest {budget.cost} is {least:,} ({percent_above(least, full)}%), "
-            f"{least - budget.limit(dense):,} above the budget {budget}."
+            f"With the others kept, the smallest {budget.cost} is {low:,} ({percent_above(low, full)}%), "
+            f"{low - budget.limit(dense):,} above the budget {budget}."
         )
     return " ".join(
         [

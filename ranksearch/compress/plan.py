@@ -76,7 +76,10 @@ class RankPlan:
                 raise UsageError(f'Plan, layer {name!r}: expected {{"lowering": ..., "rank": ...}}, got {entry!r}.')
             lowering, rank = lowering_named(entry["lowering"]).name, entry.get("rank", 0)
             layers[name] = LayerPlan(lowering, _read_rank(rank, f"Plan, layer {name!r}: {lowering}", lowering))
-        return cls(layers, data.get("model"), data.get("gap"))
+        gap = data.get("gap")
+        if gap is not None and not (isinstance(gap, float | int) and gap >= 0):
+            raise UsageError(f"Plan: gap is a share >= 0, got {gap!r}.")
+        return cls(layers, data.get("model"), gap)
 
     @classmethod
     def from_json(cls, text: str) -> RankPlan:

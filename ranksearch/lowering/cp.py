@@ -111,7 +111,11 @@ class Cp(Lowering):
         """Decomposed at a few ranks, every one by itself, and interpolated: an estimate, within .02 of what
         decompositions remove (four layers of the trained ResNet-20)."""
         ranks = self.ranks(spec, multiple)
-        probes = [ranks[i] for i in sorted({round(i) for i in np.linspace(0, len(ranks) - 1, CURVE_PROBES)})] if ranks else []
+        probes = (
+            [ranks[i] for i in sorted({round(i) for i in np.linspace(0, len(ranks) - 1, CURVE_PROBES)})]
+            if ranks
+            else []
+        )
         removed, residual = [], []
         blocks = spec.blocks(weight).double()
         energy, top = float(blocks.square().sum()), _operator_norm(blocks)
@@ -121,7 +125,8 @@ class Cp(Lowering):
             removed.append(float(left.square().sum()) / energy if energy > 0 else 0.0)
             residual.append(_operator_norm(left) / top if top > 0 else 0.0)
         # a larger rank cannot do worse: where a local optimum says so, the smaller rank's terms are still there
-        return RankCurve(ranks, *(_between(ranks, probes, np.minimum.accumulate(found)) for found in (removed, residual)))
+        falling = [_between(ranks, probes, np.minimum.accumulate(found)) for found in (removed, residual)]
+        return RankCurve(ranks, falling[0], falling[1])
 
     def _terms(
         self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any, work: float, settled: float
@@ -142,7 +147,11 @@ class Cp(Lowering):
 def _between(ranks: Sequence[Rank], probes: Sequence[Rank], found: np.ndarray) -> np.ndarray:
     """Values `found` at `probes`, falling, as values at `ranks`: their logarithm runs straight between two probes."""
     at, known = ([sides(rank)[0] for rank in group] for group in (ranks, probes))
-    return np.exp(np.interp(at, known, np.log(np.maximum(found, 1e-30)))) * (found.max(initial=0) > 0) if ranks else np.zeros(0)
+    return (
+        np.exp(np.interp(at, known, np.log(np.maximum(found, 1e-30)))) * (found.max(initial=0) > 0)
+        if ranks
+        else np.zeros(0)
+    )
 
 
 def _axes(spec: LayerSpec) -> list[int]:

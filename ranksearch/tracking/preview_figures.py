@@ -122,7 +122,9 @@ def preview_png(record: Record, path: Path) -> None:
                 light = shares[i][j] < 0.55
                 right.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if light else BLACK)
     figure.colorbar(image, ax=right, label="share of the lowering's largest useful rank")
-    legend = ", ".join(f"{short} {name}" for name, short in SHORT.items() if short and _used(record, name))
+    legend = ", ".join(
+        f"{short} {name}" for name, short in SHORT.items() if short not in ("", name) and _used(record, name)
+    )
     figure.suptitle(f"{_title(record)}   ({legend})" if legend else _title(record), fontsize=10)
     figure.savefig(path)
     plt.close(figure)
