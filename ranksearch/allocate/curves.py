@@ -129,19 +129,16 @@ class Curves:
         """The options `picks`, those of every group replaced by the group's largest that costs no more MACs and params."""
         tied = dict(picks)
         for row in self.rows:
-            if len(row.members) > 1:
-                names = [member.layer.name for member in row.members]
-                index = [tied[name] for name in names]
-                most = np.array(
-                    [
-                        sum(int(m.macs[i]) for m, i in zip(row.members, index, strict=True)),
-                        sum(int(m.params[i]) for m, i in zip(row.members, index, strict=True)),
-                    ]
-                )
-                fits = np.flatnonzero((row.costs <= most[:, None]).all(axis=0))
-                removed = row.total(member.removed for member in row.members)
-                best = int(fits[np.argmin(removed[fits])]) if len(fits) else int(np.lexsort(row.costs[::-1])[0])
-                tied |= dict(zip(names, map(int, row.picks[best]), strict=True))
+            if len(row.members) == 1:
+                continue
+            chosen = [(member, tied[member.layer.name]) for member in row.members]
+            most = [sum(int(m.macs[i]) for m, i in chosen), sum(int(m.params[i]) for m, i in chosen)]
+            fits = np.flatnonzero((most >= row.costs.T).all(axis=1))
+            removed = row.total(member.removed for member in row.members)
+            best = fits[np.argmin(removed[fits])] if len(fits) else np.lexsort(row.costs[::-1])[0]
+            tied |= {
+                member.layer.name: int(option) for member, option in zip(row.members, row.picks[best], strict=True)
+            }
         return tied
 
     def plan(self, picks: Mapping[str, int], model: str | None = None, gap: float | None = None) -> RankPlan:

@@ -239,43 +239,45 @@ def collect(
     """
     probe = copy.deepcopy(model).eval()
     open_attentions_(probe, [layer.name for layer in net.layers])
-    differentiated = gradients or fisher
-    for parameter in probe.parameters():
-        parameter.requires_grad_(False)
-    device = next(probe.parameters()).device
     collector = _Collector(gradients, fisher, generator)
     for layer in net.layers:
         modules = {id(m): m for m in map(probe.get_submodule, (layer.name, *layer.shared_with))}
         for module in modules.values():
             collector.watch(layer.name, layer.spec, module)
-    loss = loss or drawn_labels_loss(generator)
-    samples = 0
-    with torch.set_grad_enabled(differentiated), _without_fused_attention():
-        for batch in batches:
-            inputs = [x.to(device) for x in (batch if isinstance(batch, tuple | list) else (batch,))]
-            samples += len(inputs[0])
-            if differentiated:
-                # gradients flow from the inputs on, so none are computed by the weights; a multiple of 1 is no leaf, as layers that
-                # work in place want it
-                inputs = [x.requires_grad_() * 1 if x.is_floating_point() else x for x in inputs]
-                if not any(x.requires_grad for x in inputs):
-                    probe.requires_grad_()
-            output = probe(*inputs)
-            if differentiated:
-                loss(output).backward()
+    differentiated = (loss or drawn_labels_loss(generator)) if gradients or fisher else None
+    samples = _run(probe, batches, differentiated)
     if samples == 0:
         raise UsageError("This sensitivity is measured on data: give it at least one batch of inputs (calibration).")
     for name, found in collector.statistics.items():
         found.positions /= samples
         if found.fisher is not None:
             found.fisher /= samples
-        sums = [
-            found.inputs.mean,
-            *([found.gradients.mean] if found.gradients else []),
-            *([found.fisher] if fisher else []),
-        ]
-        if not all(bool(total.isfinite().all()) for total in sums if total is not None):
+        sums = [found.inputs.mean]
+        sums += [found.gradients.mean] if found.gradients is not None else []
+        sums += [found.fisher] if found.fisher is not None else []
+        if not all(bool(total.isfinite().all()) for total in sums):
             raise NonFiniteError(
                 f"Layer {name!r}: its inputs or the gradients at its output are not finite on the calibration data."
             )
     return collector.statistics
+
+
+def _run(probe: nn.Module, batches: Iterable[Any], loss: Loss | None) -> int:
+    """Runs the batches forward, and backward from `loss` where there is one; returns the number of samples."""
+    device, samples = next(probe.parameters()).device, 0
+    for parameter in probe.parameters():
+        parameter.requires_grad_(False)
+    with torch.set_grad_enabled(loss is not None), _without_fused_attention():
+        for batch in batches:
+            inputs = [x.to(device) for x in (batch if isinstance(batch, tuple | list) else (batch,))]
+            samples += len(inputs[0])
+            if loss is None:
+                probe(*inputs)
+                continue
+            # gradients flow from the inputs on, so that none are computed for weights; times 1 they are no leaves, which layers that
+            # work in place refuse
+            inputs = [x.requires_grad_() * 1 if x.is_floating_point() else x for x in inputs]
+            if not any(x.requires_grad for x in inputs):
+                probe.requires_grad_()
+            loss(probe(*inputs)).backward()
+    return samples

@@ -78,18 +78,6 @@ def _scaled(budget: Budget, factor: Decimal, dense: Cost) -> Budget:
     return Budget(budget.cost, Decimal(limit), relative=False, text=f"{100 * limit / full:.4g}%")
 
 
-def make_allocator(
-    name: str, damage: Damage, reference: str, seed: int, score: Callable[[], Callable[..., RankPlan]]
-) -> Allocator:
-    """The allocator `name` under one interface; `score` makes the measured one, which needs evaluations of the net."""
-    if name == "solver":
-        return lambda curves, budgets: allocate_plan(curves, budgets, damage=damage, model=reference).plan
-    if name == "greedy":
-        return partial(score(), model=reference)
-    extra = {"seed": seed} if name == "random" else {}
-    return partial(BASELINES[name], model=reference, **extra)
-
-
 def measured_greedy(bench: Workbench, images: int, batch_size: int, log: Log) -> Callable[..., RankPlan]:
     """AIMET's allocator with its scores, measured on training images: the validation images are for the comparison."""
     train = Split(bench.task.train.images[:images], bench.task.train.labels[:images])
@@ -119,12 +107,16 @@ def preview_rows(
     scorer = Scorer(bench.task, bench.dense_model(), val, bn_batches=BN_BATCHES, batch_size=batch_size)
     reference, dense = model_reference(space.task, space.model), dense_cost(bench.net)
     known: dict[str, Evaluation] = {}
-    makers = {
-        name: make_allocator(
-            name, bench.damage, reference, space.search.seed, lambda: measured_greedy(bench, images, batch_size, log)
-        )
-        for name in allocators
-    }
+
+    def make(name: str) -> Allocator:
+        if name == "solver":
+            return lambda curves, budgets: allocate_plan(curves, budgets, damage=bench.damage, model=reference).plan
+        if name == "greedy":
+            return partial(measured_greedy(bench, images, batch_size, log), model=reference)
+        seed = {"seed": space.search.seed} if name == "random" else {}
+        return partial(BASELINES[name], model=reference, **seed)
+
+    makers = {name: make(name) for name in allocators}
     for level in levels:
         for name, allocator in makers.items():
             started = time.perf_counter()
