@@ -170,8 +170,9 @@ class SearchSpace(Strict):
     """Whether a group may be confined to a single lowering. Off: the solver's own choice is hard to better, and fewer numbers are
     searched. ResNet-20 on CIFAR-10, 16 trials without training (1,500 validation images, CPU, seeds 0 and 1): hypervolume .643 and
     .642 without, .642 and .639 with it."""
-    sensitivity: str = "none"
-    """What weighs a layer's error: "none" (the weights alone), or from a few batches "activation", "fisher", "kfac"."""
+    sensitivity: str = "kfac"
+    """What weighs a layer's error: "none" (the weights alone), or from a few batches "activation", "fisher", "kfac". How they compare is in
+    `allocate/README.md`."""
     calibration_batches: int = Field(default=8, ge=1)
     """Batches, augmented as in training, that the sensitivity is measured on."""
     measure: str = "log_kept_energy"
