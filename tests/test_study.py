@@ -90,7 +90,9 @@ def test_one_objective_searches_at_the_budget(make, bench):
     study = make(trials=8, settings=["search.objectives=[accuracy]"], budgets=["size=40%"])
     drain(study, bench)
     assert all("level" not in row["params_searched"] for row in study.trials)
-    assert min(row["size_ratio"] for row in study.trials if row["allocator"] == "solver") > 0.35
+    (solver,) = [row for row in study.trials if row["allocator"] == "solver"]
+    # the file's flops: 50% holds beside it, and either may be the one that is used up
+    assert max(solver["size_ratio"] / 0.4, solver["macs_ratio"] / 0.5) > 0.98
     assert len({row["val_accuracy"] for row in study.front}) == 1  # the best, and its equals
 
 
