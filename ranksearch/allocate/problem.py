@@ -101,7 +101,7 @@ class Poser:
 
 
 def by_milp(
-    objective: np.ndarray, problem: Problem, limit: np.ndarray | float, time_limit: float
+    objective: np.ndarray, problem: Problem, limit: np.ndarray | float, time_limit: float, nodes: int | None = None
 ) -> tuple[np.ndarray | None, float]:
     """(options [L] of least `objective` [L, N] with costs <= `limit`, or None where none was found; proven lower bound).
 
@@ -118,7 +118,8 @@ def by_milp(
             ],
             integrality=np.ones(len(rows)),
             bounds=Bounds(0, 1),
-            options={"time_limit": time_limit, "mip_rel_gap": OPTIMAL},
+            options={"time_limit": time_limit, "mip_rel_gap": OPTIMAL}
+            | ({} if nodes is None else {"node_limit": nodes}),
         )
     if done.x is None:
         return None, np.inf if done.status == 2 else -np.inf
