@@ -189,7 +189,7 @@ def preview(
     levels: Annotated[
         str | None,
         typer.Option(
-            metavar="P,P,…", help="Budgets in percent of the dense net's cost; left out, 75 to 20 and the space's own."
+            metavar="P,P,…", help="Budgets in percent of the dense net's cost; left out, 75 to 25 and the space's own."
         ),
     ] = None,
     allocator: Annotated[

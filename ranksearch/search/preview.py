@@ -29,7 +29,7 @@ from ranksearch.tasks.task import Split
 
 ALLOCATORS = ("solver", *BASELINES, "greedy")
 DEFAULT_ALLOCATORS = ("solver", "uniform", "energy", "minimax")
-LEVELS = (75, 60, 50, 40, 30, 20)
+LEVELS = (75, 60, 50, 35, 25)
 """Budgets in percent of the dense net's cost, beside the space's own."""
 BN_BATCHES = 5
 """Fewer than in a trial: five batches of 128 saturate."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ranksearch.compress import RankPlan, reestimate_bn_
+from ranksearch.compress import LayerPlan, RankPlan, reestimate_bn_
+from ranksearch.compress.slots import slots_of
 from ranksearch.compress.surgery import compress
+from ranksearch.lowering import lowering_named
 from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import Evaluation, evaluate
 from ranksearch.tasks.task import Split, Task
+
+CPU_BATCH = 125
+"""Chains of small layers, cp's above all, are twice as fast on a CPU in batches whose maps stay in its caches than in batches of 500."""
 
 
 class Scorer:
@@ -20,11 +27,24 @@ class Scorer:
         self.task, self.split, self.device = task.without_test().to(device), split.to(device), device
         self.model = model.to(device).eval()
         self._bn_batches, self._batch_size = bn_batches, batch_size
+        self._starts: dict[tuple[str, LayerPlan], Any] = {}
 
     def __call__(self, plan: RankPlan) -> Evaluation:
         """Accuracy in percent and loss; every plan sees the same images."""
-        small = compress(self.model, plan)
+        small = compress(self.model, plan, warm=self._started(plan))
         if next(plan.lowered(), None) is not None:
             generator = torch.Generator(self.device).manual_seed(0)
             reestimate_bn_(small, calibration_batches(self.task, self._bn_batches, self._batch_size, generator))
-        return evaluate(small, self.split, self.task)
+        return evaluate(small, self.split, self.task, batch_size=CPU_BATCH if self.device.type == "cpu" else 500)
+
+    @torch.no_grad()
+    def _started(self, plan: RankPlan) -> dict[str, Any]:
+        """Where the decompositions begin that are iterations (`cp`): many plans share a layer's choice, and each is iterated once."""
+        starts = {}
+        for name, (slot, choice) in slots_of(self.model, plan).items():
+            lowering = lowering_named(choice.lowering)
+            if not lowering.is_projection:
+                if (name, choice) not in self._starts:
+                    self._starts[name, choice] = lowering.project(slot.weight.detach(), choice.rank, slot.spec).warm
+                starts[name] = self._starts[name, choice]
+        return starts
