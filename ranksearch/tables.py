@@ -172,8 +172,7 @@ def print_preview(record: dict[str, Any]) -> None:
         )
     rows.append(["dense", *(number(record["dense"]["val_accuracy"], ".2f") for _ in names), "100.00", "100.00", "", ""])
     table(
-        f"{record['space']}: validation accuracy after decomposition and BN re-estimation, no training; "
-        f"{record['images']:,} images, * on the front, {record['seconds']:.0f} s",
+        f"{record['space']}: decomposed, BN re-estimated, not trained; accuracy on {record['images']:,} validation images, * on the front",
         columns,
         rows,
         spare=(f"plan of {shown}", "gap %", "params %"),

@@ -131,7 +131,7 @@ def test_preview_verb(tmp_path, digits_yaml):
     assert "preview.png" in done.stderr
     again = call(*arguments[:4], "--runs", "other", cwd=tmp_path).stdout
     assert "solver %" in again
-    assert "no training" in again
+    assert "not trained" in again
     assert "dense" in again
 
 

@@ -1,4 +1,4 @@
-"""The scripts that measure training: they run, say what they were asked for, and go on where they stopped."""
+"""The scripts that measure training and allocation: they run, say what they were asked for, and go on where they stopped."""
 
 import json
 import subprocess
@@ -51,6 +51,36 @@ def test_the_papers_tables_are_run_once_and_read_from_disk_the_second_time(tmp_p
     again = call("reproduce_paper", "--out", str(tmp_path))
     assert again["rows"] == first["rows"]
     assert again["seconds"] < first["seconds"]
+
+
+def test_the_allocator_bench_holds_the_solver_against_the_optimum():
+    found = call("bench_allocators", "--only", "resnet50")
+    figures = found["figures"]
+    assert figures["two_budget_feasible"] == 1
+    assert 0 <= figures["milp_gap_max"] <= 0.005
+    assert 0 <= figures["two_budget_gap_max"] <= 0.01
+    assert figures["resnet50_seconds"] < 1
+    assert {row["part"] for row in found["rows"]} == {"resnet50", "two budgets"}
+    assert all(row["gap_to_milp"] <= row["certified_gap"] * 1.01 + 1e-6 for row in found["rows"])
+
+
+def test_the_allocator_bench_scores_every_allocator(cifar):
+    found = call("bench_allocators", "--only", "trained", "--images", "200")
+    figures = found["figures"]
+    names = {name.removeprefix("accuracy_resnet20_50_") for name in figures if name.startswith("accuracy_resnet20_50_")}
+    assert names >= {
+        "solver",
+        "solver_kfac",
+        "solver_fisher",
+        "solver_activation",
+        "uniform",
+        "minimax",
+        "evbmf",
+        "stable_rank",
+    }
+    assert figures["accuracy_resnet20_100_dense"] > 95
+    assert figures["best_above_uniform_everywhere"]
+    assert all(row["macs"] <= 0.5 for row in found["rows"] if row["part"] == "resnet20" and row["allocator"] != "dense")
 
 
 def test_an_ablation_pairs_its_variants_with_the_base(tmp_path, cifar):

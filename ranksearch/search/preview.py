@@ -55,8 +55,8 @@ def levels_of(space: Space, curves: Curves, percents: Sequence[float], log: Log)
     own = budgets_of(space, curves)
     dense, smallest = dense_cost(curves.net), curves.smallest()
     full = cost_value(dense, own[0].cost)
-    own_percent = 100 * own[0].limit(dense) / full
-    found = {own_percent: Level(own_percent, tuple(own))} if own_percent < 100 and space.budgets else {}
+    own_percent = _own_level(space, curves)
+    found = {own_percent: Level(own_percent, tuple(own))} if own_percent is not None and own_percent < 100 else {}
     for percent in percents:
         factor = Decimal(percent) / 100 * full / own[0].limit(dense)
         budgets = tuple(_scaled(budget, factor, dense) for budget in own)
@@ -137,6 +137,14 @@ def preview_rows(
             }  # fmt: skip
 
 
+def _own_level(space: Space, curves: Curves) -> float | None:
+    """The space's first budget in percent of the dense net's cost; None where it has no budget."""
+    if not space.budgets:
+        return None
+    first, dense = budgets_of(space, curves)[0], dense_cost(curves.net)
+    return 100 * first.limit(dense) / cost_value(dense, first.cost)
+
+
 def damage_of(curves: Curves, damage: Damage, plan: RankPlan) -> float:
     """Predicted damage of a whole plan."""
     return sum(float(damage(o)[o.choices.index(plan[o.layer.name])]) for o in curves.layers)
@@ -152,7 +160,7 @@ def preview_record(
     full = dense_cost(bench.net)
     return {
         "space": space.name, "task": space.task, "model": space.model, "cost": cost, "cost_ratio": ratio,
-        "budgets": {name: str(text) for name, text in space.budgets.items()},
+        "own_level": _own_level(space, bench.curves), "budgets": {name: str(text) for name, text in space.budgets.items()},
         "sensitivity": space.search.sensitivity, "measure": space.search.measure, "seed": space.search.seed,
         "images": min(images, len(bench.task.val)), "bn_batches": BN_BATCHES, "seconds": round(seconds, 1),
         "dense": {

@@ -70,12 +70,6 @@ def kept_ranks(record: Record) -> tuple[list[str], list[float], list[list[float]
     return [layer["name"] for layer in layers], levels, shares, texts
 
 
-def _limit(record: Record) -> float | None:
-    """The space's own budget in percent of dense, where it is relative."""
-    text = record["budgets"].get(record["cost"], "")
-    return float(text[:-1]) if text.endswith("%") else None
-
-
 def _title(record: Record) -> str:
     return f"{record['space']}: {record['task']}/{record['model']}, decomposed without training"
 
@@ -104,7 +98,7 @@ def preview_png(record: Record, path: Path) -> None:
             zorder=3 if name == "solver" else 2,
         )  # fmt: skip
     left.scatter([100], [record["dense"]["val_accuracy"]], color=BLACK, marker="*", s=130, label="dense net", zorder=4)
-    if (limit := _limit(record)) is not None:
+    if (limit := record["own_level"]) is not None:
         left.axvline(limit, color=BLACK, linestyle="--", linewidth=1, label=f"budget {describe_budgets(record)}")
     left.set(xlabel=_axis(record), ylabel="validation accuracy (%), BN re-estimated", title="accuracy by allocator")
     left.grid(alpha=0.25)
@@ -164,7 +158,7 @@ def preview_html(record: Record, path: Path) -> None:
         x=[100], y=[record["dense"]["val_accuracy"]], mode="markers", name="dense net", row=1, col=1,
         marker={"color": BLACK, "symbol": "star", "size": 14},
     )  # fmt: skip
-    if (limit := _limit(record)) is not None:
+    if (limit := record["own_level"]) is not None:
         figure.add_vline(x=limit, line_dash="dash", line_color=BLACK, annotation_text="budget", row=1, col=1)
     figure.add_heatmap(
         z=shares, x=[f"{level:g}" for level in levels], y=layers, colorscale="Cividis", zmin=0, zmax=1, row=1, col=2,
