@@ -129,7 +129,14 @@ def test_preview_verb(tmp_path, digits_yaml):
     assert {row["allocator"] for row in record["plans"]} == {"solver", "greedy"}
     assert "evaluations on 100 training images" in done.stderr
     assert "preview.png" in done.stderr
-    again = call(*arguments[:4], "--runs", "other", cwd=tmp_path).stdout
+    pairs = [
+        "--set",
+        "layers.lowerings=[tucker2,svd]",
+        "--set",
+        "layers.rank_multiple=4",
+    ]  # ranks with two sides, in multiples
+    again = call(*arguments[:4], *pairs, "--runs", "other", cwd=tmp_path).stdout
+    assert "tucker2" in again
     assert "solver %" in again
     assert "not trained" in again
     assert "dense" in again

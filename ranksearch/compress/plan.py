@@ -46,10 +46,11 @@ class RankPlan:
         return " · ".join(f"{name} {count}" for name, count in counts.most_common()) or "dense"
 
     def to_dict(self) -> dict[str, Any]:
-        layers = {
-            name: {"lowering": layer.lowering} | ({"rank": layer.rank} if layer.rank else {})
-            for name, layer in self.layers.items()
-        }
+        """What JSON holds, and equal to what is read back from it: a rank with several sides is a list."""
+        layers: dict[str, dict[str, Any]] = {}
+        for name, layer in self.layers.items():
+            rank = list(layer.rank) if isinstance(layer.rank, tuple) else layer.rank
+            layers[name] = {"lowering": layer.lowering} | ({"rank": rank} if rank else {})
         gap = {} if self.gap is None else {"gap": self.gap}
         return {"format": 1, "model": self.model, **gap, "layers": layers}
 
