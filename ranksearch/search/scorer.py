@@ -15,9 +15,6 @@ from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import Evaluation, evaluate
 from ranksearch.tasks.task import Split, Task
 
-CPU_BATCH = 125
-"""Chains of small layers, cp's above all, are twice as fast on a CPU in batches whose maps stay in its caches than in batches of 500."""
-
 
 class Scorer:
     """Scores a net under plans: decomposition, BN re-estimation on augmented training images, evaluation; no training."""
@@ -35,7 +32,7 @@ class Scorer:
         if next(plan.lowered(), None) is not None:
             generator = torch.Generator(self.device).manual_seed(0)
             reestimate_bn_(small, calibration_batches(self.task, self._bn_batches, self._batch_size, generator))
-        return evaluate(small, self.split, self.task, batch_size=CPU_BATCH if self.device.type == "cpu" else 500)
+        return evaluate(small, self.split, self.task)
 
     @torch.no_grad()
     def _started(self, plan: RankPlan) -> dict[str, Any]:

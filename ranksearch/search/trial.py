@@ -210,6 +210,11 @@ def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
 def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     """Trains the dense net under projections, ends on one, so that decomposing changes nothing, and decomposes."""
     recipe, model, steps = session.recipe, session.dense_net(), range(session.recipe.dense_steps)
+    if not steps:  # decomposed first: the dense net as it is has no score of its own
+        small = compress(model, plan)
+        session.reestimate_bn_(small)
+        session.score("decomposed", small, 0)
+        return small
     projecting = Projecting(plan, session.net, recipe.projection, [session.settings.lr_at(step) for step in steps])
     training, stats = session.train_("dense", model, steps, projecting)
     session.reestimate_bn_(model)

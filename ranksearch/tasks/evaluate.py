@@ -10,6 +10,9 @@ from torch import nn
 
 from ranksearch.tasks.task import Split, Task
 
+CPU_BATCH, GPU_BATCH = 125, 500
+"""On a CPU small batches keep their maps in its caches: chains of small layers are twice as fast so as in batches of 500."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -20,10 +23,11 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split, task: Task, *, batch_size: int = 500) -> Evaluation:
+def evaluate(model: nn.Module, split: Split, task: Task) -> Evaluation:
     """Scores `model` on `split` in fp32, whatever it was trained in: a reported figure does not depend on the hardware's bf16."""
     training = model.training
     model.eval()
+    batch_size = CPU_BATCH if split.images.device.type == "cpu" else GPU_BATCH
     correct, total = 0, 0.0
     for start in range(0, len(split), batch_size):
         labels = split.labels[start : start + batch_size]
