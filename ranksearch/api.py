@@ -28,7 +28,8 @@ from ranksearch.search.run import check_address, run_inline
 from ranksearch.search.scorer import Scorer
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import read_space
-from ranksearch.search.study import CURVES, DENSE_WEIGHTS, PREVIEW, Study, find_study
+from ranksearch.search.study import Study
+from ranksearch.search.study_folder import CURVES, DENSE_WEIGHTS, PREVIEW, find_study, locked, new_folder
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.tasks import build_reference
 from ranksearch.tasks.device import pick_device
@@ -95,7 +96,7 @@ def search(
     else:
         space = read_space(space, budgets=budgets, settings=settings, trials=trials, name=name)
     observer, runs = observer or Silent(), Path(runs)
-    Study.check_name(runs, space)
+    new_folder(runs, space.name)
     check_address(None if inline else address)
     try:
         runs.mkdir(parents=True, exist_ok=True)
@@ -132,8 +133,10 @@ def resume(
     """
     observer, folder = observer or Silent(), find_study(name, Path(runs))
     check_address(None if inline else address)
-    study = Study.open(folder)
-    with study.locked():
+    with locked(folder):
+        if Study.mend(folder):
+            observer.log("the journal ended in half a line, which its driver was killed in; it was cut off")
+        study = Study.open(folder)
         again = study.requeue_interrupted()
         observer.log(f"{study.finished} of {study.planned} trials are done, {again} were interrupted and run again")
         known, dense = CurveCache(folder / CURVES), folder / DENSE_WEIGHTS
@@ -251,11 +254,11 @@ def _run(study: Study, bench: Workbench, runs: Path, observer: Observer, *, addr
     observer.start(study)
     try:
         if inline:
-            run_inline(study, bench, on_row)
+            run_inline(study, bench, on_row, observer.log)
         else:
             from ranksearch.search.ray_tune import run_on_ray  # Ray is imported where it is used alone
 
-            run_on_ray(study, bench, on_row, address=address)
+            run_on_ray(study, bench, on_row, observer.log, address=address)
         observer.stop()
         if study.exhausted:
             observer.log(f"the space has nothing new to propose after {study.finished} of {study.planned} trials")

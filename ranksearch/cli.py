@@ -248,7 +248,8 @@ def front(study: StudyName, runs: Runs = DEFAULT_RUNS, as_json: Json = False) ->
     Example: ranksearch front digits_resnet8 --json
     """
     from ranksearch.console import front_table
-    from ranksearch.search.study import Study, find_study
+    from ranksearch.search.study import Study
+    from ranksearch.search.study_folder import find_study
 
     record = Study.open(find_study(study, runs)).front_record()
     if as_json:

@@ -68,6 +68,13 @@ def front_table(front: Mapping[str, Any]) -> None:
     table(title, columns, rows, spare=spare)
 
 
+def _duration(seconds: float) -> str:
+    """Such as `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 class Terminal:
     """Shows a study on stderr: a live line where that is a terminal, else one plain line per finished trial."""
 
@@ -75,14 +82,14 @@ class Terminal:
         self.console = Console(stderr=True, highlight=False)
         self.progress: Progress | None = None
         self._task: Any = None
-        self._started = 0.0
+        self._started: float | None = None
         self._done_before = 0
 
     def log(self, message: str) -> None:
         self.console.print(message, markup=False, soft_wrap=True)
 
     def start(self, study: Study) -> None:
-        self._started, self._done_before = time.monotonic(), study.finished
+        self._started, self._done_before = None, study.finished
         if self.console.is_terminal:
             self.progress = Progress(
                 SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
@@ -96,13 +103,17 @@ class Terminal:
             self.log(f"{study.space.name}: {study.planned - study.finished} trials to run")
 
     def _state(self, study: Study) -> str:
-        done = study.finished
+        done, best = study.finished, study.leader
+        assert self._started is not None
         pace = (time.monotonic() - self._started) / max(1, done - self._done_before)
-        best = max((r["val_accuracy"] for r in study.trials if r["status"] == "complete"), default=None)
-        left = pace * (study.planned - done)
-        return f"{study.running} running · best {number(best, '.2f')} % · hypervolume {study.hypervolume:.4f} · about {left:.0f} s left"
+        parts = [f"{study.running} running", f"best {number(best and best['val_accuracy'], '.2f')} %"]
+        if len(study.space.search.objectives) > 1:
+            parts.append(f"hypervolume {study.hypervolume:.4f}")
+        return " · ".join([*parts, f"about {_duration(pace * (study.planned - done))} left"])
 
     def row(self, study: Study, row: Row) -> None:
+        if self._started is None:  # what went before the first trial, such as Ray's start, says nothing of the pace
+            self._started = time.monotonic() - (row["seconds"] or 0.0)
         if row["status"] == "complete":
             what = f"{row['val_accuracy']:.2f} % at {100 * row['macs_ratio']:.1f} % of MACs, {row['seconds']:.0f} s"
         else:

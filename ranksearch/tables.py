@@ -10,7 +10,8 @@ from ranksearch.compress import RankPlan, dense_cost
 from ranksearch.console import number, table
 from ranksearch.lowering import LOWERINGS, Rank
 from ranksearch.lowering.contract import sides
-from ranksearch.search.parametrize import budgets_of, check_feasible_space, groups_of
+from ranksearch.search.budgets import budgets_of, check_feasible_space
+from ranksearch.search.groups import grouping_of, groups_of
 from ranksearch.search.recipe import searched_settings
 from ranksearch.search.space import Space
 from ranksearch.search.workbench import open_net
@@ -124,7 +125,7 @@ def check_record(space: Space) -> dict[str, Any]:
         }
         for cost, (low, full) in ranges.items()
     }
-    groups = groups_of(curves, search.groups)
+    groups = groups_of(curves, grouping_of(space))
     searched = list(searched_settings(space.recipe))
     return {
         "space": space.name, "valid": True, "task": space.task, "model": space.model, "costs": costs,

@@ -12,6 +12,7 @@ from ranksearch.compress import RankPlan, plan_cost
 from ranksearch.errors import UsageError
 from ranksearch.search.preview import ALLOCATORS, levels_of
 from ranksearch.search.space_file import read_space
+from ranksearch.search.study_folder import new_folder
 from ranksearch.search.workbench import open_net, prepare
 from ranksearch.tracking.preview_figures import kept_ranks
 from tests.test_cli import call
@@ -82,7 +83,7 @@ def test_files_and_figures_are_there_and_do_not_stand_in_a_studys_way(digits, tm
     assert made.finished == 1
     assert (study / "preview" / "preview.png").is_file()
     with pytest.raises(UsageError, match="There is a study"):
-        made.check_name(folder, made.space)
+        new_folder(folder, made.space.name)
 
 
 def test_heat_map_shows_shares_of_the_largest_useful_rank(digits):

@@ -7,21 +7,23 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from ranksearch.pareto import hypervolume, nondominated
+from ranksearch.pareto import hypervolume
 from ranksearch.search.space import OBJECTIVES, Space
 
 Row = dict[str, Any]
-COST_RATIOS = {"macs": "macs_ratio", "params": "params_ratio", "size": "size_ratio"}
+COST_RATIOS = {
+    "macs": "macs_ratio", "flops": "macs_ratio", "params": "params_ratio", "size": "size_ratio", "latency": "latency_ratio",
+}  # fmt: skip
 MEASURED = (
-    "val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_ms", "images_per_second", "projection_share",
-    "seconds",
+    "val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_ms", "latency_ratio", "images_per_second",
+    "projection_share", "seconds",
 )  # fmt: skip
 NOT_IN_RECORD = ("history", "projections", "recipe")
 
 
 def row_of(trial: FrozenTrial, dense: Mapping[str, Any], test_accuracy: float | None) -> Row:
     """Everything known of a finished trial; accuracies in percent, ratios of the dense net's cost, None where not measured."""
-    attrs, result = trial.user_attrs, trial.user_attrs.get("result", {})
+    result, attrs = trial.user_attrs.get("result", {}), trial.user_attrs.get("candidate", {})
 
     def ratio(key: str) -> float | None:
         return result[key] / dense[key] if result.get(key) is not None else None
@@ -62,12 +64,15 @@ def _points(rows: Sequence[Row], objectives: Sequence[str]) -> list[list[float]]
     ]
 
 
-def front_of(rows: Sequence[Row], objectives: Sequence[str]) -> list[Row]:
-    """The nondominated complete rows, most accurate first."""
-    complete = [row for row in rows if row["status"] == "complete"]
-    kept = nondominated(_points(complete, objectives)) if complete else []
-    on_front = [row for row, keep in zip(complete, kept, strict=True) if keep]
-    return sorted(on_front, key=lambda row: (-row["val_accuracy"], row["macs"], row["trial"]))
+def dominates(row: Row, other: Row, objectives: Sequence[str]) -> bool:
+    """Whether a complete `row` is nowhere worse than the complete `other` and somewhere better."""
+    a, b = _points([row, other], objectives)
+    return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+
+def in_order(front: Sequence[Row]) -> list[Row]:
+    """The rows of a front, most accurate first."""
+    return sorted(front, key=lambda row: (-row["val_accuracy"], row["macs"], row["trial"]))
 
 
 def front_hypervolume(front: Sequence[Row], objectives: Sequence[str]) -> float:
@@ -80,7 +85,7 @@ def describe_budgets(record: Mapping[str, Any]) -> str:
     return ", ".join(f"{cost} ≤ {text}" for cost, text in record["budgets"].items()) or "no budget"
 
 
-def front_record(space: Space, dense: Mapping[str, Any], front: Sequence[Row]) -> dict[str, Any]:
+def front_record(space: Space, dense: Mapping[str, Any], front: Sequence[Row], hypervolume: float) -> dict[str, Any]:
     """The study's name, objectives, budgets, reference point, hypervolume, dense net and front, for JSON."""
     objectives = space.search.objectives
     return {
@@ -88,7 +93,7 @@ def front_record(space: Space, dense: Mapping[str, Any], front: Sequence[Row]) -
         "objectives": [{"name": name, "direction": OBJECTIVES[name]} for name in objectives],
         "budgets": {budget.cost: budget.text for budget in space.parsed_budgets()},
         "reference_point": [0.0 if name == "accuracy" else 1.0 for name in objectives],
-        "hypervolume": front_hypervolume(front, objectives),
+        "hypervolume": hypervolume,
         "dense": dict(dense),
         "trials": [{key: value for key, value in row.items() if key not in NOT_IN_RECORD} for row in front],
     }

@@ -1,164 +1,123 @@
-"""The default parametrization: Optuna searches corrections around the optimum of a good prediction, never raw ranks.
+"""What is searched, and how a suggestion becomes a plan and a recipe. The forms of it: `allocated.py` (the default) and `direct.py`.
 
-A suggestion is a factor per group of layers on its predicted damage (1 = trust the prediction), the lowerings a group may take,
-the budgets' level (where a front is asked for) and the recipe. The solver turns it into a plan within every budget, so no trial
-is spent on an infeasible one.
+A form says its parameters as Optuna distributions, up front, so that a sampler need not find them out trial by trial, and makes a
+plan of their values. The recipe's searched settings are common to all forms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
-from math import exp, log
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from ranksearch.allocate import BASELINES, Budget, Curves, Damage, allocate_plan
-from ranksearch.allocate.budget import cost_value
-from ranksearch.compress import RankPlan, dense_cost
-from ranksearch.search.recipe import Recipe, searched_settings
+from ranksearch.compress import RankPlan
+from ranksearch.search.recipe import Recipe
 from ranksearch.search.settings import Choices, Range, Scalar
-from ranksearch.search.space import Space
-from ranksearch.tasks import model_reference
+from ranksearch.search.space import RecipeSpace
 
-ANY = "any"
+LEVEL = "level"
+"""The parameter that says at which share of the budgets a plan is allocated."""
+SEARCH = "search"
+"""Who chose a plan that no classic rule did."""
+
+
+class Form(Protocol):
+    """A parametrization of plans within a study's budgets."""
+
+    @property
+    def distributions(self) -> Mapping[str, BaseDistribution]:
+        """Parameter -> what it may be."""
+        ...
+
+    def plan(self, values: Mapping[str, Any]) -> RankPlan:
+        """The plan of these parameters.
+
+        Raises:
+            UsageError: there is none.
+        """
+        ...
+
+    def params_of(self, plan: RankPlan) -> dict[str, Any] | None:
+        """Parameters that lead to `plan`; None where this form has none that do."""
+        ...
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A trial that opens a study: its settled parameters, who made its plan, and the plan where the parameters do not say it."""
+
+    params: Mapping[str, Any]
+    allocator: str
+    plan: RankPlan | None = None
+
+    def attrs(self) -> dict[str, Any]:
+        """What the enqueued trial carries, read again by `suggest`."""
+        return {"allocator": self.allocator} | ({"given": self.plan.to_dict()} if self.plan is not None else {})
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A plan within the budgets and the recipe to train it by; `allocator` says who made the plan."""
+    """A plan and the recipe to train it by; `allocator` says who made the plan."""
 
     plan: RankPlan
     recipe: Recipe
     allocator: str
 
 
-def group_of(name: str, grouping: str) -> str:
-    """The group of a layer: its first name for "stage", itself for "layer", one for "all"."""
-    return {"stage": name.split(".")[0], "layer": name, "all": "all"}[grouping]
+@dataclass(frozen=True)
+class Searched:
+    """Everything that a study searches: a form's parameters and the recipe's."""
 
+    form: Form
+    recipe: RecipeSpace
+    distributions: Mapping[str, BaseDistribution] = field(init=False)
 
-def groups_of(curves: Curves, grouping: str) -> dict[str, list[str]]:
-    """Group -> names of its layers that have something to choose."""
-    groups: dict[str, list[str]] = {}
-    for options in curves.layers:
-        if len(options.choices) > 1:
-            groups.setdefault(group_of(options.layer.name, grouping), []).append(options.layer.name)
-    return groups
+    def __post_init__(self) -> None:
+        found: dict[str, BaseDistribution] = dict(self.form.distributions)
 
+        def note(name: str, setting: Range | Choices, whole: bool) -> Scalar:
+            found[name] = distribution(setting, whole)
+            return setting.middle
 
-def _lowerings_of(curves: Curves, names: Sequence[str]) -> list[str]:
-    found = {c.lowering for o in curves.layers if o.layer.name in names for c in o.choices if c.rank}
-    return sorted(found)
+        Recipe.settled(self.recipe, note)
+        object.__setattr__(self, "distributions", found)
 
+    def suggest(self, trial: optuna.Trial) -> Suggestion:
+        """Draws a suggestion; a trial that was enqueued with a plan takes that one, and its recipe alone is drawn.
 
-def at_level(budgets: Sequence[Budget], level: float, curves: Curves) -> list[Budget]:
-    """The budgets lowered to `level` of themselves, but not below the smallest plan; level 1 leaves them exactly alone."""
-    if level >= 1:
-        return list(budgets)
-    dense, smallest = dense_cost(curves.net), curves.smallest()
-    return [
-        Budget(
-            b.cost,
-            Decimal(max(int(level * b.limit(dense)), smallest[b.cost])),
-            relative=False,
-            text=f"{b} x {level:.3f}",
+        Raises:
+            UsageError: the drawn parameters have no plan.
+        """
+        recipe = Recipe.settled(
+            self.recipe, lambda name, setting, whole: draw(trial, name, distribution(setting, whole))
         )
-        for b in budgets
-    ]
+        allocator = trial.user_attrs.get("allocator", SEARCH)
+        given = trial.user_attrs.get("given")
+        if given is not None:
+            return Suggestion(RankPlan.from_dict(given), recipe, allocator)
+        values = {name: draw(trial, name, found) for name, found in self.form.distributions.items()}
+        return Suggestion(self.form.plan(values), recipe, allocator)
 
 
-def budgets_of(space: Space, curves: Curves) -> list[Budget]:
-    """The space's budgets; where it has none, the dense net's own cost, so that the front has a range to be searched in."""
-    budgets = space.parsed_budgets()
-    if budgets:
-        return budgets
-    cost = next((name for name in space.search.objectives if name != "accuracy"), "macs")
-    full = cost_value(dense_cost(curves.net), cost)
-    return [Budget(cost, Decimal(full), relative=False, text=str(full))]
+def distribution(setting: Range | Choices, whole: bool) -> BaseDistribution:
+    """A searched setting as Optuna has it."""
+    if isinstance(setting, Choices):
+        return CategoricalDistribution(setting.choices)
+    if whole:
+        return IntDistribution(int(setting.low), int(setting.high), log=setting.log)
+    return FloatDistribution(setting.low, setting.high, log=setting.log)
 
 
-def _suggest_recipe(trial: optuna.Trial, space: Space) -> Recipe:
-    def draw(name: str, setting: Range | Choices, whole: bool) -> Scalar:
-        if isinstance(setting, Choices):
-            return trial.suggest_categorical(name, setting.choices)
-        if whole:
-            return trial.suggest_int(name, int(setting.low), int(setting.high), log=setting.log)
-        return trial.suggest_float(name, setting.low, setting.high, log=setting.log)
-
-    return Recipe.settled(space.recipe, draw)
-
-
-def suggest(trial: optuna.Trial, space: Space, curves: Curves, damage: Damage) -> Suggestion:
-    """Draws a suggestion; a trial enqueued with the attribute `allocator` takes that classic plan without corrections.
-
-    Raises:
-        UsageError: no plan lies within the budgets under the drawn lowerings.
-    """
-    allocator = trial.user_attrs.get("allocator", "search")
-    level = 1.0
-    if len(space.search.objectives) > 1 and space.search.front_from < 1:
-        level = trial.suggest_float("level", space.search.front_from, 1.0)
-    recipe = _suggest_recipe(trial, space)
-    budgets = at_level(budgets_of(space, curves), level, curves)
-    reference = model_reference(space.task, space.model)
-    if allocator in BASELINES:
-        return Suggestion(BASELINES[allocator](curves, budgets, reference), recipe, allocator)
-    weights: dict[str, float] = {}
-    allowed: dict[str, list[str]] = {}
-    spread = log(space.search.weight_range)
-    for group, names in groups_of(curves, space.search.groups).items():
-        if spread > 0:
-            weight = exp(trial.suggest_float(f"log_weight/{group}", -spread, spread))
-            weights |= dict.fromkeys(names, weight)
-        lowerings = _lowerings_of(curves, names)
-        if space.search.search_lowerings and len(lowerings) > 1:
-            choice = trial.suggest_categorical(f"lowering/{group}", [ANY, *lowerings])
-            if choice != ANY:
-                allowed |= {name: [choice] for name in names}
-    allocation = allocate_plan(curves, budgets, weights=weights, damage=damage, allowed=allowed, model=reference)
-    return Suggestion(allocation.plan, recipe, allocator)
-
-
-def first_points(space: Space, curves: Curves) -> list[tuple[dict[str, Any], str]]:
-    """(parameters, allocator) of the trials that open the study: the classics, as far as half of the trials allows.
-
-    The solver's uncorrected optimum at the budget comes first, then the first baseline, then, where a front is asked for, the solver
-    half-way down, the other baselines, and the solver at the lowest level.
-    """
-    settled = searched_settings(space.recipe)
-    neutral: dict[str, Any] = {}
-    for group, names in groups_of(curves, space.search.groups).items():
-        neutral |= {f"log_weight/{group}": 0.0}
-        if space.search.search_lowerings and len(_lowerings_of(curves, names)) > 1:
-            neutral |= {f"lowering/{group}": ANY}
-    low = space.search.front_from
-    has_levels = len(space.search.objectives) > 1 and low < 1
-    points: list[tuple[dict[str, Any], str]] = []
-
-    def add(allocator: str, level: float) -> None:
-        corrections = neutral if allocator == "solver" else {}
-        points.append((settled | corrections | ({"level": level} if has_levels else {}), allocator))
-
-    solver = "solver" in space.search.first_points
-    others = [name for name in space.search.first_points if name != "solver"]
-    if solver:
-        add("solver", 1.0)
-    for allocator in others[:1]:
-        add(allocator, 1.0)
-    if solver and has_levels:
-        add("solver", (1 + low) / 2)
-    for allocator in others[1:]:
-        add(allocator, 1.0)
-    if solver and has_levels:
-        add("solver", low)
-    return points[: max(1, space.search.trials // 2)]
-
-
-def check_feasible_space(space: Space, curves: Curves) -> Mapping[str, tuple[int, int]]:
-    """Cost -> (smallest, dense) value; raises UsageError where the budgets cannot be met, alone or together."""
-    allocate_plan(curves, budgets_of(space, curves))
-    smallest, dense = curves.smallest(), dense_cost(curves.net)
-    return {cost: (smallest[cost], cost_value(dense, cost)) for cost in ("macs", "params", "size")}
+def draw(trial: optuna.Trial, name: str, found: BaseDistribution) -> Any:
+    """The trial's value of a parameter: as it was enqueued, else as the sampler says."""
+    match found:
+        case CategoricalDistribution():
+            return trial.suggest_categorical(name, found.choices)
+        case IntDistribution():
+            return trial.suggest_int(name, found.low, found.high, log=found.log, step=found.step)
+        case FloatDistribution():
+            return trial.suggest_float(name, found.low, found.high, log=found.log, step=found.step)
+    raise TypeError(f"no such distribution: {found}")

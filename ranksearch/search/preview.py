@@ -19,7 +19,7 @@ from ranksearch.allocate.damage import Damage
 from ranksearch.compress import Cost, RankPlan, dense_cost, plan_cost
 from ranksearch.errors import UsageError, nearest
 from ranksearch.pareto import nondominated
-from ranksearch.search.parametrize import budgets_of
+from ranksearch.search.budgets import budgets_of
 from ranksearch.search.scorer import Scorer
 from ranksearch.search.space import Space
 from ranksearch.search.workbench import Workbench

@@ -17,10 +17,10 @@ import torch
 from ranksearch.compress import Net, RankPlan
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.recipe import Recipe
-from ranksearch.search.run import OnRow, attempt, check_not_hopeless
+from ranksearch.search.run import Log, OnRow, Settler, attempt, stop_reason
 from ranksearch.search.space import ResourcesSpace
 from ranksearch.search.study import Candidate, Study
-from ranksearch.search.trial import TrialResult
+from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.task import Task
@@ -37,9 +37,10 @@ for _name, _value in {
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
-METRIC = "val_accuracy"
+METRIC, ENTRY, RESULT = "val_accuracy", "entry", "result"
 
 
 def usable_cores() -> int:
@@ -117,30 +118,31 @@ def join(resources: ResourcesSpace, address: str | None) -> tuple[float, int]:
 def _trainable(
     config: dict[str, Any], task: Task, dense: State, net: Net, threads: int, checkpoint_seconds: float
 ) -> None:
-    """A trial on a Ray worker; the result travels as one JSON text, because Tune flattens nested metrics."""
+    """A trial on a Ray worker; entries and the result travel as JSON texts, because Tune flattens nested metrics."""
     torch.set_num_threads(threads)
     candidate = Candidate(
-        config["number"],
-        RankPlan.from_dict(config["plan"]),
-        Recipe.from_dict(config["recipe"]),
-        config["seed"],
-        Path(config["save_to"]),
-        Path(config["checkpoint"]),
-    )
-    result = attempt(
-        task, dense, net, candidate, checkpoint_seconds=checkpoint_seconds,
-        report=lambda metrics: tune.report({METRIC: metrics[METRIC], "result": ""}),
+        config["number"], RankPlan.from_dict(config["plan"]), Recipe.from_dict(config["recipe"]), config["seed"],
+        Path(config["save_to"]), Path(config["checkpoint"]), rungs=tuple(config["rungs"]), latency=config["latency"],
     )  # fmt: skip
-    tune.report({METRIC: result.val_accuracy or 0.0, "result": json.dumps(result.to_dict())})
+
+    def report(entry: dict[str, Any]) -> None:
+        # returns where the trial goes on; where it does not, Tune ends this thread here
+        tune.report({METRIC: entry[METRIC], ENTRY: json.dumps(entry), RESULT: ""})
+
+    result = attempt(task, dense, net, candidate, checkpoint_seconds=checkpoint_seconds, report=report)
+    tune.report({METRIC: result.val_accuracy or 0.0, ENTRY: "", RESULT: json.dumps(result.to_dict())})
 
 
 class AskTell(Searcher):
     """Tune's searcher over the study's own ask and tell. The study is on disk: there is nothing to save or restore here."""
 
-    def __init__(self, study: Study, bench: Workbench, on_row: OnRow) -> None:
+    def __init__(self, study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
         super().__init__(metric=METRIC, mode="max")
-        self._study, self._bench, self._on_row = study, bench, on_row
+        self._study, self._bench, self._settler = study, bench, Settler(study, on_row, log)
         self._numbers: dict[str, int] = {}
+        self._seeds: dict[str, int] = {}
+        self._history: dict[str, list[dict[str, Any]]] = {}
+        self._stopped: set[str] = set()
         self.error: BaseException | None = None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -148,32 +150,49 @@ class AskTell(Searcher):
             return Searcher.FINISHED
         try:
             candidate = self._study.ask(self._bench)
-        except StudyError as error:
+        except Exception as error:
             self.error, candidate = error, None
         if candidate is None:
             # a running trial may still lose its worker and be proposed again, so the end comes only after the last one
             return None if self._study.running and self.error is None else Searcher.FINISHED
-        self._numbers[trial_id] = candidate.number
+        self._numbers[trial_id], self._seeds[trial_id] = candidate.number, candidate.seed
+        self._history[trial_id] = []
         return {
             "number": candidate.number, "plan": candidate.plan.to_dict(), "recipe": candidate.recipe.to_dict(),
             "seed": candidate.seed, "save_to": str(candidate.save_to.absolute()),
-            "checkpoint": str(candidate.checkpoint.absolute()),
+            "checkpoint": str(candidate.checkpoint.absolute()), "rungs": list(candidate.rungs), "latency": candidate.latency,
         }  # fmt: skip
+
+    def goes_on(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Takes up what a running trial reports; False where it is to be stopped."""
+        if trial_id not in self._numbers or not result.get(ENTRY):
+            return True
+        entry = json.loads(result[ENTRY])
+        self._history[trial_id].append(entry)
+        if entry["phase"] != RUNG or self._study.goes_on(self._numbers[trial_id], entry["rung"], entry[METRIC]):
+            return True
+        self._stopped.add(trial_id)
+        return False
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers.pop(trial_id, None)
         if number is None:
             return
-        payload = (result or {}).get("result")
+        seed, history = self._seeds.pop(trial_id), self._history.pop(trial_id)
+        payload = (result or {}).get(RESULT)
         try:
-            if payload:
+            if trial_id in self._stopped:
+                found = _stopped_result(seed, history)
+            elif payload:
                 found = TrialResult(**json.loads(payload))
             elif self._study.retry(number):
                 return
             else:
-                found = TrialResult("failed", 0, 0.0, reason="its workers died, twice: out of memory, or killed")
-            self._on_row(self._study.tell(number, found))
-            check_not_hopeless(self._study)
+                losses = self._study.space.resources.worker_losses + 1
+                found = TrialResult(
+                    "failed", seed, 0.0, reason=f"its worker died {losses} times: out of memory, or killed"
+                )
+            self._settler.settle(number, found)
         except Exception as caught:  # Tune would log it and go on: kept, and raised once the running trials have ended
             self.error = self.error or caught
 
@@ -185,13 +204,35 @@ class AskTell(Searcher):
         return {}  # Tune pickles its searcher for its own snapshot, which is never restored
 
 
-def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, *, address: str | None) -> None:
+class StopBehind(FIFOScheduler):
+    """Tune's scheduler over the study's rungs: first come, first served, and a trial that falls behind is stopped."""
+
+    def __init__(self, searcher: AskTell) -> None:
+        super().__init__()
+        self._searcher = searcher
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return TrialScheduler.CONTINUE if self._searcher.goes_on(trial.trial_id, result) else TrialScheduler.STOP
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def _stopped_result(seed: int, history: list[dict[str, Any]]) -> TrialResult:
+    last = history[-1]
+    return TrialResult(
+        "stopped", seed, last["epochs"], reason=stop_reason(last), history=history,
+        val_accuracy=last["val_accuracy"], val_loss=last["val_loss"], seconds=last["seconds"],
+    )  # fmt: skip
+
+
+def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: str | None) -> None:
     """Runs what is left of the study, as many trials at once as the cluster's CPUs and GPUs hold.
 
-    A trial whose worker dies is run once more.
+    A trial whose worker dies is run again, from its state.
 
     Raises:
-        StudyError: Ray does not start, or the first trials all fail.
+        StudyError: Ray does not start, too many trials fail, or the disk is full.
         UsageError: one trial asks for more than the cluster has.
         KeyboardInterrupt: Ctrl-C; what is finished is told.
     """
@@ -199,7 +240,7 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, *, address: str | 
         return
     cpus = study.space.resources.cpus_per_trial
     gpus, at_once = join(study.space.resources, address)
-    searcher = AskTell(study, bench, on_row)
+    searcher = AskTell(study, bench, on_row, log)
     trainable = tune.with_parameters(
         _trainable, task=bench.task.without_test(), dense=bench.dense, net=bench.net, threads=cpus,
         checkpoint_seconds=study.space.resources.checkpoint_seconds,
@@ -208,6 +249,7 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, *, address: str | 
         tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
+            scheduler=StopBehind(searcher),
             num_samples=-1,  # the study says when it is done
             max_concurrent_trials=at_once,
             reuse_actors=True,

@@ -1,25 +1,38 @@
-"""Running a study's trials: one attempt, and the plain loop over them in this process. `ray_tune.py` does the same on Ray."""
+"""Running a study's trials: one attempt, what becomes of its result, and the plain loop in this process.
+
+`ray_tune.py` does the same on Ray.
+"""
 
 from __future__ import annotations
 
+import errno
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from ranksearch.compress import Net
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.front import Row
 from ranksearch.search.study import Candidate, Study
-from ranksearch.search.trial import Report, TrialResult, run_trial
+from ranksearch.search.trial import RUNG, Report, Stopped, TrialResult, run_trial
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.task import Task
 
 OnRow = Callable[[Row], None]
+Log = Callable[[str], None]
 CONNECT_SECONDS = 10
 GIVE_UP_AFTER = 3
 """A study stops where its first trials, this many, all failed: the rest would fail too."""
+JUDGED_FROM = 10
+"""Trials from which on the share of failures counts."""
+NO_SPACE = "no space"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+PATIENCE_SECONDS, LOOK_SECONDS = 600.0, 5.0
+"""How long a result that the disk has no room for is held until somebody makes some, and how often that is tried."""
 
 
 def check_address(address: str | None) -> None:
@@ -47,34 +60,95 @@ def attempt(
     checkpoint = CheckpointFile(candidate.checkpoint, checkpoint_seconds)
     try:
         return run_trial(
-            task, dense, net, candidate.plan, candidate.recipe,
-            seed=candidate.seed, report=report, save_to=candidate.save_to, checkpoint=checkpoint,
+            task, dense, net, candidate.plan, candidate.recipe, seed=candidate.seed, report=report, save_to=candidate.save_to,
+            checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency,
         )  # fmt: skip
     except Exception as error:
         lines = traceback.format_exc().strip().splitlines()[-6:]
-        return TrialResult(
-            "failed", candidate.seed, 0.0, reason="\n".join([f"{type(error).__name__}: {error}", *lines])
+        status = NO_SPACE if isinstance(error, OSError) and error.errno in FULL else "failed"
+        return TrialResult(status, candidate.seed, 0.0, reason="\n".join([f"{type(error).__name__}: {error}", *lines]))
+
+
+class Settler:
+    """Takes trials' results into the study, and ends it where going on makes no sense."""
+
+    def __init__(self, study: Study, on_row: OnRow, log: Log) -> None:
+        self._study, self._on_row, self._log = study, on_row, log
+        self._before = study.counts  # failures of an earlier run do not end this one
+
+    def settle(self, number: int, result: TrialResult) -> None:
+        """Records a result; where the disk is full it waits for room before it gives up.
+
+        Raises:
+            StudyError: too large a share of the trials failed, or the disk is full.
+        """
+        if result.status == NO_SPACE:
+            raise StudyError(
+                f"No space is left for trial {number}'s net or state; it is run again. {self._resume_hint()}"
+            )
+        self._on_row(self._tell(number, result))
+        self._check_failures()
+
+    def _tell(self, number: int, result: TrialResult) -> Row:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return self._study.tell(number, result)
+            except OSError as error:
+                if time.monotonic() > until:
+                    raise StudyError(
+                        f"{self._study.folder} cannot be written ({error}). {self._resume_hint()}"
+                    ) from error
+                self._log(
+                    f"{self._study.folder} cannot be written ({error.strerror}): make room, the result of trial {number} is held"
+                )
+                time.sleep(LOOK_SECONDS)
+
+    def _resume_hint(self) -> str:
+        done = self._study.finished
+        return f"{done} finished trials are kept: make room, then `ranksearch resume {self._study.space.name}` goes on."
+
+    def _check_failures(self) -> None:
+        counts = {status: n - self._before.get(status, 0) for status, n in self._study.counts.items()}
+        total, failed = sum(counts.values()), counts.get("failed", 0) + counts.get("diverged", 0)
+        allowed = self._study.space.search.max_failures
+        early = total >= min(GIVE_UP_AFTER, self._study.planned) and counts.get("failed", 0) == total
+        if not early and not (total >= JUDGED_FROM and failed > allowed * total):
+            return
+        last = [row["reason"] for row in self._study.trials if row["status"] in ("failed", "diverged")][-1]
+        what = (
+            f"All of the first {total} trials failed"
+            if early
+            else f"{failed} of {total} trials failed or diverged, more than search.max_failures={allowed:g} allows"
         )
+        raise StudyError(f"{what}. The last reason: {last}")
 
 
-def check_not_hopeless(study: Study) -> None:
-    """Raises StudyError where every trial so far failed, and they are enough to tell."""
-    rows = study.trials
-    if len(rows) >= min(GIVE_UP_AFTER, study.planned) and all(row["status"] == "failed" for row in rows):
-        raise StudyError(f"All of the first {len(rows)} trials failed. The last one: {rows[-1]['reason']}")
-
-
-def run_inline(study: Study, bench: Workbench, on_row: OnRow) -> None:
+def run_inline(study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
     """Runs what is left of the study one trial after the other, with every core of this machine.
 
     Raises:
-        StudyError: the first trials all fail.
+        StudyError: too many trials fail, or the disk is full.
     """
-    task = bench.task.without_test()
+    task, settler = bench.task.without_test(), Settler(study, on_row, log)
     while (candidate := study.ask(bench)) is not None:
         result = attempt(
-            task, bench.dense, bench.net, candidate,
-            report=lambda metrics: None, checkpoint_seconds=study.space.resources.checkpoint_seconds,
+            task, bench.dense, bench.net, candidate, report=_stopper(study, candidate.number),
+            checkpoint_seconds=study.space.resources.checkpoint_seconds,
         )  # fmt: skip
-        on_row(study.tell(candidate.number, result))
-        check_not_hopeless(study)
+        settler.settle(candidate.number, result)
+
+
+def _stopper(study: Study, number: int) -> Report:
+    """A trial's report: at a rung it hears whether it goes on."""
+
+    def report(entry: dict[str, Any]) -> None:
+        if entry["phase"] == RUNG and not study.goes_on(number, entry["rung"], entry["val_accuracy"]):
+            raise Stopped(stop_reason(entry))
+
+    return report
+
+
+def stop_reason(entry: dict[str, Any]) -> str:
+    """What a trial's record says of its end at a rung."""
+    return f"fell behind at step {entry['step']}: {entry['val_accuracy']:.2f} %"

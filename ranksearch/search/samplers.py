@@ -1,28 +1,53 @@
-"""Optuna's samplers by name, seeded so that a resumed study does not repeat its draws."""
+"""Samplers by name, seeded so that a resumed study does not repeat its draws. Optuna's own but for `tpe` around an allocation."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
 
+from ranksearch.search.local_tpe import LocalTPE
 from ranksearch.search.space import Space
 
-STARTUP_TRIALS = 3
-"""TPE models from here on: the first points are good ones already, so that random draws would only waste trials."""
 
-
-def make_sampler(space: Space, opened_with: int) -> optuna.samplers.BaseSampler:
+def make_sampler(space: Space, distributions: Mapping[str, BaseDistribution], opened_with: int) -> BaseSampler:
     """The space's sampler for a study that holds `opened_with` trials already.
 
     A seeded sampler made anew at each resume would repeat its draws, so the number of trials is part of its seed.
     """
-    seed = space.search.seed + 1_000_003 * opened_with
-    if space.search.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if space.search.sampler == "nsga2":
-        return optuna.samplers.NSGAIISampler(population_size=max(4, min(50, space.search.trials // 4)), seed=seed)
+    search = space.search
+    if search.sampler == "tpe" and search.parametrization == "allocated":
+        objectives = list(search.objectives)
+        costs = [i for i, name in enumerate(objectives) if name != "accuracy"]
+        return LocalTPE(
+            distributions,
+            accuracy_at=objectives.index("accuracy"),
+            cost_at=costs[0] if costs else None,
+            seed=search.seed,
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # `group`: the classic plans have no corrections, and must not take these out of the joint model
-        return optuna.samplers.TPESampler(multivariate=True, group=True, n_startup_trials=STARTUP_TRIALS, seed=seed)
+        return plain_sampler(search.sampler, trials=search.trials, seed=search.seed + 1_000_003 * opened_with)
+
+
+def plain_sampler(name: str, *, trials: int, seed: int) -> BaseSampler:
+    """Optuna's sampler `name`; a generation of a genetic one is a quarter of the study, 4 to 50 trials."""
+    generation = max(4, min(50, trials // 4))
+    match name:
+        case "tpe":
+            # `group`: trials that were given a plan have no parameters, and must not take these out of the joint model
+            return TPESampler(multivariate=True, group=True, seed=seed)
+        case "nsga2":
+            return NSGAIISampler(population_size=generation, seed=seed)
+        case "nsga3":
+            return NSGAIIISampler(population_size=generation, seed=seed)
+        case "gp":
+            return GPSampler(seed=seed)
+        case "qmc":
+            return QMCSampler(seed=seed, warn_independent_sampling=False)
+        case "random":
+            return RandomSampler(seed=seed)
+    raise ValueError(f"there is no sampler {name!r}")

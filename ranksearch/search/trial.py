@@ -5,8 +5,9 @@ The same trial runs in-process and on Ray.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.compress import Net, RankPlan, dense_cost, plan_cost, reestimate_bn_, save_net
+from ranksearch.compress import Net, RankPlan, dense_cost, plan_cost, project_, reestimate_bn_, save_net
+from ranksearch.compress.latency import latencies_ms
 from ranksearch.compress.surgery import compress, restructure_
 from ranksearch.errors import NonFiniteError
 from ranksearch.search.checkpoint import CheckpointFile
@@ -29,13 +31,20 @@ from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training, TrainStats
 
 Report = Callable[[dict[str, Any]], None]
+RUNG = "rung"
+"""The phase of a score that early stopping compares."""
+RUNG_BN_BATCHES = 3
+
+
+class Stopped(Exception):
+    """Raised by `report`: the trial has fallen behind at a rung and is to end here."""
 
 
 @dataclass(frozen=True)
 class TrialResult:
     """What a trial found. Accuracies in percent; what was not measured is None."""
 
-    status: str  # "complete", "diverged" or "failed"
+    status: str  # "complete", "diverged", "stopped", "failed", or "no space": that one is to be run again
     seed: int
     epochs: float
     val_accuracy: float | None = None
@@ -44,6 +53,8 @@ class TrialResult:
     params: int | None = None
     size_bytes: int | None = None
     latency_ms: float | None = None
+    latency_ratio: float | None = None
+    """Of the dense net's latency, measured in turn with it."""
     images_per_second: float | None = None
     seconds: float | None = None
     projection_share: float | None = None
@@ -71,12 +82,14 @@ class Session:
         seed: int,
         report: Report,
         checkpoint: CheckpointFile,
+        rungs: Sequence[float],
     ) -> None:
         device = pick_device()
         torch.manual_seed(seed)
         self.task, self.net, self.recipe = task.to(device), net, recipe
         self._device, self._dense, self._report, self._checkpoint = device, dense, report, checkpoint
         self._generator = torch.Generator(device).manual_seed(seed)
+        self._rungs = {round(share * recipe.steps): number for number, share in enumerate(rungs)}
         self.settings = Optimisation(
             optimizer=recipe.optimizer, schedule=recipe.schedule, lr=recipe.lr, warmup=recipe.warmup,
             momentum=recipe.momentum, weight_decay=recipe.weight_decay, batch_size=recipe.batch_size,
@@ -103,6 +116,11 @@ class Session:
         self.images, self.seconds, self.projecting_seconds = known["images"], known["seconds"], known["projecting"]
         self._started -= known["elapsed"]
 
+    def report_known(self) -> None:
+        """Reports what a checkpoint knows already: a driver that is another one now has not heard of it."""
+        for entry in self.history:
+            self._report(entry)
+
     @property
     def elapsed(self) -> float:
         """Seconds that the trial has taken, in all processes that it was run by."""
@@ -119,7 +137,7 @@ class Session:
         return self._resumed is not None and self._resumed["phase"] == phase
 
     def train_(
-        self, phase: str, model: nn.Module, steps: range, projecting: Projecting | None = None
+        self, phase: str, model: nn.Module, steps: range, plan: RankPlan, projecting: Projecting | None = None
     ) -> tuple[Training, TrainStats]:
         """Trains `model` for `steps` of the schedule, from the checkpoint where there is one of this phase."""
         share = self.recipe.factor_lr if phase == "factors" else 1.0
@@ -134,6 +152,8 @@ class Session:
         def after_step(training: Training) -> None:
             if projecting is not None:
                 projecting.after_step(training)
+            if (rung := self._rungs.get(steps[training.done - 1] + 1)) is not None:
+                self._score_at_rung(rung, training, plan if projecting is not None else None)
             if self._checkpoint.due and training.done < len(steps):  # what follows a phase needs its last batch
                 self._save(phase, training, projecting)
 
@@ -142,6 +162,23 @@ class Session:
         finally:  # where it diverged, what was seen until then counts too
             self.images, self.seconds = self.images + training.images, self.seconds + training.seconds
             self._note(projecting)
+
+    def _score_at_rung(self, rung: int, training: Training, plan: RankPlan | None) -> None:
+        """Scores a copy of the model as it would be if the trial ended here; the training does not notice.
+
+        Args:
+            plan: what the copy is projected by; None where the model is factored already.
+        """
+        started = time.perf_counter()
+        step, model = training.steps[training.done - 1] + 1, copy.deepcopy(training.model)
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            if plan is not None:
+                project_(model, plan)
+            generator = torch.Generator(self._device).manual_seed(step)
+            reestimate_bn_(model, calibration_batches(self.task, RUNG_BN_BATCHES, self.recipe.batch_size, generator))
+            done = {"epochs": (self.images + training.images) / len(self.task.train), "seconds": self.elapsed}
+            training.seconds -= time.perf_counter() - started
+            self.score(RUNG, model, step, rung=rung, **done)
 
     def project_at_last_(self, projecting: Projecting, training: Training) -> None:
         """The projection that the dense training ends on; it counts as training time, like the others."""
@@ -201,7 +238,7 @@ def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
     recipe, goes_on = session.recipe, session.resumes_at("factors")  # the factors' weights are in the checkpoint then
     small = restructure_(session.dense_net(), plan) if goes_on else train_and_decompose(session, plan)
     if recipe.dense_steps < recipe.steps:
-        _, stats = session.train_("factors", small, range(recipe.dense_steps, recipe.steps))
+        _, stats = session.train_("factors", small, range(recipe.dense_steps, recipe.steps), plan)
         session.reestimate_bn_(small)
         session.score("factors", small, recipe.steps, train_loss=stats.loss)
     return small
@@ -216,7 +253,7 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
         session.score("decomposed", small, 0)
         return small
     projecting = Projecting(plan, session.net, recipe.projection, [session.settings.lr_at(step) for step in steps])
-    training, stats = session.train_("dense", model, steps, projecting)
+    training, stats = session.train_("dense", model, steps, plan, projecting)
     session.reestimate_bn_(model)
     session.score("trained", model, len(steps), train_loss=stats.loss)
     session.project_at_last_(projecting, training)
@@ -238,30 +275,39 @@ def run_trial(
     report: Report,
     save_to: Path | None,
     checkpoint: CheckpointFile,
+    rungs: Sequence[float] = (),
+    latency: bool = False,
 ) -> TrialResult:
     """Runs the method under `plan` and returns its validation score and costs; the compressed net is written to `save_to`.
 
-    `report` is called with the metrics of each phase. From `checkpoint`, which must be this trial's own, it goes on where it
-    stopped; there it keeps its state meanwhile, and nothing once it has ended. Divergence is a result: a loss or weights that are
-    not finite end the trial with status "diverged" and the metrics so far.
+    `report` is called with the metrics of each phase, and at `rungs` (shares of the steps) with those of a copy that is projected
+    there; it may raise `Stopped`. With `latency` the net is timed, in turn with the dense one. From `checkpoint`, which must be this
+    trial's own, it goes on where it stopped; there it keeps its state meanwhile, and nothing once it has ended. Divergence is a
+    result: a loss or weights that are not finite end the trial with status "diverged" and the metrics so far.
     """
     cost = plan_cost(net, plan)
-    session = Session(task, dense, net, recipe, seed=seed, report=report, checkpoint=checkpoint)
-    status, reason = "complete", None
+    status, reason, measured = "complete", None, (None, None)
+    session = Session(task, dense, net, recipe, seed=seed, report=report, checkpoint=checkpoint, rungs=rungs)
     try:
+        session.report_known()
         small = learn_low_rank(session, plan)
+    except Stopped as stopped:
+        status, reason = "stopped", str(stopped)
     except (Diverged, NonFiniteError) as error:
         status, reason = "diverged", str(error)
     else:
         if save_to is not None:
             save_net(small, plan, save_to)
+        if latency:
+            own, of_dense = latencies_ms([small, session.dense_net()], session.task.example_input)
+            measured = own, own / of_dense
     checkpoint.remove()
     last, seconds = session.history[-1] if session.history else {}, session.seconds
     return TrialResult(
         status, seed, session.images / len(task.train), reason=reason,
         history=session.history, projections=session.projections,
         val_accuracy=last.get("val_accuracy"), val_loss=last.get("val_loss"),
-        macs=cost.macs, params=cost.params, size_bytes=cost.size_bytes, latency_ms=cost.latency_ms,
+        macs=cost.macs, params=cost.params, size_bytes=cost.size_bytes, latency_ms=measured[0], latency_ratio=measured[1],
         images_per_second=session.images / seconds if session.images else None,
         projection_share=session.projecting_seconds / seconds if session.images else None,
         seconds=session.elapsed,

@@ -11,7 +11,7 @@ import torch
 from ranksearch.allocate import MEASURES, CurveCache, Curves, Damage, rank_curves, weigh
 from ranksearch.allocate.curves import cost_curves
 from ranksearch.compress import Net, trace
-from ranksearch.search.parametrize import check_feasible_space
+from ranksearch.search.budgets import check_feasible_space
 from ranksearch.search.space import Space
 from ranksearch.tasks import Task, task_kind
 from ranksearch.tasks.batches import calibration_batches

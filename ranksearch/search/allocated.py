@@ -1,0 +1,88 @@
+"""The default form: Optuna searches corrections around the optimum of a good prediction, never raw ranks.
+
+A suggestion is a factor per group of layers on its predicted damage (1 = trust the prediction), how far the measured sensitivities are
+trusted at all, the lowerings that a group may take, and the budgets' level where a front is asked for. The solver turns it into a
+plan within every budget, so no trial is spent on an infeasible one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from math import exp, log
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from ranksearch.allocate import Curves, Damage, allocate_plan
+from ranksearch.compress import RankPlan
+from ranksearch.search.budgets import at_level, budgets_of, has_levels
+from ranksearch.search.groups import groups_of
+from ranksearch.search.parametrize import LEVEL, distribution
+from ranksearch.search.settings import Choices, Range
+from ranksearch.search.space import Space
+from ranksearch.tasks import model_reference
+
+ANY, TRUST = "any", "trust"
+
+
+class Allocated:
+    """Corrections around the solver's optimum."""
+
+    def __init__(self, space: Space, curves: Curves, damage: Damage) -> None:
+        self._search, self._curves, self._damage = space.search, curves, damage
+        self._budgets = budgets_of(space, curves)
+        self._levels = has_levels(space)
+        self._reference = model_reference(space.task, space.model)
+        self._groups = groups_of(curves, space.search.groups or "stage")
+
+    @cached_property
+    def distributions(self) -> Mapping[str, BaseDistribution]:
+        found: dict[str, BaseDistribution] = {}
+        if self._levels:
+            found[LEVEL] = FloatDistribution(self._search.front_from, 1.0)
+        if self._damage.scales and isinstance(self._search.trust, Range | Choices):
+            found[TRUST] = distribution(self._search.trust, whole=False)
+        spread = log(self._search.weight_range)
+        for group, names in self._groups.items():
+            if spread > 0:
+                found[f"log_weight/{group}"] = FloatDistribution(-spread, spread)
+            lowerings = self._lowerings(names)
+            if self._search.search_lowerings and len(lowerings) > 1:
+                found[f"lowering/{group}"] = CategoricalDistribution([ANY, *lowerings])
+        return found
+
+    def _lowerings(self, names: Sequence[str]) -> list[str]:
+        return sorted({c.lowering for o in self._curves.layers if o.layer.name in names for c in o.choices if c.rank})
+
+    def neutral(self, level: float = 1.0) -> dict[str, Any]:
+        """The parameters of the uncorrected optimum at a level of the budgets."""
+        values: dict[str, Any] = {}
+        for name in self.distributions:
+            if name == LEVEL:
+                values[name] = level
+            elif name == TRUST:
+                setting = self._search.trust
+                values[name] = setting.middle if isinstance(setting, Range | Choices) else setting
+            else:
+                values[name] = 0.0 if name.startswith("log_weight/") else ANY
+        return values
+
+    def plan(self, values: Mapping[str, Any]) -> RankPlan:
+        """The solver's plan under these corrections; the dense net's weight per layer is scale^(trust - 1) times its group's factor."""
+        fixed = self._search.trust if isinstance(self._search.trust, int | float) else 1.0
+        trust = float(values.get(TRUST, fixed))
+        weights = {name: scale ** (trust - 1) for name, scale in self._damage.scales.items() if scale > 0}
+        allowed: dict[str, list[str]] = {}
+        for group, names in self._groups.items():
+            factor = exp(values.get(f"log_weight/{group}", 0.0))
+            weights |= {name: factor * weights.get(name, 1.0) for name in names}
+            if (lowering := values.get(f"lowering/{group}", ANY)) != ANY:
+                allowed |= {name: [lowering] for name in names}
+        budgets = at_level(self._budgets, values.get(LEVEL, 1.0), self._curves)
+        return allocate_plan(
+            self._curves, budgets, weights=weights, damage=self._damage, allowed=allowed, model=self._reference
+        ).plan
+
+    def params_of(self, plan: RankPlan) -> dict[str, Any] | None:
+        """None: many corrections, or none at all, lead to a given plan."""

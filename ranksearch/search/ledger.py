@@ -1,0 +1,73 @@
+"""`Ledger`: the rows of a study's finished trials, and its front, kept as trials come in: nothing is computed anew over the whole study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+
+from ranksearch.search.front import Row, dominates, front_hypervolume, in_order
+
+
+class Ledger:
+    """Rows by trial number; the nondominated complete ones."""
+
+    def __init__(self, objectives: Sequence[str], rows: Iterable[Row] = ()) -> None:
+        self._objectives = tuple(objectives)
+        self._rows: dict[int, Row] = {}
+        self._front: list[Row] = []
+        self._best: Row | None = None
+        self.counts: dict[str, int] = {}
+        """Status -> number of trials."""
+        for row in rows:
+            self.add(row)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._rows
+
+    def add(self, row: Row) -> bool:
+        """Takes up a finished trial, once; returns whether it is on the front now."""
+        if row["trial"] in self._rows:
+            raise ValueError(f"trial {row['trial']} is in the ledger already")
+        self._rows[row["trial"]] = row
+        self.counts[row["status"]] = self.counts.get(row["status"], 0) + 1
+        if row["status"] != "complete":
+            return False
+        if self._best is None or (row["val_accuracy"], -row["macs"]) > (
+            self._best["val_accuracy"],
+            -self._best["macs"],
+        ):
+            self._best = row
+        if any(dominates(other, row, self._objectives) for other in self._front):
+            return False
+        self._front = [other for other in self._front if not dominates(row, other, self._objectives)]
+        self._front.append(row)
+        self.__dict__.pop("hypervolume", None)
+        return True
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every finished trial, in the order of their numbers."""
+        return [self._rows[number] for number in sorted(self._rows)]
+
+    @property
+    def front(self) -> list[Row]:
+        """The nondominated complete trials, most accurate first."""
+        return in_order(self._front)
+
+    @property
+    def best(self) -> Row | None:
+        """The most accurate complete trial; of several the one with the fewest MACs."""
+        return self._best
+
+    @cached_property
+    def hypervolume(self) -> float:
+        return front_hypervolume(self._front, self._objectives)
+
+    def score(self, test: Mapping[str, float]) -> None:
+        """Writes test accuracies (trial number as text -> percent) into the rows."""
+        for key, accuracy in test.items():
+            if key.isdigit() and int(key) in self._rows:
+                self._rows[int(key)]["test_accuracy"] = accuracy

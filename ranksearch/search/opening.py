@@ -1,0 +1,168 @@
+"""The trials that open a study: the classics, so that the search can only improve on them, and the fronts of earlier studies.
+
+The solver's uncorrected optimum at several levels of the budgets, one uniform ratio, an energy threshold, minimax.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ranksearch.allocate import BASELINES, Budget, Curves
+from ranksearch.compress import RankPlan, dense_cost, plan_cost
+from ranksearch.errors import UsageError
+from ranksearch.search.allocated import Allocated
+from ranksearch.search.budgets import at_level, budgets_of, has_levels, violations
+from ranksearch.search.parametrize import Form, Opening
+from ranksearch.search.recipe import flattened, searched_settings
+from ranksearch.search.settings import Choices, Range
+from ranksearch.search.space import Space
+from ranksearch.tasks import model_reference
+
+SOLVER, WARM = "solver", "warm start"
+CLASSICS = ("solver", "uniform", "energy", "minimax")
+"""What opens a study whose space does not say it; a `direct` one opens with nothing."""
+LEVELS = (1.0, 0.0, 0.5, 0.25, 0.75)
+"""Levels of the solver's first points, as shares of the way from the lowest level to the budgets themselves; the first ones first."""
+
+
+def first_points(space: Space, curves: Curves, form: Form, known: Allocated) -> list[Opening]:
+    """The trials that open the study, as far as half of the planned ones allows; those of earlier studies come first.
+
+    Args:
+        known: the default form, whose neutral point is the solver's uncorrected optimum, whatever `form` the study searches in.
+    """
+    names = space.search.first_points
+    if names is None:
+        names = list(CLASSICS) if isinstance(form, Allocated) else []
+    found = [*_warm(space, curves, form)]
+    classics = _classics(space, curves, form, known, names)
+    room = max(1, space.search.trials // 2)
+    return _distinct([*found, *classics])[: max(room, len(found))][: space.search.trials]
+
+
+def _classics(space: Space, curves: Curves, form: Form, known: Allocated, names: Sequence[str]) -> Iterator[Opening]:
+    """The solver at the budgets, at the lowest level and half-way, then the first baseline, the solver again, the other baselines."""
+    settled = searched_settings(space.recipe)
+    levels = [_level(space, share) for share in LEVELS] if has_levels(space) else [1.0]
+    if not space.budgets and has_levels(space):
+        levels = levels[1:]  # without a budget the optimum at level 1 is the dense net
+    solver = [_solver(level, form, known, settled) for level in levels] if SOLVER in names else []
+    # a baseline is compared with the solver at one and the same level
+    budgets = at_level(budgets_of(space, curves), 1.0 if space.budgets else _level(space, 0.5), curves)
+    others = [o for name in names if name != SOLVER for o in _baseline(name, space, curves, budgets, form, settled)]
+    yield from [*solver[:3], *others[:1], *solver[3:], *others[1:]]
+
+
+def _level(space: Space, share: float) -> float:
+    low = space.search.front_from
+    return low + share * (1 - low)
+
+
+def _solver(level: float, form: Form, known: Allocated, settled: dict[str, Any]) -> Opening:
+    values = known.neutral(level)
+    if isinstance(form, Allocated):
+        return Opening(settled | values, SOLVER)
+    return _given(known.plan(values), SOLVER, form, settled)
+
+
+def _baseline(
+    name: str, space: Space, curves: Curves, budgets: Sequence[Budget], form: Form, settled: dict[str, Any]
+) -> Iterator[Opening]:
+    try:
+        plan = BASELINES[name](curves, budgets, model_reference(space.task, space.model))
+    except UsageError:
+        return  # this rule has no plan within the budgets; the others open the study
+    yield _given(plan, name, form, settled)
+
+
+def _given(plan: RankPlan, allocator: str, form: Form, settled: dict[str, Any]) -> Opening:
+    params = form.params_of(plan)
+    return Opening(settled | (params or {}), allocator, plan)
+
+
+def _warm(space: Space, curves: Curves, form: Form) -> Iterator[Opening]:
+    """The plans of earlier fronts that lie within the budgets and the layer rules, with what of their recipe is searched here.
+
+    Raises:
+        UsageError: no front there, or one of another net.
+    """
+    dense, budgets = dense_cost(curves.net), budgets_of(space, curves)
+    for where in space.search.warm_start:
+        for row in read_front(where):
+            plan = RankPlan.from_dict(row["plan"])
+            if not _fits(plan, curves, where):
+                continue
+            if max(violations(budgets, plan_cost(curves.net, plan), dense).values()) > 0:
+                continue
+            settled = searched_settings(space.recipe)
+            recipe = dict(flattened(row.get("recipe") or {})) | dict(row.get("params_searched") or {})
+            settled |= {k: recipe[k] for k in settled if k in recipe and _possible(space, k, recipe[k])}
+            params = {k: v for k, v in (row.get("params_searched") or {}).items() if k in form.distributions}
+            same_form = set(params) == set(form.distributions) and _leads_to(form, params, plan)
+            if same_form:
+                yield Opening(settled | params, WARM)
+            else:
+                yield _given(plan, WARM, form, settled)
+
+
+def read_front(where: str | Path) -> list[dict[str, Any]]:
+    """The rows of a front: of a study's folder, or of a file that `front --json` printed.
+
+    Raises:
+        UsageError: there is no front.
+    """
+    path = Path(where).expanduser()
+    path = path / "front.json" if path.is_dir() else path
+    try:
+        rows = json.loads(path.read_text())["trials"]
+        if not all(isinstance(row["plan"], dict) for row in rows):
+            raise TypeError("a plan is missing")
+    except OSError as error:
+        raise UsageError(
+            f"warm start: there is no front in {where} ({error.strerror}): name a study's folder, or a file that "
+            f"`ranksearch front NAME --json` printed."
+        ) from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UsageError(f"warm start: {path} is no front of a study: {error}") from error
+    return rows
+
+
+def _fits(plan: RankPlan, curves: Curves, where: str) -> bool:
+    """Whether the layer rules allow every choice of `plan`; UsageError where it is a plan of another net."""
+    options = {o.layer.name: o for o in curves.layers}
+    strange = [name for name in plan.layers if name not in options]
+    if strange:
+        raise UsageError(f"warm start: the front in {where} is of another net: this one has no layer {strange[0]!r}.")
+    return all(plan[name] in options[name].choices for name in plan.layers)
+
+
+def _possible(space: Space, name: str, value: Any) -> bool:
+    """Whether a searched setting of the recipe can take `value`."""
+    setting: Any = space.recipe
+    for part in name.split("."):
+        setting = getattr(setting, part)
+    if isinstance(setting, Choices):
+        return value in setting.choices
+    return isinstance(setting, Range) and setting.low <= value <= setting.high
+
+
+def _leads_to(form: Form, params: dict[str, Any], plan: RankPlan) -> bool:
+    try:
+        possible = all(
+            found._contains(found.to_internal_repr(params[name])) for name, found in form.distributions.items()
+        )
+        return possible and form.plan(params).digest() == plan.digest()
+    except (UsageError, ValueError):
+        return False
+
+
+def _distinct(openings: Sequence[Opening]) -> list[Opening]:
+    """Without those that were there before: the same plan under the same parameters."""
+    found: dict[str, Opening] = {}
+    for opening in openings:
+        plan = opening.plan.digest() if opening.plan is not None else ""
+        found.setdefault(plan + json.dumps(dict(opening.params), sort_keys=True, default=str), opening)
+    return list(found.values())

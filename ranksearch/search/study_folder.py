@@ -1,0 +1,71 @@
+"""Where a study lives on disk: the names in its folder, finding it, a free name for a new one.
+
+runs/NAME/space.yaml        the resolved space          runs/NAME/front.json   the front, written whenever it changes
+runs/NAME/study.json        dense net, versions, seed   runs/NAME/trials/007/  plan.json, model.safetensors
+runs/NAME/optuna.journal    Optuna's storage            runs/NAME/test.json    test accuracies of the front, at the end
+runs/NAME/checkpoints/      states of running trials
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from ranksearch.errors import UsageError, nearest
+
+SPACE, INFO, JOURNAL, FRONT, TEST = "space.yaml", "study.json", "optuna.journal", "front.json", "test.json"
+DENSE_WEIGHTS, CHECKPOINTS, TRIALS = "dense.safetensors", "checkpoints", "trials"
+CURVES, PREVIEW = "curves.safetensors", "preview"
+
+
+def find_study(name: str, runs: Path) -> Path:
+    """The folder of a study given by name (in `runs`) or by path.
+
+    Raises:
+        UsageError: no such study; the text names the nearest one.
+    """
+    for folder in (Path(name), runs / name):
+        if (folder / INFO).is_file():
+            return folder.resolve()
+    known = sorted(p.parent.name for p in runs.glob(f"*/{INFO}"))
+    raise UsageError(f"There is no study {name!r}, neither as a folder nor in {runs}. {nearest(name, known)}")
+
+
+def in_the_way(folder: Path) -> list[Path]:
+    """What a new study's folder must not hold: everything but what a preview leaves there."""
+    if not folder.is_dir():
+        return [folder] if folder.exists() else []
+    return [path for path in folder.iterdir() if path.name not in (PREVIEW, CURVES)]
+
+
+def new_folder(runs: Path, name: str) -> Path:
+    """The new study's folder; raises UsageError where that name is taken, and proposes a free one."""
+    folder = runs / name
+    if not (folder / INFO).is_file() and in_the_way(folder):
+        raise UsageError(f"{folder} is there, but is no study ({INFO} is missing): remove it, or take another --name.")
+    if (folder / INFO).is_file():
+        free = next(f"{name}-{i}" for i in range(2, 10_000) if not (runs / f"{name}-{i}").exists())
+        raise UsageError(
+            f"There is a study {name!r} in {runs} already, and it is kept. Continue it with `ranksearch resume "
+            f"{name}`, or start another one with `--name {free}`."
+        )
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a study for this process: two drivers would settle each other's trials. The kernel lets go when the process dies.
+
+    Raises:
+        UsageError: another process is running the study.
+    """
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UsageError(
+            f"{folder} is being run by another process; `ranksearch front` may be called meanwhile."
+        ) from None
