@@ -38,7 +38,7 @@ WIDTH = 0.2
 
 @dataclass(frozen=True)
 class Seen:
-    """A trial whose parameters are known: accuracy in 0..1 (None while it runs, or where it was stopped) and cost as a ratio of dense."""
+    """A trial: accuracy in 0..1 (None while it runs, or where it did not come to its end) and cost as a ratio of dense."""
 
     number: int
     params: Mapping[str, Any]
@@ -50,13 +50,21 @@ class LocalTPE(BaseSampler):
     """Proposes the level by the room on the front and everything else by TPE among its neighbours; without a level by TPE alone."""
 
     def __init__(
-        self, distributions: Mapping[str, BaseDistribution], *, accuracy_at: int, cost_at: int | None, seed: int
+        self,
+        distributions: Mapping[str, BaseDistribution],
+        *,
+        accuracy_at: int,
+        cost_at: int | None,
+        dense_accuracy: float,
+        seed: int,
     ) -> None:
         """
         Args:
             distributions: every parameter that is searched.
             accuracy_at, cost_at: which of the study's values is the accuracy in percent, and which the cost as a ratio of dense.
+            dense_accuracy: of the dense net, in percent: what is hoped for above the largest net of the front.
         """
+        self._ceiling = dense_accuracy / 100
         self._distributions, self._seed = dict(distributions), seed
         self._accuracy_at, self._cost_at = accuracy_at, cost_at
         self._finished: dict[int, Seen] = {}
@@ -81,12 +89,13 @@ class LocalTPE(BaseSampler):
             return {}
         rng = np.random.default_rng([self._seed, trial.number])
         running = self._observe(study, trial.number)
-        seen = list(self._finished.values())
+        seen = [s for s in self._finished.values() if s.accuracy is not None]
         if LEVEL not in search_space:
             known = [s for s in seen if search_space.keys() <= s.params.keys()]
             return self._by_tpe(_values(_newest_and_best(known)), running, search_space, rng)
         bounds = search_space[LEVEL]
-        level = self._level(seen, running, bounds.low, bounds.high, rng)  # type: ignore[attr-defined]
+        in_vain = [s for s in self._finished.values() if s.accuracy is None]
+        level = self._level(seen, [*running, *in_vain], bounds.low, bounds.high, rng)  # type: ignore[attr-defined]
         others = {name: found for name, found in search_space.items() if name != LEVEL}
         near = _nearest(seen, level)
         return {LEVEL: level} | (self._by_tpe(_residuals(near, level), running, others, rng) if others else {})
@@ -105,14 +114,19 @@ class LocalTPE(BaseSampler):
                 cost = trial.values[self._cost_at] if self._cost_at is not None else None
                 found = Seen(trial.number, trial.params, trial.values[self._accuracy_at] / 100, cost)
                 self._finished[trial.number] = found
+            elif trial.state in (TrialState.FAIL, TrialState.PRUNED):  # a duplicate, stopped, diverged: tried in vain
+                self._finished[trial.number] = Seen(trial.number, trial.params, None, None)
         return running
 
     # The level ---------------------------------------------------------------------------------------------------
 
     def _level(
-        self, seen: Sequence[Seen], running: Sequence[Seen], low: float, high: float, rng: np.random.Generator
+        self, seen: Sequence[Seen], others: Sequence[Seen], low: float, high: float, rng: np.random.Generator
     ) -> float:
-        """The level at which the cost falls into the widest gap of the front: Δcost · Δaccuracy over the tries there so far."""
+        """The level at which the cost falls into the widest gap of the front: Δcost · Δaccuracy over the tries there so far.
+
+        `others` run still, or were tried in vain.
+        """
         known = sorted((s.params[LEVEL], s.cost) for s in seen if LEVEL in s.params and s.cost is not None)
         if len(known) < 2:
             return float(rng.uniform(low, high))
@@ -122,13 +136,14 @@ class LocalTPE(BaseSampler):
         points = np.array([[s.cost, s.accuracy] for s in seen])
         tried = np.sort(
             np.concatenate(
-                [points[:, 0], np.interp([s.params[LEVEL] for s in running if LEVEL in s.params], levels, costs)]
+                [points[:, 0], np.interp([s.params[LEVEL] for s in others if LEVEL in s.params], levels, costs)]
             )
         )
         stairs = _staircase(points)
         start = stairs[stairs[:, 0] <= least, 1].max(initial=0.0)
         inside = stairs[(stairs[:, 0] > least) & (stairs[:, 0] < most)]
-        corners = np.vstack([[least, start], inside, [most, 1.0]])
+        ceiling = max(self._ceiling, float(points[:, 1].max()))
+        corners = np.vstack([[least, start], inside, [most, ceiling]])
         width, height = np.diff(corners, axis=0).T
         tries = np.searchsorted(tried, corners[1:, 0], "left") - np.searchsorted(tried, corners[:-1, 0], "right")
         room = np.where(width > 1e-6, width * np.maximum(height, 0), -1.0) / (1 + tries)

@@ -13,7 +13,9 @@ from ranksearch.search.local_tpe import LocalTPE
 from ranksearch.search.space import Space
 
 
-def make_sampler(space: Space, distributions: Mapping[str, BaseDistribution], opened_with: int) -> BaseSampler:
+def make_sampler(
+    space: Space, distributions: Mapping[str, BaseDistribution], *, opened_with: int, dense_accuracy: float
+) -> BaseSampler:
     """The space's sampler for a study that holds `opened_with` trials already.
 
     A seeded sampler made anew at each resume would repeat its draws, so the number of trials is part of its seed.
@@ -23,11 +25,9 @@ def make_sampler(space: Space, distributions: Mapping[str, BaseDistribution], op
         objectives = list(search.objectives)
         costs = [i for i, name in enumerate(objectives) if name != "accuracy"]
         return LocalTPE(
-            distributions,
-            accuracy_at=objectives.index("accuracy"),
-            cost_at=costs[0] if costs else None,
-            seed=search.seed,
-        )
+            distributions, accuracy_at=objectives.index("accuracy"), cost_at=costs[0] if costs else None,
+            dense_accuracy=dense_accuracy, seed=search.seed,
+        )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return plain_sampler(search.sampler, trials=search.trials, seed=search.seed + 1_000_003 * opened_with)

@@ -19,6 +19,7 @@ from typing import Any
 import optuna
 import safetensors.torch
 import yaml
+from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.allocate import parse_budget
@@ -33,7 +34,7 @@ from ranksearch.search.front import COST_RATIOS, Row, front_record, objective_va
 from ranksearch.search.journal import mend_journal, open_journal
 from ranksearch.search.ledger import Ledger
 from ranksearch.search.opening import first_points
-from ranksearch.search.parametrize import Searched, Suggestion
+from ranksearch.search.parametrize import Opening, Searched, Suggestion
 from ranksearch.search.provenance import provenance
 from ranksearch.search.recipe import Recipe
 from ranksearch.search.samplers import make_sampler
@@ -142,6 +143,15 @@ class Study:
         write_atomically(folder / INFO, json.dumps(info, indent=2))  # last: a folder with it is a study
         return cls(folder, space, info, study)
 
+    def enqueue(self, point: Opening) -> None:
+        """Proposes a trial of one's own, before whatever the sampler would."""
+        self._study.enqueue_trial(dict(point.params), user_attrs=point.attrs())
+
+    def use_sampler(self, sampler: BaseSampler, bench: Workbench) -> None:
+        """Proposes by another sampler than the space's."""
+        self._search(bench)
+        self._study.sampler = sampler
+
     @classmethod
     def open(cls, folder: Path) -> Study:
         """Reads a study from its folder.
@@ -221,7 +231,12 @@ class Study:
             form = Allocated(self.space, bench.curves, bench.damage) if allocated else Direct(self.space, bench.curves)
             self._searched = Searched(form, self.space.recipe)
             count = len(self._study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING)))
-            self._study.sampler = make_sampler(self.space, self._searched.distributions, count)
+            self._study.sampler = make_sampler(
+                self.space,
+                self._searched.distributions,
+                opened_with=count,
+                dense_accuracy=self.info["dense"]["val_accuracy"],
+            )
         return self._searched
 
     def _is_feasible(self, trial: optuna.Trial, cost: Cost) -> bool:

@@ -21,7 +21,7 @@ from ranksearch.tasks.device import pick_device
 Log = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Workbench:
     """Everything the driver asks with; workers get the task (without its test set), the dense weights and the net."""
 
