@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +13,11 @@ from torch import nn
 
 from ranksearch.allocate import CurveCache
 from ranksearch.compress import RankPlan, load_net
+from ranksearch.compress.latency import latencies_ms
 from ranksearch.errors import UsageError
 from ranksearch.files import write_atomically
 from ranksearch.search.front import Row
+from ranksearch.search.opening import WARM
 from ranksearch.search.preview import (
     DEFAULT_ALLOCATORS,
     LEVELS,
@@ -29,13 +31,13 @@ from ranksearch.search.scorer import Scorer
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import read_space
 from ranksearch.search.study import Study
-from ranksearch.search.study_folder import CURVES, DENSE_WEIGHTS, PREVIEW, find_study, locked, new_folder
+from ranksearch.search.study_folder import CURVES, DENSE_WEIGHTS, PREVIEW, find_front, find_study, locked, new_folder
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.tasks import build_reference
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.task import Split, Task
-from ranksearch.tracking.mirror import MIRROR_ERRORS, Mirror
+from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.preview_figures import preview_html, preview_png
 
 
@@ -70,6 +72,7 @@ def search(
     trials: int | None = None,
     name: str | None = None,
     settings: Sequence[str] = (),
+    warm_start: Sequence[str | Path] = (),
     runs: str | Path = "runs",
     address: str | None = None,
     inline: bool = False,
@@ -81,6 +84,7 @@ def search(
         space: a search-space file, or a `Space`.
         budgets: laid over the file's, such as ["flops=50%", "size=1MiB"].
         settings: other values laid over the file's, such as ["recipe.steps=100"].
+        warm_start: earlier studies, by name or folder, or front files: their plans are tried first.
         runs: folder of the studies; this one goes to `runs`/NAME.
         address: Ray cluster to join ("auto" or "HOST:PORT"); Ray is started on this machine where None.
         inline: one trial after the other in this process, without Ray.
@@ -91,11 +95,17 @@ def search(
         KeyboardInterrupt: interrupted; what is done is kept, and `resume` goes on.
     """
     if isinstance(space, Space):
-        if budgets or settings or trials is not None or name is not None:
-            raise UsageError("budgets, trials, name and settings go with a space file; a Space is taken as it is.")
+        if budgets or settings or warm_start or trials is not None or name is not None:
+            raise UsageError(
+                "budgets, trials, name, settings and warm_start go with a space file; a Space is taken as it is."
+            )
     else:
-        space = read_space(space, budgets=budgets, settings=settings, trials=trials, name=name)
+        space = read_space(
+            space, budgets=budgets, settings=settings, trials=trials, name=name, warm_start=[str(w) for w in warm_start]
+        )
     observer, runs = observer or Silent(), Path(runs)
+    fronts = [str(find_front(where, runs)) for where in space.search.warm_start]
+    space = space.model_copy(update={"search": space.search.model_copy(update={"warm_start": fronts})})
     new_folder(runs, space.name)
     check_address(None if inline else address)
     try:
@@ -112,8 +122,16 @@ def search(
         from ranksearch.search.ray_tune import join
 
         join(space.resources, address)  # a cluster that is not there must not leave an empty study behind
-    study = Study.create(runs, space, bench, _accuracy(bench.dense_model(), bench.task.val, bench.task))
+    model, latency = bench.dense_model(), None
+    if "latency" in space.search.objectives:
+        (latency,) = latencies_ms([model], bench.task.example_input.to(pick_device()))
+    study = Study.create(runs, space, bench, _accuracy(model, bench.task.val, bench.task), latency)
     known.save()
+    if space.search.warm_start:
+        taken = study.info["opened_with"].get(WARM, 0)
+        observer.log(
+            f"warm start: {taken} plans of earlier fronts lie within the budgets and rules and are tried first"
+        )
     with study.locked():
         return _run(study, bench, runs, observer, address=address, inline=inline)
 
@@ -229,28 +247,12 @@ def _test_accuracy(study: Study, bench: Workbench, row: Row | None) -> float:
 
 def _run(study: Study, bench: Workbench, runs: Path, observer: Observer, *, address: str | None, inline: bool) -> Study:
     """Trials, then the test set for the front alone, then the mirror's front; an interruption closes the mirror too."""
-    mirror: Mirror | None = None
-
-    def mirrored(action: Callable[[], None]) -> None:
-        try:
-            action()
-        except MIRROR_ERRORS as error:  # results are on disk: a store that is away must not cost a study
-            observer.log(f"MLflow: not logged ({str(error).splitlines()[0]}); the results are in {study.folder}")
-
-    def open_mirror() -> None:
-        nonlocal mirror
-        mirror = Mirror(study, runs)
-
-    def close_mirror(complete: bool) -> None:
-        if mirror is not None:
-            mirror.finish(complete=complete)
+    mirror = BackgroundMirror(study, runs, observer.log)
 
     def on_row(row: Row) -> None:
         observer.row(study, row)
-        if mirror is not None:
-            mirrored(lambda: mirror.log_trial(row))
+        mirror.log_trial(row)
 
-    mirrored(open_mirror)
     observer.start(study)
     try:
         if inline:
@@ -262,10 +264,15 @@ def _run(study: Study, bench: Workbench, runs: Path, observer: Observer, *, addr
         observer.stop()
         if study.exhausted:
             observer.log(f"the space has nothing new to propose after {study.finished} of {study.planned} trials")
+        if stopped := study.counts.get("stopped"):
+            saved = 100 * study.steps_saved
+            observer.log(
+                f"early stopping: {stopped} of {study.finished} trials stopped, {saved:.0f} % of all training steps saved"
+            )
         study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)
     except BaseException:
         observer.stop()
-        mirrored(lambda: close_mirror(complete=False))
+        mirror.finish(complete=False)
         raise
-    mirrored(lambda: close_mirror(complete=True))
+    mirror.finish(complete=True)
     return study

@@ -105,6 +105,14 @@ def search(
     trials: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the study; left out, the space's.")] = None,
     setting: Settings = None,
+    warm_start: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--warm-start",
+            metavar="NAME|DIR|FILE",
+            help="An earlier study, or a file that `front --json` printed: its plans are tried first; repeatable.",
+        ),
+    ] = None,
     address: Address = None,
     inline: Inline = False,
     runs: Runs = DEFAULT_RUNS,
@@ -116,7 +124,9 @@ def search(
     """
     from ranksearch.search.space_file import read_space
 
-    resolved = read_space(space, budgets=budget or (), settings=setting or (), trials=trials, name=name)
+    resolved = read_space(
+        space, budgets=budget or (), settings=setting or (), trials=trials, name=name, warm_start=warm_start or ()
+    )
     from ranksearch import api  # seconds of imports: a mistake in the space is told before them
 
     _conclude(

@@ -42,30 +42,35 @@ def number(value: float | None, form: str = ",d") -> str:
     return "–" if value is None else format(value, form)
 
 
+def _measured(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:
+    """A net's cells of the front's table, from its validation accuracy to its latency."""
+    return [
+        number(row["val_accuracy"], ".2f"), number(row["test_accuracy"], ".2f"),
+        number(row["macs"]), number(100 * row["macs"] / dense["macs"], ".2f"),
+        number(row["params"]), number(100 * row["params"] / dense["params"], ".2f"),
+        number(row["size_bytes"] / 1024, ".1f"), number(row["latency_ms"], ".2f"),
+    ]  # fmt: skip
+
+
 def front_table(front: Mapping[str, Any]) -> None:
     """The front, best first, with the dense net as the last line."""
     dense = front["dense"]
-    title = f"{front['study']}: {describe_budgets(front)}, hypervolume {front['hypervolume']:.4f}"
+    worth = f", hypervolume {front['hypervolume']:.4f}" if len(front["objectives"]) > 1 else ", the most accurate"
+    title = f"{front['study']}: {describe_budgets(front)}{worth}"
     columns = {
         "trial": "right", "val %": "right", "test %": "right", "MACs": "right", "% of dense": "right", "params": "right",
-        "params %": "right", "size KiB": "right", "chosen by": "left", "plan": "left",
+        "params %": "right", "size KiB": "right", "ms": "right", "chosen by": "left", "plan": "left",
     }  # fmt: skip
     rows = [
-        [
-            str(row["trial"]), number(row["val_accuracy"], ".2f"), number(row["test_accuracy"], ".2f"), number(row["macs"]),
-            number(100 * row["macs_ratio"], ".2f"), number(row["params"]), number(100 * row["params_ratio"], ".2f"),
-            number(row["size_bytes"] / 1024, ".1f"), row["allocator"], RankPlan.from_dict(row["plan"]).summary(),
-        ]
+        [str(row["trial"]), *_measured(row, dense), row["allocator"], RankPlan.from_dict(row["plan"]).summary()]
         for row in front["trials"]
-    ]  # fmt: skip
-    rows.append(
-        [
-            "dense", number(dense["val_accuracy"], ".2f"), number(dense["test_accuracy"], ".2f"), number(dense["macs"]),
-            "100.00", number(dense["params"]), "100.00", number(dense["size_bytes"] / 1024, ".1f"), "", "",
-        ]
-    )  # fmt: skip
-    spare = ("size KiB", "params", "plan", "params %", "MACs")
-    table(title, columns, rows, spare=spare)
+    ]
+    rows.append(["dense", *_measured(dense, dense), "", ""])
+    if all(row["latency_ms"] is None for row in front["trials"]):
+        at = list(columns).index("ms")
+        columns = {name: side for name, side in columns.items() if name != "ms"}
+        rows = [row[:at] + row[at + 1 :] for row in rows]
+    table(title, columns, rows, spare=("size KiB", "params", "plan", "params %", "MACs"))
 
 
 def _duration(seconds: float) -> str:

@@ -127,11 +127,9 @@ class LocalTPE(BaseSampler):
 
         `others` run still, or were tried in vain.
         """
-        known = sorted((s.params[LEVEL], s.cost) for s in seen if LEVEL in s.params and s.cost is not None)
-        if len(known) < 2:
+        levels, costs = _cost_of_level(seen, low, high)
+        if len(levels) == 0:
             return float(rng.uniform(low, high))
-        levels, costs = np.array(known).T
-        costs = np.maximum.accumulate(costs)
         least, most = np.interp([low, high], levels, costs)
         points = np.array([[s.cost, s.accuracy] for s in seen])
         tried = np.sort(
@@ -219,6 +217,18 @@ def _residuals(near: Sequence[Seen], level: float) -> list[tuple[Seen, float]]:
     degree = min(2, len(np.unique(x)) - 1, len(near) - 2)
     fitted = np.polynomial.polynomial.polyfit(x, y, degree, w=weight)
     return list(zip(near, (weight * (y - np.polynomial.polynomial.polyval(x, fitted))).tolist(), strict=True))
+
+
+def _cost_of_level(seen: Sequence[Seen], low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rising (levels, costs) from `low` to `high` as the trials had them; beyond those the cost is proportional to the level."""
+    known = sorted((s.params[LEVEL], s.cost) for s in seen if LEVEL in s.params and s.cost is not None)
+    if not known:
+        return np.empty(0), np.empty(0)
+    (first, first_cost), (last, last_cost) = known[0], known[-1]
+    below = [(low, first_cost * low / first)] if first > low else []
+    above = [(high, last_cost * high / last)] if last < high else []
+    levels, costs = np.array([*below, *known, *above]).T
+    return levels, np.maximum.accumulate(costs)
 
 
 def _staircase(points: np.ndarray) -> np.ndarray:

@@ -29,7 +29,8 @@ LEVELS = (1.0, 0.0, 0.5, 0.25, 0.75)
 
 
 def first_points(space: Space, curves: Curves, form: Form, known: Allocated) -> list[Opening]:
-    """The trials that open the study, as far as half of the planned ones allows; those of earlier studies come first.
+    """The trials that open the study, half of the planned ones at most: the first classic, then the plans of earlier studies, then the
+    other classics. Where earlier fronts hold more plans than fit, these are evenly spread over them.
 
     Args:
         known: the default form, whose neutral point is the solver's uncorrected optimum, whatever `form` the study searches in.
@@ -37,10 +38,17 @@ def first_points(space: Space, curves: Curves, form: Form, known: Allocated) -> 
     names = space.search.first_points
     if names is None:
         names = list(CLASSICS) if isinstance(form, Allocated) else []
-    found = [*_warm(space, curves, form)]
-    classics = _classics(space, curves, form, known, names)
-    room = max(1, space.search.trials // 2)
-    return _distinct([*found, *classics])[: max(room, len(found))][: space.search.trials]
+    classics, room = [*_classics(space, curves, form, known, names)], max(1, space.search.trials // 2)
+    warm = _distinct([*_warm(space, curves, form)])
+    spread = _spread(warm, max(1, room - len(classics[:1])))
+    return _distinct([*classics[:1], *spread, *classics[1:]])[:room]
+
+
+def _spread(points: Sequence[Opening], count: int) -> list[Opening]:
+    """`count` of them, evenly, the first and the last among them."""
+    if len(points) <= count:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def _classics(space: Space, curves: Curves, form: Form, known: Allocated, names: Sequence[str]) -> Iterator[Opening]:
@@ -108,24 +116,17 @@ def _warm(space: Space, curves: Curves, form: Form) -> Iterator[Opening]:
                 yield _given(plan, WARM, form, settled)
 
 
-def read_front(where: str | Path) -> list[dict[str, Any]]:
-    """The rows of a front: of a study's folder, or of a file that `front --json` printed.
+def read_front(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a front file: a study's `front.json`, or what `ranksearch front NAME --json` printed.
 
     Raises:
-        UsageError: there is no front.
+        UsageError: it is no front.
     """
-    path = Path(where).expanduser()
-    path = path / "front.json" if path.is_dir() else path
     try:
-        rows = json.loads(path.read_text())["trials"]
+        rows = json.loads(Path(path).read_text())["trials"]
         if not all(isinstance(row["plan"], dict) for row in rows):
             raise TypeError("a plan is missing")
-    except OSError as error:
-        raise UsageError(
-            f"warm start: there is no front in {where} ({error.strerror}): name a study's folder, or a file that "
-            f"`ranksearch front NAME --json` printed."
-        ) from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise UsageError(f"warm start: {path} is no front of a study: {error}") from error
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def read_space(
     settings: Sequence[str] = (),
     trials: int | None = None,
     name: str | None = None,
+    warm_start: Sequence[str] = (),
 ) -> Space:
     """Reads a space file and lays the command line's values over it: `budgets` and `settings` are "key=value".
 
@@ -119,4 +121,6 @@ def read_space(
         _set(data, f"search.trials={trials}")
     if name is not None:
         data["name"] = name
+    if warm_start:
+        _set(data, f"search.warm_start={json.dumps(list(warm_start))}")
     return parse_space(data, str(path))

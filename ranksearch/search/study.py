@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -105,8 +106,15 @@ class Study:
     # Making and opening ------------------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, runs: Path, space: Space, bench: Workbench, dense_val_accuracy: float) -> Study:
-        """A new study in `runs`/NAME with its first points enqueued.
+    def create(
+        cls,
+        runs: Path,
+        space: Space,
+        bench: Workbench,
+        dense_val_accuracy: float,
+        dense_latency_ms: float | None = None,
+    ) -> Study:
+        """A new study in `runs`/NAME with its first points enqueued; the dense net's accuracy in percent.
 
         Raises:
             UsageError: the name is taken, or a warm start's front is missing or of another net.
@@ -114,7 +122,7 @@ class Study:
         folder = new_folder(runs, space.name)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            return cls._fill(folder, space, bench, dense_val_accuracy)
+            return cls._fill(folder, space, bench, dense_val_accuracy, dense_latency_ms)
         except BaseException:
             for path in in_the_way(folder):  # half a study would be in the way of the next try
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -123,18 +131,23 @@ class Study:
             raise
 
     @classmethod
-    def _fill(cls, folder: Path, space: Space, bench: Workbench, dense_val_accuracy: float) -> Study:
+    def _fill(
+        cls, folder: Path, space: Space, bench: Workbench, val_accuracy: float, latency_ms: float | None
+    ) -> Study:
         if space.data is not None:  # the study is opened from other working directories too
             space = space.model_copy(update={"data": str(Path(space.data).expanduser().resolve())})
         (folder / SPACE).write_text(yaml.safe_dump(space.model_dump(), sort_keys=False))
         safetensors.torch.save_file({k: v.contiguous() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
-        cost = dense_cost(bench.net)
-        dense = {"val_accuracy": dense_val_accuracy, "test_accuracy": None} | asdict(cost)
-        info = {"study": space.name, "dense": dense, "seed": space.search.seed, "provenance": provenance(folder)}
+        dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(dense_cost(bench.net))
+        dense["latency_ms"] = latency_ms
         directions = [OBJECTIVES[name] for name in space.search.objectives]
         known = Allocated(space, bench.curves, bench.damage)
         form = known if space.search.parametrization == "allocated" else Direct(space, bench.curves)
         opening = first_points(space, bench.curves, form, known)
+        info = {
+            "study": space.name, "dense": dense, "seed": space.search.seed, "provenance": provenance(folder),
+            "opened_with": dict(Counter(point.allocator for point in opening)),
+        }  # fmt: skip
         study = optuna.create_study(
             storage=open_journal(folder / JOURNAL), study_name=space.name, directions=directions
         )
@@ -422,6 +435,19 @@ class Study:
     def front(self) -> list[Row]:
         """The nondominated complete trials, most accurate first."""
         return self._ledger.front
+
+    @property
+    def steps_saved(self) -> float:
+        """Share of the finished trials' training steps that early stopping spared."""
+        planned = sum(row["recipe"]["steps"] for row in self.trials)
+        stopped = [row for row in self.trials if row["status"] == "stopped"]
+        spared = sum(row["recipe"]["steps"] - row["history"][-1]["step"] for row in stopped)
+        return spared / planned if planned else 0.0
+
+    def progress(self) -> dict[str, float]:
+        """How far the study is, in numbers: finished trials, hypervolume, best accuracy in percent."""
+        best = {} if self.leader is None else {"best_val_accuracy": self.leader["val_accuracy"]}
+        return {"finished_trials": self.finished, "hypervolume": self.hypervolume, **best}
 
     @property
     def leader(self) -> Row | None:

@@ -34,6 +34,23 @@ def find_study(name: str, runs: Path) -> Path:
     raise UsageError(f"There is no study {name!r}, neither as a folder nor in {runs}. {nearest(name, known)}")
 
 
+def find_front(where: str, runs: Path) -> Path:
+    """The front file of a study given by name or folder, or the file itself.
+
+    Raises:
+        UsageError: none is there; the text names the nearest study.
+    """
+    if Path(where).expanduser().is_file():
+        return Path(where).expanduser().resolve()
+    try:
+        path = find_study(where, runs) / FRONT
+    except UsageError as error:
+        raise UsageError(f"warm start: {error}") from None
+    if not path.is_file():
+        raise UsageError(f"warm start: the study in {path.parent} has no {FRONT} yet: none of its trials has finished.")
+    return path
+
+
 def in_the_way(folder: Path) -> list[Path]:
     """What a new study's folder must not hold: everything but what a preview leaves there."""
     if not folder.is_dir():

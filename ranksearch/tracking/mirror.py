@@ -34,6 +34,8 @@ MIRROR_ERRORS = (MlflowException, OSError, sqlalchemy.exc.SQLAlchemyError)
 
 RUN_IDS = "mlflow.json"
 PARENT_TAG = "mlflow.parentRunId"
+ENDED = {"complete": "FINISHED", "stopped": "KILLED"}
+"""Status of a trial -> MLflow's; others FAILED."""
 COLUMNS = (
     "trial", "val_accuracy", "test_accuracy", "macs", "macs_ratio", "params", "params_ratio", "size_bytes", "latency_ms",
     "allocator", "epochs", "seed",
@@ -59,7 +61,8 @@ def _metrics(row: Row) -> dict[str, float]:
 
 def _phase(entry: dict[str, Any]) -> tuple[int, dict[str, float]]:
     """(step, metrics) after a phase, such as `decomposed_val_accuracy`."""
-    return entry["step"], {f"{entry['phase']}_{k}": v for k, v in entry.items() if k not in ("phase", "step")}
+    found = {k: v for k, v in entry.items() if k not in ("phase", "step", "rung", "epochs", "seconds")}
+    return entry["step"], {f"{entry['phase']}_{k}": v for k, v in found.items()}
 
 
 def _projection(record: dict[str, Any]) -> tuple[int, dict[str, float]]:
@@ -152,8 +155,8 @@ class Mirror:
         for start in range(0, len(metrics), 1000):
             self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
 
-    def log_trial(self, row: Row) -> None:
-        """A child run with the trial's parameters, its metrics after every phase, its final costs and its plan.
+    def log_trial(self, row: Row, progress: dict[str, float]) -> None:
+        """A child run with the trial's parameters, its metrics after every phase, its final costs and its plan; the study's `progress`.
 
         A trial that is logged already is left alone; one whose logging broke off goes on in the same run.
         """
@@ -177,18 +180,17 @@ class Mirror:
         self._batch(run, _params(row), steps)
         if row["plan"] is not None:
             self.client.log_dict(run, row["plan"], "plan.json")
-        self.client.set_terminated(run, "FINISHED" if row["status"] == "complete" else "FAILED")
+        self.client.set_terminated(run, ENDED.get(row["status"], "FAILED"))
         self._logged.append(key)
         self._remember()
-        progress = {"hypervolume": self.study.hypervolume, "finished_trials": self.study.finished}
-        self._batch(self.parent_id, {}, [(self.study.finished, progress)])
+        self._batch(self.parent_id, {}, [(int(progress["finished_trials"]), progress)])
 
     def finish(self, *, complete: bool) -> None:
         """The front on the parent: JSON, CSV, a table, figures, a note; `on_front` and test accuracies on the children."""
         front, trials = self.study.front_record(), self.study.trials
         on_front = {row["trial"] for row in front["trials"]}
         for row in trials:
-            self.log_trial(row)  # what a passing failure of the store kept out
+            self.log_trial(row, self.study.progress())  # what a passing failure of the store kept out
             child = self._ids[f"trial {row['trial']}"]
             self.client.set_tag(child, "on_front", str(row["trial"] in on_front).lower())
             if row["test_accuracy"] is not None:

@@ -1,0 +1,50 @@
+"""The mirror in a thread of its own: a store that is slow, or away, holds up no trial and loses no result, for those are on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ranksearch.search.front import Row
+from ranksearch.search.study import Study
+from ranksearch.tracking.mirror import MIRROR_ERRORS, Mirror
+
+PAUSE_SECONDS = 60.0
+"""A store that failed is left alone for so long; what was not logged meanwhile is logged at the end."""
+
+
+class BackgroundMirror:
+    """Calls a `Mirror` in turn, beside the study. Made before the first trial: the store's schema is created then."""
+
+    def __init__(self, study: Study, runs: Path, log: Callable[[str], None]) -> None:
+        self._study, self._runs, self._log = study, runs, log
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+        self._mirror: Mirror | None = None
+        self._paused_until, self._complained = 0.0, False
+        self._worker.submit(self._guarded, lambda mirror: None).result()
+
+    def log_trial(self, row: Row) -> None:
+        """Queues a trial; returns at once."""
+        progress = self._study.progress()
+        self._worker.submit(self._guarded, lambda mirror: mirror.log_trial(row, progress))
+
+    def finish(self, *, complete: bool) -> None:
+        """Waits for what is queued, logs what was missed, and the front."""
+        self._paused_until = 0.0
+        self._worker.submit(self._guarded, lambda mirror: mirror.finish(complete=complete)).result()
+        self._worker.shutdown()
+
+    def _guarded(self, action: Callable[[Mirror], None]) -> None:
+        if time.monotonic() < self._paused_until:
+            return
+        try:
+            if self._mirror is None:
+                self._mirror = Mirror(self._study, self._runs)
+            action(self._mirror)
+        except MIRROR_ERRORS as error:
+            self._paused_until = time.monotonic() + PAUSE_SECONDS
+            if not self._complained:
+                self._log(f"MLflow: not logged ({str(error).splitlines()[0]}); the results are in {self._study.folder}")
+            self._complained = True
