@@ -52,11 +52,12 @@ from ranksearch.search.allocated import Allocated
 from ranksearch.search.front import Row
 from ranksearch.search.opening import CLASSICS, SOLVER
 from ranksearch.search.parametrize import Opening
+from ranksearch.search.proposals import Candidate
 from ranksearch.search.run import attempt
 from ranksearch.search.samplers import plain_sampler
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import parse_space
-from ranksearch.search.study import Candidate, Study
+from ranksearch.search.study import Study
 from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.tasks.evaluate import evaluate

@@ -216,7 +216,7 @@ def test_a_result_that_was_written_but_not_told_is_not_lost(make, bench, tmp_pat
 
 
 def test_a_space_with_nothing_new_ends_the_study_early_and_keeps_it(make, bench, monkeypatch):
-    monkeypatch.setattr("ranksearch.search.study.MAX_REJECTED", 20)
+    monkeypatch.setattr("ranksearch.search.proposals.MAX_REJECTED", 20)
     fixed = ["recipe.lr=0.1", "recipe.factor_share=0.5", "recipe.projection={period: 5}"]
     corrections = ["search.weight_range=1", "search.search_lowerings=false", "search.objectives=[accuracy]"]
     study = make(trials=16, settings=[*fixed, *corrections])

@@ -64,6 +64,8 @@ def dual_bound(problem: Problem, starts: Sequence[np.ndarray]) -> tuple[float, n
     met = list(starts)
     best, multipliers = -np.inf, np.zeros(len(problem.costs))
     cuts = [problem.totals(picks) for picks in met]
+    if len(problem.costs) == 1 and (found := _dual_bound_of_one(problem, cuts)) is not None:
+        return *found[:2], met + found[2]
     scale = max(damage for damage, _ in cuts) + 1e-12
     for _ in range(ROUNDS):
         # maximise q subject to q <= damage + m·(cost - 1) for every cut, in units of `scale`
@@ -84,6 +86,37 @@ def dual_bound(problem: Problem, starts: Sequence[np.ndarray]) -> tuple[float, n
         met.append(picks)
         cuts.append((damage, cost))
     return best, multipliers, met
+
+
+def _dual_bound_of_one(
+    problem: Problem, cuts: Sequence[tuple[float, np.ndarray]]
+) -> tuple[float, np.ndarray, list[np.ndarray]] | None:
+    """The same for a single limit, without an LP: the next multiplier is where the two cuts that bracket the optimum meet.
+
+    None where no cut falls: every choice met is above the limit.
+    """
+    over = [(damage, float(cost[0])) for damage, cost in cuts if cost[0] > 1]
+    under = [(damage, float(cost[0])) for damage, cost in cuts if cost[0] <= 1]
+    if not over or not under:
+        return None
+    left, right = min(over), min(under)  # damage + m·(cost - 1): rising and falling in m
+    best, multiplier, met = -np.inf, 0.0, []
+    for _ in range(ROUNDS):
+        at = max(0.0, (right[0] - left[0]) / (left[1] - right[1]))
+        upper = left[0] + at * (left[1] - 1)
+        picks = problem.choose(np.array([at]))
+        damage, cost = problem.totals(picks)
+        value = damage + at * float(cost[0] - 1)
+        if value > best:
+            best, multiplier = value, at
+        if upper - value <= TOLERANCE * max(abs(upper), 1e-12):
+            break
+        met.append(picks)
+        if cost[0] > 1:
+            left = damage, float(cost[0])
+        else:
+            right = damage, float(cost[0])
+    return best, np.array([multiplier]), met
 
 
 def fill_in(problem: Problem, picks: np.ndarray, multipliers: np.ndarray) -> np.ndarray:

@@ -16,10 +16,11 @@ import torch
 
 from ranksearch.compress import Net, RankPlan
 from ranksearch.errors import StudyError, UsageError
+from ranksearch.search.proposals import Candidate
 from ranksearch.search.recipe import Recipe
 from ranksearch.search.run import Log, OnRow, Settler, attempt, stop_reason
 from ranksearch.search.space import ResourcesSpace
-from ranksearch.search.study import Candidate, Study
+from ranksearch.search.study import Study
 from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State

@@ -16,7 +16,8 @@ from ranksearch.compress import Net
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.front import Row
-from ranksearch.search.study import Candidate, Study
+from ranksearch.search.proposals import Candidate
+from ranksearch.search.study import Study
 from ranksearch.search.trial import RUNG, Report, Stopped, TrialResult, run_trial
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State

@@ -6,13 +6,12 @@ opened again from its folder. Ray and MLflow are not known here.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -24,63 +23,37 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.allocate import parse_budget
-from ranksearch.compress import Cost, RankPlan, dense_cost, plan_cost
-from ranksearch.errors import StudyError, UsageError
+from ranksearch.compress import Cost, dense_cost
+from ranksearch.errors import UsageError
 from ranksearch.files import write_atomically
 from ranksearch.search.allocated import Allocated
-from ranksearch.search.budgets import violations
 from ranksearch.search.checkpoint import CheckpointFile
-from ranksearch.search.direct import Direct
-from ranksearch.search.front import COST_RATIOS, Row, front_record, objective_values, row_of
+from ranksearch.search.front import Row, cost_ratio, front_record, objective_values, row_of
 from ranksearch.search.journal import mend_journal, open_journal
 from ranksearch.search.ledger import Ledger
 from ranksearch.search.opening import first_points
-from ranksearch.search.parametrize import Opening, Searched, Suggestion
+from ranksearch.search.parametrize import Opening
+from ranksearch.search.proposals import Candidate, Proposals, form_of
 from ranksearch.search.provenance import provenance
-from ranksearch.search.recipe import Recipe
-from ranksearch.search.samplers import make_sampler
 from ranksearch.search.space import OBJECTIVES, Space
 from ranksearch.search.space_file import parse_space
 from ranksearch.search.stopping import Rungs
 from ranksearch.search.study_folder import (
-    CHECKPOINTS,
     DENSE_WEIGHTS,
     FRONT,
     INFO,
     JOURNAL,
     SPACE,
     TEST,
-    TRIALS,
     in_the_way,
     locked,
     new_folder,
+    trial_folder,
 )
 from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # the study's own progress is shown, not Optuna's
-
-NOT_RUN = ("infeasible", "duplicate", "interrupted")
-"""Outcomes of proposals that did not become a finished trial; they do not count towards the planned number."""
-MAX_REJECTED = 200
-FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A trial to run: everything a worker needs besides the workbench."""
-
-    number: int
-    plan: RankPlan
-    recipe: Recipe
-    seed: int
-    save_to: Path
-    checkpoint: Path
-    """Where the trial keeps its state while it runs; the same file for the same plan, recipe and seed."""
-    rungs: tuple[float, ...] = ()
-    """Shares of the steps after which it is scored for early stopping."""
-    latency: bool = False
-    """Whether the net is timed at the end."""
 
 
 class Study:
@@ -90,15 +63,13 @@ class Study:
         self.folder, self.space, self.info = folder, space, info
         self._study = study
         self._running: dict[int, Cost] = {}
-        self._searched: Searched | None = None
         self.exhausted = False
         """Whether the space had nothing new to propose before the planned number was reached."""
         dense = info["dense"]
         self.dense = Cost(dense["macs"], dense["params"], dense["size_bytes"])
+        self._proposals = Proposals(study, space, folder, self.dense, info["dense"]["val_accuracy"])
         trials = study.get_trials(deepcopy=False)
-        self._keys = {t.user_attrs["candidate"]["key"] for t in trials if "candidate" in t.user_attrs}
-        """Plan and recipe of every trial so far, by which a duplicate is recognised."""
-        done = (t for t in trials if t.state in FINISHED and "result" in t.user_attrs)
+        done = (t for t in trials if t.state.is_finished() and "result" in t.user_attrs)
         self._ledger = Ledger(self._objectives, (row_of(t, info["dense"], None) for t in done))
         self._ledger.score(self.test_accuracies())
         self._rungs = self._recorded_rungs()
@@ -142,8 +113,7 @@ class Study:
         dense["latency_ms"] = latency_ms
         directions = [OBJECTIVES[name] for name in space.search.objectives]
         known = Allocated(space, bench.curves, bench.damage)
-        form = known if space.search.parametrization == "allocated" else Direct(space, bench.curves)
-        opening = first_points(space, bench.curves, form, known)
+        opening = first_points(space, bench.curves, form_of(space, bench), known)
         info = {
             "study": space.name, "dense": dense, "seed": space.search.seed, "provenance": provenance(folder),
             "opened_with": dict(Counter(point.allocator for point in opening)),
@@ -162,8 +132,7 @@ class Study:
 
     def use_sampler(self, sampler: BaseSampler, bench: Workbench) -> None:
         """Proposes by another sampler than the space's."""
-        self._search(bench)
-        self._study.sampler = sampler
+        self._proposals.use_sampler(sampler, bench)
 
     @classmethod
     def open(cls, folder: Path) -> Study:
@@ -209,7 +178,7 @@ class Study:
 
     def trial_folder(self, number: int) -> Path:
         """Where a trial's net is: `plan.json` and `model.safetensors`."""
-        return self.folder / TRIALS / f"{number:03d}"
+        return trial_folder(self.folder, number)
 
     def ask(self, bench: Workbench) -> Candidate | None:
         """The next trial, its plan within every budget.
@@ -221,99 +190,13 @@ class Study:
         """
         if self.exhausted or self.finished + len(self._running) >= self.planned:
             return None
-        searched = self._search(bench)
-        for _ in range(MAX_REJECTED):
-            trial = self._study.ask()
-            try:
-                found = searched.suggest(trial)
-            except UsageError as error:
-                self._reject(trial, "infeasible", str(error))
-                continue
-            cost = plan_cost(bench.net, found.plan)
-            if self._is_feasible(trial, cost) and self._is_new(trial, found):
-                return self._take(trial, found, cost)
-        if not self._keys:
-            raise StudyError(f"None of {MAX_REJECTED} proposals was feasible: widen the space or the budgets.")
-        self.exhausted = True
-        return None
-
-    def _search(self, bench: Workbench) -> Searched:
-        """The form and the sampler, made at the first ask."""
-        if self._searched is None:
-            allocated = self.space.search.parametrization == "allocated"
-            form = Allocated(self.space, bench.curves, bench.damage) if allocated else Direct(self.space, bench.curves)
-            self._searched = Searched(form, self.space.recipe)
-            count = len(self._study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING)))
-            self._study.sampler = make_sampler(
-                self.space,
-                self._searched.distributions,
-                opened_with=count,
-                dense_accuracy=self.info["dense"]["val_accuracy"],
-            )
-        return self._searched
-
-    def _is_feasible(self, trial: optuna.Trial, cost: Cost) -> bool:
-        """Whether the plan is within every budget; if not, the sampler learns by how much it is not."""
-        over = violations(self.space.parsed_budgets(), cost, self.dense)
-        if (
-            self.space.search.parametrization == "direct"
-        ):  # a sampler that knows no constraints learns nothing from allocated plans
-            for budget, value in over.items():
-                trial.set_constraint(budget, value)
-        if max(over.values(), default=0.0) <= 0:
-            return True
-        # a genetic sampler's generations hold complete trials alone: there the costs are told, and the worst accuracy
-        genetic = self.space.search.sampler in ("nsga2", "nsga3")
-        values = [0.0 if name == "accuracy" else self._ratio(name, cost) for name in self._objectives]
-        self._reject(trial, "infeasible", f"above the budgets: {over}", values if genetic else None)
-        return False
-
-    def _ratio(self, objective: str, cost: Cost) -> float:
-        """A cost's ratio to dense as far as it is known before the trial; 1 for latency."""
-        of_dense = {
-            "macs_ratio": cost.macs / self.dense.macs, "params_ratio": cost.params / self.dense.params,
-            "size_ratio": cost.size_bytes / self.dense.size_bytes, "latency_ratio": 1.0,
-        }  # fmt: skip
-        return of_dense[COST_RATIOS[objective]]
-
-    def _is_new(self, trial: optuna.Trial, found: Suggestion) -> bool:
-        if "retry_of" in trial.user_attrs or self._key(found) not in self._keys:
-            return True
-        self._reject(trial, "duplicate", "the same plan and recipe are in the study already")
-        return False
-
-    @staticmethod
-    def _key(found: Suggestion) -> str:
-        recipe = json.dumps(found.recipe.to_dict(), sort_keys=True)
-        return f"{found.plan.digest()} {hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-
-    def _take(self, trial: optuna.Trial, found: Suggestion, cost: Cost) -> Candidate:
-        key = self._key(found)
-        seed = trial.user_attrs.get("seed", self.space.search.seed * 100_003 + trial.number)
-        record = {
-            "plan": found.plan.to_dict(), "recipe": found.recipe.to_dict(), "allocator": found.allocator, "seed": seed, "key": key,
-        }  # fmt: skip
-        trial.set_user_attr("candidate", record)
-        self._keys.add(key)
-        self._running[trial.number] = cost
-        rungs = self.space.search.early_stopping
-        return Candidate(
-            trial.number, found.plan, found.recipe, seed, self.trial_folder(trial.number), self._checkpoint(key, seed),
-            rungs=tuple(rungs.rungs) if rungs is not None else (), latency="latency" in self._objectives,
-        )  # fmt: skip
-
-    def _checkpoint(self, key: str, seed: int) -> Path:
-        """The file of a plan, recipe and seed: a trial that is proposed again finds the state that it had."""
-        return self.folder / CHECKPOINTS / f"{hashlib.sha256(f'{key} {seed}'.encode()).hexdigest()[:16]}.pt"
-
-    def _reject(self, trial: optuna.Trial, outcome: str, reason: str, values: list[float] | None = None) -> None:
-        trial.set_user_attr("outcome", outcome)
-        trial.set_user_attr("reason", reason)
-        if values is not None:
-            self._study.tell(trial, values)
-        else:
-            # TPE counts a pruned trial that violates a constraint among the bad ones; a duplicate is neither good nor bad
-            self._study.tell(trial, state=TrialState.PRUNED if outcome == "infeasible" else TrialState.FAIL)
+        proposed = self._proposals.propose(bench)
+        if proposed is None:
+            self.exhausted = True
+            return None
+        candidate, cost = proposed
+        self._running[candidate.number] = cost
+        return candidate
 
     # Trials that did not end -------------------------------------------------------------------------------------
 
@@ -367,7 +250,7 @@ class Study:
 
     def _rung_point(self, val_accuracy: float, cost: Cost) -> list[float]:
         costs = [name for name in self._objectives if name not in ("accuracy", "latency")]
-        return [1 - val_accuracy / 100, *(self._ratio(name, cost) for name in costs)]
+        return [1 - val_accuracy / 100, *(cost_ratio(name, cost, self.dense) for name in costs)]
 
     def _recorded_rungs(self) -> Rungs | None:
         """The rungs, with what the finished trials reached."""
@@ -410,7 +293,7 @@ class Study:
         else:
             self._study.tell(number, state=TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL)
         candidate = trial.user_attrs["candidate"]
-        CheckpointFile(self._checkpoint(candidate["key"], candidate["seed"]), 0.0).remove()
+        CheckpointFile(self._proposals.checkpoint(candidate["key"], candidate["seed"]), 0.0).remove()
         if self._ledger.add(row) or not (self.folder / FRONT).is_file():
             self.write_front()
         return row
@@ -498,4 +381,4 @@ class Study:
         return front_record(self.space, dense, self.front, self._ledger.hypervolume)
 
     def write_front(self) -> None:
-        write_atomically(self.folder / FRONT, json.dumps(self.front_record(), indent=2, allow_nan=False))
+        write_atomically(self.folder / FRONT, json.dumps(self.front_record(), allow_nan=False))

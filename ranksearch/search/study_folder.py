@@ -34,6 +34,11 @@ def find_study(name: str, runs: Path) -> Path:
     raise UsageError(f"There is no study {name!r}, neither as a folder nor in {runs}. {nearest(name, known)}")
 
 
+def trial_folder(folder: Path, number: int) -> Path:
+    """Where a trial's net is: `plan.json` and `model.safetensors`."""
+    return folder / TRIALS / f"{number:03d}"
+
+
 def find_front(where: str, runs: Path) -> Path:
     """The front file of a study given by name or folder, or the file itself.
 

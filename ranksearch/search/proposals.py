@@ -1,0 +1,158 @@
+"""Proposals: what the sampler suggests, until a plan is within every budget and new; that one becomes a candidate.
+
+What is turned down is told to Optuna at once: an infeasible plan with its violation, a duplicate as a failure. No trial is spent on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import TrialState
+
+from ranksearch.compress import Cost, RankPlan, plan_cost
+from ranksearch.errors import StudyError, UsageError
+from ranksearch.search.allocated import Allocated
+from ranksearch.search.budgets import violations
+from ranksearch.search.direct import Direct
+from ranksearch.search.front import cost_ratio
+from ranksearch.search.parametrize import Form, Searched, Suggestion
+from ranksearch.search.recipe import Recipe
+from ranksearch.search.samplers import make_sampler
+from ranksearch.search.space import Space
+from ranksearch.search.study_folder import CHECKPOINTS, trial_folder
+from ranksearch.search.workbench import Workbench
+
+MAX_REJECTED = 200
+"""So many proposals in a row that were infeasible or known already, and the space counts as exhausted."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial to run: everything a worker needs besides the workbench."""
+
+    number: int
+    plan: RankPlan
+    recipe: Recipe
+    seed: int
+    save_to: Path
+    checkpoint: Path
+    """Where the trial keeps its state while it runs; the same file for the same plan, recipe and seed."""
+    rungs: tuple[float, ...] = ()
+    """Shares of the steps after which it is scored for early stopping."""
+    latency: bool = False
+    """Whether the net is timed at the end."""
+
+
+def form_of(space: Space, bench: Workbench) -> Form:
+    """The space's parametrization."""
+    if space.search.parametrization == "direct":
+        return Direct(space, bench.curves)
+    return Allocated(space, bench.curves, bench.damage)
+
+
+class Proposals:
+    """Asks Optuna's study for candidates."""
+
+    def __init__(self, study: optuna.Study, space: Space, folder: Path, dense: Cost, dense_accuracy: float) -> None:
+        self._study, self._space, self._folder = study, space, folder
+        self._dense, self._dense_accuracy = dense, dense_accuracy
+        self._searched: Searched | None = None
+        trials = study.get_trials(deepcopy=False)
+        self.keys = {t.user_attrs["candidate"]["key"] for t in trials if "candidate" in t.user_attrs}
+        """Plan and recipe of every trial so far, by which a duplicate is recognised."""
+
+    def use_sampler(self, sampler: BaseSampler, bench: Workbench) -> None:
+        """Proposes by another sampler than the space's."""
+        self._search(bench)
+        self._study.sampler = sampler
+
+    def propose(self, bench: Workbench) -> tuple[Candidate, Cost] | None:
+        """The next candidate and what its plan costs; None where nothing new is to be had.
+
+        Raises:
+            StudyError: not a single proposal was feasible.
+        """
+        searched = self._search(bench)
+        for _ in range(MAX_REJECTED):
+            trial = self._study.ask()
+            try:
+                found = searched.suggest(trial)
+            except UsageError as error:
+                self._reject(trial, "infeasible", str(error))
+                continue
+            cost = plan_cost(bench.net, found.plan)
+            if self._is_feasible(trial, cost) and self._is_new(trial, found):
+                return self._take(trial, found), cost
+        if not self.keys:
+            raise StudyError(f"None of {MAX_REJECTED} proposals was feasible: widen the space or the budgets.")
+        return None
+
+    def _search(self, bench: Workbench) -> Searched:
+        """The form, and with it the sampler, made at the first proposal."""
+        if self._searched is None:
+            self._searched = Searched(form_of(self._space, bench), self._space.recipe)
+            self._study.sampler = make_sampler(
+                self._space, self._searched.distributions, opened_with=len(self._study.get_trials(deepcopy=False)),
+                dense_accuracy=self._dense_accuracy,
+            )  # fmt: skip
+        return self._searched
+
+    def _is_feasible(self, trial: optuna.Trial, cost: Cost) -> bool:
+        """Whether the plan is within every budget; if not, the sampler learns by how much it is not."""
+        over = violations(self._space.parsed_budgets(), cost, self._dense)
+        if (
+            self._space.search.parametrization == "direct"
+        ):  # an allocated plan never violates: there is nothing to learn
+            for budget, value in over.items():
+                trial.set_constraint(budget, value)
+        if max(over.values(), default=0.0) <= 0:
+            return True
+        # a genetic sampler's generations hold complete trials alone: there the costs are told, and the worst accuracy
+        genetic = self._space.search.sampler in ("nsga2", "nsga3")
+        objectives = self._space.search.objectives
+        worst = [0.0 if name == "accuracy" else cost_ratio(name, cost, self._dense) for name in objectives]
+        self._reject(trial, "infeasible", f"above the budgets: {over}", worst if genetic else None)
+        return False
+
+    def _is_new(self, trial: optuna.Trial, found: Suggestion) -> bool:
+        if "retry_of" in trial.user_attrs or self._key(found) not in self.keys:
+            return True
+        self._reject(trial, "duplicate", "the same plan and recipe are in the study already")
+        return False
+
+    @staticmethod
+    def _key(found: Suggestion) -> str:
+        recipe = json.dumps(found.recipe.to_dict(), sort_keys=True)
+        return f"{found.plan.digest()} {hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+
+    def _take(self, trial: optuna.Trial, found: Suggestion) -> Candidate:
+        key = self._key(found)
+        seed = trial.user_attrs.get("seed", self._space.search.seed * 100_003 + trial.number)
+        record = {
+            "plan": found.plan.to_dict(), "recipe": found.recipe.to_dict(), "allocator": found.allocator, "seed": seed, "key": key,
+        }  # fmt: skip
+        trial.set_user_attr("candidate", record)
+        self.keys.add(key)
+        rungs = self._space.search.early_stopping
+        return Candidate(
+            trial.number, found.plan, found.recipe, seed, trial_folder(self._folder, trial.number), self.checkpoint(key, seed),
+            rungs=tuple(rungs.rungs) if rungs is not None else (), latency="latency" in self._space.search.objectives,
+        )  # fmt: skip
+
+    def checkpoint(self, key: str, seed: int) -> Path:
+        """The file of a plan, recipe and seed: a trial that is proposed again finds the state that it had."""
+        return self._folder / CHECKPOINTS / f"{hashlib.sha256(f'{key} {seed}'.encode()).hexdigest()[:16]}.pt"
+
+    def _reject(self, trial: optuna.Trial, outcome: str, reason: str, values: list[float] | None = None) -> None:
+        trial.set_user_attr("outcome", outcome)
+        trial.set_user_attr("reason", reason)
+        if values is not None:
+            self._study.tell(trial, values)
+        else:
+            # TPE counts a pruned trial that violates a constraint among the bad ones; a duplicate is neither good nor bad
+            self._study.tell(trial, state=TrialState.PRUNED if outcome == "infeasible" else TrialState.FAIL)

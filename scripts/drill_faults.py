@@ -1,0 +1,219 @@
+"""A study under fire: SIGKILL at random moments for its driver, its workers and Ray's head, then `ranksearch resume`, until it is done.
+
+Digits on a real Ray of this machine. After every kill the study's journal is read: results that had been finished must be there, to the
+digit. At the end every planned trial must have finished once, and MLflow must hold a run for each.
+
+    python scripts/drill_faults.py --json         twenty kills, about ten minutes on two cores
+    python scripts/drill_faults.py --quick        three kills, a minute and a half
+    python scripts/drill_faults.py --kills 60 --seed 1
+
+A driver is killed anywhere from its start on (imports, Ray's start, trials, the test set at the end), a worker while it trains. Linux alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from report import Report, arguments
+
+from ranksearch.search.study import Study
+from ranksearch.search.study_folder import INFO, find_study
+from ranksearch.tracking.store import quiet_mlflow, store_uri
+
+SPACE = Path(__file__).parent.parent / "search_spaces" / "digits_resnet8.yaml"
+NAME = "drill"
+VICTIMS = {"driver": 0.5, "worker": 0.4, "head": 0.1}
+HEAD = ("gcs_server", "raylet")
+LONGEST_SECONDS = 240
+"""A driver that neither ends nor makes progress for so long hangs: the drill fails."""
+
+
+def main() -> None:
+    parser = arguments(__doc__, kills=20, trials=24, steps=150)
+    options = parser.parse_args()
+    if options.quick:
+        options.kills, options.trials, options.steps = 3, 8, 60
+    report = Report("drill_faults", options)
+    with tempfile.TemporaryDirectory() as folder:
+        drill = Drill(Path(folder), options, report)
+        drill.run()
+        report.finish(drill.figures(), seeds=[options.seed])
+    if drill.failed:
+        sys.exit(1)
+
+
+class Drill:
+    """One study and whoever shoots at it."""
+
+    def __init__(self, folder: Path, options: Any, report: Report) -> None:
+        self.folder, self.options, self.report = folder, options, report
+        self.random = random.Random(options.seed)
+        self.kills: dict[str, int] = dict.fromkeys(VICTIMS, 0)
+        self.seen: dict[int, str] = {}
+        self.lost = 0
+        self.failed = False
+
+    # The study as it is on disk ----------------------------------------------------------------------------------
+
+    def study(self) -> Study | None:
+        runs = self.folder / "runs"
+        return Study.open(find_study(NAME, runs)) if (runs / NAME / INFO).is_file() else None
+
+    def look(self) -> int:
+        """Compares finished results with those seen before; returns how many there are."""
+        study = self.study()
+        if study is None:
+            return 0
+        found = {row["trial"]: json.dumps([row["status"], row["val_accuracy"], row["plan"]]) for row in study.trials}
+        self.lost += sum(found.get(trial) != result for trial, result in self.seen.items())
+        self.seen |= found
+        return len(found)
+
+    # Drivers and shots -------------------------------------------------------------------------------------------
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """A driver: a new search, or the study's continuation."""
+        if self.study() is None:
+            fast = [
+                f"recipe.steps={self.options.steps}",
+                "resources.checkpoint_seconds=0.5",
+                "resources.worker_losses=100",
+            ]
+            verb = ["search", str(SPACE), "--name", NAME, "--trials", str(self.options.trials)]
+            verb += [word for setting in fast for word in ("--set", setting)]
+        else:
+            verb = ["resume", NAME]
+        log = (self.folder / "driver.log").open("ab")
+        return subprocess.Popen(
+            [sys.executable, "-m", "ranksearch", *verb], cwd=self.folder, stdout=log, stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def run(self) -> None:
+        driver, started = self.start(), time.monotonic()
+        while True:
+            wait = self.random.uniform(1.0, 8.0 if self.options.quick else 20.0)
+            ended = self.wait(driver, wait)
+            if ended and driver.returncode == 0:
+                break
+            if ended:  # the head's end took the driver along
+                self.report.say(f"the driver ended with {driver.returncode}; {self.look()} trials finished")
+                driver, started = self.start(), time.monotonic()
+            elif sum(self.kills.values()) < self.options.kills:
+                self.shoot(driver)
+            elif time.monotonic() - started > LONGEST_SECONDS + 10 * self.options.trials:
+                raise RuntimeError("the driver hangs:\n" + self.tail())
+        self.look()
+
+    @staticmethod
+    def wait(driver: subprocess.Popen[bytes], seconds: float) -> bool:
+        """Whether the driver ended within so many seconds."""
+        try:
+            driver.wait(seconds)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+
+    def shoot(self, driver: subprocess.Popen[bytes]) -> None:
+        (victim,) = self.random.choices(list(VICTIMS), list(VICTIMS.values()))
+        pid = driver.pid if victim == "driver" else self.find(driver.pid, victim)
+        if pid is None:
+            return  # no such process at this moment
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        self.kills[victim] += 1
+        if victim == "driver":
+            driver.wait()
+        time.sleep(0.5)
+        self.report.say(f"kill {sum(self.kills.values())}: {victim}; {self.look()} trials finished")
+        self.report.rows.append(
+            {"kill": sum(self.kills.values()), "victim": victim, "finished": len(self.seen), "lost": self.lost}
+        )
+
+    def find(self, root: int, victim: str) -> int | None:
+        """A process of the driver's Ray: a worker that trains, or one of the head's."""
+        below = descendants(root)
+        if victim == "worker":
+            fitting = [pid for pid, title in below.items() if title.startswith("ray::") and "IDLE" not in title]
+        else:
+            fitting = [pid for pid, title in below.items() if any(name in title.split(" ")[0] for name in HEAD)]
+        return self.random.choice(sorted(fitting)) if fitting else None
+
+    def tail(self) -> str:
+        return (self.folder / "driver.log").read_text(errors="replace")[-3000:]
+
+    # What came of it ---------------------------------------------------------------------------------------------
+
+    def figures(self) -> dict[str, Any]:
+        study = self.study()
+        assert study is not None
+        rows = study.trials
+        complete = [row for row in rows if row["status"] == "complete"]
+        distinct = {json.dumps([row["plan"]["layers"], row["recipe"]], sort_keys=True) for row in rows}
+        found = {
+            "kills": sum(self.kills.values()),
+            **{f"kills_{victim}": count for victim, count in self.kills.items()},
+            "planned": study.planned,
+            "finished": len(complete),
+            "lost": self.lost,
+            "doubled": len(rows) - len(distinct),
+            "mlflow_runs": self.mlflow_runs(),
+            "nets": sum((study.trial_folder(row["trial"]) / "model.safetensors").is_file() for row in complete),
+        }
+        self.failed = found["finished"] != found["planned"] or found["lost"] > 0 or found["doubled"] > 0
+        if self.failed:
+            self.report.say(
+                "statuses: "
+                + ", ".join(f"{row['trial']} {row['status']} {row['reason']}" for row in rows)
+                + "\n"
+                + self.tail()
+            )
+        return found
+
+    def mlflow_runs(self) -> int:
+        """Trials' runs in MLflow."""
+        quiet_mlflow()
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=store_uri(self.folder / "runs", None))
+        experiment = client.get_experiment_by_name(NAME)
+        return len(client.search_runs([experiment.experiment_id], "tags.`ranksearch.kind` = 'trial'"))
+
+
+def descendants(root: int) -> dict[int, str]:
+    """pid -> command line of the processes below `root`."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (OSError, IndexError):
+                continue  # it ended meanwhile
+    found: dict[int, str] = {}
+    for pid in parents:
+        above = pid
+        while above in parents and above != root:
+            above = parents[above]
+        if above == root and pid != root:
+            try:
+                found[pid] = (
+                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                )
+            except OSError:
+                continue
+    return found
+
+
+if __name__ == "__main__":
+    main()
