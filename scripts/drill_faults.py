@@ -7,7 +7,8 @@ digit. At the end every planned trial must have finished once, and MLflow must h
     python scripts/drill_faults.py --quick        three kills, a minute and a half
     python scripts/drill_faults.py --kills 60 --seed 1
 
-A driver is killed anywhere from its start on (imports, Ray's start, trials, the test set at the end), a worker while it trains. Linux alone.
+A driver is killed anywhere from its start on (imports, Ray's start, trials, the test set at the end), a worker while it trains. Linux
+alone.
 """
 
 from __future__ import annotations
@@ -101,12 +102,13 @@ class Drill:
     def run(self) -> None:
         driver, started = self.start(), time.monotonic()
         while True:
-            wait = self.random.uniform(1.0, 8.0 if self.options.quick else 20.0)
+            wait = self.random.uniform(*((7.0, 14.0) if self.options.quick else (1.0, 20.0)))
             ended = self.wait(driver, wait)
             if ended and driver.returncode == 0:
                 break
             if ended:  # the head's end took the driver along
-                self.report.say(f"the driver ended with {driver.returncode}; {self.look()} trials finished")
+                if driver.returncode > 0:
+                    self.report.say(f"the driver ended with {driver.returncode}:\n{self.tail()}")
                 driver, started = self.start(), time.monotonic()
             elif sum(self.kills.values()) < self.options.kills:
                 self.shoot(driver)

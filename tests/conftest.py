@@ -9,6 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from ranksearch.compress import plan_cost
+from ranksearch.search.space_file import read_space
+from ranksearch.search.study import Study
+from ranksearch.search.trial import TrialResult
+from ranksearch.search.workbench import prepare
+
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 REPOSITORY = Path(__file__).parent.parent
 
@@ -69,3 +75,40 @@ def data_folder_for_tests(tmp_path_factory: pytest.TempPathFactory):
         del os.environ["RANKSEARCH_DATA"]
     else:
         os.environ["RANKSEARCH_DATA"] = before
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    space = read_space(REPOSITORY / "search_spaces" / "digits_resnet8.yaml")
+    return prepare(space, fallback=tmp_path_factory.mktemp("dense"), log=print)
+
+
+@pytest.fixture
+def make(bench, tmp_path, digits_yaml):
+    def new(**options) -> Study:
+        return Study.create(tmp_path, read_space(digits_yaml, **options), bench, 99.0)
+
+    return new
+
+
+def simulated(candidate, bench, accuracy=None) -> TrialResult:
+    """What a trial might return, in no time: accuracy from the plan's cost."""
+    cost = plan_cost(bench.net, candidate.plan)
+    value = 90 + 8 * cost.macs / 747_136 + (candidate.number % 5) if accuracy is None else accuracy
+    return TrialResult(
+        "complete",
+        candidate.seed,
+        1.0,
+        val_accuracy=value,
+        macs=cost.macs,
+        params=cost.params,
+        size_bytes=cost.size_bytes,
+    )
+
+
+def drain(study, bench):
+    candidates = []
+    while (candidate := study.ask(bench)) is not None:
+        candidates.append(candidate)
+        study.tell(candidate.number, simulated(candidate, bench))
+    return candidates

@@ -15,49 +15,8 @@ from ranksearch.search.space_file import read_space
 from ranksearch.search.study import Study
 from ranksearch.search.study_folder import find_study
 from ranksearch.search.trial import TrialResult
-from ranksearch.search.workbench import prepare
 from ranksearch.tasks.train import Training
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    from tests.conftest import REPOSITORY
-
-    space = read_space(REPOSITORY / "search_spaces" / "digits_resnet8.yaml")
-    return prepare(space, fallback=tmp_path_factory.mktemp("dense"), log=print)
-
-
-@pytest.fixture
-def make(bench, tmp_path, digits_yaml):
-    def new(**options) -> Study:
-        return Study.create(tmp_path, read_space(digits_yaml, **options), bench, 99.0)
-
-    return new
-
-
-def simulated(candidate, bench, accuracy=None) -> TrialResult:
-    """What a trial might return, in no time: accuracy from the plan's cost."""
-    from ranksearch.compress import plan_cost
-
-    cost = plan_cost(bench.net, candidate.plan)
-    value = 90 + 8 * cost.macs / 747_136 + (candidate.number % 5) if accuracy is None else accuracy
-    return TrialResult(
-        "complete",
-        candidate.seed,
-        1.0,
-        val_accuracy=value,
-        macs=cost.macs,
-        params=cost.params,
-        size_bytes=cost.size_bytes,
-    )
-
-
-def drain(study, bench):
-    candidates = []
-    while (candidate := study.ask(bench)) is not None:
-        candidates.append(candidate)
-        study.tell(candidate.number, simulated(candidate, bench))
-    return candidates
+from tests.conftest import drain, simulated
 
 
 def test_every_plan_is_within_every_budget_and_the_count_is_kept(make, bench):

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import log
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -36,14 +35,28 @@ WIDTH = 0.2
 """Least width, in logarithms of the cost, of the neighbourhood that residuals are taken in."""
 
 
-@dataclass(frozen=True)
 class Seen:
-    """A trial: accuracy in 0..1 (None while it runs, or where it did not come to its end) and cost as a ratio of dense."""
+    """Trials that ended: their parameters, and a table [n, (level, cost, accuracy)] of ratios and shares, NaN where there is none.
 
-    number: int
-    params: Mapping[str, Any]
-    accuracy: float | None
-    cost: float | None
+    A trial without accuracy was tried in vain: a duplicate, stopped, diverged, failed.
+    """
+
+    def __init__(self) -> None:
+        self.params: list[Mapping[str, Any]] = []
+        self._numbers: set[int] = set()
+        self._rows: list[tuple[float, float, float]] = []
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._numbers
+
+    def add(self, number: int, params: Mapping[str, Any], cost: float = nan, accuracy: float = nan) -> None:
+        self._numbers.add(number)
+        self.params.append(params)
+        self._rows.append((params.get(LEVEL, nan), cost, accuracy))
+
+    @property
+    def table(self) -> np.ndarray:
+        return np.array(self._rows, dtype=float).reshape(-1, 3)
 
 
 class LocalTPE(BaseSampler):
@@ -67,7 +80,7 @@ class LocalTPE(BaseSampler):
         self._ceiling = dense_accuracy / 100
         self._distributions, self._seed = dict(distributions), seed
         self._accuracy_at, self._cost_at = accuracy_at, cost_at
-        self._finished: dict[int, Seen] = {}
+        self._seen = Seen()
         self._independent = RandomSampler(seed=seed)
 
     def reseed_rng(self) -> None:
@@ -89,54 +102,47 @@ class LocalTPE(BaseSampler):
             return {}
         rng = np.random.default_rng([self._seed, trial.number])
         running = self._observe(study, trial.number)
-        seen = [s for s in self._finished.values() if s.accuracy is not None]
+        table = self._seen.table
         if LEVEL not in search_space:
-            known = [s for s in seen if search_space.keys() <= s.params.keys()]
-            return self._by_tpe(_values(_newest_and_best(known)), running, search_space, rng)
+            chosen = _newest_and_best(table)
+            return self._by_tpe(chosen, table[chosen, 2], running, search_space, rng)
         bounds = search_space[LEVEL]
-        in_vain = [s for s in self._finished.values() if s.accuracy is None]
-        level = self._level(seen, [*running, *in_vain], bounds.low, bounds.high, rng)  # type: ignore[attr-defined]
+        level = self._level(table, running, bounds.low, bounds.high, rng)  # type: ignore[attr-defined]
         others = {name: found for name, found in search_space.items() if name != LEVEL}
-        near = _nearest(seen, level)
-        return {LEVEL: level} | (self._by_tpe(_residuals(near, level), running, others, rng) if others else {})
+        if not others:
+            return {LEVEL: level}
+        near = _nearest(table, level)
+        return {LEVEL: level} | self._by_tpe(near, _residuals(table[near], level), running, others, rng)
 
-    # What was seen -----------------------------------------------------------------------------------------------
-
-    def _observe(self, study: optuna.Study, own: int) -> list[Seen]:
-        """Takes up trials that ended since the last look; returns those that run beside this one."""
+    def _observe(self, study: optuna.Study, own: int) -> list[Mapping[str, Any]]:
+        """Takes up trials that ended since the last look; returns the parameters of those that run beside this one."""
         running = []
         for trial in study._get_trials(deepcopy=False, use_cache=True):
-            if trial.number in self._finished or trial.number == own:
+            if trial.number in self._seen or trial.number == own:
                 continue
-            if trial.state == TrialState.RUNNING and trial.params:
-                running.append(Seen(trial.number, trial.params, None, None))
+            if trial.state == TrialState.RUNNING:
+                running.append(trial.params)
             elif trial.state == TrialState.COMPLETE and trial.values is not None:
-                cost = trial.values[self._cost_at] if self._cost_at is not None else None
-                found = Seen(trial.number, trial.params, trial.values[self._accuracy_at] / 100, cost)
-                self._finished[trial.number] = found
-            elif trial.state in (TrialState.FAIL, TrialState.PRUNED):  # a duplicate, stopped, diverged: tried in vain
-                self._finished[trial.number] = Seen(trial.number, trial.params, None, None)
+                cost = trial.values[self._cost_at] if self._cost_at is not None else nan
+                self._seen.add(trial.number, trial.params, cost, trial.values[self._accuracy_at] / 100)
+            elif trial.state.is_finished():
+                self._seen.add(trial.number, trial.params)
         return running
 
     # The level ---------------------------------------------------------------------------------------------------
 
     def _level(
-        self, seen: Sequence[Seen], others: Sequence[Seen], low: float, high: float, rng: np.random.Generator
+        self, table: np.ndarray, running: Sequence[Mapping[str, Any]], low: float, high: float, rng: np.random.Generator
     ) -> float:
-        """The level at which the cost falls into the widest gap of the front: Δcost · Δaccuracy over the tries there so far.
-
-        `others` run still, or were tried in vain.
-        """
-        levels, costs = _cost_of_level(seen, low, high)
+        """The level at which the cost falls into the widest gap of the front: Δcost · Δaccuracy over the tries there so far."""
+        levels, costs = _cost_of_level(table, low, high)
         if len(levels) == 0:
             return float(rng.uniform(low, high))
         least, most = np.interp([low, high], levels, costs)
-        points = np.array([[s.cost, s.accuracy] for s in seen])
-        tried = np.sort(
-            np.concatenate(
-                [points[:, 0], np.interp([s.params[LEVEL] for s in others if LEVEL in s.params], levels, costs)]
-            )
-        )
+        points = table[~np.isnan(table[:, 2]), 1:]
+        in_vain = table[np.isnan(table[:, 2]) & ~np.isnan(table[:, 0]), 0]
+        others = [*in_vain, *(params[LEVEL] for params in running if LEVEL in params)]
+        tried = np.sort(np.concatenate([points[:, 0], np.interp(others, levels, costs)]))
         stairs = _staircase(points)
         start = stairs[stairs[:, 0] <= least, 1].max(initial=0.0)
         inside = stairs[(stairs[:, 0] > least) & (stairs[:, 0] < most)]
@@ -146,88 +152,87 @@ class LocalTPE(BaseSampler):
         tries = np.searchsorted(tried, corners[1:, 0], "left") - np.searchsorted(tried, corners[:-1, 0], "right")
         room = np.where(width > 1e-6, width * np.maximum(height, 0), -1.0) / (1 + tries)
         gap = int(np.argmax(room))
-        if self._room_at_the_top(seen, tried, corners[-2], most, high) > GAINED * room[gap]:
+        if _room_at_the_top(table, tried, corners[-2], most, high) > GAINED * room[gap]:
             return high
         cost = corners[gap, 0] + rng.uniform(*MIDDLE) * width[gap]
         return float(np.clip(np.interp(cost, *_rising(costs, levels)), low, high))
-
-    @staticmethod
-    def _room_at_the_top(seen: Sequence[Seen], tried: np.ndarray, last: np.ndarray, most: float, high: float) -> float:
-        """What a net as large as the budget allows may gain: all costs from there to dense, times the rise to be hoped for.
-
-        There is no gap to fill at the front's end, but a better net there counts most. The rise that a normal deviation of `spread` gives
-        on average is 0.4 of it.
-        """
-        residuals = [value for _, value in _residuals(_nearest(seen, high)[: NEIGHBOURS // 2], high)]
-        spread = float(np.std(residuals)) if len(residuals) >= 4 else 0.01
-        tries = len(tried) - np.searchsorted(tried, NEAR_THE_TOP * most)
-        return max(0.0, 1 - last[0]) * min(0.4 * spread, 1 - last[1]) / (1 + tries)
 
     # The rest ----------------------------------------------------------------------------------------------------
 
     def _by_tpe(
         self,
-        seen: Sequence[tuple[Seen, float]],
-        running: Sequence[Seen],
+        chosen: np.ndarray,
+        values: np.ndarray,
+        running: Sequence[Mapping[str, Any]],
         space: Mapping[str, BaseDistribution],
         rng: np.random.Generator,
     ) -> dict[str, Any]:
-        """Draws `space` by Optuna's multivariate TPE, which maximises the value beside each trial."""
+        """Draws `space` by Optuna's multivariate TPE, which maximises the `values` of the `chosen` trials."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = TPESampler(multivariate=True, n_startup_trials=0, seed=int(rng.integers(2**31)))
         inner = optuna.create_study(direction="maximize", sampler=sampler)
-        for trial, value in seen:
-            inner.add_trial(_inner(trial, space, value))
-        for trial in running:
-            if space.keys() <= trial.params.keys():
-                inner.add_trial(_inner(trial, space, None))
+        known = [(self._seen.params[i], value) for i, value in zip(chosen, values.tolist(), strict=True)]
+        for params, value in [*known, *((params, None) for params in running)]:
+            if space.keys() <= params.keys():
+                inner.add_trial(_inner(params, space, value))
         return inner.ask(dict(space)).params
 
 
-def _inner(seen: Seen, space: Mapping[str, BaseDistribution], value: float | None) -> FrozenTrial:
+def _inner(params: Mapping[str, Any], space: Mapping[str, BaseDistribution], value: float | None) -> FrozenTrial:
     """A trial of the inner study; without a value it is one that runs, which TPE keeps away from."""
     state = TrialState.RUNNING if value is None else TrialState.COMPLETE
-    params = {name: seen.params[name] for name in space}
-    return create_trial(state=state, params=params, distributions=dict(space), value=value)
+    mine = {name: params[name] for name in space}
+    return create_trial(state=state, params=mine, distributions=dict(space), value=value)
 
 
-def _newest_and_best(seen: Sequence[Seen]) -> list[Seen]:
-    best = sorted(seen, key=lambda s: -(s.accuracy or 0.0))[:NEIGHBOURS]
-    return list({s.number: s for s in [*best, *seen[-NEIGHBOURS:]]}.values())
+def _newest_and_best(table: np.ndarray) -> np.ndarray:
+    """Indices of the newest complete trials and of the most accurate ones."""
+    done = np.flatnonzero(~np.isnan(table[:, 2]))
+    best = done[np.argsort(-table[done, 2], kind="stable")[:NEIGHBOURS]]
+    return np.unique(np.concatenate([best, done[-NEIGHBOURS:]]))
 
 
-def _values(seen: Sequence[Seen]) -> list[tuple[Seen, float]]:
-    return [(s, s.accuracy or 0.0) for s in seen]
+def _nearest(table: np.ndarray, level: float, count: int = NEIGHBOURS) -> np.ndarray:
+    """Indices of the complete trials nearest in level, of those that have one (plans that were given do not)."""
+    done = np.flatnonzero(~np.isnan(table[:, [0, 2]]).any(axis=1))
+    return done[np.argsort(np.abs(np.log(table[done, 0] / level)), kind="stable")[:count]]
 
 
-def _nearest(seen: Sequence[Seen], level: float) -> list[Seen]:
-    """The trials nearest in level, of those that have one (plans that were given, such as the classic baselines, do not)."""
-    at_level = [s for s in seen if LEVEL in s.params]
-    return sorted(at_level, key=lambda s: abs(log(s.params[LEVEL] / level)))[:NEIGHBOURS]
-
-
-def _residuals(near: Sequence[Seen], level: float) -> list[tuple[Seen, float]]:
-    """How far each trial's accuracy lies above a parabola in log level through all of them, the nearest weighing most."""
+def _residuals(near: np.ndarray, level: float) -> np.ndarray:
+    """How far accuracies of rows [n, (level, cost, accuracy)] lie above a parabola in log level through them; the nearest weigh most."""
+    accuracy = near[:, 2]
     if len(near) < 3:
-        return _values(near)
-    x = np.log([s.params[LEVEL] / level for s in near])
-    y = np.array([s.accuracy for s in near], dtype=float)
+        return accuracy
+    x = np.log(near[:, 0] / level)
     weight = np.exp(-0.25 * (x / max(WIDTH, float(np.std(x)))) ** 2)
     degree = min(2, len(np.unique(x)) - 1, len(near) - 2)
-    fitted = np.polynomial.polynomial.polyfit(x, y, degree, w=weight)
-    return list(zip(near, (weight * (y - np.polynomial.polynomial.polyval(x, fitted))).tolist(), strict=True))
+    fitted = np.polynomial.polynomial.polyfit(x, accuracy, degree, w=weight)
+    return weight * (accuracy - np.polynomial.polynomial.polyval(x, fitted))
 
 
-def _cost_of_level(seen: Sequence[Seen], low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+def _room_at_the_top(table: np.ndarray, tried: np.ndarray, last: np.ndarray, most: float, high: float) -> float:
+    """What a net as large as the budget allows may gain: all costs from the `last` corner (cost, accuracy) to dense, times the rise.
+
+    There is no gap to fill at the front's end, but a better net there counts most. The rise to be hoped for is what a normal
+    deviation of the neighbours' spread gives on average, 0.4 of it.
+    """
+    near = _nearest(table, high, NEIGHBOURS // 2)
+    spread = float(np.std(_residuals(table[near], high))) if len(near) >= 4 else 0.01
+    tries = len(tried) - np.searchsorted(tried, NEAR_THE_TOP * most)
+    return max(0.0, 1 - last[0]) * min(0.4 * spread, 1 - last[1]) / (1 + tries)
+
+
+def _cost_of_level(table: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
     """Rising (levels, costs) from `low` to `high` as the trials had them; beyond those the cost is proportional to the level."""
-    known = sorted((s.params[LEVEL], s.cost) for s in seen if LEVEL in s.params and s.cost is not None)
-    if not known:
+    known = table[~np.isnan(table[:, :2]).any(axis=1), :2]
+    if len(known) == 0:
         return np.empty(0), np.empty(0)
+    known = known[np.lexsort(known.T[::-1])]
     (first, first_cost), (last, last_cost) = known[0], known[-1]
-    below = [(low, first_cost * low / first)] if first > low else []
-    above = [(high, last_cost * high / last)] if last < high else []
-    levels, costs = np.array([*below, *known, *above]).T
+    below = [[low, first_cost * low / first]] if first > low else np.empty((0, 2))
+    above = [[high, last_cost * high / last]] if last < high else np.empty((0, 2))
+    levels, costs = np.vstack([below, known, above]).T
     return levels, np.maximum.accumulate(costs)
 
 

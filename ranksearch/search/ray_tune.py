@@ -42,6 +42,13 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
 METRIC, ENTRY, RESULT = "val_accuracy", "entry", "result"
+HEAD = ("gcs_server", "raylet")
+RESTARTS = 3
+"""How often a Ray of our own that lost its head is started again before the study ends."""
+
+
+class HeadLost(StudyError):
+    """Ray's own processes are gone: no trial can run, and none is to blame."""
 
 
 def usable_cores() -> int:
@@ -65,6 +72,8 @@ def connect(address: str | None) -> None:
     if address is None:
         # Ray's token authentication is on; a token for this cluster alone needs no file in a home that may be read-only
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # on one machine a control store that does not answer is dead, not far away; without it Ray ends this process
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     local = {
         "address": "local",
@@ -82,6 +91,12 @@ def connect(address: str | None) -> None:
                 where = f"reach the Ray cluster at {address}" if address else "start Ray on this machine"
                 raise StudyError(f"Could not {where}: {error}") from error
             ray.shutdown()
+
+
+def head_is_gone() -> bool:
+    """Whether a Ray that this process started has lost one of its own processes; of a cluster's head nothing is known here."""
+    node = ray._private.worker._global_node
+    return node is not None and node.head and any(name in HEAD for name, _ in node.dead_processes())
 
 
 def trials_at_once(cpus: float, gpus: float, available: dict[str, float]) -> int:
@@ -147,7 +162,7 @@ class AskTell(Searcher):
         self.error: BaseException | None = None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self.error is not None:
+        if self.error is not None or self._lost_head():
             return Searcher.FINISHED
         try:
             candidate = self._study.ask(self._bench)
@@ -163,6 +178,12 @@ class AskTell(Searcher):
             "seed": candidate.seed, "save_to": str(candidate.save_to.absolute()),
             "checkpoint": str(candidate.checkpoint.absolute()), "rungs": list(candidate.rungs), "latency": candidate.latency,
         }  # fmt: skip
+
+    def _lost_head(self) -> bool:
+        if head_is_gone():
+            kept = f"{self._study.finished} finished trials are kept: `ranksearch resume {self._study.space.name}` goes on."
+            self.error = self.error or HeadLost(f"Ray's own processes ({' or '.join(HEAD)}) died. {kept}")
+        return isinstance(self.error, HeadLost)
 
     def goes_on(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Takes up what a running trial reports; False where it is to be stopped."""
@@ -186,7 +207,7 @@ class AskTell(Searcher):
                 found = _stopped_result(seed, history)
             elif payload:
                 found = TrialResult(**json.loads(payload))
-            elif self._study.retry(number):
+            elif self._lost_head() or self._study.retry(number):
                 return
             else:
                 losses = self._study.space.resources.worker_losses + 1
@@ -237,8 +258,22 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, addre
         UsageError: one trial asks for more than the cluster has.
         KeyboardInterrupt: Ctrl-C; what is finished is told.
     """
-    if study.finished >= study.planned:
-        return
+    for restarts_left in range(RESTARTS, -1, -1):
+        if study.finished >= study.planned:
+            return
+        try:
+            _run(study, bench, on_row, log, address=address)
+            return
+        except HeadLost as error:
+            if address is not None or not restarts_left:
+                raise
+            again = study.requeue_interrupted()
+            log(f"{error} Ray is started again; {again} trials go on from their states.")
+            ray.shutdown()
+
+
+def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: str | None) -> None:
+    """One Tuner over what is left of the study."""
     cpus = study.space.resources.cpus_per_trial
     gpus, at_once = join(study.space.resources, address)
     searcher = AskTell(study, bench, on_row, log)
