@@ -33,13 +33,13 @@ from ranksearch.tracking.store import quiet_mlflow, store_uri
 SPACE = Path(__file__).parent.parent / "search_spaces" / "digits_resnet8.yaml"
 NAME = "drill"
 VICTIMS = {"driver": 0.5, "worker": 0.4, "head": 0.1}
-HEAD = ("gcs_server", "raylet")
+HEAD = ("gcs_server", "raylet", "ray::DashboardAgent")
 LONGEST_SECONDS = 240
 """A driver that neither ends nor makes progress for so long hangs: the drill fails."""
 
 
 def main() -> None:
-    parser = arguments(__doc__, kills=20, trials=24, steps=150)
+    parser = arguments(__doc__, kills=20, trials=40, steps=600)
     options = parser.parse_args()
     if options.quick:
         options.kills, options.trials, options.steps = 3, 8, 60
@@ -102,7 +102,7 @@ class Drill:
     def run(self) -> None:
         driver, started = self.start(), time.monotonic()
         while True:
-            wait = self.random.uniform(*((7.0, 14.0) if self.options.quick else (1.0, 20.0)))
+            wait = self.random.uniform(*((7.0, 14.0) if self.options.quick else (1.0, 16.0)))
             ended = self.wait(driver, wait)
             if ended and driver.returncode == 0:
                 break
@@ -147,7 +147,7 @@ class Drill:
         """A process of the driver's Ray: a worker that trains, or one of the head's."""
         below = descendants(root)
         if victim == "worker":
-            fitting = [pid for pid, title in below.items() if title.startswith("ray::") and "IDLE" not in title]
+            fitting = [pid for pid, title in below.items() if title.startswith("ray::ImplicitFunc")]
         else:
             fitting = [pid for pid, title in below.items() if any(name in title.split(" ")[0] for name in HEAD)]
         return self.random.choice(sorted(fitting)) if fitting else None
