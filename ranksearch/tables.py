@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ranksearch.allocate.budget import cost_value
-from ranksearch.allocate.curves import cost_curves
+from ranksearch.allocate.curves import Curves, cost_curves
+from ranksearch.allocate.damage import MEASURES, Damage
 from ranksearch.compress import RankPlan, dense_cost
 from ranksearch.console import number, table
 from ranksearch.lowering import LOWERINGS, Rank
 from ranksearch.lowering.contract import sides
+from ranksearch.search.allocated import Allocated
 from ranksearch.search.budgets import budgets_of, check_feasible_space
+from ranksearch.search.direct import Direct
 from ranksearch.search.groups import grouping_of, groups_of
+from ranksearch.search.parametrize import Searched
 from ranksearch.search.recipe import searched_settings
 from ranksearch.search.space import Space
 from ranksearch.search.workbench import open_net
@@ -130,8 +135,18 @@ def check_record(space: Space) -> dict[str, Any]:
     return {
         "space": space.name, "valid": True, "task": space.task, "model": space.model, "costs": costs,
         "layers_lowered": sum(len(names) for names in groups.values()), "layers": len(net.layers),
-        "groups": groups, "recipe_searched": searched, "trials": search.trials,
+        "groups": groups, "recipe_searched": searched, "trials": search.trials, "parametrization": search.parametrization,
+        "sampler": search.sampler, "objectives": list(search.objectives), "searched": list(_searched(space, curves)),
     }  # fmt: skip
+
+
+def _searched(space: Space, curves: Curves) -> Mapping[str, Any]:
+    """Every parameter that a study of the space searches; nothing is measured, so the sensitivities are taken to be there."""
+    scales = {} if space.search.sensitivity == "none" else {o.layer.name: 1.0 for o in curves.layers}
+    damage = Damage(MEASURES[space.search.measure], {}, scales)
+    direct = space.search.parametrization == "direct"
+    form = Direct(space, curves) if direct else Allocated(space, curves, damage)
+    return Searched(form, space.recipe).distributions
 
 
 def print_check(record: dict[str, Any]) -> None:
@@ -143,8 +158,8 @@ def print_check(record: dict[str, Any]) -> None:
     table(f"{record['space']}: valid; {record['task']}/{record['model']}", columns, rows)
     print(
         f"{record['layers_lowered']} of {record['layers']} layers may be lowered, in {len(record['groups'])} groups "
-        f"({', '.join(record['groups'])}); recipe searched: {', '.join(record['recipe_searched']) or 'nothing'}; "
-        f"{record['trials']} trials."
+        f"({', '.join(record['groups'])}). {record['parametrization']} search for {' and '.join(record['objectives'])} by "
+        f"{record['sampler']}: {len(record['searched'])} numbers ({', '.join(record['searched'])}), {record['trials']} trials."
     )
 
 

@@ -65,6 +65,31 @@ def test_front_verb_agrees_to_the_digit(studied):
     assert "dense" in text
 
 
+def test_a_front_opens_another_study_and_trials_that_fall_behind_are_stopped_on_ray(studied):
+    from mlflow import MlflowClient
+
+    folder, front, _ = studied
+    space = Path(__file__).parent.parent / "search_spaces" / "digits_resnet8.yaml"
+    stopping = "search.early_stopping={rungs: [0.3], reduction: 2}"
+    spread = "recipe.lr={low: 0.000001, high: 0.1, log: true, default: 0.03}"
+    options = ["--name", "second", "--trials", 10, "--warm-start", "digits_resnet8", "--set", stopping, "--set", spread]
+    done = call("search", space, *options, *QUICK, "--set", "search.objectives=[accuracy]", "--json", cwd=folder)
+    assert f"warm start: {len(front['trials'])} plans of earlier fronts" in done.stderr
+    assert "stopped: fell behind at step 6" in done.stderr
+    assert "% of all training steps saved" in done.stderr
+    assert "[10/10]" in done.stderr
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("second")
+    runs = client.search_runs([experiment.experiment_id], "tags.`ranksearch.kind` = 'trial'")
+    assert len(runs) == 10
+    stopped = [run for run in runs if run.data.tags["status"] == "stopped"]
+    assert stopped
+    assert all(run.info.status == "KILLED" and run.data.tags["on_front"] == "false" for run in stopped)
+    assert all("rung_val_accuracy" in run.data.metrics and "val_accuracy" not in run.data.metrics for run in stopped)
+    shown = call("front", "second", cwd=folder).stdout
+    assert "the most accurate" in shown
+
+
 def test_mlflow_holds_the_same_numbers(studied):
     from mlflow import MlflowClient
 

@@ -314,3 +314,14 @@ def test_restructured_net_takes_the_state_dict(small_net):
     assert set(empty.state_dict()) == set(small.state_dict())
     safetensors.torch.save(empty.state_dict())
     empty.load_state_dict(small.state_dict())
+
+
+def test_latency_of_nets_in_turn():
+    from ranksearch.compress.latency import latencies_ms
+
+    small, large = nn.Linear(8, 8), nn.Sequential(*(nn.Linear(512, 512) for _ in range(20)))
+    wide = torch.nn.Sequential(nn.Linear(8, 512), large)
+    fast, slow, again = latencies_ms([small, wide, small], torch.randn(16, 8))
+    assert 0 < fast < slow
+    assert again == pytest.approx(fast, rel=5)
+    assert not small.training

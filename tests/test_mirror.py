@@ -1,6 +1,11 @@
 """The mirror when the store is away: a study never depends on it."""
 
+import time
+
+import pytest
+
 from ranksearch.api import Silent, search
+from ranksearch.tracking import background
 
 
 class Log(Silent):
@@ -61,3 +66,57 @@ def test_what_every_projection_did_is_a_metric_of_the_trials_run(tmp_path, digit
     assert 0 < run.data.metrics["projection_share"] < 1
     assert run.data.params["projection.period"] == "4"
     assert run.data.params["distillation.temperature"] == str(row["recipe"]["distillation"]["temperature"])
+
+
+class Store:
+    """Stands in for a mirror: slow, or away for its first calls."""
+
+    calls, seconds, failures = [], 0.0, 0
+
+    def __init__(self, study, runs):
+        Store.calls.append("open")
+
+    def log_trial(self, row, progress):
+        time.sleep(Store.seconds)
+        Store.calls.append(row["trial"])
+        if len(Store.calls) <= Store.failures:
+            raise OSError("the store is away")
+
+    def finish(self, *, complete):
+        Store.calls.append("finish")
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path):
+    Store.calls, Store.seconds, Store.failures = [], 0.0, 0
+    monkeypatch.setattr(background, "Mirror", Store)
+
+    class Study:
+        folder = tmp_path
+
+        def progress(self):
+            return {"finished_trials": 1}
+
+    return Study()
+
+
+def test_a_slow_store_holds_up_no_trial(store, tmp_path):
+    Store.seconds = 0.2
+    mirror = background.BackgroundMirror(store, tmp_path, print)
+    started = time.perf_counter()
+    for number in range(5):
+        mirror.log_trial({"trial": number})
+    assert time.perf_counter() - started < 0.1
+    mirror.finish(complete=True)
+    assert Store.calls == ["open", 0, 1, 2, 3, 4, "finish"]
+
+
+def test_a_store_that_fails_is_left_alone_for_a_while_and_told_everything_at_the_end(store, tmp_path):
+    Store.failures, said = 2, []
+    mirror = background.BackgroundMirror(store, tmp_path, said.append)
+    for number in range(5):
+        mirror.log_trial({"trial": number})
+    mirror.finish(complete=True)
+    assert Store.calls == ["open", 0, "finish"]  # `finish` of the real one logs what is missing
+    assert len(said) == 1
+    assert "the store is away" in said[0]

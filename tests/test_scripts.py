@@ -89,3 +89,25 @@ def test_an_ablation_pairs_its_variants_with_the_base(tmp_path, cifar):
     assert found["rows"][0]["differences"] == [0.0]
     difference = found["rows"][1]["val_accuracy"] - found["rows"][0]["val_accuracy"]
     assert found["rows"][1]["differences"] == [pytest.approx(difference, abs=0.006)]
+
+
+def test_the_search_bench_compares_the_search_with_its_controls(tmp_path):
+    found = call("bench_search", "--out", str(tmp_path))
+    figures = found["figures"]
+    assert {f"hv_{m}_64" for m in ("direct_tpe", "direct_warm_tpe", "direct_nsga2", "random")} <= set(figures)
+    assert figures["hv_allocated_tpe_8"] >= max(figures[f"hv_{m}_64"] for m in ("direct_tpe", "direct_nsga2", "random"))
+    assert figures["hv_allocated_tpe_8"] <= figures["hv_allocated_tpe_16"] <= figures["hv_allocated_tpe_32"]
+    assert figures["within_budget"] == 1
+    assert figures["same_seed_same_plans"] == 1
+    assert 0 < figures["driver_ms_100"] < 100
+    trials = {
+        row["method"]: len(row["points"]["accuracy, macs ratio"]) for row in found["rows"] if row["method"] != "best"
+    }
+    assert set(trials.values()) == {32, 64}
+
+
+def test_a_study_that_is_shot_at_finishes_every_trial_once():
+    figures = call("drill_faults")["figures"]
+    assert figures["kills"] == 3
+    assert figures["planned"] == figures["finished"] == figures["nets"] == figures["mlflow_runs"]
+    assert (figures["lost"], figures["doubled"]) == (0, 0)

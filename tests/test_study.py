@@ -316,3 +316,33 @@ def test_inline_search_from_the_public_api(tmp_path, digits_yaml, short_settings
     assert all(row["test_accuracy"] is None for row in study.trials if row["trial"] not in on_front)
     net = ranksearch.load(study.folder / "trials" / f"{front['trials'][0]['trial']:03d}")
     assert sum(p.numel() for p in net.parameters()) == front["trials"][0]["params"]
+
+
+def test_latency_is_an_objective_that_is_measured_in_turn_with_the_dense_net(tmp_path, digits_yaml, short_settings):
+    settings = [*short_settings, "search.objectives=[accuracy, latency]"]
+    study = ranksearch.search(digits_yaml, settings=settings, runs=tmp_path, inline=True)
+    record = study.front_record()
+    assert record["reference_point"] == [0.0, 1.0]
+    assert record["dense"]["latency_ms"] > 0
+    for row in study.trials:
+        assert row["latency_ms"] > 0
+        assert row["latency_ms"] / row["latency_ratio"] == pytest.approx(record["dense"]["latency_ms"], rel=3)
+    values = {t.number: t.values for t in study._study.get_trials() if t.values}
+    assert all(values[row["trial"]][1] == row["latency_ratio"] for row in study.trials)
+
+
+def test_flops_are_macs_as_an_objective(make, bench):
+    study = make(trials=5, settings=["search.objectives=[accuracy, flops]"])
+    drain(study, bench)
+    twin = make(trials=5, name="twin")
+    drain(twin, bench)
+    assert [row["plan"] for row in study.trials] == [row["plan"] for row in twin.trials]
+    assert study.hypervolume == twin.hypervolume
+
+
+def test_three_objectives(make, bench):
+    study = make(trials=14, settings=["search.objectives=[params, accuracy, macs]"])
+    drain(study, bench)
+    assert study.finished == 14
+    assert len({row["params"] for row in study.trials}) > 6
+    assert 0 < study.hypervolume < 1

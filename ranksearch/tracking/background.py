@@ -32,12 +32,11 @@ class BackgroundMirror:
 
     def finish(self, *, complete: bool) -> None:
         """Waits for what is queued, logs what was missed, and the front."""
-        self._paused_until = 0.0
-        self._worker.submit(self._guarded, lambda mirror: mirror.finish(complete=complete)).result()
+        self._worker.submit(self._guarded, lambda mirror: mirror.finish(complete=complete), at_once=True).result()
         self._worker.shutdown()
 
-    def _guarded(self, action: Callable[[Mirror], None]) -> None:
-        if time.monotonic() < self._paused_until:
+    def _guarded(self, action: Callable[[Mirror], None], *, at_once: bool = False) -> None:
+        if time.monotonic() < self._paused_until and not at_once:
             return
         try:
             if self._mirror is None:
