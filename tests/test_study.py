@@ -1,6 +1,7 @@
 """The study, in-process: ask and tell, budgets, seeds, failures, resume, front. The journal is real, on disk."""
 
 import json
+import os
 
 import numpy as np
 import optuna
@@ -212,6 +213,25 @@ def test_half_a_study_is_removed_and_a_strange_folder_left_alone(make, tmp_path,
     with pytest.raises(UsageError, match="is no study"):
         make(trials=2)
     assert (tmp_path / "digits_resnet8" / "mine.txt").exists()
+
+
+def test_a_driver_that_is_killed_while_it_makes_a_study_is_not_in_the_way_of_the_next(
+    make, bench, monkeypatch, tmp_path
+):
+    def killed(*args, **kwargs):
+        os._exit(9)
+
+    (tmp_path / "digits_resnet8" / "preview").mkdir(parents=True)
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr("ranksearch.search.study.write_atomically", killed)
+        make(trials=2)
+    os.waitpid(child, 0)
+    assert (tmp_path / "digits_resnet8" / "optuna.journal").is_file()
+    study = make(trials=2)
+    drain(study, bench)
+    assert study.finished == 2
+    assert (study.folder / "preview").is_dir()
 
 
 def test_a_taken_name_proposes_a_free_one(make, tmp_path):

@@ -7,7 +7,6 @@ opened again from its folder. Ray and MLflow are not known here.
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -45,7 +44,8 @@ from ranksearch.search.study_folder import (
     JOURNAL,
     SPACE,
     TEST,
-    in_the_way,
+    UNFINISHED,
+    clear,
     locked,
     new_folder,
     trial_folder,
@@ -95,10 +95,7 @@ class Study:
         try:
             return cls._fill(folder, space, bench, dense_val_accuracy, dense_latency_ms)
         except BaseException:
-            for path in in_the_way(folder):  # half a study would be in the way of the next try
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if not any(folder.iterdir()):
-                folder.rmdir()
+            clear(folder)
             raise
 
     @classmethod
@@ -107,6 +104,7 @@ class Study:
     ) -> Study:
         if space.data is not None:  # the study is opened from other working directories too
             space = space.model_copy(update={"data": str(Path(space.data).expanduser().resolve())})
+        (folder / UNFINISHED).touch()
         (folder / SPACE).write_text(yaml.safe_dump(space.model_dump(), sort_keys=False))
         safetensors.torch.save_file({k: v.contiguous() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
         dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(dense_cost(bench.net))
@@ -124,6 +122,7 @@ class Study:
         for point in opening:
             study.enqueue_trial(dict(point.params), user_attrs=point.attrs())
         write_atomically(folder / INFO, json.dumps(info, indent=2))  # last: a folder with it is a study
+        (folder / UNFINISHED).unlink()
         return cls(folder, space, info, study)
 
     def enqueue(self, point: Opening) -> None:

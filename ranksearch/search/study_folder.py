@@ -8,6 +8,7 @@ runs/NAME/checkpoints/      states of running trials
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from ranksearch.errors import UsageError, nearest
 SPACE, INFO, JOURNAL, FRONT, TEST = "space.yaml", "study.json", "optuna.journal", "front.json", "test.json"
 DENSE_WEIGHTS, CHECKPOINTS, TRIALS = "dense.safetensors", "checkpoints", "trials"
 CURVES, PREVIEW = "curves.safetensors", "preview"
+UNFINISHED = ".unfinished"
+"""Stands in a folder while a study is being made there."""
 
 
 def find_study(name: str, runs: Path) -> Path:
@@ -63,9 +66,22 @@ def in_the_way(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name not in (PREVIEW, CURVES)]
 
 
+def clear(folder: Path) -> None:
+    """Removes half a study, which would be in the way of the next try; what a preview left stays."""
+    for path in in_the_way(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def new_folder(runs: Path, name: str) -> Path:
-    """The new study's folder; raises UsageError where that name is taken, and proposes a free one."""
+    """The new study's folder; raises UsageError where that name is taken, and proposes a free one.
+
+    What a driver left that was killed while it made a study of that name is removed: it holds nothing yet.
+    """
     folder = runs / name
+    if (folder / UNFINISHED).is_file() and not (folder / INFO).is_file():
+        clear(folder)
     if not (folder / INFO).is_file() and in_the_way(folder):
         raise UsageError(f"{folder} is there, but is no study ({INFO} is missing): remove it, or take another --name.")
     if (folder / INFO).is_file():
