@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from ranksearch.search.study import Study
 from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State
-from ranksearch.tasks.task import Task
+from ranksearch.tasks.task import Split, Task
 
 # Usage statistics, log files per trial and Tune's own tables stay off; an explicit setting of the user wins. Ray reads these at import.
 for _name, _value in {
@@ -131,11 +133,32 @@ def join(resources: ResourcesSpace, address: str | None) -> tuple[float, int]:
     return gpus, trials_at_once(resources.cpus_per_trial, gpus, available)
 
 
+def pack(task: Task) -> Task:
+    """The task with arrays for tensors: these lie once per node in Ray's object store, and workers read them there without a copy."""
+    return replace(task, train=_arrays(task.train), val=_arrays(task.val))
+
+
+def unpack(task: Task) -> Task:
+    """The task of `pack`, its tensors views of the object store's read-only memory: nothing writes to a data set."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return replace(task, train=_tensors(task.train), val=_tensors(task.val))
+
+
+def _arrays(split: Split) -> Split:
+    return Split(split.images.numpy(), split.labels.numpy())  # type: ignore[arg-type]
+
+
+def _tensors(split: Split) -> Split:
+    return Split(torch.from_numpy(split.images), torch.from_numpy(split.labels))
+
+
 def _trainable(
     config: dict[str, Any], task: Task, dense: State, net: Net, threads: int, checkpoint_seconds: float
 ) -> None:
     """A trial on a Ray worker; entries and the result travel as JSON texts, because Tune flattens nested metrics."""
     torch.set_num_threads(threads)
+    task = unpack(task)
     candidate = Candidate(
         config["number"], RankPlan.from_dict(config["plan"]), Recipe.from_dict(config["recipe"]), config["seed"],
         Path(config["save_to"]), Path(config["checkpoint"]), rungs=tuple(config["rungs"]), latency=config["latency"],
@@ -278,7 +301,7 @@ def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: st
     gpus, at_once = join(study.space.resources, address)
     searcher = AskTell(study, bench, on_row, log)
     trainable = tune.with_parameters(
-        _trainable, task=bench.task.without_test(), dense=bench.dense, net=bench.net, threads=cpus,
+        _trainable, task=pack(bench.task.without_test()), dense=bench.dense, net=bench.net, threads=cpus,
         checkpoint_seconds=study.space.resources.checkpoint_seconds,
     )  # fmt: skip
     tuner = tune.Tuner(
