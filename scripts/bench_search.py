@@ -9,9 +9,10 @@ study seed, so that equal plans score alike. Hypervolume in (accuracy, MACs as a
    TPE over the same parameters and both objectives.
 2. The best net within 50 % of the FLOPs after 16 trials with the recipe searched too, against the solver's plan under the default recipe
    (which is the study's first trial), by validation accuracy.
-3. Every plan of these, and of studies under two budgets at once (simulated trials), against its budgets.
-4. Two runs of one seed.
-5. The driver's own time per trial (ask, tell, progress) as a study grows: simulated trials, eight at once.
+3. What early stopping saves, and what it costs: a front within 50 % of the FLOPs with the recipe searched too, 24 trials.
+4. Every plan of 2. and 3., and of studies under two budgets at once (simulated trials), against its budgets.
+5. Two runs of one seed.
+6. The driver's own time per trial (ask, tell, progress) as a study grows: simulated trials, eight at once.
 
     python scripts/bench_search.py --json > search.json           about an hour on two cores
     python scripts/bench_search.py --model resnet32 --seeds 1     another net
@@ -53,7 +54,7 @@ from ranksearch.search.front import Row
 from ranksearch.search.opening import CLASSICS, SOLVER
 from ranksearch.search.parametrize import Opening
 from ranksearch.search.proposals import Candidate
-from ranksearch.search.run import attempt
+from ranksearch.search.run import attempt, run_inline
 from ranksearch.search.samplers import plain_sampler
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import parse_space
@@ -96,6 +97,8 @@ def main() -> None:
         ]
     if options.only in ("", "best"):
         jobs += [(best_study, "best", seed) for seed in seeds]
+    if options.only in ("", "stopping"):
+        jobs += [(stopping_study, method, seed) for seed in seeds for method in ("stopping", "no_stopping")]
     rows: dict[str, dict[int, Any]] = {}
     with multiprocessing.get_context("spawn").Pool(options.threads, _one_thread) as pool:
         for method, seed, found in pool.imap_unordered(partial(_do, options, out), jobs):
@@ -109,6 +112,8 @@ def main() -> None:
         figures |= front_figures(rows)
     if options.only in ("", "best"):
         figures |= best_figures(rows["best"])
+    if options.only in ("", "stopping"):
+        figures |= stopping_figures(rows)
     if options.only in ("", "driver"):
         figures |= driver_figures(options, out, report, kept)
     figures["within_budget"] = float(np.mean(kept)) if kept else None
@@ -121,7 +126,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--lowerings", default="im2col,channel,spatial", help="default: %(default)s")
     parser.add_argument("--methods", default=",".join(FRONT_TRIALS), help="of the fronts (default: all)")
-    parser.add_argument("--only", choices=["fronts", "best", "driver"], default="", help="one part alone")
+    parser.add_argument("--only", choices=["fronts", "best", "stopping", "driver"], default="", help="one part alone")
     parser.add_argument("--driver-trials", type=int, default=5000, help="simulated trials (default: %(default)s)")
     parser.add_argument("--data", help="data folder (default: $RANKSEARCH_DATA, else ~/.cache/ranksearch)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_search"), help="trials (default: %(default)s)")
@@ -331,7 +336,47 @@ def best_figures(found: dict[int, Any]) -> dict[str, Any]:
     }
 
 
-# 3. to 5. Budgets, seeds, the driver's time ------------------------------------------------------------------------
+# 3. Early stopping -------------------------------------------------------------------------------------------------
+
+STOPPING_TRIALS = 24
+
+
+def stopping_study(options: argparse.Namespace, out: Path, method: str, seed: int) -> dict[str, Any]:
+    """A front within a budget with the recipe searched too, with or without early stopping; trials are run anew, six times as long."""
+    recipe = {"steps": 6 * options.steps, "bn_batches": 3} | SEARCHED_RECIPE
+    search = {"trials": STOPPING_TRIALS, "front_from": 0.4} | ({"early_stopping": {}} if method == "stopping" else {})
+    budgets = {"flops": options.budget}
+    space = space_of(options, f"{method}-{seed}", seed, search, recipe, budgets)
+    bench = workbench(options, out, seed)
+    with tempfile.TemporaryDirectory() as runs:
+        study = Study.create(Path(runs), space, bench, dense_accuracy(bench))
+        run_inline(study, bench, lambda row: None, lambda text: None)
+        rows, saved, worth = study.trials, study.steps_saved, study.hypervolume
+    best = max(row["val_accuracy"] for row in rows if row["status"] == "complete")
+    row = {
+        "hypervolume": worth, "steps_saved": saved, "stopped": sum(row["status"] == "stopped" for row in rows),
+        "best": best, "trial_seconds": sum(row["seconds"] for row in rows),
+    }  # fmt: skip
+    summary = (
+        f"hypervolume {worth:.4f}, best {best:.2f}, {row['stopped']} stopped, {100 * saved:.0f} % of the steps saved"
+    )
+    return {"row": row, "summary": summary, "within_budget": within(bench, rows, budgets)}
+
+
+def stopping_figures(rows: dict[str, dict[int, Any]]) -> dict[str, Any]:
+    def of(method: str, name: str) -> float:
+        return median(found["row"][name] for found in rows[method].values())
+
+    saved = 1 - of("stopping", "trial_seconds") / of("no_stopping", "trial_seconds")
+    return {
+        "hv_stopping": of("stopping", "hypervolume"),
+        "hv_no_stopping": of("no_stopping", "hypervolume"),
+        "stopping_steps_saved": of("stopping", "steps_saved"),
+        "stopping_time_saved": saved,
+    }
+
+
+# 4. to 6. Budgets, seeds, the driver's time ------------------------------------------------------------------------
 
 TWO_BUDGETS = {"macs": "45%", "params": "40%"}
 
