@@ -139,15 +139,19 @@ def search(
 def resume(
     name: str,
     *,
+    trials: int | None = None,
     runs: str | Path = "runs",
     address: str | None = None,
     inline: bool = False,
     observer: Observer | None = None,
 ) -> Study:
-    """Continues a study from its folder: finished trials are kept, interrupted ones run again under the same parameters.
+    """Continues a study from its folder: finished trials are kept, interrupted ones go on under the same parameters.
+
+    Args:
+        trials: planned number from now on, finished ones included: a study that is done goes on so.
 
     Raises:
-        UsageError: no such study, or another process is running it.
+        UsageError: no such study, another process is running it, or it has more trials than that already.
     """
     observer, folder = observer or Silent(), find_study(name, Path(runs))
     check_address(None if inline else address)
@@ -155,6 +159,8 @@ def resume(
         if Study.mend(folder):
             observer.log("the journal ended in half a line, which its driver was killed in; it was cut off")
         study = Study.open(folder)
+        if trials is not None:
+            study.plan_for(trials)
         again = study.requeue_interrupted()
         observer.log(f"{study.finished} of {study.planned} trials are done, {again} were interrupted and run again")
         known, dense = CurveCache(folder / CURVES), folder / DENSE_WEIGHTS

@@ -139,16 +139,26 @@ def search(
 
 @app.command()
 def resume(
-    study: StudyName, address: Address = None, inline: Inline = False, runs: Runs = DEFAULT_RUNS, as_json: Json = False
+    study: StudyName,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Planned trials from now on, finished ones included: goes on with a study that is done."
+        ),
+    ] = None,
+    address: Address = None,
+    inline: Inline = False,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
 ) -> None:
-    """Continue a study that was interrupted: finished trials are kept, interrupted ones run again.
+    """Continue a study that was interrupted or killed: finished trials are kept, running ones go on from their states.
 
-    Example: ranksearch resume digits_resnet8
+    Example: ranksearch resume digits_resnet8 --trials 32
     """
     from ranksearch import api
 
     _conclude(
-        lambda terminal: api.resume(study, runs=runs, address=address, inline=inline, observer=terminal),
+        lambda terminal: api.resume(study, trials=trials, runs=runs, address=address, inline=inline, observer=terminal),
         study,
         runs,
         as_json,

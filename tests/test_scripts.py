@@ -100,9 +100,7 @@ def test_the_search_bench_compares_the_search_with_its_controls(tmp_path):
     assert figures["within_budget"] == 1
     assert figures["same_seed_same_plans"] == 1
     assert 0 < figures["driver_ms_100"] < 100
-    trials = {
-        row["method"]: len(row["points"]["accuracy, macs ratio"]) for row in found["rows"] if row["method"] != "best"
-    }
+    trials = {row["method"]: len(row["points"]["accuracy, macs ratio"]) for row in found["rows"] if "points" in row}
     assert set(trials.values()) == {32, 64}
 
 

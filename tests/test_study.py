@@ -160,6 +160,16 @@ def test_a_study_is_continued_from_its_folder(make, bench, tmp_path):
     assert len(set(keys)) == 10
 
 
+def test_a_study_that_is_done_goes_on_with_more_trials(tmp_path, digits_yaml, short_settings):
+    study = ranksearch.search(digits_yaml, settings=short_settings, runs=tmp_path, inline=True)
+    before = {row["trial"]: row["val_accuracy"] for row in study.trials}
+    with pytest.raises(UsageError, match="--trials 2: 3 trials of 'digits_resnet8' are finished already"):
+        resume("digits_resnet8", trials=2, runs=tmp_path, inline=True)
+    more = resume("digits_resnet8", trials=5, runs=tmp_path, inline=True)
+    assert more.finished == 5 == Study.open(study.folder).planned
+    assert before.items() <= {row["trial"]: row["val_accuracy"] for row in more.trials}.items()
+
+
 def test_a_result_that_was_written_but_not_told_is_not_lost(make, bench, tmp_path, monkeypatch):
     study = make(trials=3)
     candidate = study.ask(bench)

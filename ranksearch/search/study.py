@@ -165,6 +165,20 @@ class Study:
     def planned(self) -> int:
         return self.space.search.trials
 
+    def plan_for(self, trials: int) -> None:
+        """Plans another number of trials, finished ones included, and writes that to the study's space.
+
+        Raises:
+            UsageError: more than that are finished already.
+        """
+        if trials < self.finished:
+            raise UsageError(f"--trials {trials}: {self.finished} trials of {self.space.name!r} are finished already.")
+        self.space = self.space.model_copy(update={"search": self.space.search.model_copy(update={"trials": trials})})
+        self._write_space()
+
+    def _write_space(self) -> None:
+        write_atomically(self.folder / SPACE, yaml.safe_dump(self.space.model_dump(), sort_keys=False))
+
     @property
     def finished(self) -> int:
         """Trials that ended, well or not: complete, stopped, diverged and failed ones."""
