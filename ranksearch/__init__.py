@@ -24,6 +24,7 @@ _HOMES = {
     "resume": "ranksearch.api:resume",
     "load": "ranksearch.api:load",
     "preview": "ranksearch.api:preview",
+    "sync": "ranksearch.api:sync",
     "project_": "ranksearch.compress:project_",
     "Projector": "ranksearch.compress:Projector",
     "reestimate_bn_": "ranksearch.compress:reestimate_bn_",

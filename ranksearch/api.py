@@ -14,7 +14,7 @@ from torch import nn
 from ranksearch.allocate import CurveCache
 from ranksearch.compress import RankPlan, load_net
 from ranksearch.compress.latency import latencies_ms
-from ranksearch.errors import UsageError
+from ranksearch.errors import StudyError, UsageError
 from ranksearch.files import write_atomically
 from ranksearch.search.front import Row
 from ranksearch.search.opening import WARM
@@ -167,6 +167,25 @@ def resume(
         bench = prepare(study.space, fallback=folder, log=observer.log, known=known, saved_dense=dense)
         known.save()
         return _run(study, bench, folder.parent, observer, address=address, inline=inline)
+
+
+def sync(name: str, *, runs: str | Path = "runs", observer: Observer | None = None) -> Study:
+    """Brings MLflow up to date with a study's folder, after a store that was away; what is there already stays as it is.
+
+    Raises:
+        UsageError: no such study, or another process is running it.
+        StudyError: the store cannot be reached still.
+    """
+    observer, folder = observer or Silent(), find_study(name, Path(runs))
+    with locked(folder):
+        Study.mend(folder)
+        study = Study.open(folder)
+        mirror = BackgroundMirror(study, folder.parent, observer.log)
+        mirror.finish(complete=study.finished >= study.planned)
+    if mirror.failed:
+        raise StudyError(f"MLflow is not up to date: {mirror.failed}.")
+    observer.log(f"MLflow holds {study.finished} trials of {study.space.name!r}")
+    return study
 
 
 def preview(

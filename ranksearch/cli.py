@@ -279,6 +279,18 @@ def front(study: StudyName, runs: Runs = DEFAULT_RUNS, as_json: Json = False) ->
 
 
 @app.command()
+def sync(study: StudyName, runs: Runs = DEFAULT_RUNS) -> None:
+    """Bring MLflow up to date with a study, after a server that was away; nothing is logged twice.
+
+    Example: ranksearch sync digits_resnet8
+    """
+    from ranksearch import api
+    from ranksearch.console import Terminal
+
+    api.sync(study, runs=runs, observer=Terminal())
+
+
+@app.command()
 def ui(
     runs: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of the studies.")] = DEFAULT_RUNS,
     port: Annotated[

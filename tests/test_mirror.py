@@ -1,10 +1,12 @@
 """The mirror when the store is away: a study never depends on it."""
 
+import json
 import time
 
 import pytest
 
 from ranksearch.api import Silent, search
+from ranksearch.errors import StudyError
 from ranksearch.tracking import background
 
 
@@ -64,6 +66,39 @@ def test_what_every_projection_did_is_a_metric_of_the_trials_run(tmp_path, digit
     assert 0 < run.data.metrics["projection_share"] < 1
     assert run.data.params["projection.period"] == "4"
     assert run.data.params["distillation.temperature"] == str(row["recipe"]["distillation"]["temperature"])
+
+
+def test_sync_brings_a_store_up_to_date_that_was_away_and_makes_no_run_twice(tmp_path, digits_yaml, short_settings):
+    from mlflow import MlflowClient
+
+    from ranksearch.api import sync
+    from ranksearch.tracking.mirror import RUN_IDS
+
+    (tmp_path / "file").write_text("")
+    uri = f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}"  # below a file: it cannot be made
+    log = Log()
+    study = search(
+        digits_yaml, settings=[*short_settings, f"tracking.uri={uri}"], runs=tmp_path, inline=True, observer=log
+    )
+    assert sum("ranksearch sync" in line for line in log.lines) == 1
+    with pytest.raises(StudyError, match="MLflow is not up to date"):
+        sync("digits_resnet8", runs=tmp_path)
+    (tmp_path / "file").unlink()
+    (tmp_path / "file").mkdir()
+    client = None
+    for _ in range(2):  # the second time the notes of the runs are lost, as by a kill before they were written
+        sync("digits_resnet8", runs=tmp_path)
+        client = client or MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name("digits_resnet8")
+        runs = client.search_runs([experiment.experiment_id])
+        assert len(runs) == 1 + study.finished
+        noted = json.loads((study.folder / RUN_IDS).read_text())
+        kept = {name: run for name, run in noted["ids"].items() if name in ("experiment", "parent")}
+        (study.folder / RUN_IDS).write_text(json.dumps({"ids": kept, "logged": []}))
+    found = {run.data.tags["ranksearch.trial"]: run.data for run in runs if "ranksearch.trial" in run.data.tags}
+    for row in study.trials:
+        assert found[str(row["trial"])].metrics["val_accuracy"] == row["val_accuracy"]
+        assert found[str(row["trial"])].metrics["macs"] == row["macs"]
 
 
 class Store:

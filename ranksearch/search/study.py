@@ -7,6 +7,7 @@ opened again from its folder. Ray and MLflow are not known here.
 from __future__ import annotations
 
 import json
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -113,7 +114,7 @@ class Study:
         known = Allocated(space, bench.curves, bench.damage)
         opening = first_points(space, bench.curves, form_of(space, bench), known)
         info = {
-            "study": space.name, "dense": dense, "seed": space.search.seed, "provenance": provenance(folder),
+            "study": space.name, "id": uuid.uuid4().hex, "dense": dense, "seed": space.search.seed, "provenance": provenance(folder),
             "opened_with": dict(Counter(point.allocator for point in opening)),
         }  # fmt: skip
         study = optuna.create_study(

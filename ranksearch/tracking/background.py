@@ -22,7 +22,9 @@ class BackgroundMirror:
         self._study, self._runs, self._log = study, runs, log
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._mirror: Mirror | None = None
-        self._paused_until, self._complained = 0.0, False
+        self._paused_until = 0.0
+        self.failed: str | None = None
+        """What the store's last failure said; None where it has not failed since."""
         self._worker.submit(self._guarded, lambda mirror: None).result()
 
     def log_trial(self, row: Row) -> None:
@@ -42,8 +44,12 @@ class BackgroundMirror:
             if self._mirror is None:
                 self._mirror = Mirror(self._study, self._runs)
             action(self._mirror)
+            self.failed = None
         except MIRROR_ERRORS as error:
-            self._paused_until = time.monotonic() + PAUSE_SECONDS
-            if not self._complained:
-                self._log(f"MLflow: not logged ({str(error).splitlines()[0]}); the results are in {self._study.folder}")
-            self._complained = True
+            self._paused_until, first = time.monotonic() + PAUSE_SECONDS, self.failed is None
+            self.failed = str(error).splitlines()[0]
+            if first:
+                self._log(
+                    f"MLflow: not logged ({self.failed}); the results are in {self._study.folder}, and "
+                    f"`ranksearch sync {self._study.folder}` brings MLflow up to date once it is back"
+                )

@@ -33,7 +33,7 @@ MIRROR_ERRORS = (MlflowException, OSError, sqlalchemy.exc.SQLAlchemyError)
 """What a store that is away, full or refusing raises."""
 
 RUN_IDS = "mlflow.json"
-PARENT_TAG = "mlflow.parentRunId"
+PARENT_TAG, STUDY_TAG, TRIAL_TAG = "mlflow.parentRunId", "ranksearch.study", "ranksearch.trial"
 ENDED = {"complete": "FINISHED", "stopped": "KILLED"}
 """Status of a trial -> MLflow's; others FAILED."""
 COLUMNS = (
@@ -98,9 +98,10 @@ class Mirror:
         self._ids_file = study.folder / RUN_IDS
         known = json.loads(self._ids_file.read_text()) if self._ids_file.is_file() else {"ids": {}, "logged": []}
         self._ids: dict[str, str] = known["ids"]
-        self._logged: list[str] = known["logged"]
+        self._logged: set[str] = set(known["logged"])
         if "parent" in self._ids:
             self.client.update_run(self.parent_id, status="RUNNING")
+            self._adopt()
         else:
             self._start(runs)
 
@@ -111,6 +112,19 @@ class Mirror:
     @property
     def parent_id(self) -> str:
         return self._ids["parent"]
+
+    def _adopt(self) -> None:
+        """Takes up runs of trials that a killed driver had made and not noted: none is made twice."""
+        token = None
+        while True:
+            found = self.client.search_runs(
+                [self.experiment_id], f"tags.`{PARENT_TAG}` = '{self.parent_id}'", max_results=1000, page_token=token
+            )
+            for run in found:
+                self._ids.setdefault(f"trial {run.data.tags.get(TRIAL_TAG)}", run.info.run_id)
+            token = found.token
+            if not token:
+                return
 
     def _start(self, runs: Path) -> None:
         name = self.study.space.tracking.experiment or self.study.space.name
@@ -124,25 +138,27 @@ class Mirror:
         space, info = self.study.space, self.study.info
         tags = {
             "ranksearch.kind": "study",
+            STUDY_TAG: info["id"],
             "sampler": space.search.sampler,
             "device": str(info["provenance"]["device"]),
         }
         if (revision := info["provenance"]["git_revision"]) is not None:
             tags["git_revision"] = revision
-        parent = self.client.create_run(experiment_id, run_name=space.name, tags=tags).info.run_id
-        self._remember(experiment=experiment_id, parent=parent)
+        made = self.client.search_runs([experiment_id], f"tags.`{STUDY_TAG}` = '{info['id']}'", max_results=1)
+        parent = made[0] if made else self.client.create_run(experiment_id, run_name=space.name, tags=tags)
+        self._remember(experiment=experiment_id, parent=parent.info.run_id)
         params = {
             "task": space.task, "model": space.model, "trials": space.search.trials, "seed": space.search.seed,
             "objectives": ",".join(space.search.objectives),
             "budgets": ", ".join(map(str, space.parsed_budgets())) or "none",
         }  # fmt: skip
         dense = {f"dense_{k}": v for k, v in info["dense"].items() if v is not None}
-        self._batch(parent, {k: str(v) for k, v in params.items()}, [(0, dense)])
-        self.client.log_artifact(parent, str(self.study.folder / "space.yaml"))
+        self._batch(self.parent_id, {k: str(v) for k, v in params.items()}, [(0, dense)])
+        self.client.log_artifact(self.parent_id, str(self.study.folder / "space.yaml"))
 
     def _remember(self, **ids: str) -> None:
         self._ids |= ids
-        write_atomically(self._ids_file, json.dumps({"ids": self._ids, "logged": self._logged}, indent=2))
+        write_atomically(self._ids_file, json.dumps({"ids": self._ids, "logged": sorted(self._logged)}))
 
     def _batch(self, run_id: str, params: dict[str, str], steps: Iterable[tuple[int, dict[str, float]]]) -> None:
         """Logs parameters, and metrics of several steps at once."""
@@ -166,6 +182,7 @@ class Mirror:
         tags = {
             PARENT_TAG: self.parent_id,
             "ranksearch.kind": "trial",
+            TRIAL_TAG: str(row["trial"]),
             "status": row["status"],
             "on_front": "false",
             "lowerings": RankPlan.from_dict(row["plan"]).summary() if row["plan"] else "",
@@ -181,7 +198,7 @@ class Mirror:
         if row["plan"] is not None:
             self.client.log_dict(run, row["plan"], "plan.json")
         self.client.set_terminated(run, ENDED.get(row["status"], "FAILED"))
-        self._logged.append(key)
+        self._logged.add(key)
         self._remember()
         self._batch(self.parent_id, {}, [(int(progress["finished_trials"]), progress)])
 
