@@ -116,6 +116,8 @@ def main() -> None:
         figures |= stopping_figures(rows)
     if options.only in ("", "driver"):
         figures |= driver_figures(options, out, report, kept)
+    if options.figure is not None and options.only in ("", "fronts"):
+        draw(report.rows, f"{options.task}/{options.model}, {len(seeds)} seeds", options.figure)
     figures["within_budget"] = float(np.mean(kept)) if kept else None
     report.finish(figures, [f"trials are in {out}"], seeds=seeds)
 
@@ -129,6 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", choices=["fronts", "best", "stopping", "driver"], default="", help="one part alone")
     parser.add_argument("--driver-trials", type=int, default=5000, help="simulated trials (default: %(default)s)")
     parser.add_argument("--data", help="data folder (default: $RANKSEARCH_DATA, else ~/.cache/ranksearch)")
+    parser.add_argument("--figure", type=Path, help="PNG of hypervolume against trials")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_search"), help="trials (default: %(default)s)")
     options = parser.parse_args()
     if options.quick:
@@ -294,6 +297,38 @@ def front_figures(rows: dict[str, dict[int, Any]]) -> dict[str, Any]:
             ours = of("allocated_tpe", 32)
             figures[f"seeds_above_{name}"] = sum(ours[seed] > value for seed, value in of(method, count).items())
     return figures
+
+
+STYLES = {
+    "allocated_tpe": ("#0072B2", "-"), "sweep": ("#000000", "--"), "allocated_motpe": ("#56B4E9", "-."),
+    "direct_warm_tpe": ("#D55E00", "-"), "direct_tpe": ("#E69F00", "-"), "direct_nsga2": ("#CC79A7", "--"), "random": ("#999999", ":"),
+}  # fmt: skip
+"""Method -> colour (Okabe & Ito's) and line."""
+
+
+def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Hypervolume after every trial, by method: median of the seeds, from least to most shaded."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), dpi=130, layout="constrained")
+    for method, (colour, line) in STYLES.items():
+        studies = [row["points"]["accuracy, macs ratio"] for row in rows if row["method"] == method and "points" in row]
+        if studies:
+            count = min(map(len, studies))
+            curves = np.array([[_hypervolume(points[: n + 1]) for n in range(count)] for points in studies])
+            numbers = np.arange(1, count + 1)
+            axes.plot(
+                numbers, np.median(curves, axis=0), color=colour, linestyle=line, label=f"{method}, {count} trials"
+            )
+            axes.fill_between(numbers, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="trials", ylabel="hypervolume (accuracy, MACs ratio; reference 0, 1)", title=title)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path)
+    plt.close(figure)
 
 
 # 2. One budget, recipe searched too --------------------------------------------------------------------------------
