@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -282,11 +283,11 @@ def test_a_warm_start_that_cannot_be_read_is_one_sentence(make, earlier, tmp_pat
 
 
 def failing(study, bench, outcomes):
-    settler = runner.Settler(study, lambda row: None, print)
+    driver = runner.Driver(study, bench, lambda row: None, print)
     for outcome in outcomes:
-        candidate = study.ask(bench)
+        candidate = driver.ask()
         good = simulated(candidate, bench)
-        settler.settle(
+        driver.settle(
             candidate.number, good if outcome == "complete" else type(good)(outcome, 0, 0.0, reason=f"it {outcome}")
         )
 
@@ -305,23 +306,38 @@ def test_more_failures_than_allowed_end_the_study_with_the_last_reason(make, ben
     failing(Study.open(study.folder), bench, ["complete"] * 8)
 
 
-def test_a_result_is_held_while_the_disk_is_full(make, bench, monkeypatch):
-    study, said = make(trials=3), []
-    candidate = study.ask(bench)
-    fsync, tries = os.fsync, []
+@pytest.mark.parametrize("when", range(6))
+def test_a_result_is_held_while_the_disk_is_full(make, bench, monkeypatch, when):
+    """The disk is full at the `when`-th write of asking, telling or the front, and has room again at the second try."""
+    study, said, writes = make(trials=3), [], []
+    fsync, write_text = os.fsync, Path.write_text
 
-    def full_twice(descriptor):
-        tries.append(1)
-        if len(tries) <= 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(descriptor)
+    def guarded(action):
+        def write(*arguments, **options):
+            writes.append(1)
+            if when < len(writes) <= when + 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return action(*arguments, **options)
 
+        return write
+
+    driver = runner.Driver(study, bench, lambda row: None, said.append)
     monkeypatch.setattr(runner, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(os, "fsync", full_twice)
-    runner.Settler(study, lambda row: None, said.append).settle(candidate.number, simulated(candidate, bench, 77.0))
+    candidate = driver.ask()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", guarded(fsync))
+        patch.setattr(Path, "write_text", guarded(write_text))
+        driver.settle(candidate.number, simulated(candidate, bench, 77.0))
+        candidate = driver.ask()
+    driver.settle(candidate.number, simulated(candidate, bench, 78.0))
     assert len(said) == 2
-    assert "make room" in said[0]
-    assert [r["val_accuracy"] for r in Study.open(study.folder).trials] == [77.0]
+    assert "No space left" in said[0]
+    assert study.running == 0
+    again = Study.open(study.folder)
+    again.requeue_interrupted()
+    assert [r["val_accuracy"] for r in again.trials] == [77.0, 78.0]
+    assert json.loads((study.folder / "front.json").read_text()) == json.loads(json.dumps(study.front_record()))
+    assert len(drain(again, bench)) == 1
 
 
 def test_a_trial_that_finds_no_space_is_run_again_by_resume(make, bench, monkeypatch):

@@ -20,7 +20,7 @@ from ranksearch.compress import Net, RankPlan
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.proposals import Candidate
 from ranksearch.search.recipe import Recipe
-from ranksearch.search.run import Log, OnRow, Settler, attempt, stop_reason
+from ranksearch.search.run import Driver, Log, OnRow, attempt, stop_reason
 from ranksearch.search.space import ResourcesSpace
 from ranksearch.search.study import Study
 from ranksearch.search.trial import RUNG, TrialResult
@@ -177,7 +177,7 @@ class AskTell(Searcher):
 
     def __init__(self, study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
         super().__init__(metric=METRIC, mode="max")
-        self._study, self._bench, self._settler = study, bench, Settler(study, on_row, log)
+        self._study, self._driver = study, Driver(study, bench, on_row, log)
         self._numbers: dict[str, int] = {}
         self._seeds: dict[str, int] = {}
         self._history: dict[str, list[dict[str, Any]]] = {}
@@ -188,7 +188,7 @@ class AskTell(Searcher):
         if self.error is not None or self._lost_head():
             return Searcher.FINISHED
         try:
-            candidate = self._study.ask(self._bench)
+            candidate = self._driver.ask()
         except Exception as error:
             self.error, candidate = error, None
         if candidate is None:
@@ -237,7 +237,7 @@ class AskTell(Searcher):
                 found = TrialResult(
                     "failed", seed, 0.0, reason=f"its worker died {losses} times: out of memory, or killed"
                 )
-            self._settler.settle(number, found)
+            self._driver.settle(number, found)
         except Exception as caught:  # Tune would log it and go on: kept, and raised once the running trials have ended
             self.error = self.error or caught
 

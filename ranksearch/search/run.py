@@ -10,7 +10,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from ranksearch.compress import Net
 from ranksearch.errors import StudyError, UsageError
@@ -25,6 +25,7 @@ from ranksearch.tasks.task import Task
 
 OnRow = Callable[[Row], None]
 Log = Callable[[str], None]
+T = TypeVar("T")
 CONNECT_SECONDS = 10
 GIVE_UP_AFTER = 3
 """A study stops where its first trials, this many, all failed: the rest would fail too."""
@@ -70,12 +71,20 @@ def attempt(
         return TrialResult(status, candidate.seed, 0.0, reason="\n".join([f"{type(error).__name__}: {error}", *lines]))
 
 
-class Settler:
-    """Takes trials' results into the study, and ends it where going on makes no sense."""
+class Driver:
+    """Asks the study for candidates and settles their results; ends the study where going on makes no sense."""
 
-    def __init__(self, study: Study, on_row: OnRow, log: Log) -> None:
-        self._study, self._on_row, self._log = study, on_row, log
+    def __init__(self, study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
+        self._study, self._bench, self._on_row, self._log = study, bench, on_row, log
         self._before = study.counts  # failures of an earlier run do not end this one
+
+    def ask(self) -> Candidate | None:
+        """The next trial; None where there is none for now.
+
+        Raises:
+            StudyError: not a single proposal was feasible, or the disk is full.
+        """
+        return self._patiently(lambda: self._study.ask(self._bench), "no trial is begun")
 
     def settle(self, number: int, result: TrialResult) -> None:
         """Records a result; where the disk is full it waits for room before it gives up.
@@ -87,22 +96,21 @@ class Settler:
             raise StudyError(
                 f"No space is left for trial {number}'s net or state; it is run again. {self._resume_hint()}"
             )
-        self._on_row(self._tell(number, result))
+        self._on_row(self._patiently(lambda: self._study.tell(number, result), f"the result of trial {number} is held"))
         self._check_failures()
 
-    def _tell(self, number: int, result: TrialResult) -> Row:
+    def _patiently(self, action: Callable[[], T], meanwhile: str) -> T:
+        """Does what writes to the study's folder, again and again where that cannot be written."""
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                return self._study.tell(number, result)
+                return action()
             except OSError as error:
                 if time.monotonic() > until:
                     raise StudyError(
                         f"{self._study.folder} cannot be written ({error}). {self._resume_hint()}"
                     ) from error
-                self._log(
-                    f"{self._study.folder} cannot be written ({error.strerror}): make room, the result of trial {number} is held"
-                )
+                self._log(f"{self._study.folder} cannot be written ({error.strerror}): make room; {meanwhile}")
                 time.sleep(LOOK_SECONDS)
 
     def _resume_hint(self) -> str:
@@ -131,13 +139,13 @@ def run_inline(study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
     Raises:
         StudyError: too many trials fail, or the disk is full.
     """
-    task, settler = bench.task.without_test(), Settler(study, on_row, log)
-    while (candidate := study.ask(bench)) is not None:
+    task, driver = bench.task.without_test(), Driver(study, bench, on_row, log)
+    while (candidate := driver.ask()) is not None:
         result = attempt(
             task, bench.dense, bench.net, candidate, report=_stopper(study, candidate.number),
             checkpoint_seconds=study.space.resources.checkpoint_seconds,
         )  # fmt: skip
-        settler.settle(candidate.number, result)
+        driver.settle(candidate.number, result)
 
 
 def _stopper(study: Study, number: int) -> Report:

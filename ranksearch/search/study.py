@@ -73,6 +73,8 @@ class Study:
         done = (t for t in trials if t.state.is_finished() and "result" in t.user_attrs)
         self._ledger = Ledger(self._objectives, (row_of(t, info["dense"], None) for t in done))
         self._ledger.score(self.test_accuracies())
+        self._front_changed = False
+        """Whether the front was changed since it was written."""
         self._rungs = self._recorded_rungs()
 
     # Making and opening ------------------------------------------------------------------------------------------
@@ -283,32 +285,35 @@ class Study:
         """Records a trial's result and returns its row. Only a complete trial with finite values becomes an objective.
 
         Raises:
-            OSError: it cannot be written; the trial is running still, and may be told again.
+            OSError: not all of it could be written; the same may be told again, which writes what is missing.
         """
         accuracy = result.val_accuracy
         finite = accuracy is not None and isfinite(accuracy)
         status = "diverged" if result.status == "complete" and not finite else result.status
-        costs = asdict(self._running[number])
-        record = {**result.to_dict(), "status": status}
-        record |= {
-            name: costs[name] for name in ("macs", "params", "size_bytes")
-        }  # known of trials that did not end, too
+        cost = self._running[number]  # known of trials that did not end, too
+        costs = {"macs": cost.macs, "params": cost.params, "size_bytes": cost.size_bytes}
         trial = self._study.get_trials(deepcopy=False)[number]
-        self._study._storage.set_trial_user_attr(trial._trial_id, "result", record)
+        if "result" not in trial.user_attrs:
+            record = {**result.to_dict(), "status": status, **costs}
+            self._study._storage.set_trial_user_attr(trial._trial_id, "result", record)
+        row = self._finish(number)
         del self._running[number]
-        return self._finish(number)
+        return row
 
     def _finish(self, number: int) -> Row:
         """Tells Optuna the result that stands in the trial's attributes already, so that a crash in between loses nothing."""
         trial = self._study.get_trials(deepcopy=False)[number]
         row = row_of(trial, self.info["dense"], None)
-        if row["status"] == "complete":
-            self._study.tell(number, objective_values(row, self._objectives))
-        else:
-            self._study.tell(number, state=TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL)
+        if trial.state == TrialState.RUNNING:
+            if row["status"] == "complete":
+                self._study.tell(number, objective_values(row, self._objectives))
+            else:
+                self._study.tell(number, state=TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL)
         candidate = trial.user_attrs["candidate"]
         CheckpointFile(self._proposals.checkpoint(candidate["key"], candidate["seed"]), 0.0).remove()
-        if self._ledger.add(row) or not (self.folder / FRONT).is_file():
+        if number not in self._ledger:
+            self._front_changed |= self._ledger.add(row)
+        if self._front_changed or not (self.folder / FRONT).is_file():
             self.write_front()
         return row
 
@@ -396,3 +401,4 @@ class Study:
 
     def write_front(self) -> None:
         write_atomically(self.folder / FRONT, json.dumps(self.front_record(), allow_nan=False))
+        self._front_changed = False
