@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from ranksearch.allocate import CurveCache
@@ -124,7 +125,7 @@ def search(
         join(space.resources, address)  # a cluster that is not there must not leave an empty study behind
     model, latency = bench.dense_model(), None
     if "latency" in space.search.objectives:
-        (latency,) = latencies_ms([model], bench.task.example_input.to(pick_device()))
+        latency = _dense_latency_ms(model, bench, threads=None if inline else space.resources.cpus_per_trial)
     study = Study.create(runs, space, bench, _accuracy(model, bench.task.val, bench.task), latency)
     known.save()
     if space.search.warm_start:
@@ -181,7 +182,7 @@ def sync(name: str, *, runs: str | Path = "runs", observer: Observer | None = No
         Study.mend(folder)
         study = Study.open(folder)
         mirror = BackgroundMirror(study, folder.parent, observer.log)
-        mirror.finish(complete=study.finished >= study.planned)
+        mirror.finish(complete=study.done)
     if mirror.failed:
         raise StudyError(f"MLflow is not up to date: {mirror.failed}.")
     observer.log(f"MLflow holds {study.finished} trials of {study.space.name!r}")
@@ -256,6 +257,16 @@ def load(folder: str | Path) -> nn.Module:
     return load_net(Path(folder), build_reference)
 
 
+def _dense_latency_ms(model: nn.Module, bench: Workbench, threads: int | None) -> float:
+    """Measured as the trials do it, with their threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return latencies_ms([model], bench.task.example_input.to(pick_device()))[0]
+    finally:
+        torch.set_num_threads(before)
+
+
 def _accuracy(model: nn.Module, split: Split, task: Task) -> float:
     """Accuracy of `model` on `split` in percent, on the GPU where there is one."""
     device = pick_device()
@@ -288,13 +299,14 @@ def _run(study: Study, bench: Workbench, runs: Path, observer: Observer, *, addr
             run_on_ray(study, bench, on_row, observer.log, address=address)
         observer.stop()
         if study.exhausted:
-            observer.log(f"the space has nothing new to propose after {study.finished} of {study.planned} trials")
+            observer.log(f"{study.exhausted} after {study.finished} of {study.planned} trials")
         if stopped := study.counts.get("stopped"):
             saved = 100 * study.steps_saved
             observer.log(
                 f"early stopping: {stopped} of {study.finished} trials stopped, {saved:.0f} % of all training steps saved"
             )
         study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)
+        study.conclude()
     except BaseException:
         observer.stop()
         mirror.finish(complete=False)

@@ -12,11 +12,10 @@ from ranksearch.compress import RankPlan, dense_cost
 from ranksearch.console import number, table
 from ranksearch.lowering import LOWERINGS, Rank
 from ranksearch.lowering.contract import sides
-from ranksearch.search.allocated import Allocated
 from ranksearch.search.budgets import budgets_of, check_feasible_space
-from ranksearch.search.direct import Direct
 from ranksearch.search.groups import grouping_of, groups_of
 from ranksearch.search.parametrize import Searched
+from ranksearch.search.proposals import form_of
 from ranksearch.search.recipe import searched_settings
 from ranksearch.search.space import Space
 from ranksearch.search.workbench import open_net
@@ -144,8 +143,7 @@ def _searched(space: Space, curves: Curves) -> Mapping[str, Any]:
     """Every parameter that a study of the space searches; nothing is measured, so the sensitivities are taken to be there."""
     scales = {} if space.search.sensitivity == "none" else {o.layer.name: 1.0 for o in curves.layers}
     damage = Damage(MEASURES[space.search.measure], {}, scales)
-    direct = space.search.parametrization == "direct"
-    form = Direct(space, curves) if direct else Allocated(space, curves, damage)
+    form = form_of(space, curves, damage)
     return Searched(form, space.recipe).distributions
 
 

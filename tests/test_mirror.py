@@ -7,6 +7,7 @@ import pytest
 
 from ranksearch.api import Silent, search
 from ranksearch.errors import StudyError
+from ranksearch.search.space_file import read_space
 from ranksearch.tracking import background
 
 
@@ -120,12 +121,13 @@ class Store:
 
 
 @pytest.fixture
-def store(monkeypatch, tmp_path):
+def store(monkeypatch, tmp_path, digits_yaml):
     Store.calls, Store.seconds, Store.failures = [], 0.0, 0
     monkeypatch.setattr(background, "Mirror", Store)
 
     class Study:
         folder = tmp_path
+        space = read_space(digits_yaml)
 
         def progress(self):
             return {"finished_trials": 1}

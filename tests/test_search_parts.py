@@ -366,3 +366,122 @@ def test_a_driver_that_dies_right_after_taking_an_enqueued_trial_loses_none_of_i
     solver = [r["params_searched"]["level"] for r in again.trials if r["allocator"] == "solver"]
     assert 1.0 in solver
     assert all(r["params_searched"]["trust"] == 1.0 for r in again.trials if r["allocator"] == "solver")
+
+
+def told(study, bench, count):
+    """Runs so many trials; a plan's accuracy depends on the plan alone."""
+    for _ in range(count):
+        candidate = study.ask(bench)
+        macs = plan_cost(bench.net, candidate.plan).macs
+        accuracy = 60 + 35 * (macs / 747_136) ** 0.3 + int(candidate.plan.digest()[:4], 16) % 20 / 10
+        study.tell(candidate.number, simulated(candidate, bench, accuracy))
+
+
+def test_a_study_that_was_killed_proposes_what_it_would_have_proposed(make, bench):
+    def proposals(study):
+        return [(r["plan"], r["recipe"], r["params_searched"]) for r in study.trials]
+
+    whole = make(trials=18, name="whole")
+    told(whole, bench, 18)
+    killed = make(trials=18, name="killed")
+    for finished in (9, 10, 14):  # killed three times in mid-trial, once before it had a plan
+        told(killed, bench, finished - killed.finished)
+        if finished == 14:
+            killed._study.ask()
+        else:
+            assert killed.ask(bench) is not None
+        killed = Study.open(killed.folder)
+        assert killed.requeue_interrupted() == (finished != 14)
+    told(killed, bench, 18 - killed.finished)
+    assert proposals(killed) == proposals(whole)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp"])
+@pytest.mark.parametrize("form", ["allocated", "direct"])
+def test_a_retried_trial_keeps_its_parameters_and_the_samplers_space(make, bench, sampler, form):
+    settings = [f"search.sampler={sampler}", f"search.parametrization={form}", "search.first_points=[solver, uniform]"]
+    study = make(trials=14, budgets=["flops=80%"], settings=settings)
+    told(study, bench, 6)
+    lost = study.ask(bench)
+    assert study.retry(lost.number)
+    again = study.ask(bench)
+    assert (again.plan, again.seed) == (lost.plan, lost.seed)
+    study.tell(again.number, simulated(again, bench))
+    trials = study._study.get_trials()
+    assert trials[again.number].params == trials[lost.number].params
+    trial = study._study.ask()
+    space = study._study.sampler.infer_relative_search_space(study._study, study._study.get_trials()[trial.number])
+    assert set(space) == set(study._proposals._searched.distributions)
+
+
+def test_a_retry_after_the_space_was_exhausted_is_still_run(make, bench, monkeypatch):
+    monkeypatch.setattr("ranksearch.search.proposals.MAX_REJECTED", 20)
+    fixed = ["recipe.lr=0.1", "recipe.factor_share=0.5", "recipe.projection={period: 5}", "search.trust=1"]
+    fixed += ["search.weight_range=1", "search.search_lowerings=false", "search.objectives=[accuracy]"]
+    study, asked = make(trials=16, settings=fixed), []
+    while (candidate := study.ask(bench)) is not None:
+        asked.append(candidate)
+    assert "nothing new" in study.exhausted
+    assert study.retry(asked[-1].number)
+    again = study.ask(bench)
+    assert again.plan == asked[-1].plan
+
+
+def test_a_proposal_that_was_cut_off_before_its_verdict_is_no_trial(make, bench):
+    study = make(trials=12)
+    told(study, bench, 8)
+    taken = study._study.ask()  # the driver dies while the sampler's parameters are drawn
+    taken.suggest_float("level", 0.3, 1.0)
+    again = Study.open(study.folder)
+    assert again.requeue_interrupted() == 0
+    drain(again, bench)
+    assert again.finished == 12
+    assert len({json.dumps([r["plan"]["layers"], r["recipe"]]) for r in again.trials}) == 12
+
+
+def test_a_first_point_whose_asking_broke_off_is_asked_again(make, bench, monkeypatch):
+    study, fsync, writes = make(trials=6), os.fsync, []
+
+    def full_once(descriptor):
+        writes.append(1)
+        if len(writes) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(runner, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(os, "fsync", full_once)
+    driver = runner.Driver(study, bench, lambda row: None, print)
+    while (candidate := driver.ask()) is not None:
+        driver.settle(candidate.number, simulated(candidate, bench))
+    levels = sorted(r["params_searched"]["level"] for r in study.trials if r["allocator"] == "solver")
+    assert levels == pytest.approx(
+        [0.3, 0.65, 1.0]
+    )  # the first of them was taken from the queue when the disk was full
+    assert study.finished == 6
+
+
+def test_a_study_of_thousands_of_trials_is_resumed_with_any_sampler(digits_yaml):
+    from ranksearch.search.samplers import make_sampler
+
+    for sampler in ("tpe", "nsga2", "nsga3", "gp", "qmc", "random"):
+        settings = [f"search.sampler={sampler}", "search.parametrization=direct", f"search.seed={2**32 - 1}"]
+        assert make_sampler(read_space(digits_yaml, settings=settings), {}, opened_with=50_000, dense_accuracy=90.0)
+    with pytest.raises(UsageError, match=r"search\.seed: .*less than 4294967296"):
+        read_space(digits_yaml, settings=[f"search.seed={2**32}"])
+
+
+def test_strange_values_in_a_front_are_one_sentence_or_left_out(make, earlier, tmp_path):
+    good = json.loads((earlier.folder / "front.json").read_text())
+    strange = tmp_path / "strange.json"
+    for number, (change, says) in enumerate([
+        ({"params_searched": [1, 2]}, "no mapping"),
+        ({"recipe": [1]}, "no mapping"),
+        ({"plan": {"layers": {"conv1": {"lowering": "im2cool", "rank": 3}}}}, r"warm start: .*strange\.json: .*im2col"),
+    ]):  # fmt: skip
+        strange.write_text(json.dumps({**good, "trials": [{**good["trials"][0], **change}]}))
+        with pytest.raises(UsageError, match=says):
+            make(trials=4, name=f"strange-{number}", warm_start=[str(strange)])
+    recipe = {**good["trials"][0]["recipe"], "lr": "fast", "projection": {"period": 2.5}}
+    strange.write_text(json.dumps({**good, "trials": [{**good["trials"][0], "recipe": recipe}]}))
+    study = make(trials=4, name="odd", warm_start=[str(strange)])
+    assert study.info["opened_with"]["warm start"] == 1

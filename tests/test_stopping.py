@@ -98,3 +98,27 @@ def test_the_space_says_what_is_wrong_with_rungs(digits_yaml):
     assert json.loads(
         read_space(digits_yaml, settings=["search.early_stopping={}"]).search.early_stopping.model_dump_json()
     )
+
+
+def test_rungs_that_steps_cannot_tell_apart_are_refused(digits_yaml):
+    from ranksearch.errors import UsageError
+    from ranksearch.search.space_file import read_space
+
+    for rungs in ("[0.01, 0.5]", "[0.5, 0.52]"):
+        with pytest.raises(UsageError, match=r"of 20 steps are the steps .*expected different ones from 1 on"):
+            read_space(digits_yaml, settings=["recipe.steps=20", f"search.early_stopping.rungs={rungs}"])
+
+
+def test_a_trial_that_is_run_again_stands_once_at_a_rung_and_macs_stand_in_for_latency(make, bench):
+    study = make(trials=9, settings=["search.early_stopping={}", "search.objectives=[accuracy, latency]"])
+    asked = [study.ask(bench) for _ in range(4)]  # the first points; what is retried comes after them
+    assert study.goes_on(asked[0].number, 0, 50.0)
+    assert study.retry(asked[0].number)
+    again = study.ask(bench)
+    assert again.plan == asked[0].plan
+    assert study.goes_on(again.number, 0, 50.0)
+    assert list(study._rungs._reached[0]) == [again.number]
+    points = [study._rung_point(99 - 5 * i, type(study.dense)(700_000 // (i + 1), 1, 1)) for i in range(6)]
+    assert all(
+        study._rungs.goes_on(100 + i, 0, point) for i, point in enumerate(points)
+    )  # ever smaller, ever less accurate

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from ranksearch.allocate import Curves, Damage, allocate_plan
 from ranksearch.compress import RankPlan
 from ranksearch.search.budgets import at_level, budgets_of, has_levels
-from ranksearch.search.groups import groups_of
+from ranksearch.search.groups import grouping_of, groups_of
 from ranksearch.search.parametrize import LEVEL, distribution
 from ranksearch.search.settings import Choices, Range
 from ranksearch.search.space import Space
@@ -34,7 +34,7 @@ class Allocated:
         self._budgets = budgets_of(space, curves)
         self._levels = has_levels(space)
         self._reference = model_reference(space.task, space.model)
-        self._groups = groups_of(curves, space.search.groups or "stage")
+        self._groups = groups_of(curves, grouping_of(space))
 
     @cached_property
     def distributions(self) -> Mapping[str, BaseDistribution]:

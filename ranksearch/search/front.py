@@ -19,7 +19,7 @@ MEASURED = (
     "val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_ms", "latency_ratio", "images_per_second",
     "projection_share", "seconds",
 )  # fmt: skip
-NOT_IN_RECORD = ("history", "projections", "recipe")
+NOT_IN_RECORD = ("history", "projections")
 
 
 def row_of(trial: FrozenTrial, dense: Mapping[str, Any], test_accuracy: float | None) -> Row:

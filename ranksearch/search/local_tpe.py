@@ -24,6 +24,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ranksearch.search.parametrize import LEVEL
 
+INTERRUPTED = "interrupted"
+"""Outcome of a trial whose driver or worker was lost."""
 NEIGHBOURS = 30
 """Trials that TPE models: the nearest in cost; in a search for one value the newest ones and the best."""
 MIDDLE = (0.3, 0.7)
@@ -43,6 +45,8 @@ class Seen:
 
     def __init__(self) -> None:
         self.params: list[Mapping[str, Any]] = []
+        self.interrupted = 0
+        """Trials that were cut off and are proposed again under another number: they count neither as tries nor as numbers."""
         self._numbers: set[int] = set()
         self._rows: list[tuple[float, float, float]] = []
 
@@ -53,6 +57,10 @@ class Seen:
         self._numbers.add(number)
         self.params.append(params)
         self._rows.append((params.get(LEVEL, nan), cost, accuracy))
+
+    def skip(self, number: int) -> None:
+        self._numbers.add(number)
+        self.interrupted += 1
 
     @property
     def table(self) -> np.ndarray:
@@ -84,7 +92,7 @@ class LocalTPE(BaseSampler):
         self._independent = RandomSampler(seed=seed)
 
     def reseed_rng(self) -> None:
-        """Nothing: draws depend on the seed and the trial's number alone, so a study that is opened again draws as it would have."""
+        """Nothing: draws depend on the seed, the trial's number (interrupted ones not counted) and the results."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         # a trial that was enqueued draws what it does not bring along independently
@@ -100,8 +108,8 @@ class LocalTPE(BaseSampler):
     ) -> dict[str, Any]:
         if not search_space:
             return {}
-        rng = np.random.default_rng([self._seed, trial.number])
         running = self._observe(study, trial.number)
+        rng = np.random.default_rng([self._seed, trial.number - self._seen.interrupted])
         table = self._seen.table
         if LEVEL not in search_space:
             chosen = _newest_and_best(table)
@@ -125,6 +133,8 @@ class LocalTPE(BaseSampler):
             elif trial.state == TrialState.COMPLETE and trial.values is not None:
                 cost = trial.values[self._cost_at] if self._cost_at is not None else nan
                 self._seen.add(trial.number, trial.params, cost, trial.values[self._accuracy_at] / 100)
+            elif trial.state.is_finished() and trial.user_attrs.get("outcome") == INTERRUPTED:
+                self._seen.skip(trial.number)
             elif trial.state.is_finished():
                 self._seen.add(trial.number, trial.params)
         return running

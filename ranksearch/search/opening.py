@@ -17,13 +17,15 @@ from ranksearch.search.allocated import Allocated
 from ranksearch.search.budgets import at_level, budgets_of, has_levels, violations
 from ranksearch.search.parametrize import Form, Opening
 from ranksearch.search.recipe import flattened, searched_settings
-from ranksearch.search.settings import Choices, Range
+from ranksearch.search.settings import Choices, is_whole
 from ranksearch.search.space import Space
 from ranksearch.tasks import model_reference
 
 SOLVER, WARM = "solver", "warm start"
 CLASSICS = ("solver", "uniform", "energy", "minimax")
 """What opens a study whose space does not say it; a `direct` one opens with nothing."""
+BY_PARAMETERS = ("nsga2", "nsga3", "gp")
+"""Samplers that model only what all complete trials have in common: plans without parameters would leave them nothing to model."""
 LEVELS = (1.0, 0.0, 0.5, 0.25, 0.75)
 """Levels of the solver's first points, as shares of the way from the lowest level to the budgets themselves; the first ones first."""
 
@@ -31,6 +33,8 @@ LEVELS = (1.0, 0.0, 0.5, 0.25, 0.75)
 def first_points(space: Space, curves: Curves, form: Form, known: Allocated) -> list[Opening]:
     """The trials that open the study, half of the planned ones at most: the first classic, then the plans of earlier studies, then the
     other classics. Where earlier fronts hold more plans than fit, these are evenly spread over them.
+
+    For the samplers `BY_PARAMETERS` plans that no parameters of the form lead to (baselines in an allocated search) are left out.
 
     Args:
         known: the default form, whose neutral point is the solver's uncorrected optimum, whatever `form` the study searches in.
@@ -40,6 +44,10 @@ def first_points(space: Space, curves: Curves, form: Form, known: Allocated) -> 
         names = list(CLASSICS) if isinstance(form, Allocated) else []
     classics, room = [*_classics(space, curves, form, known, names)], max(1, space.search.trials // 2)
     warm = _distinct([*_warm(space, curves, form)])
+    if space.search.sampler in BY_PARAMETERS:
+        classics, warm = (
+            [p for p in points if p.params.keys() >= form.distributions.keys()] for points in (classics, warm)
+        )
     spread = _spread(warm, max(1, room - len(classics[:1])))
     return _distinct([*classics[:1], *spread, *classics[1:]])[:room]
 
@@ -100,13 +108,13 @@ def _warm(space: Space, curves: Curves, form: Form) -> Iterator[Opening]:
     dense, budgets = dense_cost(curves.net), budgets_of(space, curves)
     for where in space.search.warm_start:
         for row in read_front(where):
-            plan = RankPlan.from_dict(row["plan"])
+            plan = _plan_of(row, where)
             if not _fits(plan, curves, where):
                 continue
             if max(violations(budgets, plan_cost(curves.net, plan), dense).values()) > 0:
                 continue
             settled = searched_settings(space.recipe)
-            recipe = dict(flattened(row.get("recipe") or {})) | dict(row.get("params_searched") or {})
+            recipe = dict(flattened(row.get("recipe") or {}))
             settled |= {k: recipe[k] for k in settled if k in recipe and _possible(space, k, recipe[k])}
             params = {k: v for k, v in (row.get("params_searched") or {}).items() if k in form.distributions}
             same_form = set(params) == set(form.distributions) and _leads_to(form, params, plan)
@@ -124,11 +132,20 @@ def read_front(path: str | Path) -> list[dict[str, Any]]:
     """
     try:
         rows = json.loads(Path(path).read_text())["trials"]
-        if not all(isinstance(row["plan"], dict) for row in rows):
-            raise TypeError("a plan is missing")
+        for row in rows:
+            parts = [row["plan"], row.get("recipe") or {}, row.get("params_searched") or {}]
+            if not all(isinstance(part, dict) for part in parts):
+                raise TypeError("a trial's plan, recipe or params_searched is no mapping")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise UsageError(f"warm start: {path} is no front of a study: {error}") from error
     return rows
+
+
+def _plan_of(row: dict[str, Any], where: str) -> RankPlan:
+    try:
+        return RankPlan.from_dict(row["plan"])
+    except UsageError as error:
+        raise UsageError(f"warm start: {where}: {error}") from error
 
 
 def _fits(plan: RankPlan, curves: Curves, where: str) -> bool:
@@ -143,11 +160,15 @@ def _fits(plan: RankPlan, curves: Curves, where: str) -> bool:
 def _possible(space: Space, name: str, value: Any) -> bool:
     """Whether a searched setting of the recipe can take `value`."""
     setting: Any = space.recipe
-    for part in name.split("."):
+    *parents, last = name.split(".")
+    for part in parents:
         setting = getattr(setting, part)
+    whole = is_whole(type(setting).model_fields[last])
+    setting = getattr(setting, last)
     if isinstance(setting, Choices):
         return value in setting.choices
-    return isinstance(setting, Range) and setting.low <= value <= setting.high
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and setting.low <= value <= setting.high and (not whole or value == int(value))
 
 
 def _leads_to(form: Form, params: dict[str, Any], plan: RankPlan) -> bool:
@@ -156,7 +177,7 @@ def _leads_to(form: Form, params: dict[str, Any], plan: RankPlan) -> bool:
             found._contains(found.to_internal_repr(params[name])) for name, found in form.distributions.items()
         )
         return possible and form.plan(params).digest() == plan.digest()
-    except (UsageError, ValueError):
+    except (UsageError, ValueError, TypeError):
         return False
 
 

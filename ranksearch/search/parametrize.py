@@ -55,7 +55,8 @@ class Opening:
 
     def attrs(self) -> dict[str, Any]:
         """What the enqueued trial carries, read again by `suggest`."""
-        return {"allocator": self.allocator} | ({"given": self.plan.to_dict()} if self.plan is not None else {})
+        given = {} if self.plan is None else {"given": self.plan.to_dict(), "brings": sorted(self.params)}
+        return {"allocator": self.allocator} | given
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Searched:
         object.__setattr__(self, "distributions", found)
 
     def suggest(self, trial: optuna.Trial) -> Suggestion:
-        """Draws a suggestion; a trial that was enqueued with a plan takes that one, and its recipe alone is drawn.
+        """Draws a suggestion; a trial that was enqueued with a plan takes that one.
 
         Raises:
             UsageError: the drawn parameters have no plan.
@@ -95,10 +96,15 @@ class Searched:
             self.recipe, lambda name, setting, whole: draw(trial, name, distribution(setting, whole))
         )
         allocator = trial.user_attrs.get("allocator", SEARCH)
-        given = trial.user_attrs.get("given")
+        given, form = trial.user_attrs.get("given"), self.form.distributions
         if given is not None:
+            for name in trial.user_attrs.get(
+                "brings", ()
+            ):  # what leads to the plan, where anything does: the sampler learns from it
+                if name in form:
+                    draw(trial, name, form[name])
             return Suggestion(RankPlan.from_dict(given), recipe, allocator)
-        values = {name: draw(trial, name, found) for name, found in self.form.distributions.items()}
+        values = {name: draw(trial, name, found) for name, found in form.items()}
         return Suggestion(self.form.plan(values), recipe, allocator)
 
 

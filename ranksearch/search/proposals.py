@@ -14,6 +14,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
+from ranksearch.allocate import Curves, Damage
 from ranksearch.compress import Cost, RankPlan, plan_cost
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.allocated import Allocated
@@ -48,11 +49,9 @@ class Candidate:
     """Whether the net is timed at the end."""
 
 
-def form_of(space: Space, bench: Workbench) -> Form:
+def form_of(space: Space, curves: Curves, damage: Damage) -> Form:
     """The space's parametrization."""
-    if space.search.parametrization == "direct":
-        return Direct(space, bench.curves)
-    return Allocated(space, bench.curves, bench.damage)
+    return Direct(space, curves) if space.search.parametrization == "direct" else Allocated(space, curves, damage)
 
 
 class Proposals:
@@ -62,6 +61,7 @@ class Proposals:
         self._study, self._space, self._folder = study, space, folder
         self._dense, self._dense_accuracy = dense, dense_accuracy
         self._searched: Searched | None = None
+        self.why_exhausted = ""
         trials = study.get_trials(deepcopy=False)
         self.keys = {t.user_attrs["candidate"]["key"] for t in trials if "candidate" in t.user_attrs}
         """Plan and recipe of every trial so far, by which a duplicate is recognised."""
@@ -77,7 +77,7 @@ class Proposals:
         Raises:
             StudyError: not a single proposal was feasible.
         """
-        searched = self._search(bench)
+        searched, known = self._search(bench), False
         for _ in range(MAX_REJECTED):
             trial = self._study.ask()
             try:
@@ -86,16 +86,24 @@ class Proposals:
                 self._reject(trial, "infeasible", str(error))
                 continue
             cost = plan_cost(bench.net, found.plan)
-            if self._is_feasible(trial, cost) and self._is_new(trial, found):
+            if not self._is_feasible(trial, cost):
+                continue
+            if self._is_new(trial, found):
                 return self._take(trial, found), cost
+            known = True
         if not self.keys:
             raise StudyError(f"None of {MAX_REJECTED} proposals was feasible: widen the space or the budgets.")
+        self.why_exhausted = (
+            "the space has nothing new to propose"
+            if known
+            else f"none of {MAX_REJECTED} proposals was within the budgets"
+        )
         return None
 
     def _search(self, bench: Workbench) -> Searched:
         """The form, and with it the sampler, made at the first proposal."""
         if self._searched is None:
-            self._searched = Searched(form_of(self._space, bench), self._space.recipe)
+            self._searched = Searched(form_of(self._space, bench.curves, bench.damage), self._space.recipe)
             self._study.sampler = make_sampler(
                 self._space, self._searched.distributions, opened_with=len(self._study.get_trials(deepcopy=False)),
                 dense_accuracy=self._dense_accuracy,
@@ -120,7 +128,8 @@ class Proposals:
         return False
 
     def _is_new(self, trial: optuna.Trial, found: Suggestion) -> bool:
-        if "retry_of" in trial.user_attrs or self._key(found) not in self.keys:
+        again = "retry_of" in trial.user_attrs and "seed" in trial.user_attrs  # it had been a candidate
+        if again or self._key(found) not in self.keys:
             return True
         self._reject(trial, "duplicate", "the same plan and recipe are in the study already")
         return False

@@ -1,4 +1,7 @@
-"""Samplers by name, seeded so that a resumed study does not repeat its draws. Optuna's own but for `tpe` around an allocation."""
+"""Samplers by name, seeded so that a resumed study does not repeat its draws.
+
+Optuna's own, but for `tpe` around an allocation with one cost at most: between two costs there is no widest gap to look for.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,16 @@ def make_sampler(
     A seeded sampler made anew at each resume would repeat its draws, so the number of trials is part of its seed.
     """
     search = space.search
-    if search.sampler == "tpe" and search.parametrization == "allocated":
-        objectives = list(search.objectives)
-        costs = [i for i, name in enumerate(objectives) if name != "accuracy"]
+    objectives = list(search.objectives)
+    costs = [i for i, name in enumerate(objectives) if name != "accuracy"]
+    if search.sampler == "tpe" and search.parametrization == "allocated" and len(costs) < 2:
         return LocalTPE(
             distributions, accuracy_at=objectives.index("accuracy"), cost_at=costs[0] if costs else None,
             dense_accuracy=dense_accuracy, seed=search.seed,
         )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return plain_sampler(search.sampler, trials=search.trials, seed=search.seed + 1_000_003 * opened_with)
+        return plain_sampler(search.sampler, trials=search.trials, seed=(search.seed + 1_000_003 * opened_with) % 2**32)
 
 
 def plain_sampler(name: str, *, trials: int, seed: int) -> BaseSampler:

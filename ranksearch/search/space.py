@@ -164,7 +164,7 @@ class EarlyStoppingSpace(Strict):
 
     rungs: list[float] = Field(default=[0.15, 0.4], min_length=1)
     """Shares of a trial's steps after which it is scored: projected, BN re-estimated, on the validation set."""
-    reduction: float = Field(default=3.0, gt=1)
+    reduction: float = Field(default=3.0, gt=1, allow_inf_nan=False)
     """The best 1 / this of the trials that have reached a rung go on; whatever no other trial there betters goes on too."""
 
     @field_validator("rungs")
@@ -178,8 +178,12 @@ class EarlyStoppingSpace(Strict):
 def _grouping(value: Any) -> Any:
     if isinstance(value, str) and value not in GROUPINGS:
         raise ValueError(f"there is no grouping {value!r}. {nearest(value, GROUPINGS)}")
-    if isinstance(value, dict):
-        return {group: [patterns] if isinstance(patterns, str) else patterns for group, patterns in value.items()}
+    if isinstance(value, dict) and value:
+        named = {group: [patterns] if isinstance(patterns, str) else patterns for group, patterns in value.items()}
+        for group, patterns in named.items():
+            if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+                raise ValueError(f"{group}: expected a name pattern or a list of them, got {patterns!r}")
+        return named
     if value is not None and not isinstance(value, str):
         raise ValueError(f"expected one of {', '.join(GROUPINGS)}, or group: patterns pairs, got {value!r}")
     return value
@@ -193,7 +197,7 @@ class SearchSpace(Strict):
     """`allocated` searches corrections around the solver's optimum; `direct` a lowering and a rank ratio per group of layers."""
     sampler: Literal["tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "tpe"
     """`tpe` around an allocation is our own use of Optuna's (`local_tpe.py`); `gp` takes seconds per trial from a few dozen on."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     objectives: list[Literal["accuracy", "macs", "flops", "params", "size", "latency"]] = Field(
         default=["accuracy", "macs"]
     )
@@ -320,6 +324,17 @@ class Space(Strict):
     def _bounded(self) -> Space:
         if self.search.objectives == ["accuracy"] and not self.budgets:
             raise ValueError("accuracy alone as the objective needs a budget, such as budgets: {flops: 50%}")
+        return self
+
+    @model_validator(mode="after")
+    def _reached(self) -> Space:
+        if self.search.early_stopping is not None:
+            rungs, steps = self.search.early_stopping.rungs, self.recipe.steps
+            at = [round(rung * steps) for rung in rungs]
+            if 0 in at or len(set(at)) < len(at):
+                raise ValueError(
+                    f"search.early_stopping.rungs {rungs} of {steps} steps are the steps {at}: expected different ones from 1 on"
+                )
         return self
 
     def parsed_budgets(self) -> list[Budget]:

@@ -45,6 +45,11 @@ class Rungs:
     def record(self, trial: int, rung: int, point: Point) -> None:
         self._reached[rung][trial] = tuple(point)
 
+    def forget(self, trial: int) -> None:
+        """Takes a trial out that is run again under another number."""
+        for reached in self._reached:
+            reached.pop(trial, None)
+
     def goes_on(self, trial: int, rung: int, point: Point) -> bool:
         """Records a trial at a rung and decides: among the best 1 / reduction there, or bettered by none.
 

@@ -31,6 +31,7 @@ from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.front import Row, cost_ratio, front_record, objective_values, row_of
 from ranksearch.search.journal import mend_journal, open_journal
 from ranksearch.search.ledger import Ledger
+from ranksearch.search.local_tpe import INTERRUPTED
 from ranksearch.search.opening import first_points
 from ranksearch.search.parametrize import Opening
 from ranksearch.search.proposals import Candidate, Proposals, form_of
@@ -64,11 +65,13 @@ class Study:
         self.folder, self.space, self.info = folder, space, info
         self._study = study
         self._running: dict[int, Cost] = {}
-        self.exhausted = False
-        """Whether the space had nothing new to propose before the planned number was reached."""
+        self.exhausted = ""
+        """Why the space had nothing more to propose before the planned number was reached; empty as long as it has."""
+        self._orphans = False
+        """Whether a proposal broke off, so that a trial may be running in the journal that nobody runs."""
         dense = info["dense"]
         self.dense = Cost(dense["macs"], dense["params"], dense["size_bytes"])
-        self._proposals = Proposals(study, space, folder, self.dense, info["dense"]["val_accuracy"])
+        self._proposals = self._make_proposals()
         trials = study.get_trials(deepcopy=False)
         done = (t for t in trials if t.state.is_finished() and "result" in t.user_attrs)
         self._ledger = Ledger(self._objectives, (row_of(t, info["dense"], None) for t in done))
@@ -95,11 +98,12 @@ class Study:
         """
         folder = new_folder(runs, space.name)
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            return cls._fill(folder, space, bench, dense_val_accuracy, dense_latency_ms)
-        except BaseException:
-            clear(folder)
-            raise
+        with locked(folder):
+            try:
+                return cls._fill(folder, space, bench, dense_val_accuracy, dense_latency_ms)
+            except BaseException:
+                clear(folder)
+                raise
 
     @classmethod
     def _fill(
@@ -114,7 +118,7 @@ class Study:
         dense["latency_ms"] = latency_ms
         directions = [OBJECTIVES[name] for name in space.search.objectives]
         known = Allocated(space, bench.curves, bench.damage)
-        opening = first_points(space, bench.curves, form_of(space, bench), known)
+        opening = first_points(space, bench.curves, form_of(space, bench.curves, bench.damage), known)
         info = {
             "study": space.name, "id": uuid.uuid4().hex, "dense": dense, "seed": space.search.seed, "provenance": provenance(folder),
             "opened_with": dict(Counter(point.allocator for point in opening)),
@@ -178,6 +182,20 @@ class Study:
             raise UsageError(f"--trials {trials}: {self.finished} trials of {self.space.name!r} are finished already.")
         self.space = self.space.model_copy(update={"search": self.space.search.model_copy(update={"trials": trials})})
         self._write_space()
+        self._proposals = self._make_proposals()
+
+    def conclude(self) -> None:
+        """Notes in the study's folder that it is done, also where it had nothing more to propose."""
+        self.info = self.info | {"done": True}
+        write_atomically(self.folder / INFO, json.dumps(self.info, indent=2))
+
+    @property
+    def done(self) -> bool:
+        """Whether the planned number was reached, or the study was concluded with fewer."""
+        return self.finished >= self.planned or bool(self.info.get("done"))
+
+    def _make_proposals(self) -> Proposals:
+        return Proposals(self._study, self.space, self.folder, self.dense, self.info["dense"]["val_accuracy"])
 
     def _write_space(self) -> None:
         write_atomically(self.folder / SPACE, yaml.safe_dump(self.space.model_dump(), sort_keys=False))
@@ -199,16 +217,23 @@ class Study:
     def ask(self, bench: Workbench) -> Candidate | None:
         """The next trial, its plan within every budget.
 
-        None once the planned number is under way or done, or `exhausted`: proposal after proposal was in the study already.
+        None once the planned number is under way or done, or `exhausted`.
 
         Raises:
             StudyError: not a single proposal was feasible.
+            OSError: the journal cannot be written; asking again is fine.
         """
         if self.exhausted or self.finished + len(self._running) >= self.planned:
             return None
+        if self._orphans:
+            self._settle_orphans()
+        self._orphans = (
+            True  # until this proposal is through: where it is not, on a full disk, say, the next one settles it
+        )
         proposed = self._proposals.propose(bench)
+        self._orphans = False
         if proposed is None:
-            self.exhausted = True
+            self.exhausted = self._proposals.why_exhausted
             return None
         candidate, cost = proposed
         self._running[candidate.number] = cost
@@ -217,19 +242,27 @@ class Study:
     # Trials that did not end -------------------------------------------------------------------------------------
 
     def requeue_interrupted(self) -> int:
-        """Settles what a lost driver left running; returns how many trials are proposed again.
+        """Settles what a lost driver, or a lost Ray, left running; returns how many trials are proposed again.
 
-        A trial whose result was written but not yet told is told; any other one is proposed again under the same plan, recipe and seed.
+        A trial whose result was written but not yet told is told; one that had been given a plan, or was enqueued, is proposed again
+        under the same plan, recipe and seed. A proposal that had not come so far is given up: the sampler makes it again.
         """
+        self._running.clear()
+        return self._settle_orphans()
+
+    def _settle_orphans(self) -> int:
+        """The same for trials that are running in the journal and that nobody runs."""
         again = 0
-        retried = {t.user_attrs.get("retry_of") for t in self._study.get_trials(deepcopy=False)}
-        for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        trials = self._study.get_trials(deepcopy=False)
+        retried = {t.user_attrs.get("retry_of") for t in trials}
+        for frozen in [t for t in trials if t.state == TrialState.RUNNING and t.number not in self._running]:
             if "result" in frozen.user_attrs:
                 self._finish(frozen.number)
                 continue
-            self._give_back(frozen, enqueue=frozen.number not in retried)
-            again += 1
-        self._running.clear()
+            wanted = "candidate" in frozen.user_attrs or "fixed_params" in frozen.system_attrs
+            self._give_back(frozen, enqueue=wanted and frozen.number not in retried)
+            again += wanted
+        self._orphans = False
         return again
 
     def retry(self, number: int) -> bool:
@@ -244,17 +277,18 @@ class Study:
 
     def _give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:
         """Ends a trial without a result, and enqueues its parameters, plan and seed once more."""
+        if self._rungs is not None:
+            self._rungs.forget(frozen.number)
         if enqueue:
-            kept = {
-                name: frozen.user_attrs[name]
-                for name in ("allocator", "given", "seed", "workers_lost")
-                if name in frozen.user_attrs
-            }
+            names = ("allocator", "given", "seed", "workers_lost")
+            kept = {name: frozen.user_attrs[name] for name in names if name in frozen.user_attrs}
             if (candidate := frozen.user_attrs.get("candidate")) is not None:
                 kept |= {"allocator": candidate["allocator"], "given": candidate["plan"], "seed": candidate["seed"]}
             params = {**frozen.system_attrs.get("fixed_params", {}), **frozen.params}
+            kept |= {"brings": sorted(params)} if "given" in kept else {}
             self._study.enqueue_trial(params, user_attrs={**kept, **attrs, "retry_of": frozen.number})
-        self._study._storage.set_trial_user_attr(frozen._trial_id, "outcome", "interrupted")
+            self.exhausted = ""
+        self._study._storage.set_trial_user_attr(frozen._trial_id, "outcome", INTERRUPTED)
         self._study.tell(frozen.number, state=TrialState.FAIL)
 
     # Tell --------------------------------------------------------------------------------------------------------
@@ -265,7 +299,8 @@ class Study:
         return self._rungs.goes_on(number, rung, self._rung_point(val_accuracy, self._running[number]))
 
     def _rung_point(self, val_accuracy: float, cost: Cost) -> list[float]:
-        costs = [name for name in self._objectives if name not in ("accuracy", "latency")]
+        # a trial's latency is not known before its end: its MACs stand in for it
+        costs = ["macs" if name == "latency" else name for name in self._objectives if name != "accuracy"]
         return [1 - val_accuracy / 100, *(cost_ratio(name, cost, self.dense) for name in costs)]
 
     def _recorded_rungs(self) -> Rungs | None:

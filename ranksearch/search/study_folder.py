@@ -20,7 +20,7 @@ from ranksearch.errors import UsageError, nearest
 SPACE, INFO, JOURNAL, FRONT, TEST = "space.yaml", "study.json", "optuna.journal", "front.json", "test.json"
 DENSE_WEIGHTS, CHECKPOINTS, TRIALS = "dense.safetensors", "checkpoints", "trials"
 CURVES, PREVIEW = "curves.safetensors", "preview"
-UNFINISHED = ".unfinished"
+LOCK, UNFINISHED = ".lock", ".unfinished"
 """Stands in a folder while a study is being made there."""
 
 
@@ -63,15 +63,15 @@ def in_the_way(folder: Path) -> list[Path]:
     """What a new study's folder must not hold: everything but what a preview leaves there."""
     if not folder.is_dir():
         return [folder] if folder.exists() else []
-    return [path for path in folder.iterdir() if path.name not in (PREVIEW, CURVES)]
+    return [path for path in folder.iterdir() if path.name not in (PREVIEW, CURVES, LOCK)]
 
 
 def clear(folder: Path) -> None:
     """Removes half a study, which would be in the way of the next try; what a preview left stays."""
     for path in in_the_way(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    if {path.name for path in folder.iterdir()} <= {LOCK}:
+        shutil.rmtree(folder)
 
 
 def new_folder(runs: Path, name: str) -> Path:
@@ -81,7 +81,8 @@ def new_folder(runs: Path, name: str) -> Path:
     """
     folder = runs / name
     if (folder / UNFINISHED).is_file() and not (folder / INFO).is_file():
-        clear(folder)
+        with locked(folder):  # whoever is making it right now holds it
+            clear(folder)
     if not (folder / INFO).is_file() and in_the_way(folder):
         raise UsageError(f"{folder} is there, but is no study ({INFO} is missing): remove it, or take another --name.")
     if (folder / INFO).is_file():
@@ -101,7 +102,7 @@ def locked(folder: Path) -> Iterator[None]:
         UsageError: another process is running the study.
     """
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
+        with filelock.FileLock(folder / LOCK, timeout=0):
             yield
     except filelock.Timeout:
         raise UsageError(

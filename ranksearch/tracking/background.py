@@ -10,6 +10,7 @@ from pathlib import Path
 from ranksearch.search.front import Row
 from ranksearch.search.study import Study
 from ranksearch.tracking.mirror import MIRROR_ERRORS, Mirror
+from ranksearch.tracking.store import store_uri
 
 PAUSE_SECONDS = 60.0
 """A store that failed is left alone for so long; what was not logged meanwhile is logged at the end."""
@@ -25,7 +26,9 @@ class BackgroundMirror:
         self._paused_until = 0.0
         self.failed: str | None = None
         """What the store's last failure said; None where it has not failed since."""
-        self._worker.submit(self._guarded, lambda mirror: None).result()
+        opened = self._worker.submit(self._guarded, lambda mirror: None)
+        if store_uri(runs, study.space.tracking.uri).startswith("sqlite:"):
+            opened.result()  # the store's schema is made before the trials need the cores; a server is not waited for
 
     def log_trial(self, row: Row) -> None:
         """Queues a trial; returns at once."""
@@ -47,7 +50,7 @@ class BackgroundMirror:
             self.failed = None
         except MIRROR_ERRORS as error:
             self._paused_until, first = time.monotonic() + PAUSE_SECONDS, self.failed is None
-            self.failed = str(error).splitlines()[0]
+            self.failed = (str(error) or repr(error)).splitlines()[0]
             if first:
                 self._log(
                     f"MLflow: not logged ({self.failed}); the results are in {self._study.folder}, and "

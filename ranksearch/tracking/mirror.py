@@ -138,13 +138,13 @@ class Mirror:
         space, info = self.study.space, self.study.info
         tags = {
             "ranksearch.kind": "study",
-            STUDY_TAG: info["id"],
+            STUDY_TAG: info.get("id", space.name),
             "sampler": space.search.sampler,
             "device": str(info["provenance"]["device"]),
         }
         if (revision := info["provenance"]["git_revision"]) is not None:
             tags["git_revision"] = revision
-        made = self.client.search_runs([experiment_id], f"tags.`{STUDY_TAG}` = '{info['id']}'", max_results=1)
+        made = self.client.search_runs([experiment_id], f"tags.`{STUDY_TAG}` = '{tags[STUDY_TAG]}'", max_results=1)
         parent = made[0] if made else self.client.create_run(experiment_id, run_name=space.name, tags=tags)
         self._remember(experiment=experiment_id, parent=parent.info.run_id)
         params = {
