@@ -68,6 +68,7 @@ FRONT_TRIALS = {
     "direct_tpe": 64, "direct_warm_tpe": 64, "direct_nsga2": 64, "random": 64,
 }  # fmt: skip
 """Method -> trials of its study."""
+PARTS = ("fronts", "best", "stopping", "driver")
 COUNTS = (8, 16, 32)
 BEST_TRIALS = 16
 AT_ONCE = 8
@@ -88,16 +89,16 @@ def main() -> None:
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     jobs: list[tuple[Any, ...]] = []
-    if options.only in ("", "fronts"):
+    if "fronts" in options.only:
         jobs += [
             (front_study, method, seed)
             for seed in seeds
             for method in FRONT_TRIALS
             if method in options.methods.split(",")
         ]
-    if options.only in ("", "best"):
+    if "best" in options.only:
         jobs += [(best_study, "best", seed) for seed in seeds]
-    if options.only in ("", "stopping"):
+    if "stopping" in options.only:
         jobs += [(stopping_study, method, seed) for seed in seeds for method in ("stopping", "no_stopping")]
     rows: dict[str, dict[int, Any]] = {}
     with multiprocessing.get_context("spawn").Pool(options.threads, _one_thread) as pool:
@@ -108,15 +109,15 @@ def main() -> None:
         for seed in sorted(rows[method]):
             report.rows.append({"method": method, "seed": seed, **rows[method][seed]["row"]})
     kept = [share for found in rows.values() for one in found.values() for share in one["within_budget"]]
-    if options.only in ("", "fronts"):
+    if "fronts" in options.only:
         figures |= front_figures(rows)
-    if options.only in ("", "best"):
+    if "best" in options.only:
         figures |= best_figures(rows["best"])
-    if options.only in ("", "stopping"):
+    if "stopping" in options.only:
         figures |= stopping_figures(rows)
-    if options.only in ("", "driver"):
+    if "driver" in options.only:
         figures |= driver_figures(options, out, report, kept)
-    if options.figure is not None and options.only in ("", "fronts"):
+    if options.figure is not None and "fronts" in options.only:
         draw(report.rows, f"{options.task}/{options.model}, {len(seeds)} seeds", options.figure)
     figures["within_budget"] = float(np.mean(kept)) if kept else None
     report.finish(figures, [f"trials are in {out}"], seeds=seeds)
@@ -128,12 +129,15 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--lowerings", default="im2col,channel,spatial", help="default: %(default)s")
     parser.add_argument("--methods", default=",".join(FRONT_TRIALS), help="of the fronts (default: all)")
-    parser.add_argument("--only", choices=["fronts", "best", "stopping", "driver"], default="", help="one part alone")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to measure (default: %(default)s)")
     parser.add_argument("--driver-trials", type=int, default=5000, help="simulated trials (default: %(default)s)")
     parser.add_argument("--data", help="data folder (default: $RANKSEARCH_DATA, else ~/.cache/ranksearch)")
     parser.add_argument("--figure", type=Path, help="PNG of hypervolume against trials")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_search"), help="trials (default: %(default)s)")
     options = parser.parse_args()
+    options.only = options.only.split(",")
+    if unknown := set(options.only) - set(PARTS):
+        parser.error(f"--only {','.join(unknown)}: the parts are {', '.join(PARTS)}")
     if options.quick:
         options.task, options.model, options.seeds, options.validation = "digits", "resnet8", 1, 360
         options.steps, options.driver_trials = 4, 300
