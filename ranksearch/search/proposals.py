@@ -12,7 +12,7 @@ from pathlib import Path
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.allocate import Curves, Damage
 from ranksearch.compress import Cost, RankPlan, plan_cost
@@ -21,6 +21,7 @@ from ranksearch.search.allocated import Allocated
 from ranksearch.search.budgets import violations
 from ranksearch.search.direct import Direct
 from ranksearch.search.front import cost_ratio
+from ranksearch.search.local_tpe import INTERRUPTED
 from ranksearch.search.parametrize import Form, Searched, Suggestion
 from ranksearch.search.recipe import Recipe
 from ranksearch.search.samplers import make_sampler
@@ -156,6 +157,19 @@ class Proposals:
     def checkpoint(self, key: str, seed: int) -> Path:
         """The file of a plan, recipe and seed: a trial that is proposed again finds the state that it had."""
         return self._folder / CHECKPOINTS / f"{hashlib.sha256(f'{key} {seed}'.encode()).hexdigest()[:16]}.pt"
+
+    def give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:
+        """Ends a trial without a result, and enqueues its parameters, plan and seed once more."""
+        if enqueue:
+            names = ("allocator", "given", "seed", "workers_lost")
+            kept = {name: frozen.user_attrs[name] for name in names if name in frozen.user_attrs}
+            if (candidate := frozen.user_attrs.get("candidate")) is not None:
+                kept |= {"allocator": candidate["allocator"], "given": candidate["plan"], "seed": candidate["seed"]}
+            params = {**frozen.system_attrs.get("fixed_params", {}), **frozen.params}
+            kept |= {"brings": sorted(params)} if "given" in kept else {}
+            self._study.enqueue_trial(params, user_attrs={**kept, **attrs, "retry_of": frozen.number})
+        self._study._storage.set_trial_user_attr(frozen._trial_id, "outcome", INTERRUPTED)
+        self._study.tell(frozen.number, state=TrialState.FAIL)
 
     def _reject(self, trial: optuna.Trial, outcome: str, reason: str, values: list[float] | None = None) -> None:
         trial.set_user_attr("outcome", outcome)

@@ -31,7 +31,6 @@ from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.front import Row, cost_ratio, front_record, objective_values, row_of
 from ranksearch.search.journal import mend_journal, open_journal
 from ranksearch.search.ledger import Ledger
-from ranksearch.search.local_tpe import INTERRUPTED
 from ranksearch.search.opening import first_points
 from ranksearch.search.parametrize import Opening
 from ranksearch.search.proposals import Candidate, Proposals, form_of
@@ -182,11 +181,15 @@ class Study:
             raise UsageError(f"--trials {trials}: {self.finished} trials of {self.space.name!r} are finished already.")
         self.space = self.space.model_copy(update={"search": self.space.search.model_copy(update={"trials": trials})})
         self._write_space()
+        self._note(done=False)
         self._proposals = self._make_proposals()
 
     def conclude(self) -> None:
         """Notes in the study's folder that it is done, also where it had nothing more to propose."""
-        self.info = self.info | {"done": True}
+        self._note(done=True)
+
+    def _note(self, **facts: Any) -> None:
+        self.info = self.info | facts
         write_atomically(self.folder / INFO, json.dumps(self.info, indent=2))
 
     @property
@@ -228,7 +231,7 @@ class Study:
         if self._orphans:
             self._settle_orphans()
         self._orphans = (
-            True  # until this proposal is through: where it is not, on a full disk, say, the next one settles it
+            True  # until this proposal is through: one that breaks off, on a full disk, is settled by the next
         )
         proposed = self._proposals.propose(bench)
         self._orphans = False
@@ -276,20 +279,11 @@ class Study:
         return True
 
     def _give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:
-        """Ends a trial without a result, and enqueues its parameters, plan and seed once more."""
         if self._rungs is not None:
             self._rungs.forget(frozen.number)
         if enqueue:
-            names = ("allocator", "given", "seed", "workers_lost")
-            kept = {name: frozen.user_attrs[name] for name in names if name in frozen.user_attrs}
-            if (candidate := frozen.user_attrs.get("candidate")) is not None:
-                kept |= {"allocator": candidate["allocator"], "given": candidate["plan"], "seed": candidate["seed"]}
-            params = {**frozen.system_attrs.get("fixed_params", {}), **frozen.params}
-            kept |= {"brings": sorted(params)} if "given" in kept else {}
-            self._study.enqueue_trial(params, user_attrs={**kept, **attrs, "retry_of": frozen.number})
             self.exhausted = ""
-        self._study._storage.set_trial_user_attr(frozen._trial_id, "outcome", INTERRUPTED)
-        self._study.tell(frozen.number, state=TrialState.FAIL)
+        self._proposals.give_back(frozen, enqueue=enqueue, **attrs)
 
     # Tell --------------------------------------------------------------------------------------------------------
 
