@@ -42,7 +42,7 @@ def main() -> None:
     parser = arguments(__doc__, kills=20, trials=40, steps=600)
     options = parser.parse_args()
     if options.quick:
-        options.kills, options.trials, options.steps = 3, 8, 60
+        options.kills, options.trials, options.steps = 3, 12, 400
     report = Report("drill_faults", options)
     with tempfile.TemporaryDirectory() as folder:
         drill = Drill(Path(folder), options, report)
@@ -92,7 +92,7 @@ class Drill:
             verb = ["search", str(SPACE), "--name", NAME, "--trials", str(self.options.trials)]
             verb += [word for setting in fast for word in ("--set", setting)]
         else:
-            verb = ["resume", NAME]
+            verb = ["resume", NAME, "--trials", str(self.options.trials)]
         log = (self.folder / "driver.log").open("ab")
         return subprocess.Popen(
             [sys.executable, "-m", "ranksearch", *verb], cwd=self.folder, stdout=log, stderr=log,
@@ -105,8 +105,10 @@ class Drill:
             wait = self.random.uniform(*((7.0, 14.0) if self.options.quick else (1.0, 16.0)))
             ended = self.wait(driver, wait)
             if ended and driver.returncode == 0:
-                break
-            if ended:  # the head's end took the driver along
+                if sum(self.kills.values()) >= self.options.kills:
+                    break
+                self.options.trials += 8  # it was done before the shots were: it goes on
+            if ended:  # it was done, or the head's end took it along
                 if driver.returncode > 0:
                     self.report.say(f"the driver ended with {driver.returncode}:\n{self.tail()}")
                 driver, started = self.start(), time.monotonic()

@@ -116,10 +116,11 @@ class Session:
         self.images, self.seconds, self.projecting_seconds = known["images"], known["seconds"], known["projecting"]
         self._started -= known["elapsed"]
 
-    def report_known(self) -> None:
-        """Reports what a checkpoint knows already: a driver that is another one now has not heard of it."""
+    def report_rungs(self) -> None:
+        """Reports again what a checkpoint knows of rungs: a driver that is another one now has not heard of it."""
         for entry in self.history:
-            self._report(entry)
+            if entry["phase"] == RUNG:
+                self._report(entry)
 
     @property
     def elapsed(self) -> float:
@@ -289,7 +290,7 @@ def run_trial(
     status, reason, measured = "complete", None, (None, None)
     session = Session(task, dense, net, recipe, seed=seed, report=report, checkpoint=checkpoint, rungs=rungs)
     try:
-        session.report_known()
+        session.report_rungs()
         small = learn_low_rank(session, plan)
     except Stopped as stopped:
         status, reason = "stopped", str(stopped)
