@@ -142,7 +142,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--only {','.join(unknown)}: the parts are {', '.join(PARTS)}")
     if options.quick:
         options.task, options.model, options.seeds, options.validation = "digits", "resnet8", 1, 360
-        options.steps, options.driver_trials = 4, 300
+        options.steps, options.driver_trials = 4, 110
     return options
 
 
@@ -379,7 +379,7 @@ def best_figures(found: dict[int, Any]) -> dict[str, Any]:
 
 # 3. Early stopping -------------------------------------------------------------------------------------------------
 
-STOPPING_TRIALS, QUICK_TRIALS = 24, 9
+STOPPING_TRIALS, QUICK_TRIALS = 24, 5
 
 
 def stopping_study(options: argparse.Namespace, out: Path, method: str, seed: int) -> dict[str, Any]:
@@ -427,9 +427,9 @@ TWO_BUDGETS = {"macs": "45%", "params": "40%"}
 def driver_figures(options: argparse.Namespace, out: Path, report: Report, kept: list[float]) -> dict[str, Any]:
     bench = workbench(options, out, options.seed)
     for form in ("allocated", "direct"):
-        rows = simulate(options, bench, {"parametrization": form}, 60, budgets=TWO_BUDGETS)[0]
+        rows = simulate(options, bench, {"parametrization": form}, 20 if options.quick else 60, budgets=TWO_BUDGETS)[0]
         kept += within(bench, rows, TWO_BUDGETS)
-    twice = [simulate(options, bench, {}, 40, at_once=1)[0] for _ in range(2)]
+    twice = [simulate(options, bench, {}, 15 if options.quick else 40, at_once=1)[0] for _ in range(2)]
     same = [row["plan"] for row in twice[0]] == [row["plan"] for row in twice[1]]
     report.say(
         f"budgets kept by {sum(kept):.0f} of {len(kept)} plans; two runs of one seed give the same plans: {same}"
