@@ -61,15 +61,14 @@ class Allocated:
         for name in self.distributions:
             if name == LEVEL:
                 values[name] = level
-            elif name == TRUST:
-                setting = self._search.trust
-                values[name] = setting.middle if isinstance(setting, Range | Choices) else setting
+            elif name == TRUST:  # a parameter only where it is a distribution
+                values[name] = self._search.trust.middle
             else:
                 values[name] = 0.0 if name.startswith("log_weight/") else ANY
         return values
 
     def plan(self, values: Mapping[str, Any]) -> RankPlan:
-        """The solver's plan under these corrections; the dense net's weight per layer is scale^(trust - 1) times its group's factor."""
+        """The solver's plan under these corrections: a layer's damage is weighted by scale^(trust - 1) times its group's factor."""
         fixed = self._search.trust if isinstance(self._search.trust, int | float) else 1.0
         trust = float(values.get(TRUST, fixed))
         weights = {name: scale ** (trust - 1) for name, scale in self._damage.scales.items() if scale > 0}

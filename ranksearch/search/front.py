@@ -80,6 +80,11 @@ def dominates(row: Row, other: Row, objectives: Sequence[str]) -> bool:
     return a != b and all(x <= y for x, y in zip(a, b, strict=True))
 
 
+def merit(row: Row) -> tuple[float, int]:
+    """What makes a complete row the best of several: its accuracy, then fewer MACs."""
+    return row["val_accuracy"], -row["macs"]
+
+
 def in_order(front: Sequence[Row]) -> list[Row]:
     """The rows of a front, most accurate first."""
     return sorted(front, key=lambda row: (-row["val_accuracy"], row["macs"], row["trial"]))

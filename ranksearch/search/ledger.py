@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
-from ranksearch.search.front import Row, dominates, front_hypervolume, in_order
+from ranksearch.search.front import Row, dominates, front_hypervolume, in_order, merit
 
 
 class Ledger:
@@ -35,10 +35,7 @@ class Ledger:
         self.counts[row["status"]] = self.counts.get(row["status"], 0) + 1
         if row["status"] != "complete":
             return False
-        if self._best is None or (row["val_accuracy"], -row["macs"]) > (
-            self._best["val_accuracy"],
-            -self._best["macs"],
-        ):
+        if self._best is None or merit(row) > merit(self._best):
             self._best = row
         if any(dominates(other, row, self._objectives) for other in self._front):
             return False

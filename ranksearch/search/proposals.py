@@ -114,9 +114,8 @@ class Proposals:
     def _is_feasible(self, trial: optuna.Trial, cost: Cost) -> bool:
         """Whether the plan is within every budget; if not, the sampler learns by how much it is not."""
         over = violations(self._space.parsed_budgets(), cost, self._dense)
-        if (
-            self._space.search.parametrization == "direct"
-        ):  # an allocated plan never violates: there is nothing to learn
+        # an allocated plan never violates: there is nothing to learn
+        if self._space.search.parametrization == "direct":
             for budget, value in over.items():
                 trial.set_constraint(budget, value)
         if max(over.values(), default=0.0) <= 0:

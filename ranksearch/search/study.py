@@ -28,7 +28,7 @@ from ranksearch.errors import UsageError
 from ranksearch.files import write_atomically
 from ranksearch.search.allocated import Allocated
 from ranksearch.search.checkpoint import CheckpointFile
-from ranksearch.search.front import Row, cost_ratio, front_record, objective_values, row_of
+from ranksearch.search.front import Row, cost_ratio, front_record, merit, objective_values, row_of
 from ranksearch.search.journal import mend_journal, open_journal
 from ranksearch.search.ledger import Ledger
 from ranksearch.search.opening import first_points
@@ -111,13 +111,13 @@ class Study:
         if space.data is not None:  # the study is opened from other working directories too
             space = space.model_copy(update={"data": str(Path(space.data).expanduser().resolve())})
         (folder / UNFINISHED).touch()
-        (folder / SPACE).write_text(yaml.safe_dump(space.model_dump(), sort_keys=False))
         safetensors.torch.save_file({k: v.contiguous() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
         dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(dense_cost(bench.net))
         dense["latency_ms"] = latency_ms
         directions = [OBJECTIVES[name] for name in space.search.objectives]
-        known = Allocated(space, bench.curves, bench.damage)
-        opening = first_points(space, bench.curves, form_of(space, bench.curves, bench.damage), known)
+        form = form_of(space, bench.curves, bench.damage)
+        known = form if isinstance(form, Allocated) else Allocated(space, bench.curves, bench.damage)
+        opening = first_points(space, bench.curves, form, known)
         info = {
             "study": space.name, "id": uuid.uuid4().hex, "dense": dense, "seed": space.search.seed, "provenance": provenance(folder),
             "opened_with": dict(Counter(point.allocator for point in opening)),
@@ -125,11 +125,13 @@ class Study:
         study = optuna.create_study(
             storage=open_journal(folder / JOURNAL), study_name=space.name, directions=directions
         )
+        made = cls(folder, space, info, study)
         for point in opening:
-            study.enqueue_trial(dict(point.params), user_attrs=point.attrs())
-        write_atomically(folder / INFO, json.dumps(info, indent=2))  # last: a folder with it is a study
+            made.enqueue(point)
+        made._write_space()
+        made._note()  # last: a folder with it is a study
         (folder / UNFINISHED).unlink()
-        return cls(folder, space, info, study)
+        return made
 
     def enqueue(self, point: Opening) -> None:
         """Proposes a trial of one's own, before whatever the sampler would."""
@@ -230,9 +232,8 @@ class Study:
             return None
         if self._orphans:
             self._settle_orphans()
-        self._orphans = (
-            True  # until this proposal is through: one that breaks off, on a full disk, is settled by the next
-        )
+        # until this proposal is through: one that breaks off, on a full disk, is settled by the next
+        self._orphans = True
         proposed = self._proposals.propose(bench)
         self._orphans = False
         if proposed is None:
@@ -402,7 +403,7 @@ class Study:
             rows = [r for r in rows if limit.allows(Cost(r["macs"], r["params"], r["size_bytes"]), self.dense)]
         if not rows:
             raise UsageError(f"No finished trial of {self.space.name!r} lies within {budget or 'the budgets'}.")
-        return max(rows, key=lambda row: (row["val_accuracy"], -row["macs"]))
+        return max(rows, key=merit)
 
     # Test set and front file -------------------------------------------------------------------------------------
 
