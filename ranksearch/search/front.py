@@ -19,11 +19,14 @@ MEASURED = (
     "val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_ms", "latency_ratio", "images_per_second",
     "projection_share", "seconds",
 )  # fmt: skip
-NOT_IN_RECORD = ("history", "projections")
+NOT_IN_RECORD = ("history", "projections", "losses", "started", "ended")
 
 
 def row_of(trial: FrozenTrial, dense: Mapping[str, Any], test_accuracy: float | None) -> Row:
-    """Everything known of a finished trial; accuracies in percent, ratios of the dense net's cost, None where not measured."""
+    """Everything known of a finished trial; accuracies in percent, ratios of the dense net's cost, None where not measured.
+
+    `started` and `ended` are seconds since 1970.
+    """
     result, attrs = trial.user_attrs.get("result", {}), trial.user_attrs.get("candidate", {})
 
     def ratio(key: str) -> float | None:
@@ -46,6 +49,9 @@ def row_of(trial: FrozenTrial, dense: Mapping[str, Any], test_accuracy: float | 
         "reason": result.get("reason"),
         "history": result.get("history", []),
         "projections": result.get("projections", []),
+        "losses": result.get("losses", []),
+        "started": trial.datetime_start.timestamp() if trial.datetime_start else None,
+        "ended": trial.datetime_complete.timestamp() if trial.datetime_complete else None,
     }
 
 

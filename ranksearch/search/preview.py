@@ -167,9 +167,6 @@ def preview_record(
             "val_accuracy": dense.accuracy, "val_loss": dense.loss, "macs": full.macs, "params": full.params,
             "size_bytes": full.size_bytes,
         },
-        "layers": [
-            {"name": o.layer.name, "largest_rank": {n: o.choices[o.ladder(n)[-1]].rank for n in o.lowerings}}
-            for o in bench.curves.layers if len(o.choices) > 1
-        ],
+        "layers": bench.layer_facts(),
         "plans": [row | {"on_front": bool(on)} for row, on in zip(rows, best, strict=True)],
     }  # fmt: skip

@@ -6,11 +6,13 @@ A value marked searchable is either fixed (`lr: 0.05`) or a distribution: `{low:
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
+    PrivateAttr,
     field_validator,
     model_validator,
 )
@@ -286,11 +288,23 @@ class ResourcesSpace(Strict):
         return gpus
 
 
-class TrackingSpace(Strict):
-    uri: str | None = None
-    """MLflow store; left out, `MLFLOW_TRACKING_URI`, else a SQLite file beside the studies."""
-    experiment: str | None = None
-    """MLflow experiment; left out, the study's name."""
+with warnings.catch_warnings():
+    # `register` is a method of abstract classes, which pydantic's models are, and which nobody calls here
+    warnings.filterwarnings("ignore", message='Field name "register"')
+
+    class TrackingSpace(Strict):
+        """Where a study is mirrored in MLflow, and what of it."""
+
+        uri: str | None = None
+        """MLflow store: a server or a database; left out, `MLFLOW_TRACKING_URI`, else a SQLite file beside the studies."""
+        artifacts: str | None = None
+        """Where a new experiment's files go, such as `s3://bucket/mlflow`; left out, a server decides, and a database's go beside the studies."""
+        experiment: str | None = None
+        """MLflow experiment; left out, the study's name."""
+        models: bool = True
+        """Whether the nets of the front are logged as MLflow models, at the end of a study: some seconds and twice its weights each."""
+        register: bool = False
+        """Whether the most accurate net within the budgets is registered under the study's name, with the alias `champion`."""
 
 
 class Space(Strict):
@@ -312,6 +326,7 @@ class Space(Strict):
     search: SearchSpace = Field(default_factory=SearchSpace)
     resources: ResourcesSpace = Field(default_factory=ResourcesSpace)
     tracking: TrackingSpace = Field(default_factory=TrackingSpace)
+    _given: str | None = PrivateAttr(default=None)
 
     @field_validator("budgets")
     @classmethod
@@ -336,6 +351,15 @@ class Space(Strict):
                     f"search.early_stopping.rungs {rungs} of {steps} steps are the steps {at}: expected different ones from 1 on"
                 )
         return self
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the values are the same, wherever they were given."""
+        return isinstance(other, Space) and self.model_dump() == other.model_dump()
+
+    @property
+    def given(self) -> str | None:
+        """The space as it was given: the file's text, after the command line's values as comments; None of one made in Python."""
+        return self._given
 
     def parsed_budgets(self) -> list[Budget]:
         return [parse_budget(cost, text) for cost, text in self.budgets.items()]

@@ -99,7 +99,8 @@ def read_space(
         known = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
         raise UsageError(f"There is no search space {str(path)!r}. {nearest(str(path), known)}")
     try:
-        data = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        data = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -123,4 +124,9 @@ def read_space(
         data["name"] = name
     if warm_start:
         _set(data, f"search.warm_start={json.dumps(list(warm_start))}")
-    return parse_space(data, str(path))
+    space = parse_space(data, str(path))
+    options = [f"--budget {budget}" for budget in budgets] + [f"--set {setting}" for setting in settings]
+    options += [f"--trials {trials}"] * (trials is not None) + [f"--name {name}"] * (name is not None)
+    options += [f"--warm-start {earlier}" for earlier in warm_start]
+    space._given = "".join(f"# {line}\n" for line in [f"{path.name}, as it was given", *options]) + text
+    return space

@@ -29,6 +29,7 @@ from ranksearch.files import write_atomically
 from ranksearch.search.allocated import Allocated
 from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.front import Row, cost_ratio, front_record, merit, objective_values, row_of
+from ranksearch.search.importance import importances
 from ranksearch.search.journal import mend_journal, open_journal
 from ranksearch.search.ledger import Ledger
 from ranksearch.search.opening import first_points
@@ -41,6 +42,7 @@ from ranksearch.search.stopping import Rungs
 from ranksearch.search.study_folder import (
     DENSE_WEIGHTS,
     FRONT,
+    GIVEN,
     INFO,
     JOURNAL,
     SPACE,
@@ -120,7 +122,7 @@ class Study:
         opening = first_points(space, bench.curves, form, known)
         info = {
             "study": space.name, "id": uuid.uuid4().hex, "dense": dense, "seed": space.search.seed, "provenance": provenance(folder),
-            "opened_with": dict(Counter(point.allocator for point in opening)),
+            "opened_with": dict(Counter(point.allocator for point in opening)), "layers": bench.layer_facts(),
         }  # fmt: skip
         study = optuna.create_study(
             storage=open_journal(folder / JOURNAL), study_name=space.name, directions=directions
@@ -129,6 +131,8 @@ class Study:
         for point in opening:
             made.enqueue(point)
         made._write_space()
+        if space.given is not None:
+            write_atomically(folder / GIVEN, space.given)
         made._note()  # last: a folder with it is a study
         (folder / UNFINISHED).unlink()
         return made
@@ -261,7 +265,7 @@ class Study:
         retried = {t.user_attrs.get("retry_of") for t in trials}
         for frozen in [t for t in trials if t.state == TrialState.RUNNING and t.number not in self._running]:
             if "result" in frozen.user_attrs:
-                self._finish(frozen.number)
+                self._finish(frozen._trial_id)
                 continue
             wanted = "candidate" in frozen.user_attrs or "fixed_params" in frozen.system_attrs
             self._give_back(frozen, enqueue=wanted and frozen.number not in retried)
@@ -326,19 +330,21 @@ class Study:
         if "result" not in trial.user_attrs:
             record = {**result.to_dict(), "status": status, **costs}
             self._study._storage.set_trial_user_attr(trial._trial_id, "result", record)
-        row = self._finish(number)
+        row = self._finish(trial._trial_id)
         del self._running[number]
         return row
 
-    def _finish(self, number: int) -> Row:
+    def _finish(self, trial_id: int) -> Row:
         """Tells Optuna the result that stands in the trial's attributes already, so that a crash in between loses nothing."""
-        trial = self._study.get_trials(deepcopy=False)[number]
-        row = row_of(trial, self.info["dense"], None)
+        trial = self._study._storage.get_trial(trial_id)
+        number, row = trial.number, row_of(trial, self.info["dense"], None)
         if trial.state == TrialState.RUNNING:
             if row["status"] == "complete":
-                self._study.tell(number, objective_values(row, self._objectives))
+                trial = self._study.tell(number, objective_values(row, self._objectives))
             else:
-                self._study.tell(number, state=TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL)
+                state = TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL
+                trial = self._study.tell(number, state=state)
+            row = row_of(trial, self.info["dense"], None)  # knows when it ended, too
         candidate = trial.user_attrs["candidate"]
         CheckpointFile(self._proposals.checkpoint(candidate["key"], candidate["seed"]), 0.0).remove()
         if number not in self._ledger:
@@ -375,6 +381,10 @@ class Study:
         stopped = [row for row in self.trials if row["status"] == "stopped"]
         spared = sum(row["recipe"]["steps"] - row["history"][-1]["step"] for row in stopped)
         return spared / planned if planned else 0.0
+
+    def importances(self) -> dict[str, dict[str, float]]:
+        """Target -> searched parameter -> share of what it explains; empty with too few trials."""
+        return importances(self._study, self.trials, self._objectives)
 
     def progress(self) -> dict[str, float]:
         """How far the study is, in numbers: finished trials, hypervolume, best accuracy in percent."""

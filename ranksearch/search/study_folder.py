@@ -1,8 +1,9 @@
 """Where a study lives on disk: the names in its folder, finding it, a free name for a new one.
 
 runs/NAME/space.yaml        the resolved space          runs/NAME/front.json   the front, written whenever it changes
-runs/NAME/study.json        dense net, versions, seed   runs/NAME/trials/007/  plan.json, model.safetensors
-runs/NAME/optuna.journal    Optuna's storage            runs/NAME/test.json    test accuracies of the front, at the end
+runs/NAME/space.given.yaml  the space as it was given   runs/NAME/trials/007/  plan.json, model.safetensors
+runs/NAME/study.json        dense net, versions, seed   runs/NAME/test.json    test accuracies of the front, at the end
+runs/NAME/optuna.journal    Optuna's storage            runs/NAME/mlflow.json  which runs of which MLflow store mirror it
 runs/NAME/checkpoints/      states of running trials
 """
 
@@ -17,7 +18,8 @@ import filelock
 
 from ranksearch.errors import UsageError, nearest
 
-SPACE, INFO, JOURNAL, FRONT, TEST = "space.yaml", "study.json", "optuna.journal", "front.json", "test.json"
+SPACE, GIVEN, INFO, JOURNAL = "space.yaml", "space.given.yaml", "study.json", "optuna.journal"
+FRONT, TEST = "front.json", "test.json"
 DENSE_WEIGHTS, CHECKPOINTS, TRIALS = "dense.safetensors", "checkpoints", "trials"
 CURVES, PREVIEW = "curves.safetensors", "preview"
 LOCK, UNFINISHED = ".lock", ".unfinished"

@@ -62,6 +62,8 @@ class TrialResult:
     reason: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per phase: its name, the step, validation accuracy and loss, what else was found."""
+    losses: list[dict[str, float]] = field(default_factory=list)
+    """The training curve: step and mean training loss since the point before."""
     projections: list[dict[str, Any]] = field(default_factory=list)
     """Recorded projections: step, loss on one training batch before and after, removed energy (share of ||W||²) per layer."""
 
@@ -104,6 +106,7 @@ class Session:
         self._started = time.perf_counter()
         self.history: list[dict[str, Any]] = []
         self.projections: list[dict[str, Any]] = []
+        self.losses: list[dict[str, float]] = []
         self.images, self.seconds, self.projecting_seconds = 0, 0.0, 0.0
         state = checkpoint.load()
         # another kind of device has other random numbers: there the trial starts anew
@@ -113,6 +116,7 @@ class Session:
 
     def _take_up(self, known: dict[str, Any]) -> None:
         self.history, self.projections = list(known["history"]), list(known["projections"])
+        self.losses = list(known["losses"])
         self.images, self.seconds, self.projecting_seconds = known["images"], known["seconds"], known["projecting"]
         self._started -= known["elapsed"]
 
@@ -162,6 +166,7 @@ class Session:
             return training, training.run(after_step)
         finally:  # where it diverged, what was seen until then counts too
             self.images, self.seconds = self.images + training.images, self.seconds + training.seconds
+            self.losses += training.losses
             self._note(projecting)
 
     def _score_at_rung(self, rung: int, training: Training, plan: RankPlan | None) -> None:
@@ -202,7 +207,7 @@ class Session:
             "cuda_rng": torch.cuda.get_rng_state() if self._device.type == "cuda" else None,
             "device": self._device.type,
             "session": {
-                "history": self.history, "projections": self.projections, "images": self.images,
+                "history": self.history, "projections": self.projections, "losses": self.losses, "images": self.images,
                 "seconds": self.seconds, "projecting": self.projecting_seconds, "elapsed": self.elapsed,
             },
         })  # fmt: skip
@@ -306,7 +311,7 @@ def run_trial(
     last, seconds = session.history[-1] if session.history else {}, session.seconds
     return TrialResult(
         status, seed, session.images / len(task.train), reason=reason,
-        history=session.history, projections=session.projections,
+        history=session.history, projections=session.projections, losses=session.losses,
         val_accuracy=last.get("val_accuracy"), val_loss=last.get("val_loss"),
         macs=cost.macs, params=cost.params, size_bytes=cost.size_bytes, latency_ms=measured[0], latency_ratio=measured[1],
         images_per_second=session.images / seconds if session.images else None,

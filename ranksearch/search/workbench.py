@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,6 +38,14 @@ class Workbench:
         model = self.task.build_model(self.task.model)
         model.load_state_dict(self.dense)
         return model.eval()
+
+    def layer_facts(self) -> list[dict[str, Any]]:
+        """The layers that may be lowered, in the net's order: name and the largest rank that is of use, by lowering."""
+        return [
+            {"name": o.layer.name, "largest_rank": {n: o.choices[o.ladder(n)[-1]].rank for n in o.lowerings}}
+            for o in self.curves.layers
+            if len(o.choices) > 1
+        ]
 
 
 def open_net(space: Space) -> tuple[torch.nn.Module, Net]:

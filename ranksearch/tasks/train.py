@@ -89,6 +89,10 @@ class Optimisation:
         return learning_rate(self.schedule, step, self.total_steps, peak=self.lr, warmup=self.warmup)
 
 
+CURVE_POINTS = 50
+"""Of a training curve, about."""
+
+
 @dataclass(frozen=True)
 class TrainStats:
     """Mean loss over the last tenth of the steps (at least one; None without steps), images seen, seconds taken."""
@@ -128,6 +132,11 @@ class Training:
             self._forward = torch.compile(model)
         self._tail: list[float] = []
         self._recent: list[Tensor] = []  # losses of the tail that have not been looked at
+        self.losses: list[dict[str, float]] = []
+        """The training curve: `step` of the schedule and `train_loss`, the mean since the point before; about fifty over a schedule."""
+        self._sum: Tensor | float = 0.0  # of the losses since the last point of the curve
+        self._summed = 0
+        self._points: list[tuple[int, Tensor]] = []  # points that have not been looked at
         self.images, self.seconds = 0, 0.0
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -144,6 +153,7 @@ class Training:
             self.done += 1
             if total - self.done < tail:
                 self._recent.append(loss.detach())
+            self._draw_curve(loss.detach())
             # a look at the loss makes a GPU wait: there, only now and then
             if loss.device.type == "cpu" or self.done % 50 == 0 or self.done == total:
                 if not isfinite(loss.item()):
@@ -157,9 +167,19 @@ class Training:
             self._take_average_()
         return TrainStats(sum(self._tail) / len(self._tail) if self._tail else None, self.images, self.seconds)
 
+    def _draw_curve(self, loss: Tensor) -> None:
+        """Adds a step's loss to the curve; nothing waits for a GPU here."""
+        self._sum, self._summed = loss + self._sum, self._summed + 1
+        if self._summed == max(1, self.settings.total_steps // CURVE_POINTS) or self.done == len(self.steps):
+            self._points.append((self.steps[self.done - 1] + 1, self._sum / self._summed))
+            self._sum, self._summed = 0.0, 0
+
     def _settle_losses(self) -> None:
         self._tail += [loss.item() for loss in self._recent]
         self._recent.clear()
+        looked_at = [(step, mean.item()) for step, mean in self._points]
+        self.losses += [{"step": step, "train_loss": mean} for step, mean in looked_at if isfinite(mean)]
+        self._points.clear()
 
     def _step(self) -> Tensor:
         for group in self.optimizer.param_groups:
@@ -215,7 +235,8 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "average": self._average.state_dict() if self._average is not None else None,
             "batches": self._batches.state_dict(),
-            "done": self.done, "tail": self._tail, "images": self.images, "seconds": self.seconds,
+            "done": self.done, "tail": self._tail, "losses": self.losses, "sum": float(self._sum),
+            "summed": self._summed, "images": self.images, "seconds": self.seconds,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -225,4 +246,5 @@ class Training:
             self._average.load_state_dict(state["average"])
         self._batches.load_state_dict(state["batches"])
         self.done, self._tail = state["done"], list(state["tail"])
+        self.losses, self._sum, self._summed = list(state["losses"]), state["sum"], state["summed"]
         self.images, self.seconds = state["images"], state["seconds"]
