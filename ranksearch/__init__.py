@@ -25,6 +25,7 @@ _HOMES = {
     "load": "ranksearch.api:load",
     "preview": "ranksearch.api:preview",
     "sync": "ranksearch.api:sync",
+    "report": "ranksearch.api:report",
     "project_": "ranksearch.compress:project_",
     "Projector": "ranksearch.compress:Projector",
     "reestimate_bn_": "ranksearch.compress:reestimate_bn_",

@@ -1,4 +1,4 @@
-"""The public Python API that joins the floors: `search`, `resume`, `preview`, `load`."""
+"""The public Python API that joins the floors: `search`, `resume`, `preview`, `sync`, `report`, `load`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.task import Split, Task
 from ranksearch.tracking.background import BackgroundMirror
-from ranksearch.tracking.preview_figures import preview_html, preview_png
+from ranksearch.tracking.draw_html import save_html
+from ranksearch.tracking.draw_png import save_png
+from ranksearch.tracking.preview_figures import preview_charts, preview_title
+from ranksearch.tracking.report import report_html
+from ranksearch.tracking.view import View
 
 
 class Observer(Protocol):
@@ -189,6 +193,25 @@ def sync(name: str, *, runs: str | Path = "runs", observer: Observer | None = No
     return study
 
 
+def report(name: str, *, output: str | Path | None = None, runs: str | Path = "runs") -> Path:
+    """Writes a study's figures and tables as one self-contained HTML file and returns its path; also while it is running.
+
+    Args:
+        output: the file; left out, report.html in the study's folder.
+
+    Raises:
+        UsageError: no such study, or the file cannot be written.
+    """
+    study = Study.open(find_study(name, Path(runs)))
+    path = Path(output) if output is not None else study.folder / "report.html"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, report_html(View.of(study), study.importances()))
+    except OSError as error:
+        raise UsageError(f"The report cannot be written to {path}: {error}") from error
+    return path
+
+
 def preview(
     space: str | Path | Space,
     *,
@@ -242,8 +265,9 @@ def preview(
     target = folder / PREVIEW
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / "preview.json", json.dumps(record, indent=2, allow_nan=False))
-    preview_png(record, target / "preview.png")
-    preview_html(record, target / "preview.html")
+    charts, title = preview_charts(record), preview_title(record)
+    save_png(charts, target / "preview.png", title=title)
+    save_html(charts, target / "preview.html", title=title)
     observer.log(f"figures: {target / 'preview.png'}, {target / 'preview.html'}")
     return record
 

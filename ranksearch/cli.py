@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,11 +83,11 @@ def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
     if not front["trials"]:
         raise StudyError(f"No trial of {study.space.name!r} was completed; see `{study.folder}`.")
     store = study.space.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    look = f"MLflow at {store}" if store else f"`ranksearch ui{'' if runs == DEFAULT_RUNS else f' {runs}'}`"
-    experiment = study.space.tracking.experiment or study.space.name
+    experiment, here = study.space.tracking.experiment or study.space.name, f"{study.space.name}{_runs_option(runs)}"
+    at = f"MLflow at {store}, experiment {experiment!r}, or " if store else ""
     print(
         f"\nThe study is in {study.folder}/ (front.json, trials/NNN/ with each net).\n"
-        f"To see it in MLflow: {look}, experiment {experiment!r}.",
+        f"To look at it: {at}`ranksearch ui {here}` (MLflow), `ranksearch report {here}` (one HTML file).",
         file=sys.stderr,
     )
 
@@ -291,59 +289,50 @@ def sync(study: StudyName, runs: Runs = DEFAULT_RUNS) -> None:
 
 
 @app.command()
+def report(
+    study: StudyName,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Left out, report.html in the study's folder.")
+    ] = None,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Write a study's figures and tables as one HTML file, to send to a colleague; also while it is running.
+
+    Example: ranksearch report digits_resnet8 -o report.html
+    """
+    from ranksearch import api
+
+    path = api.report(study, output=output, runs=runs)
+    if as_json:
+        _print_json({"study": study, "report": str(path), "size_bytes": path.stat().st_size})
+    else:
+        print(path)
+
+
+@app.command()
 def ui(
-    runs: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of the studies.")] = DEFAULT_RUNS,
+    where: Annotated[str, typer.Argument(metavar="[DIR|NAME]", help="Folder of the studies, or one study.")] = "runs",
     port: Annotated[
         int, typer.Option(min=1, max=65535, help="Port; the next free one is taken where it is in use.")
     ] = 5000,
+    runs: Runs = DEFAULT_RUNS,
 ) -> None:
-    """Open MLflow's UI on 127.0.0.1 over the studies of a folder.
+    """Open MLflow's UI on 127.0.0.1 and print the links of the studies' pages.
 
-    Example: ranksearch ui runs
+    Example: ranksearch ui digits_resnet8
     """
-    from ranksearch.tracking.store import DATABASE, artifact_root, quiet_mlflow, store_uri
+    from ranksearch.tracking.ui import find_store, is_server, say_pages, serve
 
-    runs = runs.resolve()
-    folder = runs if (runs / DATABASE).is_file() else runs.parent  # a study's own folder is fine too
-    uri = store_uri(folder, None)
-    if uri.startswith("sqlite:") and not (folder / DATABASE).is_file() and "MLFLOW_TRACKING_URI" not in os.environ:
-        raise UsageError(
-            f"There is no MLflow store in {runs}: run `ranksearch search SPACE.yaml` first, or name its folder."
-        )
-    if uri.startswith(("http:", "https:")):
-        print(f"The studies are on an MLflow server already: {uri}")
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    opened = find_store(where, runs)
+    if is_server(opened.uri):
+        say(f"The studies are on an MLflow server already: {opened.uri}")
+        say_pages(opened, opened.uri, say)
         return
-    quiet_mlflow()
-    port = _free_port(port)
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        uri,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    if (root := artifact_root(folder, uri)) is not None:
-        command += ["--default-artifact-root", root]
-    print(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-    try:
-        code = subprocess.run([*command, "--workers", "1"], check=False).returncode
-    except KeyboardInterrupt:
-        return
-    if code:
-        raise StudyError(f"MLflow's server ended with exit code {code}.")
-
-
-def _free_port(first: int) -> int:
-    for port in range(first, min(first + 100, 65536)):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise UsageError(f"--port: {first} and the ports after it are in use.")
+    serve(opened, port, say)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from ranksearch.search.preview import ALLOCATORS, levels_of
 from ranksearch.search.space_file import read_space
 from ranksearch.search.study_folder import new_folder
 from ranksearch.search.workbench import open_net, prepare
-from ranksearch.tracking.preview_figures import kept_ranks
+from ranksearch.tracking.preview_figures import kept_chart
 from tests.test_cli import call
 
 
@@ -88,9 +88,10 @@ def test_files_and_figures_are_there_and_do_not_stand_in_a_studys_way(digits, tm
 
 def test_heat_map_shows_shares_of_the_largest_useful_rank(digits):
     _, record = digits
-    layers, levels, shares, texts = kept_ranks(record)
-    assert levels == [25, 45, 70]
-    table = np.array(shares)
+    chart = kept_chart(record)
+    layers, texts = chart.rows, chart.texts
+    assert chart.columns == ["25", "45", "70"]
+    table = np.array(chart.values)
     assert table.shape == (len(layers), 3)
     assert ((table > 0) & (table <= 1)).all()
     assert (np.diff(table.mean(axis=0)) > 0).all()  # larger budgets keep more

@@ -63,6 +63,12 @@ class Ledger:
     def hypervolume(self) -> float:
         return front_hypervolume(self._front, self._objectives)
 
+    def progress(self) -> dict[str, float]:
+        """How far the study is, in numbers: finished trials by status, hypervolume, size of the front, best accuracy in percent."""
+        found = {"finished_trials": len(self), "hypervolume": self.hypervolume, "front_size": len(self._front)}
+        best = {} if self._best is None else {"best_within_budget": self._best["val_accuracy"]}
+        return found | best | {f"{status.replace(' ', '_')}_trials": count for status, count in self.counts.items()}
+
     def score(self, test: Mapping[str, float]) -> None:
         """Writes test accuracies (trial number as text -> percent) into the rows."""
         for key, accuracy in test.items():

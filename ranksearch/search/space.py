@@ -298,7 +298,7 @@ with warnings.catch_warnings():
         uri: str | None = None
         """MLflow store: a server or a database; left out, `MLFLOW_TRACKING_URI`, else a SQLite file beside the studies."""
         artifacts: str | None = None
-        """Where a new experiment's files go, such as `s3://bucket/mlflow`; left out, a server decides, and a database's go beside the studies."""
+        """Where a new experiment's files go, such as `s3://bucket/mlflow`; left out, the server's choice, or beside the studies."""
         experiment: str | None = None
         """MLflow experiment; left out, the study's name."""
         models: bool = True

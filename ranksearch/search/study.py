@@ -387,9 +387,8 @@ class Study:
         return importances(self._study, self.trials, self._objectives)
 
     def progress(self) -> dict[str, float]:
-        """How far the study is, in numbers: finished trials, hypervolume, best accuracy in percent."""
-        best = {} if self.leader is None else {"best_val_accuracy": self.leader["val_accuracy"]}
-        return {"finished_trials": self.finished, "hypervolume": self.hypervolume, **best}
+        """How far the study is, in numbers."""
+        return self._ledger.progress()
 
     @property
     def leader(self) -> Row | None:

@@ -10,34 +10,46 @@ from pathlib import Path
 from ranksearch.search.front import Row
 from ranksearch.search.study import Study
 from ranksearch.tracking.mirror import MIRROR_ERRORS, Mirror
-from ranksearch.tracking.store import store_uri
+from ranksearch.tracking.store import is_server, store_uri
+from ranksearch.tracking.view import View
 
 PAUSE_SECONDS = 60.0
 """A store that failed is left alone for so long; what was not logged meanwhile is logged at the end."""
+REFRESH_SECONDS = 60.0
+"""While the study runs, a front that changed is shown on its run at most so often: drawing takes a second or two."""
 
 
 class BackgroundMirror:
-    """Calls a `Mirror` in turn, beside the study. Made before the first trial: the store's schema is created then."""
+    """Calls a `Mirror` in turn, beside the study. Made before the first trial: a database's schema is created then."""
 
     def __init__(self, study: Study, runs: Path, log: Callable[[str], None]) -> None:
         self._study, self._runs, self._log = study, runs, log
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._mirror: Mirror | None = None
         self._paused_until = 0.0
+        self._shown: set[int] = set()
+        self._shown_at = time.monotonic()
         self.failed: str | None = None
         """What the store's last failure said; None where it has not failed since."""
+        self._view = View.of(study)
         opened = self._worker.submit(self._guarded, lambda mirror: None)
-        if store_uri(runs, study.space.tracking.uri).startswith("sqlite:"):
+        if not is_server(store_uri(runs, study.space.tracking.uri)):
             opened.result()  # the store's schema is made before the trials need the cores; a server is not waited for
 
     def log_trial(self, row: Row) -> None:
-        """Queues a trial; returns at once."""
-        progress = self._study.progress()
-        self._worker.submit(self._guarded, lambda mirror: mirror.log_trial(row, progress))
+        """Queues a trial; returns at once. What changes while the study goes on is looked at here, not in the thread."""
+        progress, on_front = self._study.progress(), {found["trial"] for found in self._study.front}
+        self._worker.submit(self._guarded, lambda mirror: mirror.log_trial(row, progress, on_front))
+        if on_front != self._shown and time.monotonic() > self._shown_at + REFRESH_SECONDS:
+            self._shown, self._shown_at, view = on_front, time.monotonic(), View.of(self._study)
+            self._worker.submit(self._guarded, lambda mirror: mirror.show(view, {}, complete=False))
 
     def finish(self, *, complete: bool) -> None:
-        """Waits for what is queued, logs what was missed, and the front."""
-        self._worker.submit(self._guarded, lambda mirror: mirror.finish(complete=complete), at_once=True).result()
+        """Waits for what is queued, logs what was missed, the front, and its nets where the study is complete."""
+        view, importances = View.of(self._study), self._study.importances()
+        self._worker.submit(
+            self._guarded, lambda mirror: mirror.finish(view, importances, self._log, complete=complete), at_once=True
+        ).result()
         self._worker.shutdown()
 
     def _guarded(self, action: Callable[[Mirror], None], *, at_once: bool = False) -> None:
@@ -45,7 +57,7 @@ class BackgroundMirror:
             return
         try:
             if self._mirror is None:
-                self._mirror = Mirror(self._study, self._runs)
+                self._mirror = Mirror(self._view, self._runs)
             action(self._mirror)
             self.failed = None
         except MIRROR_ERRORS as error:

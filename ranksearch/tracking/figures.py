@@ -1,99 +1,243 @@
-"""Figures of a front: the same picture as PNG (matplotlib) and as interactive HTML (plotly).
-
-Colours are Okabe & Ito's, which colour-blind readers tell apart; front and other trials differ in shape as well.
-"""
+"""The figures of a study, as charts: what there is to see of it, whatever draws it."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ranksearch.compress import RankPlan
-from ranksearch.search.front import describe_budgets
+from ranksearch.lowering.contract import sides
+from ranksearch.search.front import Row, describe_budgets
+from ranksearch.tracking.chart import (
+    BLACK,
+    BLUE,
+    GREY,
+    ORANGE,
+    PALETTE,
+    Bars,
+    Chart,
+    HeatMap,
+    Limit,
+    Plot,
+    Series,
+)
+from ranksearch.tracking.view import COST_NAMES, View, cost_percent
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]
 
-BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#999999", "#000000"
+SHORT = {"im2col": "i", "channel": "c", "spatial": "s", "tucker2": "t", "cp": "cp", "svd": "v", "dense": ""}
+"""Lowerings in a cell of a heat-map."""
+SHOWN_IMPORTANCES = 15
+ROOM_BELOW = 0.5
+"""Of a front's height, that a figure goes down below it: one failed net must not flatten the front."""
 
 
-def _hover(row: Record) -> str:
+def study_charts(view: View, importances: Mapping[str, Mapping[str, float]]) -> dict[str, Chart]:
+    """Name -> chart of a study, as far as its trials give any."""
+    charts: dict[str, Chart] = {}
+    for cost in view.costs if view.complete else []:
+        charts["front" if cost == view.costs[0] else f"front_{cost}"] = front_chart(view, cost)
+    if view.complete:
+        charts |= dict(progress_charts(view))
+    if view.front["trials"] and view.info.get("layers"):
+        charts["kept_rank"], charts["lowerings"] = kept_rank_chart(view), lowering_chart(view)
+    if importances:
+        charts["importances"] = importance_chart(view, importances)
+    return charts
+
+
+# The front ---------------------------------------------------------------------------------------------------------
+
+
+def front_chart(view: View, cost: str) -> Plot:
+    """Validation accuracy against a cost: front, other trials faint, dense net, budget."""
+    rows = [row for row in view.complete if cost_percent(row, cost) is not None]
+    front = sorted((r for r in rows if r["trial"] in view.on_front), key=lambda r: cost_percent(r, cost) or 0.0)
+    others = [row for row in rows if row["trial"] not in view.on_front]
+    several = len(view.costs) > 1  # the nondominated of three objectives are no stairs in two of them
+    series = [
+        _points(view, cost, others, "other trials", GREY, "circle", faint=True),
+        _points(
+            view, cost, front, "front", BLUE, "diamond", line="" if several else "steps", labels=[f"t{r['trial']}" for r in front]
+        ),
+        Series("dense net", [100.0], [view.dense["val_accuracy"]], BLACK, "star", hover=[_dense_hover(view)]),
+    ]  # fmt: skip
+    tested = [row for row in front if row["test_accuracy"] is not None]
+    if tested:
+        x = [cost_percent(row, cost) or 0.0 for row in tested]
+        hover = [_hover(view, row) for row in tested]
+        series.insert(
+            2, Series("front, test set", x, [r["test_accuracy"] for r in tested], ORANGE, "cross", hover=hover)
+        )
+    limit = view.budget_ratio(cost)
+    name = COST_NAMES[cost]
+    return Plot(
+        f"{view.name}: front of {len(view.trials)} trials", f"{name} (% of dense)", "accuracy (%), validation unless said",
+        [s for s in series if len(s.x)], limits=[] if limit is None else [Limit(100 * limit, f"budget {describe_budgets(view.front)}")],
+        y_range=_range_around(series[1:], series[0]),
+    )  # fmt: skip
+
+
+def _points(
+    view: View, cost: str, rows: Sequence[Row], name: str, colour: str, marker: str, *, line: str = "", labels: Sequence[str] = (),
+    faint: bool = False,
+) -> Series:  # fmt: skip
+    x, y = [cost_percent(row, cost) or 0.0 for row in rows], [row["val_accuracy"] for row in rows]
+    return Series(name, x, y, colour, marker, line, [_hover(view, row) for row in rows], labels, faint)
+
+
+def _range_around(main: Sequence[Series], rest: Series) -> tuple[float, float] | None:
+    """Where trials lie far below the front: the range that shows the front well; else None, which shows everything."""
+    values = [y for series in main for y in series.y]
+    low, high = min(values), max(values)
+    bottom = low - ROOM_BELOW * max(high - low, 1.0)
+    if not rest.y or min(rest.y) >= bottom:
+        return None
+    return bottom, high + 0.08 * (high - bottom)
+
+
+def _hover(view: View, row: Row) -> str:
     """What the pointer shows over a trial."""
     test = f"<br>test {row['test_accuracy']:.2f} %" if row["test_accuracy"] is not None else ""
+    ratios = [
+        f"{COST_NAMES[c]} {found:.1f} %" for c in ("macs", "params", "latency") if (found := cost_percent(row, c))
+    ]
     mix = RankPlan.from_dict(row["plan"]).summary()
-    return f"trial {row['trial']} ({row['allocator']})<br>validation {row['val_accuracy']:.2f} %{test}<br>{mix}"
+    head = f"trial {row['trial']} ({row['allocator']})<br>validation {row['val_accuracy']:.2f} %{test}"
+    return f"{head}<br>{', '.join(ratios)}<br>{mix}"
 
 
-def _split(front: Record, trials: list[Record]) -> tuple[list[Record], list[Record]]:
-    """(the front by rising cost, the other complete trials)"""
-    on_front = {row["trial"] for row in front["trials"]}
-    others = [r for r in trials if r["status"] == "complete" and r["trial"] not in on_front]
-    return sorted(front["trials"], key=lambda r: r["macs_ratio"]), others
-
-
-def _mac_limit(front: Record) -> float | None:
-    """The budget on MACs as a percentage of dense, where there is a relative one."""
-    for cost in ("flops", "macs"):
-        text = str(front["budgets"].get(cost, ""))
-        if text.endswith("%"):
-            return float(text[:-1])
-    return None
-
-
-def front_png(front: Record, trials: list[Record], path: Path) -> None:
-    """Validation accuracy (%) against MACs (% of dense): front, other trials faint, dense net, budget."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    ordered, others = _split(front, trials)
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150, layout="constrained")
-    axes.scatter(
-        [100 * r["macs_ratio"] for r in others], [r["val_accuracy"] for r in others],
-        color=GREY, alpha=0.6, marker="o", s=28, label="other trials",
-    )  # fmt: skip
-    axes.plot(
-        [100 * r["macs_ratio"] for r in ordered], [r["val_accuracy"] for r in ordered],
-        color=BLUE, marker="D", drawstyle="steps-post", label="front",
-    )  # fmt: skip
-    axes.scatter([100], [front["dense"]["val_accuracy"]], color=BLACK, marker="*", s=120, label="dense net", zorder=3)
-    limit = _mac_limit(front)
-    if limit is not None:
-        axes.axvline(limit, color=ORANGE, linestyle="--", label=f"budget {describe_budgets(front)}")
-    axes.set(
-        xlabel="MACs (% of dense)",
-        ylabel="validation accuracy (%)",
-        title=f"{front['study']}: front of {len(trials)} trials",
+def _dense_hover(view: View) -> str:
+    test = view.dense["test_accuracy"]
+    return f"dense net<br>validation {view.dense['val_accuracy']:.2f} %" + (
+        f"<br>test {test:.2f} %" if test is not None else ""
     )
-    axes.grid(alpha=0.25)
-    axes.legend()
-    figure.savefig(path)
-    plt.close(figure)
 
 
-def front_html(front: Record, trials: list[Record], path: Path) -> None:
-    """The same picture with the plan's summary under the pointer; self-contained, about 5 MB with its script."""
-    import plotly.graph_objects as go
+# Progress ----------------------------------------------------------------------------------------------------------
 
-    ordered, others = _split(front, trials)
-    figure = go.Figure()
-    for rows, name, mode, marker in (
-        (others, "other trials", "markers", {"color": GREY, "symbol": "circle", "opacity": 0.6}),
-        (ordered, "front", "lines+markers", {"color": BLUE, "symbol": "diamond", "size": 10}),
-    ):
-        figure.add_scatter(
-            x=[100 * r["macs_ratio"] for r in rows], y=[r["val_accuracy"] for r in rows], mode=mode, name=name,
-            marker=marker, line={"shape": "hv", "color": BLUE}, hovertext=[_hover(r) for r in rows], hoverinfo="text+x+y",
+
+def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
+    """Hypervolume, and the best accuracy within the budgets, over finished trials."""
+    entries = list(enumerate(view.progress(), start=1))
+    if len(view.objectives) > 1:
+        axes = ", ".join("accuracy" if name == "accuracy" else COST_NAMES[name] for name in view.objectives)
+        worth = [found["hypervolume"] for _, (_, found) in entries]
+        yield (
+            "hypervolume",
+            Plot(
+                f"{view.name}: hypervolume of the front", "finished trials", f"hypervolume in ({axes}), as shares",
+                [Series("hypervolume", [n for n, _ in entries], worth, BLUE, "circle", "steps")],
+            ),
         )  # fmt: skip
-    figure.add_scatter(
-        x=[100], y=[front["dense"]["val_accuracy"]], mode="markers", name="dense net",
-        marker={"color": BLACK, "symbol": "star", "size": 14},
+    own = [(n, row) for n, (row, _) in entries if row["status"] == "complete"]
+    each = Series(
+        "each trial", [n for n, _ in own], [row["val_accuracy"] for _, row in own], GREY, "circle", faint=True,
+        hover=[_hover(view, row) for _, row in own],
     )  # fmt: skip
-    limit = _mac_limit(front)
-    if limit is not None:
-        figure.add_vline(x=limit, line_dash="dash", line_color=ORANGE, annotation_text="budget")
-    figure.update_layout(
-        title=f"{front['study']}: front of {len(trials)} trials", template="plotly_white",
-        xaxis_title="MACs (% of dense)", yaxis_title="validation accuracy (%)",
+    best = [(n, found["best_within_budget"]) for n, (_, found) in entries if "best_within_budget" in found]
+    dense = view.dense["val_accuracy"]
+    series = [
+        each,
+        Series("best so far", [n for n, _ in best], [value for _, value in best], BLUE, "", "steps"),
+        Series("dense net", [1, len(entries)], [dense, dense], BLACK, "", "dotted"),
+    ]
+    yield (
+        "best_accuracy",
+        Plot(
+            f"{view.name}: best within {describe_budgets(view.front)}", "finished trials", "validation accuracy (%)", series,
+            y_range=_range_around(series[1:], each),
+        ),
     )  # fmt: skip
-    figure.write_html(path, include_plotlyjs=True)
+
+
+# Layers along the front --------------------------------------------------------------------------------------------
+
+
+def _columns(view: View, rows: Sequence[Row]) -> list[str]:
+    return [f"t{row['trial']}\n{cost_percent(row, view.costs[0]):.0f}" for row in rows]
+
+
+def _along_the_front(view: View) -> str:
+    return f"nets of the front: trial, {COST_NAMES[view.costs[0]]} (% of dense)"
+
+
+def kept_rank_chart(view: View) -> HeatMap:
+    """Kept rank per layer along the front."""
+    rows = view.front_rows
+    return kept_rank_map(
+        f"{view.name}: rank kept along the front (empty: dense)", _along_the_front(view), view.info["layers"],
+        _columns(view, rows), [row["plan"] for row in rows],
+    )  # fmt: skip
+
+
+def kept_rank_map(
+    title: str, x: str, layers: Sequence[Record], columns: Sequence[str], plans: Sequence[Record]
+) -> HeatMap:
+    """A cell per layer and plan: its rank as a share of the lowering's largest useful one; 1 is dense."""
+    cells = [[_cell(layer, plan) for plan in plans] for layer in layers]
+    used = {lowering for row in cells for _, _, lowering in row}
+    legend = ", ".join(f"{short} {name}" for name, short in SHORT.items() if short not in ("", name) and name in used)
+    names = [layer["name"] for layer in layers]
+    return HeatMap(
+        title, f"{x}   ({legend})" if legend else x, names, list(columns),
+        values=[[share for share, _, _ in row] for row in cells],
+        texts=[[text for _, text, _ in row] for row in cells],
+        hover=[
+            [f"{name}, {_first(at)}: {lowering} {text.split(' ')[-1]}" for at, (_, text, lowering) in zip(columns, row, strict=True)]
+            for name, row in zip(names, cells, strict=True)
+        ],
+        scale="share of the lowering's largest useful rank",
+    )  # fmt: skip
+
+
+def _first(column: str) -> str:
+    return column.splitlines()[0]
+
+
+def _cell(layer: Record, plan: Record) -> tuple[float, str, str]:
+    """(share kept, its text, the lowering)"""
+    choice = plan["layers"].get(layer["name"], {"lowering": "dense"})
+    lowering = choice["lowering"]
+    if lowering == "dense" or lowering not in layer["largest_rank"]:
+        return 1.0, "" if lowering == "dense" else lowering, lowering
+    rank, largest = _sides(choice["rank"]), _sides(layer["largest_rank"][lowering])
+    share = sum(r / most for r, most in zip(rank, largest, strict=True)) / len(rank)
+    return min(1.0, share), f"{SHORT.get(lowering, lowering)} {'·'.join(map(str, rank))}", lowering
+
+
+def _sides(rank: Any) -> Sequence[int]:
+    return rank if isinstance(rank, list) else sides(rank)
+
+
+def lowering_chart(view: View) -> HeatMap:
+    """The lowering that each layer takes, along the front."""
+    rows, layers = view.front_rows, [layer["name"] for layer in view.info["layers"]]
+    chosen = [[row["plan"]["layers"].get(n, {"lowering": "dense"})["lowering"] for row in rows] for n in layers]
+    used = sorted({lowering for row in chosen for lowering in row} - {"dense"})
+    colours = {"dense": "#E5E5E5"} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(used)}
+    columns = _columns(view, rows)
+    return HeatMap(
+        f"{view.name}: lowering chosen per layer along the front", _along_the_front(view), layers, columns, chosen,
+        texts=[[SHORT.get(lowering, lowering) for lowering in row] for row in chosen],
+        hover=[
+            [f"{name}, {_first(column)}: {lowering}" for column, lowering in zip(columns, row, strict=True)]
+            for name, row in zip(layers, chosen, strict=True)
+        ],
+        scale="lowering", colours=colours,
+    )  # fmt: skip
+
+
+def importance_chart(view: View, importances: Mapping[str, Mapping[str, float]]) -> Bars:
+    """Which searched parameters distinguish the best quarter of the trials."""
+    names = sorted({n for shares in importances.values() for n in shares}, key=lambda n: -_largest(importances, n))
+    shown = names[:SHOWN_IMPORTANCES]
+    groups = {target: [shares.get(name, 0.0) for name in shown] for target, shares in importances.items()}
+    return Bars(
+        f"{view.name}: importance of what is searched", f"share (PED-ANOVA, best quarter of {len(view.complete)} trials)",
+        shown, groups,
+    )  # fmt: skip
+
+
+def _largest(importances: Mapping[str, Mapping[str, float]], name: str) -> float:
+    return max(shares.get(name, 0.0) for shares in importances.values())

@@ -1,252 +1,294 @@
 """The study in MLflow: a parent run per study, a child run per trial, written by the driver alone and in batches.
 
-Results are on disk first; this is their mirror. Run ids are kept in the study's folder, so that a resumed study goes on in the
-same runs. Workers never touch the store.
+Results are on disk first; this is their mirror, made so that writing it again changes nothing: runs are found by the study's and
+the trials' tags, metrics bear the time at which their trial ended. Workers never touch the store. What runs hold is in `runs.py`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy.exc
 
-from ranksearch.compress import RankPlan
+from ranksearch.compress.export import load_net
+from ranksearch.errors import StudyError
 from ranksearch.files import write_atomically
-from ranksearch.search.front import Row, describe_budgets
-from ranksearch.search.recipe import flattened
-from ranksearch.search.study import Study
-from ranksearch.tracking.figures import front_html, front_png
-from ranksearch.tracking.store import artifact_root, quiet_mlflow, store_uri
+from ranksearch.search.front import Row
+from ranksearch.search.study_folder import GIVEN, SPACE, trial_folder
+from ranksearch.tasks import build_reference, task_kind
+from ranksearch.tracking.draw_html import save_html
+from ranksearch.tracking.draw_png import save_png
+from ranksearch.tracking.figures import study_charts
+from ranksearch.tracking.note import front_csv, front_table, note
+from ranksearch.tracking.report import report_html
+from ranksearch.tracking.runs import (
+    ENDED,
+    KIND_TAG,
+    MODEL_TAG,
+    PARENT_TAG,
+    STUDY_TAG,
+    TRIAL_TAG,
+    Step,
+    dense_metrics,
+    run_name,
+    study_params,
+    study_tags,
+    trial_file,
+    trial_metrics,
+    trial_params,
+    trial_tags,
+)
+from ranksearch.tracking.store import NOTED, artifact_root, quiet_mlflow, store_uri
+from ranksearch.tracking.trial_figures import trial_charts
+from ranksearch.tracking.view import View, shown_costs
 
 quiet_mlflow()
 from mlflow import MlflowClient, MlflowException  # noqa: E402  (its settings are read at import)
-from mlflow.entities import Metric, Param  # noqa: E402
+from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
 
 MIRROR_ERRORS = (MlflowException, OSError, sqlalchemy.exc.SQLAlchemyError)
 """What a store that is away, full or refusing raises."""
-
-RUN_IDS = "mlflow.json"
-PARENT_TAG, STUDY_TAG, TRIAL_TAG = "mlflow.parentRunId", "ranksearch.study", "ranksearch.trial"
-ENDED = {"complete": "FINISHED", "stopped": "KILLED"}
-"""Status of a trial -> MLflow's; others FAILED."""
-COLUMNS = (
-    "trial", "val_accuracy", "test_accuracy", "macs", "macs_ratio", "params", "params_ratio", "size_bytes", "latency_ms",
-    "allocator", "epochs", "seed",
-)  # fmt: skip
-
-
-def front_csv(front: dict[str, Any]) -> str:
-    """The front as CSV, one line per net."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(front["trials"])
-    return buffer.getvalue()
-
-
-def _metrics(row: Row) -> dict[str, float]:
-    names: tuple[str, ...] = ("test_accuracy", "macs", "params", "size_bytes", "latency_ms")
-    if row["status"] == "complete":  # what a diverged trial had before stands under its phases alone
-        names += ("val_accuracy", "val_loss")
-    names += ("macs_ratio", "params_ratio", "size_ratio", "epochs", "images_per_second", "projection_share", "seconds")
-    return {name: float(row[name]) for name in names if row[name] is not None}
-
-
-def _phase(entry: dict[str, Any]) -> tuple[int, dict[str, float]]:
-    """(step, metrics) after a phase, such as `decomposed_val_accuracy`."""
-    found = {k: v for k, v in entry.items() if k not in ("phase", "step", "rung", "epochs", "seconds")}
-    return entry["step"], {f"{entry['phase']}_{k}": v for k, v in found.items()}
-
-
-def _projection(record: dict[str, Any]) -> tuple[int, dict[str, float]]:
-    """(step, metrics) of a recorded projection: `removed_energy/layer1.0.conv1`, the loss before and after."""
-    removed = {f"removed_energy/{layer}": share for layer, share in record["removed_energy"].items()}
-    losses = {f"projection/{name}": record[name] for name in ("loss_before", "loss_after") if record[name] is not None}
-    return record["step"], losses | removed
-
-
-def _params(row: Row) -> dict[str, str]:
-    """Trial, allocator, seed, recipe, and lowering and rank per layer: `plan/layer2.0.conv1` = `spatial:12`."""
-    layers = (row["plan"] or {}).get("layers", {})
-    plan = {f"plan/{name}": f"{layer['lowering']}:{layer.get('rank', 'full')}" for name, layer in layers.items()}
-    recipe = {name: str(value) for name, value in flattened(row["recipe"] or {})}
-    known = {name: str(row[name]) for name in ("trial", "allocator", "seed")}
-    return {**known, **recipe, **plan}
-
-
-def run_name(row: Row) -> str:
-    """A child run's readable name, such as `t017 macs 48% acc 91.2`."""
-    if row["status"] != "complete":
-        return f"t{row['trial']:03d} {row['status']}"
-    return f"t{row['trial']:03d} macs {100 * row['macs_ratio']:.0f}% acc {row['val_accuracy']:.1f}"
+ENTITIES, PARAMS = 1000, 100
+"""How much a store takes at once."""
 
 
 class Mirror:
-    """Writes a study's rows to MLflow. Make it before the first trial: the store's schema is created then."""
+    """Writes a study's trials to MLflow. Make it before the first trial: a database's schema is created then."""
 
-    def __init__(self, study: Study, runs: Path) -> None:
-        self.study = study
-        self.uri = store_uri(runs, study.space.tracking.uri)
+    def __init__(self, view: View, runs: Path) -> None:
+        self._folder, self._space, self._info = view.folder, view.space, view.info
+        self.uri = store_uri(runs, view.space.tracking.uri)
         self.client = MlflowClient(tracking_uri=self.uri)
-        self._ids_file = study.folder / RUN_IDS
-        known = json.loads(self._ids_file.read_text()) if self._ids_file.is_file() else {"ids": {}, "logged": []}
-        self._ids: dict[str, str] = known["ids"]
-        self._logged: set[str] = set(known["logged"])
-        if "parent" in self._ids:
-            self.client.update_run(self.parent_id, status="RUNNING")
-            self._adopt()
-        else:
-            self._start(runs)
+        self.experiment_id, self.parent_id = self._find() or self._make(
+            view, artifact_root(runs, self.uri, view.space.tracking.artifacts)
+        )
+        self.client.update_run(self.parent_id, status="RUNNING")
+        self._runs: dict[int, Run] = {}
+        """Trial -> its run, as it was when it was made or found."""
+        self._logged: set[int] = set()
+        """Trials whose runs hold everything."""
+        self._on_front: set[int] = set()
+        self._adopt()
+        write_atomically(view.folder / NOTED, json.dumps(self._note()))
 
-    @property
-    def experiment_id(self) -> str:
-        return self._ids["experiment"]
+    # Finding and making runs -------------------------------------------------------------------------------------
 
-    @property
-    def parent_id(self) -> str:
-        return self._ids["parent"]
+    def _note(self) -> dict[str, str]:
+        return {"uri": self.uri, "experiment": self.experiment_id, "parent": self.parent_id}
+
+    def _find(self) -> tuple[str, str] | None:
+        """(experiment, run) of the study in this store: where they were, else by the study's tag."""
+        noted = self._folder / NOTED
+        known = json.loads(noted.read_text()) if noted.is_file() else {}
+        tag = study_tags(self._info, self._space)[STUDY_TAG]
+        if known.get("uri") == self.uri:
+            try:
+                run = self.client.get_run(known["parent"])
+                if run.info.lifecycle_stage == "active" and run.data.tags.get(STUDY_TAG) == tag:
+                    return run.info.experiment_id, run.info.run_id
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        experiment = self._experiment()
+        if experiment is None:
+            return None
+        made = self.client.search_runs([experiment], f"tags.`{STUDY_TAG}` = '{tag}'", max_results=1)
+        return (experiment, made[0].info.run_id) if made else None
+
+    def _experiment(self) -> str | None:
+        name = self._space.tracking.experiment or self._space.name
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is not None and experiment.lifecycle_stage != "active":
+            raise MlflowException(f"experiment {name!r} was deleted: restore it, or set tracking.experiment")
+        return experiment.experiment_id if experiment is not None else None
+
+    def _make(self, view: View, artifacts: str | None) -> tuple[str, str]:
+        name, experiment = self._space.tracking.experiment or self._space.name, self._experiment()
+        if experiment is None:
+            experiment = self.client.create_experiment(name, artifact_location=artifacts)
+            # the UI's pages for model training, not GenAI's
+            self.client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")
+        tags = study_tags(self._info, self._space)
+        run = self.client.create_run(experiment, run_name=self._space.name, tags=tags).info.run_id
+        self._batch(run, params=study_params(self._space), metrics=[(0, dense_metrics(view))], at=time.time())
+        for file in (SPACE, GIVEN):
+            if (self._folder / file).is_file():
+                self.client.log_artifact(run, str(self._folder / file))
+        return experiment, run
 
     def _adopt(self) -> None:
-        """Takes up runs of trials that a killed driver had made and not noted: none is made twice."""
+        """Takes up the runs of trials that are there: none is made twice, whatever became of the driver that made it."""
         token = None
         while True:
             found = self.client.search_runs(
                 [self.experiment_id], f"tags.`{PARENT_TAG}` = '{self.parent_id}'", max_results=1000, page_token=token
             )
             for run in found:
-                self._ids.setdefault(f"trial {run.data.tags.get(TRIAL_TAG)}", run.info.run_id)
+                if (number := run.data.tags.get(TRIAL_TAG)) is not None:
+                    self._runs[int(number)] = run
+                    if run.info.status != "RUNNING":
+                        self._logged.add(int(number))
+                    if run.data.tags.get("on_front") == "true":
+                        self._on_front.add(int(number))
             token = found.token
             if not token:
                 return
 
-    def _start(self, runs: Path) -> None:
-        name = self.study.space.tracking.experiment or self.study.space.name
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is None:
-            experiment_id = self.client.create_experiment(name, artifact_location=artifact_root(runs, self.uri))
-            # the UI's pages for model training, not GenAI's
-            self.client.set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
-        else:
-            experiment_id = experiment.experiment_id
-        space, info = self.study.space, self.study.info
-        tags = {
-            "ranksearch.kind": "study",
-            STUDY_TAG: info.get("id", space.name),
-            "sampler": space.search.sampler,
-            "device": str(info["provenance"]["device"]),
-        }
-        if (revision := info["provenance"]["git_revision"]) is not None:
-            tags["git_revision"] = revision
-        made = self.client.search_runs([experiment_id], f"tags.`{STUDY_TAG}` = '{tags[STUDY_TAG]}'", max_results=1)
-        parent = made[0] if made else self.client.create_run(experiment_id, run_name=space.name, tags=tags)
-        self._remember(experiment=experiment_id, parent=parent.info.run_id)
-        params = {
-            "task": space.task, "model": space.model, "trials": space.search.trials, "seed": space.search.seed,
-            "objectives": ",".join(space.search.objectives),
-            "budgets": ", ".join(map(str, space.parsed_budgets())) or "none",
-        }  # fmt: skip
-        dense = {f"dense_{k}": v for k, v in info["dense"].items() if v is not None}
-        self._batch(self.parent_id, {k: str(v) for k, v in params.items()}, [(0, dense)])
-        self.client.log_artifact(self.parent_id, str(self.study.folder / "space.yaml"))
+    # Writing -----------------------------------------------------------------------------------------------------
 
-    def _remember(self, **ids: str) -> None:
-        self._ids |= ids
-        write_atomically(self._ids_file, json.dumps({"ids": self._ids, "logged": sorted(self._logged)}))
+    def _batch(
+        self, run_id: str, *, at: float, params: Mapping[str, str] | None = None, metrics: Iterable[Step] = (),
+        tags: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """Logs parameters, tags, and metrics of several steps, in as few calls as the store takes; `at` is their time in seconds."""
+        names = [Param(k, v) for k, v in (params or {}).items()]
+        for start in range(PARAMS, len(names), PARAMS):
+            self.client.log_batch(run_id, params=names[start : start + PARAMS])
+        marks = [RunTag(k, v) for k, v in (tags or {}).items()]
+        values = [Metric(k, float(v), int(at * 1000), step) for step, found in metrics for k, v in found.items()]
+        room = ENTITIES - len(names[:PARAMS]) - len(marks)
+        self.client.log_batch(run_id, metrics=values[:room], params=names[:PARAMS], tags=marks)
+        for start in range(room, len(values), ENTITIES):
+            self.client.log_batch(run_id, metrics=values[start : start + ENTITIES])
 
-    def _batch(self, run_id: str, params: dict[str, str], steps: Iterable[tuple[int, dict[str, float]]]) -> None:
-        """Logs parameters, and metrics of several steps at once."""
-        now = int(time.time() * 1000)
-        # the store takes at most 100 parameters, and 1000 entries, at once
-        entries = [Param(k, v) for k, v in params.items()]
-        for start in range(0, len(entries), 100):
-            self.client.log_batch(run_id, params=entries[start : start + 100])
-        metrics = [Metric(k, float(v), now, step) for step, found in steps for k, v in found.items()]
-        for start in range(0, len(metrics), 1000):
-            self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
-
-    def log_trial(self, row: Row, progress: dict[str, float]) -> None:
-        """A child run with the trial's parameters, its metrics after every phase, its final costs and its plan; the study's `progress`.
+    def log_trial(self, row: Row, progress: Mapping[str, float], on_front: set[int]) -> None:
+        """A child run with all that is known of a trial, how far the study is after it, and who is on the front now.
 
         A trial that is logged already is left alone; one whose logging broke off goes on in the same run.
         """
-        key = f"trial {row['trial']}"
-        if key in self._logged:
-            return
-        tags = {
-            PARENT_TAG: self.parent_id,
-            "ranksearch.kind": "trial",
-            TRIAL_TAG: str(row["trial"]),
-            "status": row["status"],
-            "on_front": "false",
-            "lowerings": RankPlan.from_dict(row["plan"]).summary() if row["plan"] else "",
-        }
-        if row["reason"]:
-            tags["reason"] = row["reason"][:4000]
-        if key not in self._ids:
-            run = self.client.create_run(self.experiment_id, run_name=run_name(row), tags=tags).info.run_id
-            self._remember(**{key: run})
-        run = self._ids[key]
-        steps = [*map(_phase, row["history"]), *map(_projection, row["projections"]), (0, _metrics(row))]
-        self._batch(run, _params(row), steps)
+        if row["trial"] not in self._logged:
+            self._log_row(row, on_front=row["trial"] in on_front)
+            self._batch(
+                self.parent_id, metrics=[(int(progress["finished_trials"]), dict(progress))], at=row["ended"] or 0.0
+            )
+        self._mark_front(on_front)
+
+    def _log_row(self, row: Row, *, on_front: bool) -> None:
+        number, cost, ended = row["trial"], shown_costs(self._space)[0], row["ended"] or time.time()
+        if number not in self._runs:
+            tags = trial_tags(row, self._info, self._space, on_front=on_front) | {PARENT_TAG: self.parent_id}
+            started = int(1000 * (ended - (row["seconds"] or 0.0)))
+            self._runs[number] = self.client.create_run(self.experiment_id, started, tags, run_name(row, cost))
+            self._on_front |= {number} if on_front else set()
+        run = self._runs[number].info.run_id
+        self._batch(run, params=trial_params(row), metrics=trial_metrics(row), at=ended)
         if row["plan"] is not None:
             self.client.log_dict(run, row["plan"], "plan.json")
-        self.client.set_terminated(run, ENDED.get(row["status"], "FAILED"))
-        self._logged.add(key)
-        self._remember()
-        self._batch(self.parent_id, {}, [(int(progress["finished_trials"]), progress)])
+        self.client.log_dict(run, trial_file(row), "trial.json")
+        self.client.set_terminated(run, ENDED.get(row["status"], "FAILED"), end_time=int(1000 * ended))
+        self._logged.add(number)
 
-    def finish(self, *, complete: bool) -> None:
-        """The front on the parent: JSON, CSV, a table, figures, a note; `on_front` and test accuracies on the children."""
-        front, trials = self.study.front_record(), self.study.trials
-        on_front = {row["trial"] for row in front["trials"]}
-        for row in trials:
-            self.log_trial(row, self.study.progress())  # what a passing failure of the store kept out
-            child = self._ids[f"trial {row['trial']}"]
-            self.client.set_tag(child, "on_front", str(row["trial"] in on_front).lower())
-            if row["test_accuracy"] is not None:
-                self.client.log_metric(child, "test_accuracy", row["test_accuracy"])
+    def _mark_front(self, on_front: set[int]) -> None:
+        """The tag `on_front` of the trials that came to the front or left it."""
+        for number in sorted(self._on_front ^ on_front):
+            if number in self._runs:
+                self.client.set_tag(self._runs[number].info.run_id, "on_front", str(number in on_front).lower())
+                self._on_front ^= {number}
+
+    def show(self, view: View, importances: Mapping[str, Any], *, complete: bool) -> None:
+        """The front on the parent: JSON, CSV, a table, figures, a description."""
         parent = self.parent_id
-        if front["dense"]["test_accuracy"] is not None:
-            self.client.log_metric(parent, "dense_test_accuracy", front["dense"]["test_accuracy"])
-        self.client.log_dict(parent, front, "front.json")
-        self.client.log_text(parent, front_csv(front), "front.csv")
-        if front["trials"]:
-            table = {name: [row[name] for row in front["trials"]] for name in COLUMNS}
-            self.client.log_table(parent, table, "front_table.json")
-        with tempfile.TemporaryDirectory() as folder:
-            for draw, name in ((front_png, "front.png"), (front_html, "front.html")):
-                draw(front, trials, Path(folder) / name)
-                self.client.log_artifact(parent, str(Path(folder) / name))
-        self.client.set_tag(parent, "mlflow.note.content", note(front, self.study.finished))
-        self.client.set_terminated(parent, "FINISHED" if complete else "KILLED")
+        self.client.log_dict(parent, view.front, "front.json")
+        self.client.log_text(parent, front_csv(view.front), "front.csv")
+        self.client.log_dict(parent, front_table(view.front), "front_table.json")
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, chart in study_charts(view, importances).items():
+                save_png([chart], Path(scratch) / f"{name}.png")
+                save_html([chart], Path(scratch) / f"{name}.html", title=chart.title)
+            self.client.log_artifacts(parent, scratch, "figures")
+        registered = self._space.tracking.models and self._space.tracking.register
+        self._batch(
+            parent, at=time.time(),
+            tags={
+                "mlflow.note.content": note(view, complete=complete, registered=registered and complete),
+                "mlflow.loggedArtifacts": json.dumps([{"path": "front_table.json", "type": "table"}]),
+            },
+        )  # fmt: skip
+
+    def finish(self, view: View, importances: Mapping[str, Any], log: Callable[[str], None], *, complete: bool) -> None:
+        """What was missed, test accuracies, the front; where the study is complete, the report and the nets of the front too."""
+        for row in view.trials:
+            if row["trial"] not in self._logged:
+                self._log_row(row, on_front=row["trial"] in view.on_front)
+        self._mark_front(view.on_front)
+        self._catch_up(view)
+        for row in view.trials:
+            if row["test_accuracy"] is not None:
+                score = {"test_accuracy": row["test_accuracy"]}
+                self._batch(self._runs[row["trial"]].info.run_id, metrics=[(0, score)], at=row["ended"] or 0.0)
+        ended = max((row["ended"] or 0.0 for row in view.trials), default=time.time())
+        self._batch(self.parent_id, metrics=[(0, dense_metrics(view))], at=ended)
+        self.show(view, importances, complete=complete)
+        if complete:
+            self.client.log_text(self.parent_id, report_html(view, importances), "report.html")
+            self._log_front_nets(view, log)
+            self._register(view)
+        self.client.set_terminated(self.parent_id, "FINISHED" if complete else "KILLED")
+
+    def _catch_up(self, view: View) -> None:
+        """Progress after trials that were logged late."""
+        known = {metric.step for metric in self.client.get_metric_history(self.parent_id, "finished_trials")}
+        for row, progress in view.progress():
+            if (step := int(progress["finished_trials"])) not in known:
+                self._batch(self.parent_id, metrics=[(step, progress)], at=row["ended"] or 0.0)
+
+    # The nets of the front ---------------------------------------------------------------------------------------
+
+    def _log_front_nets(self, view: View, log: Callable[[str], None]) -> None:
+        """The training curve of every trial on the front, and its net as a model."""
+        rows = view.front_rows
+        for i, row in enumerate(rows):
+            run = self._runs[row["trial"]]
+            if charts := trial_charts(row):
+                with tempfile.TemporaryDirectory() as scratch:
+                    save_png(list(charts.values()), Path(scratch) / "training.png")
+                    self.client.log_artifacts(run.info.run_id, scratch, "figures")
+            if self._space.tracking.models and MODEL_TAG not in run.data.tags:
+                log(f"MLflow: model of trial {row['trial']} ({i + 1} of {len(rows)})")
+                self._log_net(view, row, run, log)
+
+    def _log_net(self, view: View, row: Row, run: Run, log: Callable[[str], None]) -> None:
+        from ranksearch.tracking.models import log_model
+
+        folder = trial_folder(view.folder, row["trial"])
+        tags = {STUDY_TAG: study_tags(self._info, self._space)[STUDY_TAG], TRIAL_TAG: str(row["trial"])}
+        self._forget_half_made(tags)
+        try:
+            model_id = log_model(
+                self.client, self.experiment_id, run.info.run_id, f"{view.name}-t{row['trial']:03d}", load_net(folder, build_reference),
+                folder, task_kind(self._space.task).input_shape, tags=tags | {KIND_TAG: "net"}, params=trial_params(row),
+                metrics=dict(_final(row)), at_ms=int(1000 * (row["ended"] or 0.0)),
+            )  # fmt: skip
+        except StudyError as error:
+            log(f"MLflow: {error} The trial's folder has the net; its run has no model.")
+            return
+        self.client.set_tag(run.info.run_id, MODEL_TAG, model_id)
+        run.data.tags[MODEL_TAG] = model_id
+
+    def _forget_half_made(self, tags: Mapping[str, str]) -> None:
+        """Deletes a model of this trial that a driver was killed over: its run does not name it."""
+        wanted = " AND ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        for model in self.client.search_logged_models([self.experiment_id], wanted):
+            self.client.delete_logged_model(model.model_id)
+
+    def _register(self, view: View) -> None:
+        best = view.champion
+        if not (self._space.tracking.register and self._space.tracking.models and best):
+            return
+        from ranksearch.tracking.models import register
+
+        run = self._runs[best["trial"]]
+        if MODEL_TAG in run.data.tags:
+            description = f"Trial {best['trial']} of {view.name}: {run_name(best, view.costs[0])}"
+            register(self.client, view.name, run.data.tags[MODEL_TAG], run.info.run_id, description=description)
 
 
-def note(front: dict[str, Any], finished: int) -> str:
-    """The parent's description, Markdown: what was searched, the dense baseline, the front."""
-    dense, budgets = front["dense"], describe_budgets(front)
-    test = f", test {dense['test_accuracy']:.2f} %" if dense["test_accuracy"] is not None else ""
-    lines = [
-        f"**{front['study']}**: {finished} trials, {budgets}, hypervolume {front['hypervolume']:.4f}.",
-        "",
-        f"Dense net: validation {dense['val_accuracy']:.2f} %{test}, {dense['macs']:,} MACs, {dense['params']:,} parameters.",
-        "",
-        "| trial | validation % | test % | MACs % | params % | allocator |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in front["trials"]:
-        score = f"{row['test_accuracy']:.2f}" if row["test_accuracy"] is not None else "–"
-        lines.append(
-            f"| {row['trial']} | {row['val_accuracy']:.2f} | {score} | {100 * row['macs_ratio']:.1f} "
-            f"| {100 * row['params_ratio']:.1f} | {row['allocator']} |"
-        )
-    folder = (
-        f'`trials/NNN/` in the study\'s folder holds each net: `ranksearch.load("runs/{front["study"]}/trials/NNN")`.'
-    )
-    return "\n".join([*lines, "", folder])
+def _final(row: Row) -> Iterable[tuple[str, float]]:
+    """A trial's final metrics."""
+    *_, (_, found) = trial_metrics(row)
+    return found.items()

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
+NOTED = "mlflow.json"
+"""In a study's folder: which store, experiment and run mirror it."""
 
 
 def quiet_mlflow() -> None:
@@ -14,6 +16,7 @@ def quiet_mlflow() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "GIT_PYTHON_REFRESH": "quiet",
         # a server that is away is told of within a minute, not after ten; what it missed is logged later
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
@@ -27,6 +30,11 @@ def store_uri(runs: Path, configured: str | None) -> str:
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs / DATABASE).absolute()}"
 
 
-def artifact_root(runs: Path, uri: str) -> str | None:
-    """Where a SQLite store's artifacts go; None leaves it to the server."""
-    return (runs / ARTIFACTS).absolute().as_uri() if uri.startswith("sqlite:") else None
+def is_server(uri: str) -> bool:
+    """Whether a store is one that answers over the network by itself; else it is a database."""
+    return uri.startswith(("http:", "https:", "databricks"))
+
+
+def artifact_root(runs: Path, uri: str, configured: str | None) -> str | None:
+    """Where a new experiment's files go: as configured, else beside the studies; None leaves it to the server."""
+    return configured or (None if is_server(uri) else (runs / ARTIFACTS).absolute().as_uri())

@@ -1,0 +1,87 @@
+"""Charts as values: what a figure shows, before anything draws it. `draw_png.py` and `draw_html.py` draw the same chart.
+
+Colours are Okabe & Ito's, which colour-blind readers tell apart; series differ in marker or line too, categories in their text.
+Shades are cividis, read alike by everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+BLACK, GREY = "#000000", "#999999"
+BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+PALETTE = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, "#8C6D00", "#F0E442")
+LABELLED = 25
+"""Points of a series up to which each is labelled."""
+ANNOTATED = 45
+"""Rows of a heat-map up to which every cell says what it is."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points (x, y) under one name; `hover` and `labels` are empty or one text per point."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    marker: str = ""
+    """circle, diamond, star, square, triangle, inverted, plus, cross, or none."""
+    line: str = ""
+    """straight, steps (a value holds until the next), dotted, or none."""
+    hover: Sequence[str] = ()
+    labels: Sequence[str] = ()
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A vertical line at `x`, such as a budget."""
+
+    x: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Series in a plane."""
+
+    title: str
+    x: str
+    y: str
+    series: Sequence[Series]
+    limits: Sequence[Limit] = ()
+    y_range: tuple[float, float] | None = None
+    log_y: bool = False
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Values[row][column] as shades between `low` and `high`, or as categories where `colours` names them; None stays empty."""
+
+    title: str
+    x: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float | str | None]]
+    texts: Sequence[Sequence[str]]
+    hover: Sequence[Sequence[str]]
+    scale: str = ""
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    colours: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars of several groups, name by name."""
+
+    title: str
+    x: str
+    names: Sequence[str]
+    groups: Mapping[str, Sequence[float]]
+
+
+Chart = Plot | HeatMap | Bars

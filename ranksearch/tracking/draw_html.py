@@ -1,0 +1,105 @@
+"""Charts as interactive HTML, by plotly. Pages are self-contained: the script, about 5 MB, is in each of them; nothing is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ranksearch.tracking.chart import BLACK, LABELLED, PALETTE, Bars, Chart, HeatMap, Plot, Series
+
+MARKERS = {
+    "circle": "circle", "diamond": "diamond", "star": "star", "square": "square", "triangle": "triangle-up",
+    "inverted": "triangle-down", "plus": "cross", "cross": "x",
+}  # fmt: skip
+LINES = {
+    "straight": {"dash": "solid"}, "steps": {"shape": "hv"}, "dotted": {"dash": "dot"}, "": {"width": 0},
+}  # fmt: skip
+
+
+def save_html(charts: Sequence[Chart], path: Path, *, title: str) -> None:
+    """Writes one page with the charts beneath each other."""
+    fragments = [fragment(chart, script=i == 0) for i, chart in enumerate(charts)]
+    page = (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title></head>\n'
+        f"<body>{''.join(fragments)}</body></html>\n"
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def fragment(chart: Chart, *, script: bool) -> str:
+    """A chart as a part of a page; the first of a page brings the script along."""
+    return _figure(chart).to_html(full_html=False, include_plotlyjs=script, config={"displaylogo": False})
+
+
+def _figure(chart: Chart) -> Any:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    {Plot: _plot, HeatMap: _heat_map, Bars: _bars}[type(chart)](figure, chart)  # type: ignore[operator]
+    figure.update_layout(title=chart.title, template="plotly_white", margin={"t": 60, "b": 60})
+    return figure
+
+
+def _plot(figure: Any, chart: Plot) -> None:
+    for series in chart.series:
+        _draw_series(figure, series)
+    for limit in chart.limits:
+        figure.add_vline(x=limit.x, line_dash="dash", line_color=BLACK, annotation_text=limit.label)
+    figure.update_xaxes(title_text=chart.x)
+    figure.update_yaxes(title_text=chart.y, type="log" if chart.log_y else None)
+    if chart.y_range is not None:
+        figure.update_yaxes(range=chart.y_range)
+    figure.update_layout(height=480)
+
+
+def _draw_series(figure: Any, series: Series) -> None:
+    labelled = bool(series.labels) and len(series.labels) <= LABELLED
+    shown = [("lines", series.line), ("markers", series.marker), ("text", labelled)]
+    figure.add_scatter(
+        x=list(series.x), y=list(series.y), name=series.name, mode="+".join(name for name, wanted in shown if wanted),
+        line={"color": series.colour, **LINES[series.line]}, opacity=0.5 if series.faint else 1.0,
+        marker={"symbol": MARKERS.get(series.marker), "color": series.colour, "size": 13 if series.marker == "star" else 9},
+        text=list(series.labels) if labelled else None, textposition="bottom right", textfont={"size": 10},
+        hovertext=list(series.hover) or None, hoverinfo="text+x+y" if series.hover else "x+y+name",
+    )  # fmt: skip
+
+
+def _heat_map(figure: Any, chart: HeatMap) -> None:
+    from math import log10
+
+    names, bar = list(chart.colours), {"title": {"text": chart.scale.replace(" of the ", "<br>of the ")}}
+    if names:
+        values = [[names.index(v) if v is not None else None for v in row] for row in chart.values]
+        low, high, n = -0.5, len(names) - 0.5, len(names)
+        shades: Any = [[at, colour] for i, colour in enumerate(chart.colours.values()) for at in (i / n, (i + 1) / n)]
+        bar |= {"tickvals": list(range(n)), "ticktext": names}
+    else:
+        scaled = log10 if chart.log else float
+        values = [[scaled(v) if v is not None else None for v in row] for row in chart.values]
+        low, high, shades = scaled(chart.low), scaled(chart.high), "Cividis"
+        if chart.log:
+            powers = [power for power in range(-12, 1) if low <= power <= high]
+            bar |= {"tickvals": powers, "ticktext": [f"1e{power}" for power in powers]}
+    figure.add_heatmap(
+        z=values, x=list(range(len(chart.columns))), y=list(chart.rows), colorscale=shades, zmin=low, zmax=high, xgap=1, ygap=1,
+        hovertext=[list(row) for row in chart.hover], hoverinfo="text", colorbar=bar,
+        text=[list(row) for row in chart.texts] if len(chart.columns) <= LABELLED else None,
+        texttemplate="%{text}", textfont={"size": 10},
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", tickfont={"size": 10})
+    ticks = [column.replace("\n", "<br>") for column in chart.columns]
+    figure.update_xaxes(title_text=chart.x, tickvals=list(range(len(ticks))), ticktext=ticks, tickfont={"size": 10})
+    figure.update_layout(height=max(420, 17 * len(chart.rows) + 190))
+
+
+def _bars(figure: Any, chart: Bars) -> None:
+    for i, (group, values) in enumerate(chart.groups.items()):
+        figure.add_bar(
+            y=list(chart.names), x=list(values), name=group, orientation="h",
+            marker={"color": PALETTE[i], "pattern": {"shape": "/" if i % 2 else ""}},
+        )  # fmt: skip
+    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(title_text=chart.x)
+    figure.update_layout(barmode="group", height=max(420, 30 * len(chart.names) + 160))

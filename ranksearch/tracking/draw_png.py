@@ -1,0 +1,105 @@
+"""Charts as PNG, by matplotlib. Its global state is not touched: a notebook's own figures and backend stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ranksearch.tracking.chart import ANNOTATED, BLACK, LABELLED, PALETTE, Bars, Chart, HeatMap, Plot, Series
+
+MARKERS = {
+    "circle": "o", "diamond": "D", "star": "*", "square": "s", "triangle": "^", "inverted": "v", "plus": "P", "cross": "x",
+}  # fmt: skip
+LINES = {
+    "straight": ("-", "default"),
+    "steps": ("-", "steps-post"),
+    "dotted": (":", "default"),
+    "": ("none", "default"),
+}
+SIZES = {"star": 13, "cross": 6, "circle": 5}
+
+
+def save_png(charts: Sequence[Chart], path: Path, *, title: str | None = None) -> None:
+    """Draws the charts side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.8 * len(charts), max(_height(chart) for chart in charts)), dpi=130, layout="constrained")
+    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        {Plot: _plot, HeatMap: _heat_map, Bars: _bars}[type(chart)](figure, axes, chart)  # type: ignore[operator]
+        axes.set_title(chart.title, fontsize=10)
+    if title is not None:
+        figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+
+
+def _height(chart: Chart) -> float:
+    """Inches."""
+    if isinstance(chart, HeatMap):
+        return max(4.4, 0.19 * len(chart.rows) + 1.3)
+    return max(4.4, 0.24 * len(chart.names) + 1.2) if isinstance(chart, Bars) else 4.6
+
+
+def _plot(figure: Any, axes: Any, chart: Plot) -> None:
+    for order, series in enumerate(chart.series):
+        _draw_series(axes, series, order)
+    for limit in chart.limits:
+        axes.axvline(limit.x, color=BLACK, linestyle="--", linewidth=1, label=limit.label)
+    axes.set(xlabel=chart.x, ylabel=chart.y)
+    if chart.log_y:
+        axes.set_yscale("log")
+    if chart.y_range is not None:
+        axes.set_ylim(*chart.y_range)
+    axes.grid(alpha=0.25)
+    if any(series.name for series in chart.series) or chart.limits:
+        axes.legend(fontsize=8)
+
+
+def _draw_series(axes: Any, series: Series, order: int) -> None:
+    style, steps = LINES[series.line]
+    axes.plot(
+        series.x, series.y, color=series.colour, marker=MARKERS.get(series.marker, ""), linestyle=style, drawstyle=steps,
+        markersize=SIZES.get(series.marker, 6), alpha=0.5 if series.faint else 1.0, label=series.name, zorder=2 + order, linewidth=1.6,
+    )  # fmt: skip
+    if len(series.labels) <= LABELLED:
+        for x, y, text in zip(series.x, series.y, series.labels or [""] * len(series.x), strict=True):
+            axes.annotate(text, (x, y), textcoords="offset points", xytext=(4, -9), fontsize=7, color=series.colour)
+
+
+def _heat_map(figure: Any, axes: Any, chart: HeatMap) -> None:
+    from matplotlib.colors import ListedColormap, LogNorm, Normalize
+
+    names = list(chart.colours)
+    if names:
+        shades, norm = ListedColormap(list(chart.colours.values())), Normalize(-0.5, len(names) - 0.5)
+        values = [[names.index(v) if v is not None else float("nan") for v in row] for row in chart.values]
+    else:
+        shades, norm = "cividis", (LogNorm if chart.log else Normalize)(chart.low, chart.high)
+        values = [[v if v is not None else float("nan") for v in row] for row in chart.values]
+    image = axes.imshow(values, aspect="auto", cmap=shades, norm=norm, interpolation="nearest")
+    axes.set_xticks(range(len(chart.columns)), chart.columns, fontsize=7, rotation=90 if len(chart.columns) > 14 else 0)
+    axes.set_yticks(range(len(chart.rows)), chart.rows, fontsize=7)
+    axes.set(xlabel=chart.x)
+    if len(chart.rows) <= ANNOTATED and len(chart.columns) <= LABELLED:
+        for i, row in enumerate(chart.texts):
+            for j, text in enumerate(row):
+                red, green, blue, _ = image.to_rgba(values[i][j])
+                light = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+                axes.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if light else BLACK)
+    bar = figure.colorbar(image, ax=axes, label=chart.scale)
+    if names:
+        bar.set_ticks(range(len(names)), labels=names, fontsize=8)
+
+
+def _bars(figure: Any, axes: Any, chart: Bars) -> None:
+    thick = 0.8 / len(chart.groups)
+    for i, (group, values) in enumerate(chart.groups.items()):
+        places = [place + (i - (len(chart.groups) - 1) / 2) * thick for place in range(len(chart.names))]
+        axes.barh(
+            places, values, height=thick, color=PALETTE[i], label=group, hatch="//" if i % 2 else None, edgecolor="white"
+        )  # fmt: skip
+    axes.set_yticks(range(len(chart.names)), chart.names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel=chart.x)
+    axes.grid(alpha=0.25, axis="x")
+    axes.legend(fontsize=8)

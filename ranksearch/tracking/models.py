@@ -1,0 +1,144 @@
+"""The nets of a front as MLflow models: exported programs that load without our code and without a pickle.
+
+Each holds, beside the program, `plan.json` and `model.safetensors`, from which `ranksearch.load` rebuilds a net that can be trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ranksearch.compress.export import PLAN, WEIGHTS
+from ranksearch.errors import StudyError
+from ranksearch.tracking.store import quiet_mlflow
+
+quiet_mlflow()
+import mlflow.pytorch  # noqa: E402  (its settings are read at import)
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import LoggedModelOutput, Metric  # noqa: E402
+from mlflow.models import Model, ModelSignature  # noqa: E402
+from mlflow.types import Schema, TensorSpec  # noqa: E402
+
+CHAMPION = "champion"
+TOLERANCE = 1e-5
+"""Of a model that is loaded again: largest difference of outputs, as a share of the largest output."""
+BATCH = 2
+"""Of the input example: from two on, the exported batch can be of any size."""
+
+
+def save_model(net: nn.Module, folder: Path, target: Path, input_shape: tuple[int, ...], model: Model) -> float:
+    """Writes a trial's net, from its `folder`, as an MLflow model to `target`; returns how far it differs when it is loaded again.
+
+    Args:
+        net: in evaluation mode, on the CPU.
+        input_shape: of one example, without the batch.
+
+    Raises:
+        StudyError: the net cannot be exported, or what is loaded again computes something else.
+    """
+    shape = (BATCH, *input_shape)
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = net(example)
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype(np.float32), (-1, *shape[1:]))]),
+        Schema([TensorSpec(np.dtype(np.float32), (-1, *wanted.shape[1:]))]),
+    )
+    version = torch.__version__.partition("+")[0]
+    with warnings.catch_warnings(), _quiet("torch.export", "mlflow"):
+        warnings.simplefilter("ignore")
+        try:
+            mlflow.pytorch.save_model(
+                net, target, mlflow_model=model, signature=signature, input_example=example.numpy(), serialization_format="pt2",
+                pip_requirements=[f"mlflow=={mlflow.__version__}", f"torch=={version}", f"numpy=={np.__version__}"],
+                extra_files=[str(folder / PLAN), str(folder / WEIGHTS)],
+            )  # fmt: skip
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise StudyError(f"The net in {folder} cannot be exported: {str(error).splitlines()[0]}") from error
+        again = mlflow.pytorch.load_model(str(target))
+    with torch.inference_mode():
+        difference = max(_difference(again(x), net(x)) for x in (example, torch.cat([example, 0.5 * example[:1]])))
+    if not difference <= TOLERANCE:
+        raise StudyError(f"The exported net of {folder} differs by {difference:.1e} from the net itself, when loaded.")
+    return difference
+
+
+def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)).item()
+
+
+class _quiet:
+    """Silences loggers below errors for a while."""
+
+    def __init__(self, *names: str) -> None:
+        self._loggers = [logging.getLogger(name) for name in names]
+
+    def __enter__(self) -> None:
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
+
+
+def log_model(
+    client: MlflowClient, experiment_id: str, run_id: str, name: str, net: nn.Module, folder: Path, input_shape: tuple[int, ...],
+    *, tags: Mapping[str, str], params: Mapping[str, str], metrics: Mapping[str, float], at_ms: int,
+) -> str:  # fmt: skip
+    """Logs a trial's net as a model that is linked to the trial's run and its metrics; returns the model's id.
+
+    Raises:
+        StudyError: as `save_model`; nothing is left in the store then.
+    """
+    made = client.create_logged_model(
+        experiment_id, name=name, source_run_id=run_id, tags=dict(tags), params=dict(params), model_type="pt2"
+    )
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            target = Path(scratch) / "model"
+            model = Model(
+                artifact_path=made.artifact_location, model_uuid=made.model_id, run_id=run_id, model_id=made.model_id
+            )
+            save_model(net, folder, target, input_shape, model)
+            client.log_model_artifacts(made.model_id, str(target))
+    except BaseException:
+        client.delete_logged_model(made.model_id)
+        raise
+    client.finalize_logged_model(made.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step=0)])
+    client.log_batch(
+        run_id, metrics=[Metric(k, v, at_ms, 0, model_id=made.model_id, run_id=run_id) for k, v in metrics.items()]
+    )
+    return made.model_id
+
+
+def register(client: MlflowClient, name: str, model_id: str, run_id: str, *, description: str) -> str:
+    """Makes a model the `champion` among the versions of the registered model `name`; returns its version. A model is registered once."""
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(
+            name, description=f"The most accurate nets of the study {name} within its budgets."
+        )
+    # by its place, not as models:/ID: a database's registry would look that up in the process's default store
+    source = client.get_logged_model(model_id).artifact_location
+    known = [
+        version.version for version in client.search_model_versions(f"name = '{name}'") if version.source == source
+    ]
+    if known:
+        version = known[0]
+    else:
+        version = client.create_model_version(name, source, run_id, model_id=model_id, description=description).version
+        client.set_logged_model_tags(
+            model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": version}])}
+        )
+    client.set_registered_model_alias(name, CHAMPION, version)
+    return version

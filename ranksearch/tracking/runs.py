@@ -1,0 +1,144 @@
+"""What a trial's and a study's run hold in MLflow: names, tags, parameters, metrics. Values alone; `mirror.py` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ranksearch.compress import RankPlan
+from ranksearch.lowering.contract import sides
+from ranksearch.search.front import Row
+from ranksearch.search.settings import Choices, Range, Strict
+from ranksearch.search.space import Space
+from ranksearch.tracking.view import View, cost_percent
+
+PARENT_TAG = "mlflow.parentRunId"
+KIND_TAG, STUDY_TAG, TRIAL_TAG, MODEL_TAG = (
+    "ranksearch.kind",
+    "ranksearch.study",
+    "ranksearch.trial",
+    "ranksearch.model",
+)
+ENDED = {"complete": "FINISHED", "stopped": "KILLED"}
+"""Status of a trial -> MLflow's; others FAILED."""
+TAG_LENGTH = 5000
+"""Characters that every store takes in a tag."""
+FINAL = (
+    "test_accuracy", "macs", "params", "size_bytes", "latency_ms", "macs_ratio", "params_ratio", "size_ratio", "latency_ratio",
+    "epochs", "images_per_second", "projection_share", "seconds",
+)  # fmt: skip
+
+Step = tuple[int, dict[str, float]]
+
+
+# A trial -----------------------------------------------------------------------------------------------------------
+
+
+def run_name(row: Row, cost: str) -> str:
+    """A child run's readable name, such as `t017 macs 48% acc 91.2`."""
+    if row["status"] != "complete":
+        return f"t{row['trial']:03d} {row['status']}"
+    percent = cost_percent(row, cost)
+    return f"t{row['trial']:03d} {cost} {percent:.0f}% acc {row['val_accuracy']:.1f}"
+
+
+def plan_line(plan: Mapping[str, Any]) -> str:
+    """A plan in one line, `layer lowering:rank`; layers that stay dense are left out."""
+    found = RankPlan.from_dict(plan)
+    parts = [f"{name} {layer.lowering}:{'·'.join(map(str, sides(layer.rank)))}" for name, layer in found.lowered()]
+    return "; ".join(parts) or "dense"
+
+
+def trial_tags(row: Row, info: Mapping[str, Any], space: Space, *, on_front: bool) -> dict[str, str]:
+    """What trials are filtered by."""
+    plan = row["plan"]
+    return {
+        KIND_TAG: "trial",
+        TRIAL_TAG: str(row["trial"]),
+        "status": row["status"],
+        "on_front": str(on_front).lower(),
+        "allocator": str(row["allocator"]),
+        **_provenance(info, space),
+        **({"lowerings": RankPlan.from_dict(plan).summary(), "plan": plan_line(plan)[:TAG_LENGTH]} if plan else {}),
+        **({"reason": row["reason"][:TAG_LENGTH]} if row["reason"] else {}),
+    }
+
+
+def trial_params(row: Row) -> dict[str, str]:
+    """Number, seed, who made the plan, and what was searched; what is fixed stands in the study's run."""
+    searched = {name: str(value) for name, value in row["params_searched"].items()}
+    return {"trial": str(row["trial"]), "seed": str(row["seed"]), "allocator": str(row["allocator"]), **searched}
+
+
+def trial_metrics(row: Row) -> Iterator[Step]:
+    """(step, metrics): the training curve, the score after every phase, what projections did; at the last step the final values."""
+    for entry in row["losses"]:
+        yield entry["step"], {"train_loss": entry["train_loss"]}
+    for entry in row["history"]:
+        found = {k: v for k, v in entry.items() if k not in ("phase", "step", "rung", "epochs", "seconds")}
+        yield entry["step"], {f"{entry['phase']}_{k}": v for k, v in found.items()}
+    for record in row["projections"]:
+        yield record["step"], _projection(record)
+    names = (*FINAL, "val_accuracy", "val_loss") if row["status"] == "complete" else FINAL
+    yield 0, {name: float(row[name]) for name in names if row.get(name) is not None}
+
+
+def _projection(record: Mapping[str, Any]) -> dict[str, float]:
+    """The loss before and after, and the mean and largest share of ||W||² that a layer lost; each layer's share is in trial.json."""
+    losses = {f"projection/{name}": record[name] for name in ("loss_before", "loss_after") if record[name] is not None}
+    removed = record["removed_energy"].values()
+    if not removed:
+        return losses
+    return losses | {
+        "projection/removed_energy_mean": sum(removed) / len(removed),
+        "projection/removed_energy_max": max(removed),
+    }
+
+
+def trial_file(row: Row) -> dict[str, Any]:
+    """What `trial.json` holds beside the run's metrics: the whole recipe, scores, losses, removed energy per layer."""
+    names = ("trial", "seed", "status", "reason", "recipe", "params_searched", "history", "losses", "projections")
+    return {name: row[name] for name in names}
+
+
+# A study -----------------------------------------------------------------------------------------------------------
+
+
+def study_tags(info: Mapping[str, Any], space: Space) -> dict[str, str]:
+    return {KIND_TAG: "study", STUDY_TAG: info.get("id", space.name), **_provenance(info, space)}
+
+
+def _provenance(info: Mapping[str, Any], space: Space) -> dict[str, str]:
+    found, revision = info["provenance"], info["provenance"]["git_revision"]
+    tags = {"sampler": space.search.sampler, "device": str(found["device"])}
+    return tags | ({"git_revision": revision} if revision is not None else {})
+
+
+def study_params(space: Space) -> dict[str, str]:
+    """What was searched for, and every setting of the recipe, searched ones with their range."""
+    search = space.search
+    recipe = {f"recipe.{name}": value for name, value in _settings(space.recipe)}
+    return {
+        "task": space.task, "model": space.model, "seed": str(search.seed), "objectives": ",".join(search.objectives),
+        "budgets": ", ".join(map(str, space.parsed_budgets())) or "none", "parametrization": search.parametrization,
+        "sensitivity": search.sensitivity, **recipe,
+    }  # fmt: skip
+
+
+def _settings(group: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in group:
+        match value:
+            case Range(low=low, high=high, log=log):
+                yield f"{prefix}{name}", f"{low:g} to {high:g}{' (log)' if log else ''}"
+            case Choices(choices=choices):
+                yield f"{prefix}{name}", " | ".join(map(str, choices))
+            case Strict():
+                yield from _settings(value, f"{prefix}{name}.")
+            case _:
+                yield f"{prefix}{name}", str(value)
+
+
+def dense_metrics(view: View) -> dict[str, float]:
+    """Of the dense net, and the planned number of trials."""
+    dense = {f"dense_{name}": float(value) for name, value in view.dense.items() if value is not None}
+    return dense | {"planned_trials": float(view.space.search.trials)}

@@ -1,0 +1,63 @@
+"""The figures of a trial, as charts: training curve, validation accuracy by phase, energy removed per projection."""
+
+from __future__ import annotations
+
+from ranksearch.search.front import Row
+from ranksearch.tracking.chart import BLUE, GREEN, ORANGE, PINK, Chart, HeatMap, Plot, Series
+
+
+def trial_charts(row: Row) -> dict[str, Chart]:
+    """Name -> chart of a trial: training curve, validation accuracy by phase, removed energy per projection."""
+    charts: dict[str, Chart] = {}
+    if row["losses"]:
+        charts["training"] = training_chart(row)
+    if row["history"]:
+        charts["phases"] = phases_chart(row)
+    if row["projections"]:
+        charts["removed_energy"] = removed_energy_chart(row)
+    return charts
+
+
+def training_chart(row: Row) -> Plot:
+    """Training loss over the steps, and what each recorded projection did to it."""
+    losses = row["losses"]
+    series = [
+        Series("training loss", [e["step"] for e in losses], [e["train_loss"] for e in losses], BLUE, "", "straight")
+    ]
+    for name, colour, marker in (("before", GREEN, "triangle"), ("after", ORANGE, "inverted")):
+        found = [(p["step"], p[f"loss_{name}"]) for p in row["projections"] if p[f"loss_{name}"] is not None]
+        if found:
+            series.append(
+                Series(f"{name} a projection, one batch", [s for s, _ in found], [v for _, v in found], colour, marker)
+            )
+    return Plot(f"trial {row['trial']}: training curve", "optimizer step", "training loss (nats)", series)
+
+
+def phases_chart(row: Row) -> Plot:
+    """Validation accuracy after each phase."""
+    history = row["history"]
+    x, y = [e["step"] for e in history], [e["val_accuracy"] for e in history]
+    names = [e["phase"] for e in history]
+    hover = [f"{e['phase']}: {e['val_accuracy']:.2f} %" for e in history]
+    series = [Series("validation", x, y, PINK, "circle", "dotted", hover=hover, labels=names)]
+    return Plot(f"trial {row['trial']}: accuracy by phase", "optimizer step", "validation accuracy (%)", series)
+
+
+def removed_energy_chart(row: Row) -> HeatMap:
+    """Share of ||W||² that each recorded projection removed, per layer; a logarithmic scale."""
+    records = row["projections"]
+    layers = list(dict.fromkeys(name for record in records for name in record["removed_energy"]))
+    values = [[r["removed_energy"].get(name) or None for r in records] for name in layers]
+    found = [v for line in values for v in line if v is not None]
+    low = max(min(found, default=1e-6), 1e-8)
+    columns = [str(record["step"]) for record in records]
+    return HeatMap(
+        f"trial {row['trial']}: energy removed per projection", "optimizer step", layers, columns,
+        [[max(v, low) if v is not None else None for v in line] for line in values],
+        texts=[["" for _ in records] for _ in layers],
+        hover=[
+            [f"{name}, step {step}: {'nothing' if v is None else f'{v:.2e}'}" for step, v in zip(columns, line, strict=True)]
+            for name, line in zip(layers, values, strict=True)
+        ],
+        scale="removed share of ||W||²", low=low, high=max(max(found, default=1e-3), 2 * low), log=True,
+    )  # fmt: skip

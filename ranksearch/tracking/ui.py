@@ -1,0 +1,138 @@
+"""MLflow's UI over the studies of a folder, on this machine alone, with links to their pages."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ranksearch.errors import StudyError, UsageError, nearest
+from ranksearch.search.study_folder import INFO
+from ranksearch.tracking.store import DATABASE, NOTED, artifact_root, is_server, quiet_mlflow, store_uri
+
+HOST = "127.0.0.1"
+PATIENCE_SECONDS = 180.0
+"""How long a server may take to answer: half a minute on a busy machine, more where a database's schema is upgraded."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A store, and the studies whose pages are linked: (name, page's path), the newest first."""
+
+    uri: str
+    runs: Path
+    pages: list[tuple[str, str]]
+
+
+def find_store(where: str, runs: Path) -> Opened:
+    """The store behind `where`: a folder of studies, a study's folder, or a study's name in `runs`.
+
+    Raises:
+        UsageError: nothing of that kind is there; the text names the nearest study.
+    """
+    for folder in (Path(where), runs / where):
+        if (folder / INFO).is_file():
+            folder = folder.resolve()
+            noted = _noted(folder)
+            uri = noted.get("uri") or store_uri(folder.parent, None)
+            return Opened(uri, folder.parent, _pages([folder], uri))
+    folder = Path(where).resolve()
+    studies = sorted((path.parent for path in folder.glob(f"*/{INFO}")), key=lambda p: -(p / INFO).stat().st_mtime)
+    uri = store_uri(folder, None)
+    if not is_server(uri) and not (folder / DATABASE).is_file() and "MLFLOW_TRACKING_URI" not in os.environ:
+        elsewhere = next((noted["uri"] for study in studies if (noted := _noted(study))), None)
+        if elsewhere is None:
+            known = sorted(path.parent.name for path in runs.glob(f"*/{INFO}"))
+            raise UsageError(
+                f"There is no study and no MLflow store in {where}: run `ranksearch search SPACE.yaml` first, or name its folder. "
+                f"{nearest(where, known)}"
+            )
+        uri = elsewhere
+    return Opened(uri, folder, _pages(studies, uri))
+
+
+def _noted(folder: Path) -> dict[str, str]:
+    return json.loads((folder / NOTED).read_text()) if (folder / NOTED).is_file() else {}
+
+
+def _pages(studies: list[Path], uri: str) -> list[tuple[str, str]]:
+    notes = [(study.name, _noted(study)) for study in studies]
+    return [(name, page(n["experiment"], n["parent"])) for name, n in notes if n.get("uri") == uri]
+
+
+def page(experiment: str, run: str) -> str:
+    """A run's page, below the address of the UI."""
+    return f"/#/experiments/{experiment}/runs/{run}"
+
+
+def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
+    """Runs MLflow's server in the foreground until Ctrl-C; links are said once it answers.
+
+    Raises:
+        UsageError: no port is free.
+        StudyError: the server ends by itself.
+    """
+    quiet_mlflow()
+    port = _free_port(port)
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        opened.uri,
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+    ]
+    if (root := artifact_root(opened.runs, opened.uri, None)) is not None:
+        command += ["--default-artifact-root", root]
+    address = f"http://{HOST}:{port}"
+    server = subprocess.Popen([*command, "--workers", "1"])
+    try:
+        _wait_until_it_answers(server, address)
+        say(f"MLflow UI: {address} (Ctrl-C ends it)")
+        say_pages(opened, address, say)
+        code = server.wait()
+    except KeyboardInterrupt:
+        server.terminate()
+        server.wait()
+        return
+    raise StudyError(f"MLflow's server ended with exit code {code}.")
+
+
+def say_pages(opened: Opened, address: str, say: Callable[[str], None]) -> None:
+    """The links of the newest studies."""
+    for name, path in opened.pages[:10]:
+        say(f"  {name}: {address.rstrip('/')}{path}")
+
+
+def _wait_until_it_answers(server: subprocess.Popen[bytes], address: str) -> None:
+    until = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < until:
+        if (code := server.poll()) is not None:
+            raise StudyError(f"MLflow's server ended with exit code {code}.")
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    server.terminate()
+    raise StudyError(f"MLflow's server at {address} did not answer within {PATIENCE_SECONDS:.0f} s.")
+
+
+def _free_port(first: int) -> int:
+    for port in range(first, min(first + 100, 65536)):
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, port)) != 0:
+                return port
+    raise UsageError(f"--port: {first} and the ports after it are in use.")

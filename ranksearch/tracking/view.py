@@ -1,0 +1,100 @@
+"""`View`: a study as it is shown, values alone. Figures, report, note and runs are made from it, also while the study goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ranksearch.compress import Cost
+from ranksearch.search.front import COST_RATIOS, Row
+from ranksearch.search.ledger import Ledger
+from ranksearch.search.space import Space
+from ranksearch.search.study import Study
+
+COST_NAMES = {"macs": "MACs", "flops": "FLOPs", "params": "params", "size": "size", "latency": "latency"}
+
+
+@dataclass(frozen=True)
+class View:
+    """What is known of a study at one moment."""
+
+    folder: Path
+    space: Space
+    info: Mapping[str, Any]
+    front: dict[str, Any]
+    """What `front.json` holds."""
+    trials: Sequence[Row]
+    """Every finished trial, in their order."""
+
+    @classmethod
+    def of(cls, study: Study) -> View:
+        return cls(study.folder, study.space, study.info, study.front_record(), study.trials)
+
+    @property
+    def name(self) -> str:
+        return self.space.name
+
+    @property
+    def dense(self) -> Mapping[str, Any]:
+        return self.front["dense"]
+
+    @property
+    def objectives(self) -> list[str]:
+        return list(self.space.search.objectives)
+
+    @property
+    def costs(self) -> list[str]:
+        return shown_costs(self.space)
+
+    @property
+    def on_front(self) -> set[int]:
+        """Numbers of the trials on the front."""
+        return {row["trial"] for row in self.front["trials"]}
+
+    @property
+    def complete(self) -> list[Row]:
+        return [row for row in self.trials if row["status"] == "complete"]
+
+    @property
+    def front_rows(self) -> list[Row]:
+        """The front's rows with everything that is known of them, by rising cost."""
+        on_front, ratio = self.on_front, COST_RATIOS[self.costs[0]]
+        return sorted((row for row in self.trials if row["trial"] in on_front), key=lambda row: row[ratio] or 0.0)
+
+    @property
+    def champion(self) -> Row | None:
+        """The most accurate trial of the front: the best within the budgets."""
+        return self.front["trials"][0] if self.front["trials"] else None
+
+    def budget_ratio(self, cost: str) -> float | None:
+        """The budget on `cost` as a share of the dense net's; None where there is none."""
+        dense = Cost(self.dense["macs"], self.dense["params"], self.dense["size_bytes"])
+        same = ("macs", "flops") if cost in ("macs", "flops") else (cost,)
+        limits = [b.limit(dense) / _of(dense, b.cost) for b in self.space.parsed_budgets() if b.cost in same]
+        return min(limits, default=None)
+
+    def progress(self) -> list[tuple[Row, dict[str, float]]]:
+        """Every finished trial, in the order in which they ended, and how far the study was after it."""
+        ledger, found = Ledger(self.objectives), []
+        for row in sorted(self.trials, key=lambda row: (row["ended"] or 0.0, row["trial"])):
+            ledger.add(row)
+            found.append((row, ledger.progress()))
+        return found
+
+
+def shown_costs(space: Space) -> list[str]:
+    """The costs that a front is shown over: the objectives, else the first budget's, else MACs."""
+    budgets = [budget.cost for budget in space.parsed_budgets()]
+    return [name for name in space.search.objectives if name != "accuracy"] or budgets[:1] or ["macs"]
+
+
+def _of(cost: Cost, name: str) -> int:
+    return {"macs": cost.macs, "flops": 2 * cost.macs, "params": cost.params, "size": cost.size_bytes}[name]
+
+
+def cost_percent(row: Mapping[str, Any], cost: str) -> float | None:
+    """A row's cost in percent of the dense net's; None where it was not measured."""
+    ratio = row.get(COST_RATIOS[cost])
+    return 100 * ratio if ratio is not None else None
