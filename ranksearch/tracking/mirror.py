@@ -35,6 +35,7 @@ from ranksearch.tracking.runs import (
     TRIAL_TAG,
     Step,
     dense_metrics,
+    final_metrics,
     run_name,
     study_params,
     study_tags,
@@ -42,6 +43,7 @@ from ranksearch.tracking.runs import (
     trial_metrics,
     trial_params,
     trial_tags,
+    trials_view,
 )
 from ranksearch.tracking.store import NOTED, artifact_root, quiet_mlflow, store_uri
 from ranksearch.tracking.trial_figures import trial_charts
@@ -113,6 +115,8 @@ class Mirror:
             experiment = self.client.create_experiment(name, artifact_location=artifacts)
             # the UI's pages for model training, not GenAI's
             self.client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")
+        for tag, value in trials_view(view.costs).items():
+            self.client.set_experiment_tag(experiment, tag, value)
         tags = study_tags(self._info, self._space)
         run = self.client.create_run(experiment, run_name=self._space.name, tags=tags).info.run_id
         self._batch(run, params=study_params(self._space), metrics=[(0, dense_metrics(view))], at=time.time())
@@ -246,7 +250,7 @@ class Mirror:
             run = self._runs[row["trial"]]
             if charts := trial_charts(row):
                 with tempfile.TemporaryDirectory() as scratch:
-                    save_png(list(charts.values()), Path(scratch) / "training.png")
+                    save_png(list(charts.values()), Path(scratch) / "training.png", stacked=True)
                     self.client.log_artifacts(run.info.run_id, scratch, "figures")
             if self._space.tracking.models and MODEL_TAG not in run.data.tags:
                 log(f"MLflow: model of trial {row['trial']} ({i + 1} of {len(rows)})")
@@ -262,7 +266,7 @@ class Mirror:
             model_id = log_model(
                 self.client, self.experiment_id, run.info.run_id, f"{view.name}-t{row['trial']:03d}", load_net(folder, build_reference),
                 folder, task_kind(self._space.task).input_shape, tags=tags | {KIND_TAG: "net"}, params=trial_params(row),
-                metrics=dict(_final(row)), at_ms=int(1000 * (row["ended"] or 0.0)),
+                metrics=final_metrics(row), at_ms=int(1000 * (row["ended"] or 0.0)),
             )  # fmt: skip
         except StudyError as error:
             log(f"MLflow: {error} The trial's folder has the net; its run has no model.")
@@ -286,9 +290,3 @@ class Mirror:
         if MODEL_TAG in run.data.tags:
             description = f"Trial {best['trial']} of {view.name}: {run_name(best, view.costs[0])}"
             register(self.client, view.name, run.data.tags[MODEL_TAG], run.info.run_id, description=description)
-
-
-def _final(row: Row) -> Iterable[tuple[str, float]]:
-    """A trial's final metrics."""
-    *_, (_, found) = trial_metrics(row)
-    return found.items()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ranksearch.compress import RankPlan
 from ranksearch.lowering.contract import sides
-from ranksearch.search.front import Row
+from ranksearch.search.front import COST_RATIOS, Row
 from ranksearch.search.settings import Choices, Range, Strict
 from ranksearch.search.space import Space
 from ranksearch.tracking.view import View, cost_percent
@@ -27,6 +28,9 @@ FINAL = (
     "test_accuracy", "macs", "params", "size_bytes", "latency_ms", "macs_ratio", "params_ratio", "size_ratio", "latency_ratio",
     "epochs", "images_per_second", "projection_share", "seconds",
 )  # fmt: skip
+
+TRIALS_VIEW = "ranksearch"
+"""The name of the view below, as a link has it."""
 
 Step = tuple[int, dict[str, float]]
 
@@ -71,16 +75,20 @@ def trial_params(row: Row) -> dict[str, str]:
 
 
 def trial_metrics(row: Row) -> Iterator[Step]:
-    """(step, metrics): the training curve, the score after every phase, what projections did; at the last step the final values."""
+    """(step, metrics): the final values (at step 0), the training curve, the score after every phase, what projections did."""
+    yield 0, final_metrics(row)
     for entry in row["losses"]:
         yield entry["step"], {"train_loss": entry["train_loss"]}
     for entry in row["history"]:
-        found = {k: v for k, v in entry.items() if k not in ("phase", "step", "rung", "epochs", "seconds")}
-        yield entry["step"], {f"{entry['phase']}_{k}": v for k, v in found.items()}
+        yield entry["step"], {f"{entry['phase']}_{name}": entry[name] for name in ("val_accuracy", "val_loss")}
     for record in row["projections"]:
         yield record["step"], _projection(record)
-    names = (*FINAL, "val_accuracy", "val_loss") if row["status"] == "complete" else FINAL
-    yield 0, {name: float(row[name]) for name in names if row.get(name) is not None}
+
+
+def final_metrics(row: Row) -> dict[str, float]:
+    """A trial's results; what a diverged or stopped one had before its end stands under its phases alone."""
+    names = ("val_accuracy", "val_loss", *FINAL) if row["status"] == "complete" else FINAL
+    return {name: float(row[name]) for name in names if row.get(name) is not None}
 
 
 def _projection(record: Mapping[str, Any]) -> dict[str, float]:
@@ -136,6 +144,18 @@ def _settings(group: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
                 yield from _settings(value, f"{prefix}{name}.")
             case _:
                 yield f"{prefix}{name}", str(value)
+
+
+def trials_view(costs: Sequence[str]) -> dict[str, str]:
+    """The experiment's tag that makes a link open the table of trials with these columns: MLflow's own way to share a view."""
+    metrics = ["val_accuracy", "test_accuracy", *(COST_RATIOS[cost] for cost in costs), "params_ratio", "seconds"]
+    columns = [f"metrics.`{name}`" for name in dict.fromkeys(metrics)]
+    columns += ["tags.`status`", "tags.`on_front`", "tags.`lowerings`", "params.`allocator`"]
+    view = {
+        "searchFilter": f"tags.`{KIND_TAG}` = 'trial'", "orderByKey": "metrics.`val_accuracy`", "orderByAsc": False,
+        "selectedColumns": columns,
+    }  # fmt: skip
+    return {f"mlflow.sharedViewState.{TRIALS_VIEW}": json.dumps(view)}
 
 
 def dense_metrics(view: View) -> dict[str, float]:

@@ -16,20 +16,42 @@ from pathlib import Path
 
 from ranksearch.errors import StudyError, UsageError, nearest
 from ranksearch.search.study_folder import INFO
+from ranksearch.tracking.runs import TRIALS_VIEW
 from ranksearch.tracking.store import DATABASE, NOTED, artifact_root, is_server, quiet_mlflow, store_uri
 
 HOST = "127.0.0.1"
+WORKFLOW = "workflowType=machine_learning"
+"""Without it the UI shows what is for language models."""
 PATIENCE_SECONDS = 180.0
 """How long a server may take to answer: half a minute on a busy machine, more where a database's schema is upgraded."""
 
 
 @dataclass(frozen=True)
+class Page:
+    """Where a study is in MLflow; the paths below the address of its UI."""
+
+    study: str
+    experiment: str
+    run: str
+
+    @property
+    def front(self) -> str:
+        """The study's own run: description, progress, figures."""
+        return f"/#/experiments/{self.experiment}/runs/{self.run}?{WORKFLOW}"
+
+    @property
+    def trials(self) -> str:
+        """The table of the trials, most accurate first, with the columns that matter."""
+        return f"/#/experiments/{self.experiment}/runs?viewStateShareKey={TRIALS_VIEW}&{WORKFLOW}"
+
+
+@dataclass(frozen=True)
 class Opened:
-    """A store, and the studies whose pages are linked: (name, page's path), the newest first."""
+    """A store, and the studies in it whose pages are linked, the newest first."""
 
     uri: str
     runs: Path
-    pages: list[tuple[str, str]]
+    pages: list[Page]
 
 
 def find_store(where: str, runs: Path) -> Opened:
@@ -63,14 +85,9 @@ def _noted(folder: Path) -> dict[str, str]:
     return json.loads((folder / NOTED).read_text()) if (folder / NOTED).is_file() else {}
 
 
-def _pages(studies: list[Path], uri: str) -> list[tuple[str, str]]:
+def _pages(studies: list[Path], uri: str) -> list[Page]:
     notes = [(study.name, _noted(study)) for study in studies]
-    return [(name, page(n["experiment"], n["parent"])) for name, n in notes if n.get("uri") == uri]
-
-
-def page(experiment: str, run: str) -> str:
-    """A run's page, below the address of the UI."""
-    return f"/#/experiments/{experiment}/runs/{run}"
+    return [Page(name, noted["experiment"], noted["parent"]) for name, noted in notes if noted.get("uri") == uri]
 
 
 def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
@@ -97,7 +114,7 @@ def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
     if (root := artifact_root(opened.runs, opened.uri, None)) is not None:
         command += ["--default-artifact-root", root]
     address = f"http://{HOST}:{port}"
-    server = subprocess.Popen([*command, "--workers", "1"])
+    server = subprocess.Popen([*command, "--workers", "1"], stdout=sys.stderr)
     try:
         _wait_until_it_answers(server, address)
         say(f"MLflow UI: {address} (Ctrl-C ends it)")
@@ -112,8 +129,9 @@ def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
 
 def say_pages(opened: Opened, address: str, say: Callable[[str], None]) -> None:
     """The links of the newest studies."""
-    for name, path in opened.pages[:10]:
-        say(f"  {name}: {address.rstrip('/')}{path}")
+    for page in opened.pages[:10]:
+        say(f"  {page.study}: {address.rstrip('/')}{page.front}")
+        say(f"  {' ' * len(page.study)}  {address.rstrip('/')}{page.trials}")
 
 
 def _wait_until_it_answers(server: subprocess.Popen[bytes], address: str) -> None:
