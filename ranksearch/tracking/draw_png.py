@@ -17,15 +17,21 @@ LINES = {
     "dotted": (":", "default"),
     "": ("none", "default"),
 }
+WIDTH = 6.8
+"""Inches of a chart."""
 SIZES = {"star": 13, "cross": 6, "circle": 5}
 
 
-def save_png(charts: Sequence[Chart], path: Path, *, title: str | None = None) -> None:
-    """Draws the charts side by side."""
+def save_png(charts: Sequence[Chart], path: Path, *, title: str | None = None, stacked: bool = False) -> None:
+    """Draws the charts side by side, or beneath each other where `stacked`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.8 * len(charts), max(_height(chart) for chart in charts)), dpi=130, layout="constrained")
-    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+    heights = [_height(chart) for chart in charts]
+    rows, columns = (len(charts), 1) if stacked else (1, len(charts))
+    size = (WIDTH * columns, sum(heights) if stacked else max(heights))
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False, height_ratios=heights if stacked else None)
+    for axes, chart in zip(places.flat, charts, strict=True):
         {Plot: _plot, HeatMap: _heat_map, Bars: _bars}[type(chart)](figure, axes, chart)  # type: ignore[operator]
         axes.set_title(chart.title, fontsize=10)
     if title is not None:

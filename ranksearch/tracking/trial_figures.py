@@ -37,7 +37,10 @@ def phases_chart(row: Row) -> Plot:
     """Validation accuracy after each phase."""
     history = row["history"]
     x, y = [e["step"] for e in history], [e["val_accuracy"] for e in history]
-    names = [e["phase"] for e in history]
+    groups: dict[int, list[str]] = {}
+    for entry in history:
+        groups.setdefault(entry["step"], []).append(entry["phase"])
+    names = [", ".join(groups.pop(e["step"], [])) for e in history]  # phases at one step share a label
     hover = [f"{e['phase']}: {e['val_accuracy']:.2f} %" for e in history]
     series = [Series("validation", x, y, PINK, "circle", "dotted", hover=hover, labels=names)]
     return Plot(f"trial {row['trial']}: accuracy by phase", "optimizer step", "validation accuracy (%)", series)
