@@ -12,8 +12,8 @@ study seed, so that equal plans score alike. Hypervolume in (accuracy, MACs as a
 3. What early stopping saves, and what it costs: a front within 50 % of the FLOPs with the recipe searched too, 24 trials.
 4. Every plan of 2. and 3., and of studies under two budgets at once (simulated trials), against its budgets.
 5. Two runs of one seed.
-6. The driver's own time per trial (ask, tell, progress) as a study grows: simulated trials, eight at once. Beside it, in a thread of its
-   own, `mlflow_ms_per_trial`.
+6. The driver's own time per trial (ask, tell, progress) as a study grows: simulated trials, eight at once.
+   What MLflow adds: `bench_mlflow.py`.
 
     python scripts/bench_search.py --json > search.json           about an hour on two cores
     python scripts/bench_search.py --model resnet32 --seeds 1     another net
@@ -63,7 +63,6 @@ from ranksearch.search.study import Study
 from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.tasks.evaluate import evaluate
-from ranksearch.tracking.mirror import Mirror
 
 FRONT_TRIALS = {
     "allocated_tpe": 32, "sweep": 32, "allocated_motpe": 32,
@@ -437,22 +436,7 @@ def driver_figures(options: argparse.Namespace, out: Path, report: Report, kept:
     _, times = simulate(options, bench, {}, options.driver_trials, at_once=AT_ONCE)
     found = {f"driver_ms_{n}": _around(times, n) for n in (100, 1000, 5000)}
     report.say(f"driver: {found}, {sum(times):.0f} s in all")
-    logging = None if options.quick else mlflow_ms(options, bench)
-    return {"same_seed_same_plans": float(same), **found, "mlflow_ms_per_trial": logging}
-
-
-def mlflow_ms(options: argparse.Namespace, bench: Workbench) -> float:
-    """Median milliseconds that a trial's logging takes in the mirror's thread, beside the study; a SQLite store."""
-    space = space_of(options, "logged", options.seed, {"trials": 100})
-    with tempfile.TemporaryDirectory() as runs:
-        study, times = Study.create(Path(runs), space, bench, dense_accuracy(bench)), []
-        rows = run(study, bench, partial(simulated, bench))
-        mirror = Mirror(study, Path(runs))
-        for row in rows:
-            started = time.perf_counter()
-            mirror.log_trial(row, study.progress())
-            times.append(time.perf_counter() - started)
-    return round(1000 * median(times), 1)
+    return {"same_seed_same_plans": float(same), **found}
 
 
 def _around(times: list[float], number: int) -> float | None:

@@ -54,8 +54,8 @@ def digits_yaml() -> Path:
 
 @pytest.fixture(scope="session")
 def short_settings() -> list[str]:
-    """A digits study in seconds."""
-    return ["recipe.steps=20", "recipe.bn_batches=2", "search.trials=3"]
+    """A digits study in seconds, without models in MLflow."""
+    return ["recipe.steps=20", "recipe.bn_batches=2", "search.trials=3", "tracking.models=false"]
 
 
 @pytest.fixture(scope="session", autouse=True)

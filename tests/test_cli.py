@@ -107,11 +107,18 @@ def test_mlflow_holds_the_same_numbers(studied):
         data = on_front[str(row["seed"])]
         for name in ("val_accuracy", "test_accuracy", "macs", "params", "size_bytes", "macs_ratio", "params_ratio"):
             assert data.metrics[name] == row[name]
-        lowered = {name: f"{c['lowering']}:{c.get('rank', 'full')}" for name, c in row["plan"]["layers"].items()}
-        assert lowered == {k.removeprefix("plan/"): v for k, v in data.params.items() if k.startswith("plan/")}
+        lowered = [
+            f"{name} {c['lowering']}:{c['rank']}"
+            for name, c in row["plan"]["layers"].items()
+            if c["lowering"] != "dense"
+        ]
+        assert data.tags["plan"].split("; ") == lowered
         assert data.params["projection.period"] == str(row["params_searched"]["projection.period"])
     names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
-    assert {"front.json", "front.csv", "front_table.json", "front.png", "front.html", "space.yaml"} <= names
+    assert {"front.json", "front.csv", "front_table.json", "front.png", "front.html", "report.html"} <= names
+    given = Path(client.download_artifacts(parent.info.run_id, "space.given.yaml", str(folder))).read_text()
+    assert "# --trials 3" in given
+    assert "space.yaml" in names
     stored = Path(client.download_artifacts(parent.info.run_id, "front.json", str(folder)))
     assert json.loads(stored.read_text()) == front
     assert "Dense net" in parent.data.tags["mlflow.note.content"]

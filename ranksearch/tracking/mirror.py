@@ -55,6 +55,7 @@ from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
 
 MIRROR_ERRORS = (MlflowException, OSError, sqlalchemy.exc.SQLAlchemyError)
 """What a store that is away, full or refusing raises."""
+FIGURES = "figures"
 ENTITIES, PARAMS = 1000, 100
 """How much a store takes at once."""
 
@@ -202,9 +203,11 @@ class Mirror:
         self.client.log_dict(parent, front_table(view.front), "front_table.json")
         with tempfile.TemporaryDirectory() as scratch:
             for name, chart in study_charts(view, importances).items():
-                save_png([chart], Path(scratch) / f"{name}.png")
-                save_html([chart], Path(scratch) / f"{name}.html", title=chart.title)
-            self.client.log_artifacts(parent, scratch, "figures")
+                folder = Path(scratch) / ("" if name == "front" else FIGURES)  # the front lies beside its table
+                folder.mkdir(exist_ok=True)
+                save_png([chart], folder / f"{name}.png")
+                save_html([chart], folder / f"{name}.html", title=chart.title)
+            self.client.log_artifacts(parent, scratch)
         registered = self._space.tracking.models and self._space.tracking.register
         self._batch(
             parent, at=time.time(),
@@ -251,7 +254,7 @@ class Mirror:
             if charts := trial_charts(row):
                 with tempfile.TemporaryDirectory() as scratch:
                     save_png(list(charts.values()), Path(scratch) / "training.png", stacked=True)
-                    self.client.log_artifacts(run.info.run_id, scratch, "figures")
+                    self.client.log_artifacts(run.info.run_id, scratch, FIGURES)
             if self._space.tracking.models and MODEL_TAG not in run.data.tags:
                 log(f"MLflow: model of trial {row['trial']} ({i + 1} of {len(rows)})")
                 self._log_net(view, row, run, log)

@@ -68,7 +68,7 @@ def _hints(view: View, *, registered: bool) -> list[str]:
     if best is None:
         return ["No trial was completed."]
     hints = [
-        "Figures: `figures/` (PNG and interactive HTML), all of them on one page: `report.html`. Trials of the front: "
+        "Figures are among the artifacts: `front.html`, more in `figures/`, all of them on one page in `report.html`. Trials of the front: "
         "filter `tags.on_front = 'true'`.",
         "",
         "To use a net:",

@@ -142,6 +142,8 @@ def _settings(group: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
                 yield f"{prefix}{name}", " | ".join(map(str, choices))
             case Strict():
                 yield from _settings(value, f"{prefix}{name}.")
+            case float():
+                yield f"{prefix}{name}", f"{value:g}"
             case _:
                 yield f"{prefix}{name}", str(value)
 

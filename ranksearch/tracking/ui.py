@@ -74,7 +74,7 @@ def find_store(where: str, runs: Path) -> Opened:
         if elsewhere is None:
             known = sorted(path.parent.name for path in runs.glob(f"*/{INFO}"))
             raise UsageError(
-                f"There is no study and no MLflow store in {where}: run `ranksearch search SPACE.yaml` first, or name its folder. "
+                f"There is no MLflow store in {where}, and no study of that name: run `ranksearch search SPACE.yaml` first. "
                 f"{nearest(where, known)}"
             )
         uri = elsewhere

@@ -1,0 +1,216 @@
+"""A real `mlflow server`: killed in mid-study, its models loaded elsewhere, its pages in a browser."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+import ranksearch
+from ranksearch.api import Silent, search, sync
+from ranksearch.tracking.runs import final_metrics, trial_metrics
+from ranksearch.tracking.store import NOTED
+from ranksearch.tracking.ui import Page
+from tests.test_mirror import runs_of
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Server:
+    """MLflow's server over a SQLite file, with artifacts that it serves itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process = None
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        command += ["--artifacts-destination", (self.folder / "artifacts").as_uri()]
+        with open(self.folder / "server.log", "a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.2)
+        raise AssertionError((self.folder / "server.log").read_text()[-2000:])
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+class KillsTheServer(Silent):
+    """Shoots at the store when it holds a trial and three have ended."""
+
+    def __init__(self, server) -> None:
+        self.server, self.lines = server, []
+
+    def row(self, study, row) -> None:
+        if study.finished == 3:
+            client = MlflowClient(self.server.uri)
+            while not (found := client.get_experiment_by_name("digits_resnet8")) or not client.search_runs(
+                [found.experiment_id], "tags.`ranksearch.kind` = 'trial'"
+            ):
+                time.sleep(0.1)
+            self.server.kill()
+
+    def log(self, message) -> None:
+        self.lines.append(message)
+
+
+@pytest.fixture(scope="module")
+def studied(server, tmp_path_factory):
+    """A study whose server was killed in the middle, and that was brought up to date when it was there again."""
+    runs = tmp_path_factory.mktemp("runs")
+    space = Path(__file__).parent.parent / "search_spaces" / "digits_resnet8.yaml"
+    settings = ["recipe.steps=20", "recipe.bn_batches=2", f"tracking.uri={server.uri}", "tracking.register=true"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        observer = KillsTheServer(server)
+        study = search(space, trials=5, settings=settings, runs=runs, inline=True, observer=observer)
+        server.start()
+        assert any("ranksearch sync" in line for line in observer.lines)
+        _, parent, trials = runs_of(server.uri)
+        assert len(trials) < 5
+        assert parent.info.status == "RUNNING"
+        sync("digits_resnet8", runs=runs)
+        sync("digits_resnet8", runs=runs)  # once more changes nothing
+    return study
+
+
+def test_a_server_that_was_killed_holds_after_sync_what_the_folder_holds(studied, server):
+    client, parent, trials = runs_of(server.uri)
+    assert parent.info.status == "FINISHED"
+    assert sorted(trials) == [row["trial"] for row in studied.trials]
+    for row in studied.trials:
+        run = trials[row["trial"]]
+        held = [
+            (m.key, m.step, m.value) for k in run.data.metrics for m in client.get_metric_history(run.info.run_id, k)
+        ]
+        wanted = [(name, step, value) for step, found in trial_metrics(row) for name, value in found.items()]
+        assert sorted(held) == sorted(wanted)
+    steps = sorted(m.step for m in client.get_metric_history(parent.info.run_id, "hypervolume"))
+    assert steps == [1, 2, 3, 4, 5]
+    stored = Path(client.download_artifacts(parent.info.run_id, "front.json", str(studied.folder / "trials")))
+    assert json.loads(stored.read_text()) == json.loads((studied.folder / "front.json").read_text())
+
+
+def test_the_nets_of_the_front_load_elsewhere_without_our_code_and_without_a_pickle(studied, server, tmp_path):
+    client, _, trials = runs_of(server.uri)
+    models = client.search_logged_models([trials[0].info.experiment_id])
+    found = {int(model.tags["ranksearch.trial"]): model for model in models}
+    assert len(models) == len(found) == len(studied.front)  # none twice
+    assert set(found) == {row["trial"] for row in studied.front}
+    for row in studied.front:
+        model = found[row["trial"]]
+        assert model.status == "READY"
+        assert model.source_run_id == trials[row["trial"]].info.run_id
+        assert {metric.key: metric.value for metric in model.metrics} == final_metrics(row)
+    example = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    torch.save(example, tmp_path / "x.pt")
+    uris = {"champion": "models:/digits_resnet8@champion"} | {str(n): f"models:/{m.model_id}" for n, m in found.items()}
+    script = f"""
+import sys, json, torch
+sys.modules["ranksearch"] = None  # whoever imports it fails
+import mlflow
+x = torch.load("x.pt", weights_only=True)
+for name, uri in json.loads({json.dumps(json.dumps(uris))}).items():
+    torch.save(mlflow.pytorch.load_model(uri)(x).detach(), f"{{name}}.pt")
+again = mlflow.pyfunc.load_model("models:/digits_resnet8@champion")
+print(json.dumps(again.predict(x.numpy()).tolist()))
+print(again.metadata.signature)
+"""
+    environment = os.environ | {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    best = studied.best()
+    with torch.inference_mode():
+        for name in uris:
+            number = best["trial"] if name == "champion" else int(name)
+            wanted = ranksearch.load(studied.trial_folder(number))(example)
+            given = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+            assert (given - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    predicted, *signature = done.stdout.splitlines()
+    assert json.loads(predicted) == torch.load(tmp_path / "champion.pt", weights_only=True).tolist()
+    assert "Tensor('float32', (-1, 1, 8, 8))" in "".join(signature)
+
+
+def test_the_best_net_is_registered_once(studied, server):
+    client, _, trials = runs_of(server.uri)
+    versions = client.search_model_versions("name = 'digits_resnet8'")
+    assert len(versions) == 1
+    champion = client.get_model_version_by_alias("digits_resnet8", "champion")
+    assert champion.run_id == trials[studied.best()["trial"]].info.run_id
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_pages_show_the_study_in_a_browser(studied, server, tmp_path):
+    noted = json.loads((studied.folder / NOTED).read_text())
+    assert noted["uri"] == server.uri
+    page = Page("digits_resnet8", noted["experiment"], noted["parent"])
+    table = opened(f"{server.uri}{page.trials}", tmp_path / "table")
+    for row in studied.trials:
+        assert f"t{row['trial']:03d} macs" in table
+    assert "on_front" in table
+    run = opened(f"{server.uri}{page.front}", tmp_path / "run")
+    assert "best_within_budget" in run
+    assert "low-rank forms of resnet8" in run
+    ranksearch.report(str(studied.folder), output=tmp_path / "report.html")
+    drawn = opened((tmp_path / "report.html").as_uri(), tmp_path / "report")
+    assert drawn.count("main-svg") >= 5  # what the page's script draws
+    assert "http" not in (tmp_path / "report.html").read_text().split("</script>")[-1]
+
+
+def opened(address: str, profile: Path) -> str:
+    """The page as it stands when its script has run."""
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-sync",
+    ]
+    done = subprocess.run(
+        [CHROMIUM, *options, f"--user-data-dir={profile}", "--virtual-time-budget=20000", "--dump-dom", address],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    return done.stdout
