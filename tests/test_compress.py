@@ -286,6 +286,15 @@ def test_net_on_disk_is_the_same_net(small_net, image, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "plan.json"]
 
 
+def test_a_net_with_tiles_that_are_cut_is_written_without_their_padding(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 48)).eval()  # one tile across, and one and a half of side 32 down
+    plan = RankPlan({"0": LayerPlan("tiled_32", 3)}, model="linear")
+    small = ranksearch.compress(model, plan)
+    save_net(small, plan, tmp_path)
+    x = torch.randn(2, 16)
+    assert torch.equal(load_net(tmp_path, lambda name: nn.Sequential(nn.Linear(16, 48)))(x), small(x))
+
+
 def test_a_tampered_net_is_refused(small_net, tmp_path):
     save_net(ranksearch.compress(small_net, PLAN), PLAN, tmp_path)
 

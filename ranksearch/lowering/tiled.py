@@ -133,7 +133,8 @@ class SquareTiles(MatrixLowering):
         return (spec.groups, q, rows, count), (spec.groups, p, count, columns)
 
     def lay_out(self, factors: Sequence[Tensor], spec: LayerSpec, rank: Rank) -> tuple[Tensor, ...]:
-        return tuple(factor.contiguous() for factor in factors)
+        # copies: a slice of padded tiles may be contiguous and still hold the padding, and safetensors refuses such a tensor
+        return tuple(factor.clone(memory_format=torch.contiguous_format) for factor in factors)
 
     def taken_in(self, factors: Sequence[Tensor], spec: LayerSpec) -> tuple[Tensor, ...]:
         return tuple(factors)
