@@ -6,6 +6,7 @@
     ranksearch.compress(model, plan)               the compressed net
     ranksearch.project_(model, plan)               projection, once; Projector(plan) in a training loop of your own
     ranksearch.load("runs/NAME/trials/007")        a net of a study
+    ranksearch.export("NAME", "best", format="onnx")  that net for another runtime, checked against it
 
 Importing the package loads none of torch, ray and mlflow; they are imported at the first use of a name.
 """
@@ -23,6 +24,7 @@ _HOMES = {
     "compress": "ranksearch.compress",
     "resume": "ranksearch.api:resume",
     "load": "ranksearch.api:load",
+    "export": "ranksearch.api:export",
     "preview": "ranksearch.api:preview",
     "sync": "ranksearch.api:sync",
     "report": "ranksearch.api:report",

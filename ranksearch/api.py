@@ -1,4 +1,4 @@
-"""The public Python API that joins the floors: `search`, `resume`, `preview`, `sync`, `report`, `load`."""
+"""The public Python API that joins the floors: `search`, `resume`, `preview`, `sync`, `report`, `load`, `export`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from torch import nn
 
 from ranksearch.allocate import CurveCache
 from ranksearch.compress import RankPlan, load_net
+from ranksearch.compress.exported import check_fold
+from ranksearch.compress.formats import format_named
 from ranksearch.compress.latency import latencies_ms
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.files import write_atomically
+from ranksearch.search.export_trial import export_trial, pick_trial, target_folder
 from ranksearch.search.front import Row
 from ranksearch.search.opening import WARM
 from ranksearch.search.preview import (
@@ -279,6 +282,43 @@ def load(folder: str | Path) -> nn.Module:
         UsageError: a file is missing, damaged or does not fit.
     """
     return load_net(Path(folder), build_reference)
+
+
+def export(
+    name: str | Path,
+    trial: int | str,
+    *,
+    format: str,
+    output: str | Path | None = None,
+    runs: str | Path = "runs",
+    fold_bn: bool = False,
+    force: bool = False,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Writes a trial's net in a form that other programs load, opens it again and holds it against the net: what `export.json` says.
+
+    Args:
+        name: the study, by name or folder.
+        trial: a complete trial's number, or "best" for the most accurate one.
+        format: "state_dict" (for `load`), "pt2" (torch.export) or "onnx" (needs the extra `onnx`).
+        output: folder of the export; None is exports/TRIAL-FORMAT in the study's folder.
+        fold_bn: folds BN into the layers before it; with "pt2" and "onnx".
+        force: an earlier export in `output` gives way.
+
+    Raises:
+        UsageError: no such study, trial or format, its extra is not installed, or `output` holds something.
+        StudyError: the net cannot be expressed in that format, or the exported form computes something else.
+    """
+    observer = observer or Silent()
+    form = format_named(format)
+    check_fold(form, fold_bn)
+    study = Study.open(find_study(str(name), Path(runs)))
+    row = pick_trial(study, trial)
+    folder = target_folder(study, row, form, None if output is None else Path(output), force=force)
+    observer.log(
+        f"exporting trial {row['trial']} of {study.space.name!r} as {form.name}, and holding it against the net"
+    )
+    return {"folder": str(folder)} | export_trial(study, row, folder, form, build=build_reference, fold_bn=fold_bn)
 
 
 def _dense_latency_ms(model: nn.Module, bench: Workbench, threads: int | None) -> float:

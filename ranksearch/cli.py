@@ -277,6 +277,39 @@ def front(study: StudyName, runs: Runs = DEFAULT_RUNS, as_json: Json = False) ->
 
 
 @app.command()
+def export(
+    study: StudyName,
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or `best`: the most accurate one.")],
+    format: Annotated[
+        str,
+        typer.Option("--format", metavar="state_dict|pt2|onnx", help="For ranksearch.load, PyTorch alone, or others."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Left out, runs/NAME/exports/TRIAL-FORMAT.")
+    ] = None,
+    fold_bn: Annotated[bool, typer.Option("--fold-bn", help="Fold BN into the layers before it (pt2, onnx).")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Export a trial's net: written, opened again, compared with the net, timed. An export that computes something else is removed.
+
+    Example: ranksearch export digits_resnet8 best --format onnx
+    """
+    from ranksearch import api
+    from ranksearch.console import Terminal
+    from ranksearch.tables import print_export
+
+    record = api.export(
+        study, trial, format=format, output=output, runs=runs, fold_bn=fold_bn, force=force, observer=Terminal()
+    )
+    if as_json:
+        _print_json(record)
+    else:
+        print_export(record)
+
+
+@app.command()
 def sync(study: StudyName, runs: Runs = DEFAULT_RUNS) -> None:
     """Bring MLflow up to date with a study, after a server that was away; nothing is logged twice.
 

@@ -1,8 +1,9 @@
-"""The records and tables of `ranksearch layers` and `ranksearch check`, and the table of `ranksearch preview`."""
+"""The records and tables of the verbs `layers` and `check`, and what `preview` and `export` print."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ranksearch.allocate.budget import cost_value
@@ -197,3 +198,30 @@ def _score(row: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
     return f"{row['val_accuracy']:.2f}{'*' if row['on_front'] else ' '}"
+
+
+OPENED_BY = {
+    "state_dict": "ranksearch.load({folder!r})",
+    "pt2": "torch.export.load({file!r}).module()",
+    "onnx": "onnxruntime.InferenceSession({file!r})",
+}
+
+
+def print_export(record: dict[str, Any]) -> None:
+    """What was exported, how far it is from the net, how fast it is, and how to open it; one line each."""
+    folder, here = Path(record["folder"]), Path.cwd()
+    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    opened = OPENED_BY[record["format"]].format(folder=str(folder), file=f"{folder}/model.{record['format']}")
+    folded = f", {record['folded_bn']} BN layers folded" if record["folded_bn"] else ""
+    opset = f", opset {record['opset']}" if record["opset"] else ""
+    checked = ", ".join(map(str, record["checked_batches"]))
+    print(
+        f"trial {record['trial']} of {record['study']} as {record['format']}{opset}{folded}\n"
+        f"  files     {folder}/: {', '.join(record['files'])} ({record['size_bytes']:,} bytes), export.json\n"
+        f"  checked   max relative error {record['max_rel_error']:.1e} against the net, batches of {checked}\n"
+        f"  latency   {record['latency_ms']:.3f} ms; eager {record['latency_eager_ms']:.3f} ms, dense eager "
+        f"{record['latency_dense_ms']:.3f} ms (one image, {record['device']})\n"
+        f"  accuracy  validation {number(record['val_accuracy'], '.2f')} %, test {number(record['test_accuracy'], '.2f')} %; "
+        f"{record['macs']:,} MACs, {record['params']:,} params\n"
+        f"  open it   {opened}"
+    )

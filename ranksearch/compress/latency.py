@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,17 +16,21 @@ SECONDS = 3.0
 
 
 @torch.inference_mode()
-def latencies_ms(models: Sequence[nn.Module], example: torch.Tensor, rounds: int = ROUNDS) -> list[float]:
-    """Median time of one call in milliseconds, per model, eager, on the device of `example` with the threads of this process.
+def latencies_ms(
+    models: Sequence[Callable[[torch.Tensor], Any]], example: torch.Tensor, rounds: int = ROUNDS
+) -> list[float]:
+    """Median time of one call in milliseconds, per model, on the device of `example` with the threads of this process.
 
     Args:
+        models: nets, which are moved there and set to evaluation mode, or any functions of a batch.
         example: input batch, as the models take it.
     """
     device = example.device
     times: list[list[float]] = [[] for _ in models]
     started = time.perf_counter()
     for model in models:
-        model.to(device).eval()
+        if isinstance(model, nn.Module):
+            model.to(device).eval()
     for turn in range(WARM_UP + rounds):
         if turn >= WARM_UP + 5 and time.perf_counter() - started > SECONDS:
             break

@@ -67,7 +67,7 @@ class RankPlan:
         """Reads what `to_dict` writes.
 
         Raises:
-            UsageError: not a plan, an unknown lowering, or a rank that is no whole number >= 1.
+            UsageError: not a plan, an unknown lowering, a rank that is no whole number >= 1, or a model that is no name.
         """
         if not isinstance(data, dict) or not isinstance(data.get("layers"), dict):
             raise UsageError('This is not a rank plan: it needs {"layers": {name: {"lowering": ..., "rank": ...}}}.')
@@ -80,13 +80,16 @@ class RankPlan:
         gap = data.get("gap")
         if gap is not None and not (isinstance(gap, float | int) and gap >= 0):
             raise UsageError(f"Plan: gap is a share >= 0, got {gap!r}.")
-        return cls(layers, data.get("model"), gap)
+        model = data.get("model")
+        if not isinstance(model, str | None):
+            raise UsageError(f"Plan: model is a name such as cifar10/resnet20, got {model!r}.")
+        return cls(layers, model, gap)
 
     @classmethod
     def from_json(cls, text: str) -> RankPlan:
         try:
             return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UsageError(f"This is not a rank plan: no JSON ({error}).") from error
 
 

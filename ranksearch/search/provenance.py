@@ -14,9 +14,12 @@ PACKAGES = ("ranksearch", "torch", "optuna", "ray", "mlflow", "numpy")
 
 
 def device_name() -> str:
-    """The GPU's name, else the processor's architecture and its number of usable threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    """The GPU's name, else the processor's."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's architecture and the number of threads that torch uses of it."""
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 

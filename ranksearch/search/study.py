@@ -400,6 +400,16 @@ class Study:
         """Of the front in (accuracy as a share, costs as shares of dense), against accuracy 0 and the dense costs."""
         return self._ledger.hypervolume
 
+    def status(self, number: int) -> str | None:
+        """How a trial ended, else "running", "waiting" or "given back" (run again under another number); None where there is none."""
+        if number in self._ledger:
+            return next(row["status"] for row in self.trials if row["trial"] == number)
+        trials = self._study.get_trials(deepcopy=False)
+        if not 0 <= number < len(trials):
+            return None
+        state = trials[number].state
+        return "given back" if state.is_finished() else state.name.lower()
+
     def best(self, budget: str | None = None) -> Row:
         """The most accurate complete trial, within `budget` ("flops=30%") where one is given.
 

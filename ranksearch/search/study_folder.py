@@ -4,7 +4,7 @@ runs/NAME/space.yaml        the resolved space          runs/NAME/front.json   t
 runs/NAME/space.given.yaml  the space as it was given   runs/NAME/trials/007/  plan.json, model.safetensors
 runs/NAME/study.json        dense net, versions, seed   runs/NAME/test.json    test accuracies of the front, at the end
 runs/NAME/optuna.journal    Optuna's storage            runs/NAME/mlflow.json  which runs of which MLflow store mirror it
-runs/NAME/checkpoints/      states of running trials
+runs/NAME/checkpoints/      states of running trials    runs/NAME/exports/     nets in the formats of other runtimes
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ranksearch.errors import UsageError, nearest
 SPACE, GIVEN, INFO, JOURNAL = "space.yaml", "space.given.yaml", "study.json", "optuna.journal"
 FRONT, TEST = "front.json", "test.json"
 DENSE_WEIGHTS, CHECKPOINTS, TRIALS = "dense.safetensors", "checkpoints", "trials"
-CURVES, PREVIEW = "curves.safetensors", "preview"
+CURVES, PREVIEW, EXPORTS = "curves.safetensors", "preview", "exports"
 LOCK, UNFINISHED = ".lock", ".unfinished"
 """Stands in a folder while a study is being made there."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ranksearch.errors import UsageError, nearest
 from ranksearch.tasks import cifar10, digits
-from ranksearch.tasks.task import Task
+from ranksearch.tasks.task import Normalise, Task
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class TaskKind:
     build_model: Callable[[str], nn.Module]
     input_shape: tuple[int, ...]
     make_task: Callable[..., Task]
+    normalise: Normalise
+    """What the model expects to have been done to its inputs."""
 
     @property
     def example_input(self) -> Tensor:
@@ -31,8 +33,8 @@ class TaskKind:
 
 
 TASKS = {
-    "cifar10": TaskKind(cifar10.build_model, (3, 32, 32), cifar10.make_task),
-    "digits": TaskKind(digits.build_model, (1, 8, 8), digits.make_task),
+    "cifar10": TaskKind(cifar10.build_model, (3, 32, 32), cifar10.make_task, cifar10.NORMALISE),
+    "digits": TaskKind(digits.build_model, (1, 8, 8), digits.make_task, digits.NORMALISE),
 }
 
 

@@ -22,6 +22,8 @@ BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
 FOLDER = "cifar-10-batches-py"
 TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST_FILES = ("test_batch",)
+NORMALISE = Normalise(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+"""The statistics that the public checkpoints were trained with (ImageNet's), not CIFAR-10's own."""
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -80,7 +82,5 @@ def make_task(model: str, *, data: str | None, validation: int, split_seed: int)
     if not 1 <= validation <= len(full) - 128:
         raise UsageError(f"validation: {validation} is outside 1..{len(full) - 128}.")
     train, val = hold_out(full, validation, split_seed)
-    # the statistics that the public checkpoints were trained with (ImageNet's), not CIFAR-10's own
-    normalise = Normalise(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     test = _split(folder, TEST_FILES)
-    return Task("cifar10", model, build_model, train, val, test, normalise, Augment(pad=4, flip=True))
+    return Task("cifar10", model, build_model, train, val, test, NORMALISE, Augment(pad=4, flip=True))

@@ -14,6 +14,7 @@ from ranksearch.tasks.task import Augment, Normalise, Split, Task, hold_out
 
 BLOCKS = {"resnet8": 1, "resnet14": 2, "resnet20": 3}
 TEST_IMAGES, TEST_SEED = 360, 1797
+NORMALISE = Normalise(mean=(0.305,), std=(0.376,), scale=16.0)
 
 
 def build_model(name: str) -> CifarResNet:
@@ -31,5 +32,4 @@ def make_task(model: str, *, data: str | None, validation: int, split_seed: int)
         raise UsageError(f"validation: {validation} is outside 1..{len(rest) - 128}, what digits can spare.")
     train, val = hold_out(rest, validation, split_seed)
     build_model(model)  # an unknown name fails here, before anything is trained
-    normalise = Normalise(mean=(0.305,), std=(0.376,), scale=16.0)
-    return Task("digits", model, build_model, train, val, test, normalise, Augment(pad=1, flip=False))
+    return Task("digits", model, build_model, train, val, test, NORMALISE, Augment(pad=1, flip=False))

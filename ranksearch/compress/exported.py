@@ -1,0 +1,133 @@
+"""A net exported and held to it: written in a format, opened again, compared with the net that it came from, and timed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.compress.export import Build
+from ranksearch.compress.fold import fold_bn_
+from ranksearch.compress.formats import FORMATS, Format, Function, told, traced
+from ranksearch.compress.latency import latencies_ms
+from ranksearch.compress.plan import RankPlan
+from ranksearch.errors import StudyError, UsageError
+from ranksearch.lowering.tiled import settle_
+
+TOLERANCE = 1e-4
+"""Of max |a - b| / max |a|, a the net's outputs and b those of its exported form."""
+TRACED_BATCH = 2
+"""Never 1, which torch.export may take for a constant."""
+CHECKED_BATCHES = (1, 3, TRACED_BATCH)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, how far it is from the net in evaluation mode, and how fast it is on this machine's CPU."""
+
+    files: tuple[str, ...]
+    size_bytes: int
+    opset: int | None
+    folded_bn: int
+    """BN layers that are gone."""
+    max_rel_error: float
+    latency_ms: float
+    """Of one call with one image, measured in turn with the next two."""
+    latency_eager_ms: float
+    others_ms: tuple[float, ...]
+
+
+def export_net(
+    model: nn.Module,
+    plan: RankPlan,
+    example: Tensor,
+    folder: Path,
+    *,
+    form: Format,
+    build: Build,
+    fold_bn: bool,
+    others: Sequence[nn.Module] = (),
+) -> Exported:
+    """Writes `model` to the empty `folder`, opens what was written and holds it against the model at several batch sizes.
+
+    The model maps one tensor [N, ...] to one tensor and is not changed; it may be in the form that its plan stores.
+
+    Args:
+        example: a batch of one input, of which shape and dtype (of integers, the values too) are taken.
+        build: the dense model of `plan.model`, which `state_dict` needs.
+        others: nets to time beside it, such as the dense one.
+
+    Raises:
+        UsageError: `fold_bn` with a format that keeps layers, or a model that does not return a tensor.
+        StudyError: the net cannot be traced or expressed, or what was written computes something else (by more than `TOLERANCE`).
+    """
+    check_fold(form, fold_bn)
+    generator = torch.Generator().manual_seed(0)
+    batch = _sample(example, TRACED_BATCH, generator)
+    stored = copy.deepcopy(model).cpu().eval()
+    eager = settle_(copy.deepcopy(stored))
+    source, folded = eager if form.traced else stored, 0
+    if fold_bn:
+        source = copy.deepcopy(eager)
+        folded = fold_bn_(source, traced(source, batch))
+    form.write(source, plan, batch, folder)
+    with told(f"What was written as {form.name} cannot be used, and was removed"):
+        function = form.open(folder, build)
+        error = max_rel_error(function, eager, [_sample(example, count, generator) for count in CHECKED_BATCHES])
+    own, of_eager, *of_others = latencies_ms([function, eager, *others], _sample(example, 1, generator))
+    files = sorted(path for path in folder.iterdir())
+    return Exported(
+        tuple(path.name for path in files), sum(path.stat().st_size for path in files), form.opset, folded,
+        error, own, of_eager, tuple(of_others),
+    )  # fmt: skip
+
+
+def check_fold(form: Format, fold_bn: bool) -> None:
+    """Raises UsageError where BN is to be folded in a format whose reader expects it."""
+    if fold_bn and not form.traced:
+        takers = " and ".join(name for name, other in FORMATS.items() if other.traced)
+        raise UsageError(
+            f"--fold-bn does not go with {form.name}: `ranksearch.load` rebuilds the net with its BN layers and would find no values "
+            f"for them. Formats that take it: {takers}."
+        )
+
+
+@torch.inference_mode()
+def max_rel_error(function: Function, net: nn.Module, batches: Sequence[Tensor]) -> float:
+    """The largest max |a - b| / max |a| over `batches`, a = net(batch), b = function(batch).
+
+    Raises:
+        UsageError: the net does not return a tensor.
+        StudyError: it is above `TOLERANCE`, or the shapes differ.
+    """
+    errors = []
+    for batch in batches:
+        wanted, found = net(batch), function(batch)
+        if not isinstance(wanted, Tensor):
+            raise UsageError(
+                f"Nets that return one tensor can be exported; this one returns a {type(wanted).__name__}."
+            )
+        if found.shape != wanted.shape:
+            raise StudyError(
+                f"The exported net returns {list(found.shape)} where the net returns {list(wanted.shape)}; it was removed."
+            )
+        tiny = torch.finfo(wanted.dtype).tiny
+        errors.append(((found - wanted).abs().max() / wanted.abs().max().clamp_min(tiny)).item())
+        if not errors[-1] <= TOLERANCE:  # NaN is no agreement either
+            raise StudyError(
+                f"The exported net differs from the net by {errors[-1]:.2g} (max |a - b| / max |a|, {len(batch)} random inputs), "
+                f"more than {TOLERANCE:g}; it was removed."
+            )
+    return max(errors)
+
+
+def _sample(example: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[count, ...]: random inputs like `example`, normal ones, or where they are integers, drawn from its own."""
+    shape = (count, *example.shape[1:])
+    if example.is_floating_point():
+        return torch.randn(shape, generator=generator, dtype=example.dtype)
+    return example.flatten()[torch.randint(example.numel(), shape, generator=generator)].cpu()

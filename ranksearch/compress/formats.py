@@ -1,0 +1,160 @@
+"""The forms in which a net leaves ranksearch: how each is written to a folder, and how what was written is opened again.
+
+`state_dict`: `plan.json` and `model.safetensors`, for `ranksearch.load`. `pt2`: torch.export's graph, for PyTorch without ranksearch, C++
+included. `onnx`: for ONNX Runtime, TensorRT, OpenVINO and the like. The last two take any number of images per call. `exported.py` checks
+what is written here. Opening a .pt2 may run what its writer put there (torch says so): only what was just written is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ranksearch.compress.export import Build, load_net, save_net
+from ranksearch.compress.plan import RankPlan
+from ranksearch.errors import RanksearchError, StudyError, UsageError, nearest
+
+Function = Callable[[Tensor], Any]
+"""A net as what it computes: a batch [N, ...] -> outputs [N, ...]."""
+
+OPSET = 20
+"""Of the default ONNX domain; torch's exporter writes 18 and newer."""
+ONE_FILE_BYTES = 1_900_000_000
+"""Above it an ONNX model's weights go to a second file: its own format ends at 2 GiB."""
+FREE_BATCH = ({0: Dim("batch", min=1)},)
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form of a net on disk."""
+
+    name: str
+    write: Callable[[nn.Module, RankPlan, Tensor, Path], None]
+    """Writes a net in evaluation mode and its plan to a folder; the tensor is a batch to trace with."""
+    open: Callable[[Path, Build], Function]
+    """The net of such a folder as a function, with the threads of this process."""
+    traced: bool
+    """Whether the file holds what the net computes, not its layers: it needs no ranksearch, and its BN may be folded."""
+    needs: tuple[str, ...] = ()
+    """Packages of the extra of the format's name."""
+    opset: int | None = None
+    """Of the default ONNX domain."""
+
+
+def format_named(name: str) -> Format:
+    """The format `name`, everything that it needs installed.
+
+    Raises:
+        UsageError: no such format (the text names the nearest one), or its extra is not installed.
+    """
+    if name not in FORMATS:
+        raise UsageError(f"There is no export format {name!r}. {nearest(name, FORMATS)}")
+    missing = [package for package in FORMATS[name].needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(
+            f"Format {name} needs {', '.join(missing)}, not installed here: `pip install 'ranksearch[{name}]'`."
+        )
+    return FORMATS[name]
+
+
+def traced(model: nn.Module, batch: Tensor) -> ExportedProgram:
+    """The exported graph of `model`, its first axis (images per call) free.
+
+    Raises:
+        StudyError: torch.export cannot trace the net; the text says why.
+    """
+    with told("torch.export cannot trace this net with a free batch axis"), quiet():
+        return torch.export.export(model, (batch,), dynamic_shapes=FREE_BATCH)
+
+
+def _write_state_dict(model: nn.Module, plan: RankPlan, batch: Tensor, folder: Path) -> None:
+    save_net(model, plan, folder)
+
+
+def _open_state_dict(folder: Path, build: Build) -> Function:
+    return load_net(folder, build)
+
+
+def _write_pt2(model: nn.Module, plan: RankPlan, batch: Tensor, folder: Path) -> None:
+    program = traced(model, batch)
+    with told("torch.export cannot save this net"), quiet():
+        torch.export.save(program, folder / "model.pt2")
+
+
+def _open_pt2(folder: Path, build: Build) -> Function:
+    with quiet():
+        net = torch.export.load(folder / "model.pt2").module()
+    return lambda batch: net(batch)  # not as a module: an exported one has no train() and eval()
+
+
+def _write_onnx(model: nn.Module, plan: RankPlan, batch: Tensor, folder: Path) -> None:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    with told(f"torch.onnx cannot write this net at opset {OPSET}"), quiet():
+        made: Any = torch.onnx.export(
+            model, (batch,), dynamo=True, dynamic_shapes=FREE_BATCH, opset_version=OPSET,
+            input_names=["input"], output_names=["output"], verbose=False,
+        )  # fmt: skip
+        made.save(folder / "model.onnx", external_data=size > ONE_FILE_BYTES)
+
+
+def _open_onnx(folder: Path, build: Build) -> Function:
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # threads that spin after a call would slow down whatever is timed in turn with it
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    (name,) = (node.name for node in session.get_inputs())
+    return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporters' own notes for their developers are kept off the terminal; stdout is for results."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turns whatever an exporter or a runtime raises into a StudyError that says `what` and why; they share no base class."""
+    try:
+        yield
+    except (RanksearchError, OSError):
+        raise
+    except Exception as error:
+        origin = error.__cause__ or error
+        lines = [line.strip() for line in str(origin).splitlines() if line.strip()]  # may be pages
+        raise StudyError(f"{what}: {type(origin).__name__}: {' '.join(lines[:3])[:500]}") from error
+
+
+FORMATS = {
+    made.name: made
+    for made in (
+        Format("state_dict", _write_state_dict, _open_state_dict, traced=False),
+        Format("pt2", _write_pt2, _open_pt2, traced=True),
+        Format("onnx", _write_onnx, _open_onnx, traced=True, needs=ONNX_PACKAGES, opset=OPSET),
+    )
+}
