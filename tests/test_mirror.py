@@ -217,7 +217,7 @@ def test_what_training_and_projections_did_are_metrics_of_the_trials_run(tmp_pat
     assert run.data.metrics["images_per_second"] > 0
     assert 0 < run.data.metrics["projection_share"] < 1
     assert parent.data.params["recipe.projection.period"] == "4"
-    assert parent.data.params["recipe.distillation.temperature"] == str(row["recipe"]["distillation"]["temperature"])
+    assert parent.data.params["recipe.distillation.temperature"] == f"{row['recipe']['distillation']['temperature']:g}"
     kept = artifact(client, run, "trial.json", tmp_path)
     assert kept["projections"] == row["projections"]
     assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"plan.json", "trial.json", "figures"}

@@ -208,6 +208,7 @@ def opened(address: str, profile: Path) -> str:
         "--no-first-run",
         "--disable-background-networking",
         "--disable-sync",
+        "--window-size=3000,1400",  # the table draws the columns that are seen alone
     ]
     done = subprocess.run(
         [CHROMIUM, *options, f"--user-data-dir={profile}", "--virtual-time-budget=20000", "--dump-dom", address],
