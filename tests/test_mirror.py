@@ -246,6 +246,13 @@ def test_an_unreachable_store_costs_a_message_not_the_study(tmp_path, digits_yam
     assert (study.folder / "front.json").is_file()
 
 
+def test_a_store_whose_driver_is_missing_says_what_to_install(tmp_path, digits_yaml, short_settings):
+    log = Log()
+    settings = [*short_settings, "tracking.uri=mysql://u@127.0.0.1:9/x", "search.trials=1"]
+    assert search(digits_yaml, settings=settings, runs=tmp_path, inline=True, observer=log).finished == 1
+    assert any("No module named 'MySQLdb': install the database's Python driver" in line for line in log.lines)
+
+
 def test_sync_brings_a_store_up_to_date_that_was_away(tmp_path, digits_yaml, short_settings):
     (tmp_path / "file").write_text("")
     uri = f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}"  # below a file: it cannot be made

@@ -66,7 +66,11 @@ class Mirror:
     def __init__(self, view: View, runs: Path) -> None:
         self._folder, self._space, self._info = view.folder, view.space, view.info
         self.uri = store_uri(runs, view.space.tracking.uri)
-        self.client = MlflowClient(tracking_uri=self.uri)
+        try:
+            self.client = MlflowClient(tracking_uri=self.uri)
+        except ModuleNotFoundError as error:
+            hint = "install the database's Python driver (of PostgreSQL: pip install 'ranksearch[postgres]')"
+            raise MlflowException(f"{error}: {hint}") from error
         self.experiment_id, self.parent_id = self._find() or self._make(
             view, artifact_root(runs, self.uri, view.space.tracking.artifacts)
         )

@@ -1,0 +1,86 @@
+"""A study mirrored in PostgreSQL, without a server of MLflow's in between: a real database on a free port of this machine."""
+
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ranksearch.api import search, sync
+from ranksearch.tracking.ui import find_store
+from tests.test_mirror import dump, runs_of
+
+pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'ranksearch[postgres]'")
+
+
+def programs() -> Path | None:
+    """The folder of PostgreSQL's own programs."""
+    found = shutil.which("initdb")
+    places = [Path(found).parent] if found else []
+    places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return next((place for place in places if (place / "initdb").is_file()), None)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """URI of an empty database."""
+    found = programs()
+    if found is None:
+        pytest.skip("PostgreSQL's server is not installed")
+    folder = tmp_path_factory.mktemp("postgres")
+    as_user = []
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        if shutil.which("runuser") is None or subprocess.run(["id", "postgres"], capture_output=True).returncode:
+            pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+        as_user = ["runuser", "-u", "postgres", "--"]
+        shutil.chown(folder, "postgres")
+        for parent in folder.parents:
+            if parent.stat().st_uid == 0 and parent.is_relative_to("/tmp") and parent != Path("/tmp"):
+                parent.chmod(parent.stat().st_mode | 0o011)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(*command, **options):
+        return subprocess.run([*as_user, *map(str, command)], check=True, cwd=folder, **options)
+
+    run(found / "initdb", "-D", folder / "data", "-A", "trust", "-U", "ranksearch", capture_output=True)
+    settings = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder} -c fsync=off"
+    run(
+        found / "pg_ctl",
+        "-D",
+        folder / "data",
+        "-o",
+        settings,
+        "-l",
+        folder / "log",
+        "-w",
+        "start",
+        stdout=subprocess.DEVNULL,
+    )
+    yield f"postgresql://ranksearch@127.0.0.1:{port}/postgres"
+    run(found / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop", stdout=subprocess.DEVNULL)
+
+
+def test_a_study_is_mirrored_in_postgresql_as_in_sqlite(database, tmp_path, digits_yaml, short_settings):
+    settings = [
+        *short_settings,
+        "search.trials=2",
+        f"tracking.uri={database}",
+        f"tracking.artifacts={(tmp_path / 'files').as_uri()}",
+    ]
+    study = search(digits_yaml, settings=settings, runs=tmp_path / "runs", inline=True)
+    client, parent, trials = runs_of(database)
+    assert sorted(trials) == [0, 1]
+    for row in study.trials:
+        held = trials[row["trial"]].data.metrics
+        for name in ("val_accuracy", "macs_ratio", "seconds"):
+            assert held[name] == row[name]
+    assert (tmp_path / "files" / parent.info.run_id / "artifacts" / "front.png").is_file()
+    assert find_store("digits_resnet8", tmp_path / "runs").uri == database
+    before = dump(database)
+    sync("digits_resnet8", runs=tmp_path / "runs")
+    assert dump(database) == before
+    assert client.get_experiment_by_name("digits_resnet8").artifact_location.endswith("/files")
