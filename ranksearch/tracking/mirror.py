@@ -272,7 +272,7 @@ class Mirror:
         try:
             model_id = log_model(
                 self.client, self.experiment_id, run.info.run_id, f"{view.name}-t{row['trial']:03d}", load_net(folder, build_reference),
-                folder, task_kind(self._space.task).input_shape, tags=tags | {KIND_TAG: "net"}, params=trial_params(row),
+                folder, task_kind(self._space.task), tags=tags | {KIND_TAG: "net"}, params=trial_params(row),
                 metrics=final_metrics(row), at_ms=int(1000 * (row["ended"] or 0.0)),
             )  # fmt: skip
         except StudyError as error:

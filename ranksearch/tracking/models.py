@@ -9,7 +9,9 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import nn
 
 from ranksearch.compress.export import PLAN, WEIGHTS
 from ranksearch.errors import StudyError
+from ranksearch.tasks import TaskKind
 from ranksearch.tracking.store import quiet_mlflow
 
 quiet_mlflow()
@@ -34,17 +37,17 @@ BATCH = 2
 """Of the input example: from two on, the exported batch can be of any size."""
 
 
-def save_model(net: nn.Module, folder: Path, target: Path, input_shape: tuple[int, ...], model: Model) -> float:
+def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model: Model) -> float:
     """Writes a trial's net, from its `folder`, as an MLflow model to `target`; returns how far it differs when it is loaded again.
 
     Args:
         net: in evaluation mode, on the CPU.
-        input_shape: of one example, without the batch.
+        kind: says what the net takes: the shape of one example, and how it is made from an image.
 
     Raises:
         StudyError: the net cannot be exported, or what is loaded again computes something else.
     """
-    shape = (BATCH, *input_shape)
+    shape = (BATCH, *kind.input_shape)
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         wanted = net(example)
@@ -60,6 +63,7 @@ def save_model(net: nn.Module, folder: Path, target: Path, input_shape: tuple[in
                 net, target, mlflow_model=model, signature=signature, input_example=example.numpy(), serialization_format="pt2",
                 pip_requirements=[f"mlflow=={mlflow.__version__}", f"torch=={version}", f"numpy=={np.__version__}"],
                 extra_files=[str(folder / PLAN), str(folder / WEIGHTS)],
+                metadata={"input": "(image / scale - mean) / std, per channel", **asdict(kind.normalise)},
             )  # fmt: skip
         except (RuntimeError, ValueError, TypeError) as error:
             raise StudyError(f"The net in {folder} cannot be exported: {str(error).splitlines()[0]}") from error
@@ -75,24 +79,22 @@ def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)).item()
 
 
-class _quiet:
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
     """Silences loggers below errors for a while."""
-
-    def __init__(self, *names: str) -> None:
-        self._loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
 def log_model(
-    client: MlflowClient, experiment_id: str, run_id: str, name: str, net: nn.Module, folder: Path, input_shape: tuple[int, ...],
+    client: MlflowClient, experiment_id: str, run_id: str, name: str, net: nn.Module, folder: Path, kind: TaskKind,
     *, tags: Mapping[str, str], params: Mapping[str, str], metrics: Mapping[str, float], at_ms: int,
 ) -> str:  # fmt: skip
     """Logs a trial's net as a model that is linked to the trial's run and its metrics; returns the model's id.
@@ -109,7 +111,7 @@ def log_model(
             model = Model(
                 artifact_path=made.artifact_location, model_uuid=made.model_id, run_id=run_id, model_id=made.model_id
             )
-            save_model(net, folder, target, input_shape, model)
+            save_model(net, folder, target, kind, model)
             client.log_model_artifacts(made.model_id, str(target))
     except BaseException:
         client.delete_logged_model(made.model_id)

@@ -79,6 +79,9 @@ def _hints(view: View, *, registered: bool) -> list[str]:
             "- anywhere with MLflow and torch, without ranksearch: the run of a trial on the front links its model, "
             '`mlflow.pytorch.load_model("models:/MODEL_ID")` (an exported program; no pickle is read)'
         )
+    hints.append(
+        f"- as a file for other runtimes: `ranksearch export {view.name} {best['trial']} --format onnx` (or `pt2`, `state_dict`)"
+    )
     if registered:
         hints.append(
             f'- the most accurate one within the budgets: `mlflow.pytorch.load_model("models:/{view.name}@champion")`'

@@ -119,7 +119,11 @@ def study_tags(info: Mapping[str, Any], space: Space) -> dict[str, str]:
 def _provenance(info: Mapping[str, Any], space: Space) -> dict[str, str]:
     found, revision = info["provenance"], info["provenance"]["git_revision"]
     tags = {"sampler": space.search.sampler, "device": str(found["device"])}
-    return tags | ({"git_revision": revision} if revision is not None else {})
+    tags |= {
+        "mlflow.source.name": f"ranksearch {found['versions'].get('ranksearch') or ''}".strip(),
+        "mlflow.source.type": "LOCAL",
+    }
+    return tags | ({"git_revision": revision, "mlflow.source.git.commit": revision} if revision is not None else {})
 
 
 def study_params(space: Space) -> dict[str, str]:
