@@ -104,7 +104,8 @@ def test_a_runs_name_tells_the_cost_that_is_searched(mirrored):
 
 
 def test_progress_of_the_study_is_a_curve_on_its_run(mirrored, uri):
-    study, _ = mirrored
+    study, mirror = mirrored
+    mirror.finish(View.of(study), {}, print, complete=False)
     client, parent, _ = runs_of(uri)
     for name, final in (("hypervolume", study.hypervolume), ("best_within_budget", study.leader["val_accuracy"])):
         history = sorted(client.get_metric_history(parent.info.run_id, name), key=lambda metric: metric.step)

@@ -56,6 +56,8 @@ from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
 MIRROR_ERRORS = (MlflowException, OSError, sqlalchemy.exc.SQLAlchemyError)
 """What a store that is away, full or refusing raises."""
 FIGURES = "figures"
+PROGRESS_SECONDS = 5.0
+"""The study's progress is logged at most so often: a quarter of a trial's time in the store otherwise."""
 ENTITIES, PARAMS = 1000, 100
 """How much a store takes at once."""
 
@@ -80,6 +82,9 @@ class Mirror:
         self._logged: set[int] = set()
         """Trials whose runs hold everything."""
         self._on_front: set[int] = set()
+        self._progress: list[tuple[Row, Mapping[str, float]]] = []
+        """After which trials how far the study was, as far as that has not been logged."""
+        self._progress_at = -PROGRESS_SECONDS
         self._adopt()
         write_atomically(view.folder / NOTED, json.dumps(self._note()))
 
@@ -172,10 +177,10 @@ class Mirror:
         """
         if row["trial"] not in self._logged:
             self._log_row(row, on_front=row["trial"] in on_front)
-            self._batch(
-                self.parent_id, metrics=[(int(progress["finished_trials"]), dict(progress))], at=row["ended"] or 0.0
-            )
+            self._progress.append((row, progress))
         self._mark_front(on_front)
+        if time.monotonic() > self._progress_at + PROGRESS_SECONDS:
+            self._log_progress()
 
     def _log_row(self, row: Row, *, on_front: bool) -> None:
         number, cost, ended = row["trial"], shown_costs(self._space)[0], row["ended"] or time.time()
@@ -186,11 +191,24 @@ class Mirror:
             self._on_front |= {number} if on_front else set()
         run = self._runs[number].info.run_id
         self._batch(run, params=trial_params(row), metrics=trial_metrics(row), at=ended)
-        if row["plan"] is not None:
-            self.client.log_dict(run, row["plan"], "plan.json")
-        self.client.log_dict(run, trial_file(row), "trial.json")
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, content in {"plan.json": row["plan"], "trial.json": trial_file(row)}.items():
+                if content is not None:
+                    (Path(scratch) / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+            self.client.log_artifacts(run, scratch)
         self.client.set_terminated(run, ENDED.get(row["status"], "FAILED"), end_time=int(1000 * ended))
         self._logged.add(number)
+
+    def _log_progress(self) -> None:
+        """How far the study was after the trials since the last time, in one call."""
+        self._progress_at, entries, self._progress = time.monotonic(), self._progress, []
+        values = [
+            Metric(name, float(value), int(1000 * (row["ended"] or 0.0)), int(progress["finished_trials"]))
+            for row, progress in entries
+            for name, value in progress.items()
+        ]
+        for start in range(0, len(values), ENTITIES):
+            self.client.log_batch(self.parent_id, metrics=values[start : start + ENTITIES])
 
     def _mark_front(self, on_front: set[int]) -> None:
         """The tag `on_front` of the trials that came to the front or left it."""
@@ -244,9 +262,8 @@ class Mirror:
     def _catch_up(self, view: View) -> None:
         """Progress after trials that were logged late."""
         known = {metric.step for metric in self.client.get_metric_history(self.parent_id, "finished_trials")}
-        for row, progress in view.progress():
-            if (step := int(progress["finished_trials"])) not in known:
-                self._batch(self.parent_id, metrics=[(step, progress)], at=row["ended"] or 0.0)
+        self._progress = [entry for entry in view.progress() if int(entry[1]["finished_trials"]) not in known]
+        self._log_progress()
 
     # The nets of the front ---------------------------------------------------------------------------------------
 
