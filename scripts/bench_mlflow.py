@@ -2,9 +2,10 @@
 
 python scripts/bench_mlflow.py [--trials 200] [--store sqlite|server] [--json] [--quick]
 
-Two studies of the same seed are driven one after the other, the second with MLflow; between two trials the driver sleeps for
-`--trial-ms`, as it does while workers train (200 ms: three hundred workers on trials of a minute). Of each trial the driver's time
-is taken: its ask, its tell, the call that logs it.
+Two studies of the same seed are driven in turn, ten trials of each, one of them with MLflow; between two trials the driver sleeps
+for `--trial-ms`, as it does while workers train (200 ms: three hundred workers on trials of a minute). Of each trial the driver's
+time is taken: its ask, its tell, the call that logs it. What the mirror's thread has before it may go on during the logged study's
+next trials, and is waited for before the other's.
 
 log_ms_per_trial      median of what the logged study's trials take the driver more than the other's (paired by trial number)
 call_ms_per_trial     median time of the call that logs a trial, alone
@@ -45,6 +46,8 @@ from ranksearch.tracking.runs import PARENT_TAG, TRIAL_TAG, trial_metrics
 
 from mlflow import MlflowClient  # isort: skip  (after tracking, which quiets it)
 
+BLOCK = 10
+"""Trials of one study before it is the other's turn."""
 CURVE, PROJECTIONS = 50, 20
 """Points of a simulated training curve, and projections."""
 
@@ -130,8 +133,8 @@ class Driven:
         self.ms: list[float] = []
         self.call_ms: list[float] = []
 
-    def run(self, options: argparse.Namespace) -> None:
-        for _ in range(options.trials):
+    def run(self, trials: int, options: argparse.Namespace) -> None:
+        for _ in range(trials):
             self._step()
             time.sleep(options.trial_ms / 1000)
 
@@ -155,10 +158,13 @@ class Driven:
 def measure(options: argparse.Namespace, scratch: Path, uri: str, report: Report) -> dict[str, Any]:
     bench = prepare(space_of(options, "bench", uri), fallback=scratch / "dense", log=report.say)
     plain, logged = (Driven(options, scratch, name, uri, bench) for name in ("plain", "logged"))
-    plain.run(options)
     logged.mirror = BackgroundMirror(logged.study, scratch / "runs", report.say)
     busy = Busy(logged.mirror)
-    logged.run(options)
+    for start in range(0, options.trials, BLOCK):
+        trials = min(BLOCK, options.trials - start)
+        logged.run(trials, options)
+        busy.drain()
+        plain.run(trials, options)
     report.say(f"{options.trials} trials are told; {busy.waiting} still to be logged")
     busy.drain()
     mirror_ms = 1000 * busy.seconds / options.trials
