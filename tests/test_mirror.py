@@ -229,7 +229,7 @@ def test_a_resumed_study_goes_on_in_the_same_runs(tmp_path, digits_yaml, short_s
     resume("digits_resnet8", trials=4, runs=tmp_path, inline=True)
     _, parent, trials = runs_of(uri)
     assert sorted(trials) == [0, 1, 2, 3]
-    assert parent.data.metrics["planned_trials"] == 4
+    assert parent.data.tags["planned_trials"] == "4"
     front = {row["trial"] for row in Study.open(study.folder).front}
     assert {number for number, run in trials.items() if run.data.tags["on_front"] == "true"} == front
 

@@ -15,27 +15,23 @@ from typing import Any
 
 import sqlalchemy.exc
 
-from ranksearch.compress.export import load_net
-from ranksearch.errors import StudyError
 from ranksearch.files import write_atomically
 from ranksearch.search.front import Row
-from ranksearch.search.study_folder import GIVEN, SPACE, trial_folder
-from ranksearch.tasks import build_reference, task_kind
+from ranksearch.search.study_folder import GIVEN, SPACE
 from ranksearch.tracking.draw_html import save_html
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.figures import study_charts
+from ranksearch.tracking.front_nets import FIGURES, log_front_nets
 from ranksearch.tracking.note import front_csv, front_table, note
 from ranksearch.tracking.report import report_html
 from ranksearch.tracking.runs import (
     ENDED,
-    KIND_TAG,
-    MODEL_TAG,
     PARENT_TAG,
     STUDY_TAG,
     TRIAL_TAG,
     Step,
+    created,
     dense_metrics,
-    final_metrics,
     run_name,
     study_params,
     study_tags,
@@ -46,7 +42,6 @@ from ranksearch.tracking.runs import (
     trials_view,
 )
 from ranksearch.tracking.store import NOTED, artifact_root, quiet_mlflow, store_uri
-from ranksearch.tracking.trial_figures import trial_charts
 from ranksearch.tracking.view import View, shown_costs
 
 quiet_mlflow()
@@ -55,7 +50,6 @@ from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
 
 MIRROR_ERRORS = (MlflowException, OSError, sqlalchemy.exc.SQLAlchemyError)
 """What a store that is away, full or refusing raises."""
-FIGURES = "figures"
 PROGRESS_SECONDS = 5.0
 """The study's progress is logged at most so often: a quarter of a trial's time in the store otherwise."""
 ENTITIES, PARAMS = 1000, 100
@@ -73,10 +67,10 @@ class Mirror:
         except ModuleNotFoundError as error:
             hint = "install the database's Python driver (of PostgreSQL: pip install 'ranksearch[postgres]')"
             raise MlflowException(f"{error}: {hint}") from error
-        self.experiment_id, self.parent_id = self._find() or self._make(
-            view, artifact_root(runs, self.uri, view.space.tracking.artifacts)
-        )
-        self.client.update_run(self.parent_id, status="RUNNING")
+        artifacts = artifact_root(runs, self.uri, view.space.tracking.artifacts)
+        parent = self._find() or self._make(view, artifacts)
+        self.experiment_id, self.parent_id = parent.info.experiment_id, parent.info.run_id
+        self._describe(view, parent)
         self._runs: dict[int, Run] = {}
         """Trial -> its run, as it was when it was made or found."""
         self._logged: set[int] = set()
@@ -93,8 +87,8 @@ class Mirror:
     def _note(self) -> dict[str, str]:
         return {"uri": self.uri, "experiment": self.experiment_id, "parent": self.parent_id}
 
-    def _find(self) -> tuple[str, str] | None:
-        """(experiment, run) of the study in this store: where they were, else by the study's tag."""
+    def _find(self) -> Run | None:
+        """The study's run in this store: where it was, else by the study's tag."""
         noted = self._folder / NOTED
         known = json.loads(noted.read_text()) if noted.is_file() else {}
         tag = study_tags(self._info, self._space)[STUDY_TAG]
@@ -102,7 +96,7 @@ class Mirror:
             try:
                 run = self.client.get_run(known["parent"])
                 if run.info.lifecycle_stage == "active" and run.data.tags.get(STUDY_TAG) == tag:
-                    return run.info.experiment_id, run.info.run_id
+                    return run
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
@@ -110,7 +104,7 @@ class Mirror:
         if experiment is None:
             return None
         made = self.client.search_runs([experiment], f"tags.`{STUDY_TAG}` = '{tag}'", max_results=1)
-        return (experiment, made[0].info.run_id) if made else None
+        return made[0] if made else None
 
     def _experiment(self) -> str | None:
         name = self._space.tracking.experiment or self._space.name
@@ -119,7 +113,7 @@ class Mirror:
             raise MlflowException(f"experiment {name!r} was deleted: restore it, or set tracking.experiment")
         return experiment.experiment_id if experiment is not None else None
 
-    def _make(self, view: View, artifacts: str | None) -> tuple[str, str]:
+    def _make(self, view: View, artifacts: str | None) -> Run:
         name, experiment = self._space.tracking.experiment or self._space.name, self._experiment()
         if experiment is None:
             experiment = self.client.create_experiment(name, artifact_location=artifacts)
@@ -127,13 +121,20 @@ class Mirror:
             self.client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")
         for tag, value in trials_view(view.costs).items():
             self.client.set_experiment_tag(experiment, tag, value)
-        tags = study_tags(self._info, self._space)
-        run = self.client.create_run(experiment, run_name=self._space.name, tags=tags).info.run_id
-        self._batch(run, params=study_params(self._space), metrics=[(0, dense_metrics(view))], at=time.time())
+        return self.client.create_run(experiment, run_name=self._space.name, tags=study_tags(self._info, self._space))
+
+    def _describe(self, view: View, parent: Run) -> None:
+        """What was searched, and the dense net: also of a run whose driver was killed just after it had made it."""
+        self.client.update_run(self.parent_id, status="RUNNING")
+        known = parent.data.params  # they cannot be changed
+        params = {name: value for name, value in study_params(self._space).items() if name not in known}
+        self._batch(
+            self.parent_id, at=created(self._info), params=params, metrics=[(0, dense_metrics(view))],
+            tags={"planned_trials": str(self._space.search.trials)},
+        )  # fmt: skip
         for file in (SPACE, GIVEN):
             if (self._folder / file).is_file():
-                self.client.log_artifact(run, str(self._folder / file))
-        return experiment, run
+                self.client.log_artifact(self.parent_id, str(self._folder / file))
 
     def _adopt(self) -> None:
         """Takes up the runs of trials that are there: none is made twice, whatever became of the driver that made it."""
@@ -250,13 +251,11 @@ class Mirror:
             if row["test_accuracy"] is not None:
                 score = {"test_accuracy": row["test_accuracy"]}
                 self._batch(self._runs[row["trial"]].info.run_id, metrics=[(0, score)], at=row["ended"] or 0.0)
-        ended = max((row["ended"] or 0.0 for row in view.trials), default=time.time())
-        self._batch(self.parent_id, metrics=[(0, dense_metrics(view))], at=ended)
+        self._batch(self.parent_id, metrics=[(0, dense_metrics(view))], at=created(self._info))
         self.show(view, importances, complete=complete)
         if complete:
             self.client.log_text(self.parent_id, report_html(view, importances), "report.html")
-            self._log_front_nets(view, log)
-            self._register(view)
+            log_front_nets(self.client, self.experiment_id, self._runs, view, log)
         self.client.set_terminated(self.parent_id, "FINISHED" if complete else "KILLED")
 
     def _catch_up(self, view: View) -> None:
@@ -264,53 +263,3 @@ class Mirror:
         known = {metric.step for metric in self.client.get_metric_history(self.parent_id, "finished_trials")}
         self._progress = [entry for entry in view.progress() if int(entry[1]["finished_trials"]) not in known]
         self._log_progress()
-
-    # The nets of the front ---------------------------------------------------------------------------------------
-
-    def _log_front_nets(self, view: View, log: Callable[[str], None]) -> None:
-        """The training curve of every trial on the front, and its net as a model."""
-        rows = view.front_rows
-        for i, row in enumerate(rows):
-            run = self._runs[row["trial"]]
-            if charts := trial_charts(row):
-                with tempfile.TemporaryDirectory() as scratch:
-                    save_png(list(charts.values()), Path(scratch) / "training.png", stacked=True)
-                    self.client.log_artifacts(run.info.run_id, scratch, FIGURES)
-            if self._space.tracking.models and MODEL_TAG not in run.data.tags:
-                log(f"MLflow: model of trial {row['trial']} ({i + 1} of {len(rows)})")
-                self._log_net(view, row, run, log)
-
-    def _log_net(self, view: View, row: Row, run: Run, log: Callable[[str], None]) -> None:
-        from ranksearch.tracking.models import log_model
-
-        folder = trial_folder(view.folder, row["trial"])
-        tags = {STUDY_TAG: study_tags(self._info, self._space)[STUDY_TAG], TRIAL_TAG: str(row["trial"])}
-        self._forget_half_made(tags)
-        try:
-            model_id = log_model(
-                self.client, self.experiment_id, run.info.run_id, f"{view.name}-t{row['trial']:03d}", load_net(folder, build_reference),
-                folder, task_kind(self._space.task), tags=tags | {KIND_TAG: "net"}, params=trial_params(row),
-                metrics=final_metrics(row), at_ms=int(1000 * (row["ended"] or 0.0)),
-            )  # fmt: skip
-        except StudyError as error:
-            log(f"MLflow: {error} The trial's folder has the net; its run has no model.")
-            return
-        self.client.set_tag(run.info.run_id, MODEL_TAG, model_id)
-        run.data.tags[MODEL_TAG] = model_id
-
-    def _forget_half_made(self, tags: Mapping[str, str]) -> None:
-        """Deletes a model of this trial that a driver was killed over: its run does not name it."""
-        wanted = " AND ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-        for model in self.client.search_logged_models([self.experiment_id], wanted):
-            self.client.delete_logged_model(model.model_id)
-
-    def _register(self, view: View) -> None:
-        best = view.champion
-        if not (self._space.tracking.register and self._space.tracking.models and best):
-            return
-        from ranksearch.tracking.models import register
-
-        run = self._runs[best["trial"]]
-        if MODEL_TAG in run.data.tags:
-            description = f"Trial {best['trial']} of {view.name}: {run_name(best, view.costs[0])}"
-            register(self.client, view.name, run.data.tags[MODEL_TAG], run.info.run_id, description=description)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from ranksearch.compress import RankPlan
@@ -165,6 +166,9 @@ def trials_view(costs: Sequence[str]) -> dict[str, str]:
 
 
 def dense_metrics(view: View) -> dict[str, float]:
-    """Of the dense net, and the planned number of trials."""
-    dense = {f"dense_{name}": float(value) for name, value in view.dense.items() if value is not None}
-    return dense | {"planned_trials": float(view.space.search.trials)}
+    return {f"dense_{name}": float(value) for name, value in view.dense.items() if value is not None}
+
+
+def created(info: Mapping[str, Any]) -> float:
+    """When a study was made, in seconds since 1970."""
+    return datetime.fromisoformat(info["provenance"]["created"]).timestamp()
