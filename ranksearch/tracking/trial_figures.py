@@ -34,16 +34,12 @@ def training_chart(row: Row) -> Plot:
 
 
 def phases_chart(row: Row) -> Plot:
-    """Validation accuracy after each phase."""
+    """Validation accuracy after each phase; several may end at one step."""
     history = row["history"]
-    x, y = [e["step"] for e in history], [e["val_accuracy"] for e in history]
-    groups: dict[int, list[str]] = {}
-    for entry in history:
-        groups.setdefault(entry["step"], []).append(entry["phase"])
-    names = [", ".join(groups.pop(e["step"], [])) for e in history]  # phases at one step share a label
-    hover = [f"{e['phase']}: {e['val_accuracy']:.2f} %" for e in history]
-    series = [Series("validation", x, y, PINK, "circle", "dotted", hover=hover, labels=names)]
-    return Plot(f"trial {row['trial']}: accuracy by phase", "optimizer step", "validation accuracy (%)", series)
+    y, names = [entry["val_accuracy"] for entry in history], [entry["phase"] for entry in history]
+    hover = [f"{e['phase']}, step {e['step']}: {e['val_accuracy']:.2f} %" for e in history]
+    series = [Series("validation", list(range(1, len(y) + 1)), y, PINK, "circle", "dotted", hover=hover, labels=names)]
+    return Plot(f"trial {row['trial']}: accuracy by phase", "scores in their order", "validation accuracy (%)", series)
 
 
 def removed_energy_chart(row: Row) -> HeatMap:
