@@ -19,7 +19,7 @@ from ranksearch.search.study_folder import INFO
 from ranksearch.tracking.runs import TRIALS_VIEW
 from ranksearch.tracking.store import DATABASE, NOTED, artifact_root, is_server, quiet_mlflow, store_uri
 
-HOST = "127.0.0.1"
+HOST, SQLITE = "127.0.0.1", "sqlite:///"
 WORKFLOW = "workflowType=machine_learning"
 """Without it the UI shows what is for language models."""
 PATIENCE_SECONDS = 180.0
@@ -82,7 +82,12 @@ def find_store(where: str, runs: Path) -> Opened:
 
 
 def _noted(folder: Path) -> dict[str, str]:
-    return json.loads((folder / NOTED).read_text()) if (folder / NOTED).is_file() else {}
+    """Which store, experiment and run mirror a study; a store that was moved together with the studies is where they are."""
+    known = json.loads((folder / NOTED).read_text()) if (folder / NOTED).is_file() else {}
+    uri = known.get("uri", "")
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file() and (folder.parent / DATABASE).is_file():
+        known["uri"] = store_uri(folder.parent, None)
+    return known
 
 
 def _pages(studies: list[Path], uri: str) -> list[Page]:

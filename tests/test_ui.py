@@ -1,0 +1,72 @@
+"""Which store the UI opens, and the links that it prints."""
+
+import json
+import os
+
+import pytest
+
+from ranksearch.errors import UsageError
+from ranksearch.tracking.ui import Opened, Page, find_store, say_pages
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Two studies in a SQLite store beside them, one on a server, one that was never mirrored."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "runs"
+    own = f"sqlite:///{folder / 'mlflow.db'}"
+    for age, (name, uri) in enumerate(
+        (("old", own), ("new", own), ("served", "https://mlflow.example.org/"), ("bare", None))
+    ):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "study.json").write_text("{}")
+        os.utime(folder / name / "study.json", (age, age))
+        if uri is not None:
+            (folder / name / "mlflow.json").write_text(
+                json.dumps({"uri": uri, "experiment": str(age), "parent": f"run-{name}"})
+            )
+    (folder / "mlflow.db").touch()
+    return folder
+
+
+def test_a_folder_of_studies_links_those_in_its_store_the_newest_first(runs):
+    opened = find_store(str(runs), runs)
+    assert opened.uri == f"sqlite:///{runs / 'mlflow.db'}"
+    assert [page.study for page in opened.pages] == ["new", "old"]
+
+
+@pytest.mark.parametrize("by", ["name", "folder"])
+def test_a_study_opens_its_own_store(runs, by):
+    opened = find_store("served" if by == "name" else str(runs / "served"), runs)
+    assert opened.uri == "https://mlflow.example.org/"
+    assert opened.pages == [Page("served", "2", "run-served")]
+    said = []
+    say_pages(opened, opened.uri, said.append)
+    assert said[0].endswith("https://mlflow.example.org/#/experiments/2/runs/run-served?workflowType=machine_learning")
+    assert "https://mlflow.example.org/#/experiments/2/runs?viewStateShareKey=" in said[1]
+
+
+def test_studies_that_were_moved_with_their_store_are_found_where_they_are(runs, tmp_path):
+    moved = runs.rename(tmp_path / "elsewhere")
+    opened = find_store("new", moved)
+    assert opened.uri == f"sqlite:///{moved / 'mlflow.db'}"
+    assert [page.run for page in opened.pages] == ["run-new"]
+    assert [page.study for page in find_store(str(moved), moved).pages] == ["new", "old"]
+
+
+def test_a_study_that_was_never_mirrored_opens_the_store_beside_it(runs):
+    assert find_store("bare", runs) == Opened(f"sqlite:///{runs / 'mlflow.db'}", runs, [])
+
+
+def test_a_folder_without_a_store_opens_that_of_its_studies(runs):
+    (runs / "mlflow.db").unlink()
+    for name in ("old", "new"):
+        (runs / name / "mlflow.json").unlink()
+    opened = find_store(str(runs), runs)
+    assert opened.uri == "https://mlflow.example.org/"
+    assert [page.study for page in opened.pages] == ["served"]
+
+
+def test_what_is_not_there_names_the_nearest_study(runs, tmp_path):
+    with pytest.raises(UsageError, match=r"There is no MLflow store in serve.*Did you mean 'served'"):
+        find_store("serve", runs)
