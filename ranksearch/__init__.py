@@ -5,6 +5,7 @@
     ranksearch.allocate(model, x, {"flops": "50%"})  a plan within a budget, without a study
     ranksearch.compress(model, plan)               the compressed net
     ranksearch.project_(model, plan)               projection, once; Projector(plan) in a training loop of your own
+    ranksearch.Task(model=net, train=…, val=…)     your own net and data, for `task: FILE.py:FUNCTION`
     ranksearch.load("runs/NAME/trials/007")        a net of a study
     ranksearch.export("NAME", "best", format="onnx")  that net for another runtime, checked against it
 
@@ -36,6 +37,7 @@ _HOMES = {
     "RankPlan": "ranksearch.compress:RankPlan",
     "LayerPlan": "ranksearch.compress:LayerPlan",
     "LayerRule": "ranksearch.allocate:LayerRule",
+    "Task": "ranksearch.tasks.task:Task",
     "Study": "ranksearch.search.study:Study",
     "RanksearchError": "ranksearch.errors:RanksearchError",
     "UsageError": "ranksearch.errors:UsageError",

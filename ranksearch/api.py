@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from ranksearch.errors import StudyError, UsageError
 from ranksearch.files import write_atomically
 from ranksearch.search.export_trial import export_trial, pick_trial, target_folder
 from ranksearch.search.front import Row
+from ranksearch.search.metric import Metric
 from ranksearch.search.opening import WARM
 from ranksearch.search.preview import (
     DEFAULT_ALLOCATORS,
@@ -35,12 +37,22 @@ from ranksearch.search.scorer import Scorer
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import read_space
 from ranksearch.search.study import Study
-from ranksearch.search.study_folder import CURVES, DENSE_WEIGHTS, PREVIEW, find_front, find_study, locked, new_folder
+from ranksearch.search.study_folder import (
+    CURVES,
+    DENSE_WEIGHTS,
+    PREVIEW,
+    find_front,
+    find_study,
+    locked,
+    new_folder,
+    study_around,
+)
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.tasks import build_reference
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
-from ranksearch.tasks.task import Split, Task
+from ranksearch.tasks.source import Source
+from ranksearch.tasks.task import Task
 from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.draw_html import save_html
 from ranksearch.tracking.draw_png import save_png
@@ -133,7 +145,7 @@ def search(
     model, latency = bench.dense_model(), None
     if "latency" in space.search.objectives:
         latency = _dense_latency_ms(model, bench, threads=None if inline else space.resources.cpus_per_trial)
-    study = Study.create(runs, space, bench, _accuracy(model, bench.task.val, bench.task), latency)
+    study = Study.create(runs, space, bench, _dense_accuracy(model, bench.task), latency)
     known.save()
     if space.search.warm_start:
         taken = study.info["opened_with"].get(WARM, 0)
@@ -250,14 +262,14 @@ def preview(
     known.save()
     images = min(images, len(bench.task.val))
     batch_size = space.recipe.batch_size
-    val = Split(bench.task.val.images[:images], bench.task.val.labels[:images])
+    val = bench.task.val.first(images)
     dense = Scorer(bench.task, bench.dense_model(), val, bn_batches=0, batch_size=batch_size)(RankPlan())
-    rows: list[dict[str, Any]] = []
+    metric, rows = Metric.of(bench.task, dense.accuracy), []
     for row in preview_rows(space, bench, found, list(dict.fromkeys(allocators)), images=images, log=observer.log):
         rows.append(row)
         observer.log(
             f"[{len(rows)}/{len(found) * len(allocators)}] {row['allocator']} at {row['level']:g} %: "
-            f"{row['val_accuracy']:.2f} % with {100 * row['macs_ratio']:.1f} % of MACs"
+            f"{metric.text(row['val_accuracy'])} with {100 * row['macs_ratio']:.1f} % of MACs"
         )
     if not rows:
         raise UsageError(
@@ -275,13 +287,23 @@ def preview(
     return record
 
 
-def load(folder: str | Path) -> nn.Module:
+def load(folder: str | Path, *, build: Callable[[], nn.Module] | None = None) -> nn.Module:
     """The compressed net of a trial's folder (`plan.json`, `model.safetensors`), in evaluation mode. Runs no pickle.
 
+    A plan that names one of our models is enough to build it. A net of a task of your own is built by the copy of your file in its study,
+    where `folder` lies within that study's; no plan makes us run a file that it names.
+
+    Args:
+        build: makes the dense net, with any weights; for a net of your own away from its study.
+
     Raises:
-        UsageError: a file is missing, damaged or does not fit.
+        UsageError: a file is missing, damaged or does not fit, or the dense net is unknown: pass `build`.
     """
-    return load_net(Path(folder), build_reference)
+    folder = Path(folder)
+    if build is not None:
+        return load_net(folder, lambda reference: build())
+    study = study_around(folder)
+    return load_net(folder, build_reference if study is None else Study.open(study).space.build)
 
 
 def export(
@@ -299,7 +321,7 @@ def export(
 
     Args:
         name: the study, by name or folder.
-        trial: a complete trial's number, or "best" for the most accurate one.
+        trial: a complete trial's number, or "best" for the one with the best metric.
         format: "state_dict" (for `load`), "pt2" (torch.export) or "onnx" (needs the extra `onnx`).
         output: folder of the export; None is exports/TRIAL-FORMAT in the study's folder.
         fold_bn: folds BN into the layers before it; with "pt2" and "onnx".
@@ -318,7 +340,7 @@ def export(
     observer.log(
         f"exporting trial {row['trial']} of {study.space.name!r} as {form.name}, and holding it against the net"
     )
-    return {"folder": str(folder)} | export_trial(study, row, folder, form, build=build_reference, fold_bn=fold_bn)
+    return {"folder": str(folder)} | export_trial(study, row, folder, form, build=study.space.build, fold_bn=fold_bn)
 
 
 def _dense_latency_ms(model: nn.Module, bench: Workbench, threads: int | None) -> float:
@@ -331,17 +353,26 @@ def _dense_latency_ms(model: nn.Module, bench: Workbench, threads: int | None) -
         torch.set_num_threads(before)
 
 
-def _accuracy(model: nn.Module, split: Split, task: Task) -> float:
-    """Accuracy of `model` on `split` in percent, on the GPU where there is one."""
+def _accuracy(model: nn.Module, split: Source, task: Task) -> float:
+    """The metric of `model` on `split`, on the GPU where there is one."""
     device = pick_device()
     return evaluate(model.to(device), split.to(device), task).accuracy
 
 
+def _dense_accuracy(model: nn.Module, task: Task) -> float:
+    """The validation metric of the dense net; UsageError where it is not finite, so that nothing can be compared with it."""
+    found = _accuracy(model, task.val, task)
+    if not isfinite(found):
+        raise UsageError(
+            f"The metric {task.metric_name!r} of the dense net on the validation set is {found}: it must be finite."
+        )
+    return found
+
+
 def _test_accuracy(study: Study, bench: Workbench, row: Row | None) -> float:
-    """Test accuracy in percent of a trial's net, or of the dense net where `row` is None."""
-    if bench.task.test is None:
-        raise UsageError(f"Task {bench.task.name!r} has no test set.")
-    model = bench.dense_model() if row is None else load(study.trial_folder(row["trial"]))
+    """The metric on the test set of a trial's net, or of the dense net where `row` is None."""
+    assert bench.task.test is not None
+    model = bench.dense_model() if row is None else load_net(study.trial_folder(row["trial"]), study.space.build)
     return _accuracy(model, bench.task.test, bench.task)
 
 
@@ -369,7 +400,8 @@ def _run(study: Study, bench: Workbench, runs: Path, observer: Observer, *, addr
             observer.log(
                 f"early stopping: {stopped} of {study.finished} trials stopped, {saved:.0f} % of all training steps saved"
             )
-        study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)
+        if bench.task.test is not None:
+            study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)
         study.conclude()
     except BaseException:
         observer.stop()

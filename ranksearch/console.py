@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ranksearch.compress import RankPlan
 from ranksearch.search.front import Row, describe_budgets
+from ranksearch.search.metric import metric_text
 
 if TYPE_CHECKING:
     from ranksearch.search.study import Study
@@ -42,10 +43,10 @@ def number(value: float | None, form: str = ",d") -> str:
     return "–" if value is None else format(value, form)
 
 
-def _measured(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:
+def _measured(row: Mapping[str, Any], dense: Mapping[str, Any], metric: Mapping[str, str]) -> list[str]:
     """A net's cells of the front's table, from its validation accuracy to its latency."""
     return [
-        number(row["val_accuracy"], ".2f"), number(row["test_accuracy"], ".2f"),
+        metric_text(metric, row["val_accuracy"]), metric_text(metric, row["test_accuracy"]),
         number(row["macs"]), number(100 * row["macs"] / dense["macs"], ".2f"),
         number(row["params"]), number(100 * row["params"] / dense["params"], ".2f"),
         number(row["size_bytes"] / 1024, ".1f"), number(row["latency_ms"], ".2f"),
@@ -54,18 +55,21 @@ def _measured(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:
 
 def front_table(front: Mapping[str, Any]) -> None:
     """The front, best first, with the dense net as the last line."""
-    dense = front["dense"]
-    worth = f", hypervolume {front['hypervolume']:.4f}" if len(front["objectives"]) > 1 else ", the most accurate"
+    dense, metric = front["dense"], front["metric"]
+    unit = metric["unit"] if metric["name"] == "accuracy" else f"{metric['name']} {metric['unit']}".rstrip()
+    worth = (
+        f", hypervolume {front['hypervolume']:.4f}" if len(front["objectives"]) > 1 else f", the best {metric['name']}"
+    )
     title = f"{front['study']}: {describe_budgets(front)}{worth}"
     columns = {
-        "trial": "right", "val %": "right", "test %": "right", "MACs": "right", "% of dense": "right", "params": "right",
+        "trial": "right", f"val {unit}": "right", f"test {unit}": "right", "MACs": "right", "% of dense": "right", "params": "right",
         "params %": "right", "size KiB": "right", "ms": "right", "chosen by": "left", "plan": "left",
     }  # fmt: skip
     rows = [
-        [str(row["trial"]), *_measured(row, dense), row["allocator"], RankPlan.from_dict(row["plan"]).summary()]
+        [str(row["trial"]), *_measured(row, dense, metric), row["allocator"], RankPlan.from_dict(row["plan"]).summary()]
         for row in front["trials"]
     ]
-    rows.append(["dense", *_measured(dense, dense), "", ""])
+    rows.append(["dense", *_measured(dense, dense, metric), "", ""])
     if all(row["latency_ms"] is None for row in front["trials"]):
         at = list(columns).index("ms")
         columns = {name: side for name, side in columns.items() if name != "ms"}
@@ -111,7 +115,7 @@ class Terminal:
         done, best = study.finished, study.leader
         assert self._started is not None
         pace = (time.monotonic() - self._started) / max(1, done - self._done_before)
-        parts = [f"{study.running} running", f"best {number(best and best['val_accuracy'], '.2f')} %"]
+        parts = [f"{study.running} running", f"best {study.metric.text(best and best['val_accuracy'])}"]
         if len(study.space.search.objectives) > 1:
             parts.append(f"hypervolume {study.hypervolume:.4f}")
         return " · ".join([*parts, f"about {_duration(pace * (study.planned - done))} left"])
@@ -120,7 +124,7 @@ class Terminal:
         if self._started is None:  # what went before the first trial, such as Ray's start, says nothing of the pace
             self._started = time.monotonic() - (row["seconds"] or 0.0)
         if row["status"] == "complete":
-            what = f"{row['val_accuracy']:.2f} % at {100 * row['macs_ratio']:.1f} % of MACs, {row['seconds']:.0f} s"
+            what = f"{study.metric.text(row['val_accuracy'])} at {100 * row['macs_ratio']:.1f} % of MACs, {row['seconds']:.0f} s"
         else:
             what = f"{row['status']}: {(row['reason'] or '').splitlines()[0] if row['reason'] else ''}"
         state = self._state(study)

@@ -15,11 +15,13 @@ from ranksearch.lowering import LOWERINGS, Rank
 from ranksearch.lowering.contract import sides
 from ranksearch.search.budgets import budgets_of, check_feasible_space
 from ranksearch.search.groups import grouping_of, groups_of
+from ranksearch.search.metric import metric_text
 from ranksearch.search.parametrize import Searched
 from ranksearch.search.proposals import form_of
 from ranksearch.search.recipe import searched_settings
 from ranksearch.search.space import Space
 from ranksearch.search.workbench import open_net
+from ranksearch.tasks import model_reference
 
 
 def layer_rows(space: Space) -> dict[str, Any]:
@@ -58,7 +60,15 @@ def layer_rows(space: Space) -> dict[str, Any]:
     cost = dense_cost(net)
     skipped = [{"name": name, "reason": reason} for name, reason in net.skipped]
     total = {"macs": cost.macs, "params": cost.params, "size_bytes": cost.size_bytes}
-    return {"model": space.model, "task": space.task, "total": total, "layers": rows, "skipped": skipped}
+    reference = model_reference(space.task, space.model)
+    return {
+        "model": space.model,
+        "task": space.task,
+        "net": reference,
+        "total": total,
+        "layers": rows,
+        "skipped": skipped,
+    }
 
 
 def print_layers(record: dict[str, Any]) -> None:
@@ -83,7 +93,7 @@ def print_layers(record: dict[str, Any]) -> None:
     total = record["total"]
     rows.append(["net", "", "", "", number(total["macs"]), number(total["params"]), *("" for _ in names), ""])
     table(
-        f"{record['task']}/{record['model']}; '≤' is the largest rank with fewer MACs than dense",
+        f"{record['net']}; '≤' is the largest rank with fewer MACs than dense",
         columns,
         rows,
         spare=("may become", "stride", "weight", "out", "params"),
@@ -133,7 +143,8 @@ def check_record(space: Space) -> dict[str, Any]:
     groups = groups_of(curves, grouping_of(space))
     searched = list(searched_settings(space.recipe))
     return {
-        "space": space.name, "valid": True, "task": space.task, "model": space.model, "costs": costs,
+        "space": space.name, "valid": True, "task": space.task, "model": space.model,
+        "net": model_reference(space.task, space.model), "costs": costs,
         "layers_lowered": sum(len(names) for names in groups.values()), "layers": len(net.layers),
         "groups": groups, "recipe_searched": searched, "trials": search.trials, "parametrization": search.parametrization,
         "sampler": search.sampler, "objectives": list(search.objectives), "searched": list(_searched(space, curves)),
@@ -154,7 +165,7 @@ def print_check(record: dict[str, Any]) -> None:
         for cost, r in record["costs"].items()
     ]
     columns = {"cost": "left", "dense": "right", "budget": "right", "smallest": "right", "of dense": "right"}
-    table(f"{record['space']}: valid; {record['task']}/{record['model']}", columns, rows)
+    table(f"{record['space']}: valid; {record['net']}", columns, rows)
     print(
         f"{record['layers_lowered']} of {record['layers']} layers may be lowered, in {len(record['groups'])} groups "
         f"({', '.join(record['groups'])}). {record['parametrization']} search for {' and '.join(record['objectives'])} by "
@@ -164,9 +175,9 @@ def print_check(record: dict[str, Any]) -> None:
 
 def print_preview(record: dict[str, Any]) -> None:
     """A line per level: every allocator's accuracy, then the solver's plan (or the first allocator's)."""
-    names = list(dict.fromkeys(row["allocator"] for row in record["plans"]))
+    names, metric = list(dict.fromkeys(row["allocator"] for row in record["plans"])), record["metric"]
     shown = "solver" if "solver" in names else names[0]
-    columns = {f"{record['cost']} ≤": "right"} | {f"{name} %": "right" for name in names}
+    columns = {f"{record['cost']} ≤": "right"} | {f"{name} {metric['unit']}".rstrip(): "right" for name in names}
     columns |= {"MACs %": "right", "params %": "right", "gap %": "right", f"plan of {shown}": "left"}
     rows = []
     for level in sorted({row["level"] for row in record["plans"]}, reverse=True):
@@ -175,7 +186,7 @@ def print_preview(record: dict[str, Any]) -> None:
         rows.append(
             [
                 f"{level:g}%",
-                *(_score(at.get(name)) for name in names),
+                *(_score(at.get(name), metric) for name in names),
                 *(
                     [number(100 * plan["macs_ratio"], ".2f"), number(100 * plan["params_ratio"], ".2f")]
                     if plan
@@ -185,19 +196,22 @@ def print_preview(record: dict[str, Any]) -> None:
                 RankPlan.from_dict(plan["plan"]).summary() if plan else "",
             ]
         )
-    rows.append(["dense", *(number(record["dense"]["val_accuracy"], ".2f") for _ in names), "100.00", "100.00", "", ""])
+    rows.append(
+        ["dense", *(metric_text(metric, record["dense"]["val_accuracy"]) for _ in names), "100.00", "100.00", "", ""]
+    )
     table(
-        f"{record['space']}: decomposed, BN re-estimated, not trained; accuracy on {record['images']:,} validation images, * on the front",
+        f"{record['space']}: decomposed, BN re-estimated, not trained; {metric['name']} on {record['images']:,} validation samples, "
+        f"* on the front",
         columns,
         rows,
         spare=(f"plan of {shown}", "gap %", "params %"),
     )
 
 
-def _score(row: dict[str, Any] | None) -> str:
+def _score(row: dict[str, Any] | None, metric: Mapping[str, str]) -> str:
     if row is None:
         return "–"
-    return f"{row['val_accuracy']:.2f}{'*' if row['on_front'] else ' '}"
+    return f"{metric_text(metric, row['val_accuracy'])}{'*' if row['on_front'] else ' '}"
 
 
 OPENED_BY = {
@@ -214,6 +228,7 @@ def print_export(record: dict[str, Any]) -> None:
     opened = OPENED_BY[record["format"]].format(folder=str(folder), file=f"{folder}/model.{record['format']}")
     folded = f", {record['folded_bn']} BN layers folded" if record["folded_bn"] else ""
     opset = f", opset {record['opset']}" if record["opset"] else ""
+    metric = record["metric"]
     checked = ", ".join(map(str, record["checked_batches"]))
     print(
         f"trial {record['trial']} of {record['study']} as {record['format']}{opset}{folded}\n"
@@ -221,7 +236,8 @@ def print_export(record: dict[str, Any]) -> None:
         f"  checked   max relative error {record['max_rel_error']:.1e} against the net, batches of {checked}\n"
         f"  latency   {record['latency_ms']:.3f} ms; eager {record['latency_eager_ms']:.3f} ms, dense eager "
         f"{record['latency_dense_ms']:.3f} ms (one image, {record['device']})\n"
-        f"  accuracy  validation {number(record['val_accuracy'], '.2f')} %, test {number(record['test_accuracy'], '.2f')} %; "
+        f"  {metric['name']:<9} validation {metric_text(metric, record['val_accuracy'], with_unit=True)}, "
+        f"test {metric_text(metric, record['test_accuracy'], with_unit=True)}; "
         f"{record['macs']:,} MACs, {record['params']:,} params\n"
         f"  open it   {opened}"
     )

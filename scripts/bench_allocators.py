@@ -56,7 +56,6 @@ from ranksearch.search.scorer import Scorer
 from ranksearch.tasks import cifar10
 from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.dense import dense_state
-from ranksearch.tasks.task import Split
 
 CONVS = ("im2col", "channel", "spatial")
 PERCENTS = (75, 50, 35)
@@ -157,7 +156,7 @@ class TrainedNet:
     def __init__(self, report: Report, name: str, options: argparse.Namespace) -> None:
         self.name, self.report = name, report
         self.task = cifar10.make_task(name, data=options.data, validation=options.images, split_seed=0)
-        model = self.task.build_model(name)
+        model = self.task.dense_model()
         model.load_state_dict(
             dense_state(self.task, checkpoint="auto", data=options.data, fallback=Path("runs"), log=report.say)
         )
@@ -188,7 +187,7 @@ class TrainedNet:
         return found
 
     def _scores(self) -> Any:
-        train = Split(*(x[: self.options.greedy_images] for x in (self.task.train.images, self.task.train.labels)))
+        train = self.task.train.first(self.options.greedy_images)
         scorer = Scorer(self.task, self.model, train, bn_batches=2, batch_size=128)
         started = time.perf_counter()
         scores = measure_scores(self.curves, lambda plan: scorer(plan).accuracy)

@@ -233,9 +233,8 @@ def resnet20_training(report: Report, generator: torch.Generator) -> Training:
         path = checkpoint_path(task, "auto", None)
         model = cifar10.build_model("resnet20")
         model.load_state_dict(read_checkpoint(path))
-        return Training(
-            model, task.normalise(task.train.images[:2560]), task.train.labels[:2560], batch=128, lr=LR["resnet20"]
-        )
+        images, labels = next(task.train.in_order(2560))
+        return Training(model, images, labels, batch=128, lr=LR["resnet20"])
     except UsageError as missing:
         report.say(f"random weights and images for ResNet-20: {missing}")
         labels = torch.randint(0, 10, (2560,), generator=generator)

@@ -35,7 +35,8 @@ from ranksearch.search.recipe import Recipe, middle
 from ranksearch.search.space import RecipeSpace
 from ranksearch.tasks import cifar10
 from ranksearch.tasks.device import clock, pick_device, use_bf16
-from ranksearch.tasks.task import Augment, Normalise, Split, Task
+from ranksearch.tasks.resident import Augment, Normalise, Resident
+from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Optimisation, Training
 
 IMAGES, PAD, WARM = 10_000, 4, 6
@@ -45,29 +46,30 @@ WORKERS = sorted({0, 2, min(8, os.cpu_count() or 1)})
 class PlainImages(Dataset):
     """One image at a time, as a transform pipeline does it: crop from a zero-padded image, mirror, scale, normalise."""
 
-    def __init__(self, split: Split, normalise: Normalise) -> None:
+    def __init__(self, split: Resident) -> None:
         self.split = split
-        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (normalise.mean, normalise.std))
+        assert split.normalise is not None
+        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (split.normalise.mean, split.normalise.std))
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = F.pad(self.split.images[index], [PAD] * 4)
+        image = F.pad(self.split.inputs[index], [PAD] * 4)
         top, left, mirrored = (int(torch.randint(high, ())) for high in (2 * PAD + 1, 2 * PAD + 1, 2))
         image = image[:, top : top + 32, left : left + 32]
         image = image.flip(-1) if mirrored else image
-        return (image.float() / 255 - self.mean) / self.std, self.split.labels[index]
+        return (image.float() / 255 - self.mean) / self.std, self.split.targets[index]
 
 
 def random_task(model: str) -> Task:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (IMAGES, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    split = Split(images, torch.randint(10, (IMAGES,), generator=generator))
+    labels = torch.randint(10, (IMAGES,), generator=generator)
     normalise = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return Task(
-        "random", model, cifar10.build_model, split, split.take(torch.arange(100)), None, normalise, Augment(PAD, True)
-    )
+    split = Resident(images, labels, normalise, Augment(PAD, True))
+    net = cifar10.build_model(model)
+    return Task(name="random", model=net, trained=False, train=split, val=split.first(100))
 
 
 def plain_loop(model: nn.Module, task: Task, recipe: Recipe, steps: int, workers: int) -> float:
@@ -77,7 +79,7 @@ def plain_loop(model: nn.Module, task: Task, recipe: Recipe, steps: int, workers
         model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
     )
     loader = DataLoader(
-        PlainImages(task.train, task.normalise), recipe.batch_size, shuffle=True, num_workers=workers, drop_last=True,
+        PlainImages(task.train), recipe.batch_size, shuffle=True, num_workers=workers, drop_last=True,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
     batches, started = iter(loader), 0.0
@@ -120,7 +122,7 @@ def contestants(
 
     def net() -> nn.Module:
         torch.manual_seed(0)
-        return task.build_model(task.model).to(device)
+        return task.dense_model().to(device)
 
     model = net().cpu()
     traced = trace(model, task.example_input)

@@ -71,7 +71,7 @@ def jobs(bench: Bench, methods: list[str], ratios: list[float], tiles: list[int]
 
 
 def reference(bench: Bench) -> str:
-    return f"{bench.task.name}/{bench.task.model}"
+    return f"{bench.task.name}/{bench.task.model_name}"
 
 
 def tiled_plan(bench: Bench, tile: int, factor: int) -> RankPlan:
@@ -250,7 +250,7 @@ def write_tables(out: Path, report: Report, bench: Bench, options: Any, steps: i
     """`table.md`, `figure.png` and `rows.json` of what is known by now."""
     minutes = sum(row["seconds"] for row in report.rows) / 60
     heading = (
-        f"{bench.task.model}, official CIFAR-10: {len(bench.task.train):,} training images, {steps} steps of {options.batch_size} "
+        f"{bench.task.model_name}, official CIFAR-10: {len(bench.task.train):,} training images, {steps} steps of {options.batch_size} "
         f"({options.epochs:g} epochs), peak learning rate {options.lr:g}, period {options.period}, "
         f"seeds {options.seed}..{options.seed + options.seeds - 1}, "
         f"{len(bench.task.test or ()):,} test images; {report.device}, {options.threads} threads, torch {report.versions['torch']}; "

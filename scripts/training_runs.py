@@ -30,7 +30,7 @@ from ranksearch.tasks import build_reference, cifar10, model_reference
 from ranksearch.tasks.dense import State, dense_state
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
-from ranksearch.tasks.task import Split, Task
+from ranksearch.tasks.task import Task
 
 CHECKPOINT_SECONDS = 60
 
@@ -70,10 +70,10 @@ class Bench:
         task = cifar10.make_task(options.model, data=options.data, validation=options.validation, split_seed=0)
         dense = dense_state(task, checkpoint="auto", data=options.data, fallback=options.out, log=say)
         if options.subset:
-            task = replace(task, train=_first(task.train, options.subset))
+            task = replace(task, train=task.train.first(options.subset))
         if test_images is not None and task.test is not None:
-            task = replace(task, test=_first(task.test, test_images))
-        net = trace(task.build_model(options.model), task.example_input)  # shapes alone: any weights do
+            task = replace(task, test=task.test.first(test_images))
+        net = trace(task.dense_model(), task.example_input)  # shapes alone: any weights do
         return cls(task, dense, net, options.out, say)
 
     @cached_property
@@ -87,7 +87,7 @@ class Bench:
     @cached_property
     def dense_accuracy(self) -> float:
         """Validation accuracy of the dense net in percent."""
-        model, device = self.task.build_model(self.task.model), pick_device()
+        model, device = self.task.dense_model(), pick_device()
         model.load_state_dict(self.dense)
         return evaluate(model.to(device), self.task.val.to(device), self.task).accuracy
 
@@ -103,12 +103,12 @@ class Bench:
     ) -> RankPlan:
         """The plan of `allocator` ("solver" or a baseline) that has at most 1 / `ratio` of the net's parameters."""
         if (lowerings, include) not in self.curves:
-            model = self.task.build_model(self.task.model)
+            model = self.task.dense_model()
             model.load_state_dict(self.dense)
             self.curves[lowerings, include] = rank_curves(model, self.net, LayerRules(lowerings, include))
         curves = self.curves[lowerings, include]
         budgets = [parse_budget("params", str(int(dense_cost(self.net).params / ratio + 1e-6)))]
-        reference = model_reference(self.task.name, self.task.model)
+        reference = model_reference(self.task.name, self.task.model_name)
         if allocator == "solver":
             return allocate_plan(curves, budgets, model=reference).plan
         return BASELINES[allocator](curves, budgets, reference)
@@ -118,7 +118,7 @@ class Bench:
         train = self.task.train
         device = pick_device()
         what = {
-            "model": self.task.model, "dense": self.dense_digest, "torch": torch.__version__,
+            "model": self.task.model_name, "dense": self.dense_digest, "torch": torch.__version__,
             "plan": plan.digest(), "recipe": recipe.to_dict(), "seed": seed,
             "images": len(train), "val": len(self.task.val), "test": len(self.task.test or ()) if test else 0,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -158,8 +158,3 @@ class Bench:
             "projection_share": result.projection_share, "seconds": round(result.seconds or 0, 1), "plan": plan.summary(),
             "layers": plan.to_dict()["layers"],
         }  # fmt: skip
-
-
-def _first(split: Split, count: int) -> Split:
-    """The first `count` images, in the order of the official files (their classes are mixed)."""
-    return Split(split.images[:count], split.labels[:count])

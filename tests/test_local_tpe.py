@@ -20,7 +20,7 @@ SPACE = {
 
 def make(seed=0, space=SPACE, directions=("maximize", "minimize")):
     costs = 1 if len(directions) > 1 else None
-    sampler = LocalTPE(space, accuracy_at=0, cost_at=costs, dense_accuracy=98.0, seed=seed)
+    sampler = LocalTPE(space, accuracy_at=0, cost_at=costs, share=lambda percent: percent / 100, dense=98.0, seed=seed)
     return optuna.create_study(directions=directions, sampler=sampler)
 
 

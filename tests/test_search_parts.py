@@ -102,7 +102,7 @@ def test_a_lock_does_not_outlive_its_process(journal):
 def row(number, accuracy, ratio, status="complete", params=0.5):
     return {
         "trial": number, "status": status, "val_accuracy": accuracy, "macs": int(1e6 * ratio), "macs_ratio": ratio,
-        "params_ratio": params, "test_accuracy": None,
+        "params_ratio": params, "test_accuracy": None, "share": accuracy and accuracy / 100,
     }  # fmt: skip
 
 
@@ -461,11 +461,13 @@ def test_a_first_point_whose_asking_broke_off_is_asked_again(make, bench, monkey
 
 
 def test_a_study_of_thousands_of_trials_is_resumed_with_any_sampler(digits_yaml):
+    from ranksearch.search.metric import Metric
     from ranksearch.search.samplers import make_sampler
 
     for sampler in ("tpe", "nsga2", "nsga3", "gp", "qmc", "random"):
         settings = [f"search.sampler={sampler}", "search.parametrization=direct", f"search.seed={2**32 - 1}"]
-        assert make_sampler(read_space(digits_yaml, settings=settings), {}, opened_with=50_000, dense_accuracy=90.0)
+        metric = Metric("accuracy", "maximize", "%", 90.0)
+        assert make_sampler(read_space(digits_yaml, settings=settings), {}, opened_with=50_000, metric=metric)
     with pytest.raises(UsageError, match=r"search\.seed: .*less than 4294967296"):
         read_space(digits_yaml, settings=[f"search.seed={2**32}"])
 

@@ -16,8 +16,8 @@ from ranksearch.tasks.dense import checkpoint_path, dense_state, read_checkpoint
 from ranksearch.tasks.device import use_bf16
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.folder import data_folder, writable_cache
+from ranksearch.tasks.resident import Augment, Normalise
 from ranksearch.tasks.schedule import SCHEDULES, learning_rate
-from ranksearch.tasks.task import Augment, Normalise
 from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training
 
 CPU = torch.device("cpu")
@@ -46,16 +46,16 @@ def task():
 
 def test_digits_splits_are_disjoint_and_seeded(task):
     def keys(split):
-        return {(image.numpy().tobytes(), int(label)) for image, label in zip(split.images, split.labels, strict=True)}
+        return {(image.numpy().tobytes(), int(label)) for image, label in zip(split.inputs, split.targets, strict=True)}
 
     assert [len(s) for s in (task.train, task.val, task.test)] == [1237, 200, 360]
     assert not keys(task.train) & keys(task.val)
     assert not (keys(task.train) | keys(task.val)) & keys(task.test)
     again = digits.make_task("resnet8", data=None, validation=200, split_seed=0)
     other = digits.make_task("resnet8", data=None, validation=200, split_seed=1)
-    assert torch.equal(again.val.images, task.val.images)
-    assert not torch.equal(other.val.images, task.val.images)
-    assert torch.equal(other.test.images, task.test.images)  # the test set never depends on the split
+    assert torch.equal(again.val.inputs, task.val.inputs)
+    assert not torch.equal(other.val.inputs, task.val.inputs)
+    assert torch.equal(other.test.inputs, task.test.inputs)  # the test set never depends on the split
     assert task.without_test().test is None
 
 
@@ -107,7 +107,7 @@ def test_one_cycle_warms_up_to_its_peak_and_ends_near_zero():
 @pytest.mark.parametrize("bf16", [False, True])
 def test_training_learns(task, bf16):
     torch.manual_seed(0)
-    model = task.build_model("resnet8")
+    model = digits.build_model("resnet8")
     before = evaluate(model, task.val, task).accuracy
     seen = []
     stats = training(model, task, 60, bf16=bf16).run(lambda training: seen.append(training.done))
@@ -119,7 +119,7 @@ def test_training_learns(task, bf16):
 def test_training_is_reproducible(task):
     def weights():
         torch.manual_seed(0)
-        model = task.build_model("resnet8")
+        model = digits.build_model("resnet8")
         training(model, task, 5, seed=3, total_steps=5).run()
         return model.linear.weight
 
@@ -145,7 +145,7 @@ def weights_of(model):
 
 def test_adamw_is_torchs(task):
     torch.manual_seed(0)
-    model = task.build_model("resnet8")
+    model = digits.build_model("resnet8")
     run = training(model, task, 3, optimizer="adamw", lr=1e-3, momentum=0.8)
     assert isinstance(run.optimizer, torch.optim.AdamW)
     assert run.optimizer.defaults["betas"] == (0.8, 0.999)
@@ -156,7 +156,7 @@ def test_adamw_is_torchs(task):
 
 def test_the_average_is_the_exponential_one_of_the_weights_after_each_step(task):
     torch.manual_seed(0)
-    model, seen = task.build_model("resnet8"), []
+    model, seen = digits.build_model("resnet8"), []
     expected = None
     training(model, task, 6, ema=0.6).run(lambda t: seen.append(weights_of(t.model)))
     for weights in seen:
@@ -167,7 +167,7 @@ def test_the_average_is_the_exponential_one_of_the_weights_after_each_step(task)
 
 def test_gradients_are_clipped_to_their_norm(task, monkeypatch):
     norms = []
-    model = task.build_model("resnet8")
+    model = digits.build_model("resnet8")
     run = training(model, task, 4, clip_norm=0.01)
     step = run.optimizer.step
 
@@ -182,9 +182,9 @@ def test_gradients_are_clipped_to_their_norm(task, monkeypatch):
 
 def test_label_smoothing_is_torchs(task):
     torch.manual_seed(0)
-    model = task.build_model("resnet8")
+    model = digits.build_model("resnet8")
     run = training(model, task, 1, label_smoothing=0.2)
-    x, y = task.normalise(task.train.images[:32]), task.train.labels[:32]
+    x, y = next(task.train.in_order(32))
     logits = model(x)
     spread = -0.02 * logits.log_softmax(1).sum(1) - 0.8 * logits.log_softmax(1).gather(1, y[:, None])[:, 0]
     assert run._loss(model, x, y).item() == pytest.approx(spread.mean().item(), rel=1e-5)
@@ -192,7 +192,7 @@ def test_label_smoothing_is_torchs(task):
 
 def test_a_probe_tells_the_loss_of_the_last_batch_and_leaves_everything_as_it_was(task):
     torch.manual_seed(0)
-    model = task.build_model("resnet8")
+    model = digits.build_model("resnet8")
     run = training(model, task, 3)
     assert run.probe() is None
     run.run()
@@ -213,21 +213,21 @@ def test_a_compiled_step_trains_as_an_eager_one(task):
     trained = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = task.build_model("resnet8")
+        model = digits.build_model("resnet8")
         training(model, task, 3, compile=compiled).run()
         trained.append(weights_of(model))
     torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_is_divergence(task):
-    model = task.build_model("resnet8")
+    model = digits.build_model("resnet8")
     with pytest.raises(Diverged, match="step"):
         training(model, task, 60, lr=1e12).run()
 
 
 def test_distillation_is_zero_against_itself_and_adds_the_divergence(task):
-    x = task.normalise(task.train.images[:8])
-    teacher = task.build_model("resnet8").eval()
+    x, _ = next(task.train.in_order(8))
+    teacher = digits.build_model("resnet8").eval()
     logits = teacher(x)
     hard = torch.tensor(3.0)
     assert Distillation(teacher, 1.0, 2.0).loss(logits, x, hard).item() == pytest.approx(0, abs=1e-5)
@@ -267,8 +267,8 @@ def test_batches_are_read_in_channel_row_column_order(tmp_path):
     task = cifar10.make_task("resnet20", data=str(tmp_path), validation=50, split_seed=0)
     assert (len(task.train), len(task.val), len(task.test)) == (150, 50, 40)
     raw = pickle.loads((root / "test_batch").read_bytes(), encoding="bytes")
-    assert task.test.images[7, 1, 2, 3] == raw[b"data"][7][1024 + 2 * 32 + 3]
-    assert task.test.labels.tolist() == raw[b"labels"]
+    assert task.test.inputs[7, 1, 2, 3] == raw[b"data"][7][1024 + 2 * 32 + 3]
+    assert task.test.targets.tolist() == raw[b"labels"]
 
 
 def test_a_batch_that_would_run_code_is_refused(tmp_path):
@@ -301,7 +301,7 @@ def test_public_checkpoints_score_as_published_on_the_official_test_set(model, a
     if not (folder / "weights").is_dir():
         pytest.skip(f"the trained nets are not in {folder / 'weights'}")
     state = dense_state(task, checkpoint="auto", data=str(folder), fallback=tmp_path, log=print)
-    net = task.build_model(model)
+    net = task.dense_model()
     net.load_state_dict(state)
     assert sum(p.numel() for p in net.parameters()) == params
     assert evaluate(net.to(memory_format=torch.channels_last), task.test, task).accuracy == pytest.approx(
@@ -313,7 +313,7 @@ def test_public_checkpoints_score_as_published_on_the_official_test_set(model, a
 
 
 def test_checkpoints_are_found_by_name_and_read_without_running_code(task, tmp_path):
-    state = task.build_model("resnet8").state_dict()
+    state = digits.build_model("resnet8").state_dict()
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "net.th")
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "net.safetensors")
     for name in ("net.th", "net.safetensors"):

@@ -30,7 +30,7 @@ from ranksearch.tasks.train import Training
 def bench(tmp_path_factory):
     task = digits.make_task("resnet8", data=None, validation=360, split_seed=0)
     dense = dense_state(task, checkpoint="auto", data=None, fallback=tmp_path_factory.mktemp("dense"), log=print)
-    model = task.build_model("resnet8")
+    model = digits.build_model("resnet8")
     model.load_state_dict(dense)
     net = trace(model, task.example_input)
     curves = rank_curves(model, net, LayerRules(("im2col", "channel", "spatial"), exclude=("linear",)))
@@ -78,7 +78,7 @@ def test_a_trial_ends_accurate_within_its_cost_and_loses_nothing_by_decomposing(
 def test_projection_training_ends_on_the_low_rank_set(bench, monkeypatch):
     """What is decomposed has the plan's ranks already, so decomposing changes the outputs by rounding alone."""
     task, _, _, plan = bench
-    x, checked = task.normalise(task.val.images[:64]), []
+    (x, _), checked = next(task.val.in_order(64)), []
 
     def checked_compress(model, given, **settings):
         small = ranksearch.compress.surgery.compress(model, given, **settings)

@@ -20,15 +20,15 @@ from ranksearch.search.front import Row
 from ranksearch.search.provenance import cpu_name
 from ranksearch.search.study import Study
 from ranksearch.search.study_folder import EXPORTS
-from ranksearch.tasks import task_kind
 
 RECORD = "export.json"
 BEST = "best"
+INPUT_FORMULA = {"formula": "(image / scale - mean) / std, per channel"}
 FROM_ROW = ("val_accuracy", "test_accuracy", "macs", "params", "macs_ratio", "params_ratio")
 
 
 def pick_trial(study: Study, trial: int | str) -> Row:
-    """The row of a complete trial whose net is on disk, by its number, or of the most accurate one by `best`.
+    """The row of a complete trial whose net is on disk, by its number, or of the one with the best metric by `best`.
 
     Raises:
         UsageError: there is none; the text says what the trial is instead, and which numbers are nearest.
@@ -96,7 +96,7 @@ def export_trial(study: Study, row: Row, folder: Path, form: Format, *, build: B
         UsageError: the trial's files are damaged or another net's, or `folder` cannot be written.
         StudyError: the exported form computes something else, or cannot be made.
     """
-    kind = task_kind(study.space.task)
+    kind = study.space.kind()
     model, plan = load_stored_net(study.trial_folder(row["trial"]), build)
     if plan != RankPlan.from_dict(row["plan"]):
         raise UsageError(
@@ -116,13 +116,14 @@ def export_trial(study: Study, row: Row, folder: Path, form: Format, *, build: B
 
 
 def _record(study: Study, row: Row, form: Format, model: str | None, exported: Exported) -> dict[str, Any]:
-    kind = task_kind(study.space.task)
+    kind = study.space.kind()
     (dense_ms,) = exported.others_ms
     return {
         "study": study.space.name, "study_id": study.info["id"], "trial": row["trial"], "format": form.name, "files": list(exported.files),
         "size_bytes": exported.size_bytes, "model": model, "input_shape": ["batch", *kind.input_shape],
         "input_dtype": str(kind.example_input.dtype).removeprefix("torch."),
-        "input_made_by": {"formula": "(image / scale - mean) / std, per channel", **asdict(kind.normalise)},
+        "input_made_by": INPUT_FORMULA | asdict(kind.normalise) if kind.normalise is not None else None,
+        "metric": study.metric.to_dict(),
         "opset": exported.opset, "folded_bn": exported.folded_bn, "max_rel_error": exported.max_rel_error,
         "checked_batches": list(CHECKED_BATCHES), "latency_ms": exported.latency_ms, "latency_eager_ms": exported.latency_eager_ms,
         "latency_dense_ms": dense_ms, "device": cpu_name(), **{key: row[key] for key in FROM_ROW}, "plan": row["plan"],

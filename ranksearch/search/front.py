@@ -9,7 +9,8 @@ from optuna.trial import FrozenTrial
 
 from ranksearch.compress import Cost
 from ranksearch.pareto import hypervolume
-from ranksearch.search.space import OBJECTIVES, Space
+from ranksearch.search.metric import Metric
+from ranksearch.search.space import Space
 
 Row = dict[str, Any]
 COST_RATIOS = {
@@ -19,13 +20,14 @@ MEASURED = (
     "val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_ms", "latency_ratio", "images_per_second",
     "projection_share", "seconds",
 )  # fmt: skip
-NOT_IN_RECORD = ("history", "projections", "losses", "started", "ended")
+NOT_IN_RECORD = ("share", "history", "projections", "losses", "started", "ended")
 
 
-def row_of(trial: FrozenTrial, dense: Mapping[str, Any], test_accuracy: float | None) -> Row:
-    """Everything known of a finished trial; accuracies in percent, ratios of the dense net's cost, None where not measured.
+def row_of(trial: FrozenTrial, dense: Mapping[str, Any], metric: Metric) -> Row:
+    """Everything known of a finished trial; ratios are of the dense net's cost, what was not measured is None.
 
-    `started` and `ended` are seconds since 1970.
+    `val_accuracy` is the task's metric in its own unit, `share` what that is worth (`metric.py`), by which trials are compared. `started`
+    and `ended` are seconds since 1970.
     """
     result, attrs = trial.user_attrs.get("result", {}), trial.user_attrs.get("candidate", {})
 
@@ -36,7 +38,8 @@ def row_of(trial: FrozenTrial, dense: Mapping[str, Any], test_accuracy: float | 
         "trial": trial.number,
         "status": result.get("status", "failed"),
         "epochs": result.get("epochs"),
-        "test_accuracy": test_accuracy,
+        "test_accuracy": None,
+        "share": metric.share(result["val_accuracy"]) if result.get("val_accuracy") is not None else None,
         **{key: result.get(key) for key in MEASURED},
         "macs_ratio": ratio("macs"),
         "params_ratio": ratio("params"),
@@ -65,19 +68,13 @@ def cost_ratio(objective: str, cost: Cost, dense: Cost) -> float:
 
 
 def objective_values(row: Row, objectives: Sequence[str]) -> list[float]:
-    """A complete row's values as Optuna is told them: accuracy in percent, costs as ratios of dense."""
+    """A complete row's values as Optuna is told them: the metric in its own unit, costs as ratios of dense."""
     return [row["val_accuracy"] if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives]
 
 
 def _points(rows: Sequence[Row], objectives: Sequence[str]) -> list[list[float]]:
-    """Rows in minimisation form: 1 - accuracy as a share, costs as ratios of dense."""
-    return [
-        [
-            1 - value / 100 if name == "accuracy" else value
-            for name, value in zip(objectives, objective_values(row, objectives), strict=True)
-        ]
-        for row in rows
-    ]
+    """Rows in minimisation form: 1 - share, costs as ratios of dense."""
+    return [[1 - row["share"] if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives] for row in rows]
 
 
 def dominates(row: Row, other: Row, objectives: Sequence[str]) -> bool:
@@ -87,17 +84,17 @@ def dominates(row: Row, other: Row, objectives: Sequence[str]) -> bool:
 
 
 def merit(row: Row) -> tuple[float, int]:
-    """What makes a complete row the best of several: its accuracy, then fewer MACs."""
-    return row["val_accuracy"], -row["macs"]
+    """What makes a complete row the best of several: its metric, then fewer MACs."""
+    return row["share"], -row["macs"]
 
 
 def in_order(front: Sequence[Row]) -> list[Row]:
-    """The rows of a front, most accurate first."""
-    return sorted(front, key=lambda row: (-row["val_accuracy"], row["macs"], row["trial"]))
+    """The rows of a front, the best metric first."""
+    return sorted(front, key=lambda row: (-row["share"], row["macs"], row["trial"]))
 
 
 def front_hypervolume(front: Sequence[Row], objectives: Sequence[str]) -> float:
-    """Hypervolume of a front in (accuracy as a share, costs as ratios), against accuracy 0 and the dense costs."""
+    """Hypervolume of a front in (share, costs as ratios), against share 0 and the dense costs."""
     return hypervolume(_points(front, objectives), [1.0] * len(objectives)) if front else 0.0
 
 
@@ -106,12 +103,23 @@ def describe_budgets(record: Mapping[str, Any]) -> str:
     return ", ".join(f"{cost} ≤ {text}" for cost, text in record["budgets"].items()) or "no budget"
 
 
-def front_record(space: Space, dense: Mapping[str, Any], front: Sequence[Row], hypervolume: float) -> dict[str, Any]:
-    """The study's name, objectives, budgets, reference point, hypervolume, dense net and front, for JSON."""
+def directions_of(objectives: Sequence[str], metric: Metric) -> list[str]:
+    """Of each objective: "maximize" or "minimize"."""
+    return [metric.direction if name == "accuracy" else "minimize" for name in objectives]
+
+
+def front_record(
+    space: Space, dense: Mapping[str, Any], metric: Metric, front: Sequence[Row], hypervolume: float
+) -> dict[str, Any]:
+    """The study's name, metric, objectives, budgets, reference point, hypervolume, dense net and front, for JSON."""
     objectives = space.search.objectives
     return {
         "study": space.name,
-        "objectives": [{"name": name, "direction": OBJECTIVES[name]} for name in objectives],
+        "metric": metric.to_dict(),
+        "objectives": [
+            {"name": name, "direction": direction}
+            for name, direction in zip(objectives, directions_of(objectives, metric), strict=True)
+        ],
         "budgets": {budget.cost: budget.text for budget in space.parsed_budgets()},
         "reference_point": [0.0 if name == "accuracy" else 1.0 for name in objectives],
         "hypervolume": hypervolume,

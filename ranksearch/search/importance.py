@@ -42,8 +42,8 @@ def importances(study: optuna.Study, rows: Sequence[Row], objectives: Sequence[s
 
 
 def accuracy_at_cost(rows: Sequence[Row], objectives: Sequence[str]) -> np.ndarray:
-    """How far the accuracies of complete rows [n], in percent, lie above a parabola in log cost through them."""
-    accuracy = np.array([row["val_accuracy"] for row in rows])
+    """How far the metrics of complete rows [n], as shares in percent, lie above a parabola in log cost through them."""
+    accuracy = np.array([100 * row["share"] for row in rows])
     costs = [name for name in objectives if name != "accuracy"]
     x = np.log([row[COST_RATIOS[costs[0]]] for row in rows]) if costs else np.zeros(len(rows))
     degree = min(2, len(np.unique(x)) - 1)

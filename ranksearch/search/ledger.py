@@ -51,12 +51,12 @@ class Ledger:
 
     @property
     def front(self) -> list[Row]:
-        """The nondominated complete trials, most accurate first."""
+        """The nondominated complete trials, the best metric first."""
         return in_order(self._front)
 
     @property
     def best(self) -> Row | None:
-        """The most accurate complete trial; of several the one with the fewest MACs."""
+        """The complete trial with the best metric; of several the one with the fewest MACs."""
         return self._best
 
     @cached_property
@@ -64,7 +64,7 @@ class Ledger:
         return front_hypervolume(self._front, self._objectives)
 
     def progress(self) -> dict[str, float]:
-        """How far the study is, in numbers: finished trials by status, hypervolume, size of the front, best accuracy in percent."""
+        """How far the study is, in numbers: finished trials by status, hypervolume, size of the front, the best metric."""
         found = {"finished_trials": len(self), "hypervolume": self.hypervolume, "front_size": len(self._front)}
         best = {} if self._best is None else {"best_within_budget": self._best["val_accuracy"]}
         return found | best | {f"{status.replace(' ', '_')}_trials": count for status, count in self.counts.items()}

@@ -12,7 +12,7 @@ Reference: Bergstra et al. 2011 (TPE); multivariate: Falkner, Klein & Hutter 201
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from typing import Any
 
@@ -76,16 +76,18 @@ class LocalTPE(BaseSampler):
         *,
         accuracy_at: int,
         cost_at: int | None,
-        dense_accuracy: float,
+        share: Callable[[float], float],
+        dense: float,
         seed: int,
     ) -> None:
         """
         Args:
             distributions: every parameter that is searched.
-            accuracy_at, cost_at: which of the study's values is the accuracy in percent, and which the cost as a ratio of dense.
-            dense_accuracy: of the dense net, in percent: what is hoped for above the largest net of the front.
+            accuracy_at, cost_at: which of the study's values is the metric, and which the cost as a ratio of dense.
+            share: of a metric's value: what is called accuracy here, in [0, 1].
+            dense: the dense net's metric: what is hoped for above the largest net of the front.
         """
-        self._ceiling = dense_accuracy / 100
+        self._share, self._ceiling = share, share(dense)
         self._distributions, self._seed = dict(distributions), seed
         self._accuracy_at, self._cost_at = accuracy_at, cost_at
         self._seen = Seen()
@@ -132,7 +134,7 @@ class LocalTPE(BaseSampler):
                 running.append(trial.params)
             elif trial.state == TrialState.COMPLETE and trial.values is not None:
                 cost = trial.values[self._cost_at] if self._cost_at is not None else nan
-                self._seen.add(trial.number, trial.params, cost, trial.values[self._accuracy_at] / 100)
+                self._seen.add(trial.number, trial.params, cost, self._share(trial.values[self._accuracy_at]))
             elif trial.state.is_finished() and trial.user_attrs.get("outcome") == INTERRUPTED:
                 self._seen.skip(trial.number)
             elif trial.state.is_finished():

@@ -20,12 +20,12 @@ from ranksearch.compress import Cost, RankPlan, dense_cost, plan_cost
 from ranksearch.errors import UsageError, nearest
 from ranksearch.pareto import nondominated
 from ranksearch.search.budgets import budgets_of
+from ranksearch.search.metric import Metric
 from ranksearch.search.scorer import Scorer
 from ranksearch.search.space import Space
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks import model_reference
 from ranksearch.tasks.evaluate import Evaluation
-from ranksearch.tasks.task import Split
 
 ALLOCATORS = ("solver", *BASELINES, "greedy")
 DEFAULT_ALLOCATORS = ("solver", "uniform", "energy", "minimax")
@@ -80,14 +80,15 @@ def _scaled(budget: Budget, factor: Decimal, dense: Cost) -> Budget:
 
 def measured_greedy(bench: Workbench, images: int, batch_size: int, log: Log) -> Callable[..., RankPlan]:
     """AIMET's allocator with its scores, measured on training images: the validation images are for the comparison."""
-    train = Split(bench.task.train.images[:images], bench.task.train.labels[:images])
+    train = bench.task.train.first(images)
     scorer = Scorer(bench.task, bench.dense_model(), train, bn_batches=2, batch_size=batch_size)
 
     def tell(done: int, total: int) -> None:
         if done % 20 == 0 or done == total:
             log(f"greedy: {done} of {total} evaluations on {len(train)} training images")
 
-    scores = measure_scores(bench.curves, lambda plan: scorer(plan).accuracy, tell)
+    sign = 1 if bench.task.direction == "maximize" else -1
+    scores = measure_scores(bench.curves, lambda plan: sign * scorer(plan).accuracy, tell)
     return partial(greedy, scores=scores)
 
 
@@ -102,7 +103,7 @@ def preview_rows(
     space: Space, bench: Workbench, levels: Sequence[Level], allocators: Sequence[str], *, images: int, log: Log
 ) -> Iterator[dict[str, Any]]:
     """One row per level and allocator as it is scored; an allocator that has no plan at a level gives none, and it is said."""
-    val = Split(bench.task.val.images[:images], bench.task.val.labels[:images])
+    val = bench.task.val.first(images)
     batch_size = space.recipe.batch_size
     scorer = Scorer(bench.task, bench.dense_model(), val, bn_batches=BN_BATCHES, batch_size=batch_size)
     reference, dense = model_reference(space.task, space.model), dense_cost(bench.net)
@@ -156,10 +157,11 @@ def preview_record(
     """What `preview --json` prints and `preview.json` holds: every plan, and which of them no other betters."""
     cost = budgets_of(space, bench.curves)[0].cost
     ratio = {"flops": "macs_ratio", "macs": "macs_ratio", "params": "params_ratio", "size": "size_ratio"}[cost]
-    best = nondominated([[-row["val_accuracy"], row[ratio]] for row in rows])
+    metric = Metric.of(bench.task, dense.accuracy)
+    best = nondominated([[-metric.share(row["val_accuracy"]), row[ratio]] for row in rows])
     full = dense_cost(bench.net)
     return {
-        "space": space.name, "task": space.task, "model": space.model, "cost": cost, "cost_ratio": ratio,
+        "space": space.name, "task": space.task, "model": space.model, "metric": metric.to_dict(), "cost": cost, "cost_ratio": ratio,
         "own_level": _own_level(space, bench.curves), "budgets": {name: str(text) for name, text in space.budgets.items()},
         "sensitivity": space.search.sensitivity, "measure": space.search.measure, "seed": space.search.seed,
         "images": min(images, len(bench.task.val)), "bn_batches": BN_BATCHES, "seconds": round(seconds, 1),

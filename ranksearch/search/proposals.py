@@ -22,6 +22,7 @@ from ranksearch.search.budgets import violations
 from ranksearch.search.direct import Direct
 from ranksearch.search.front import cost_ratio
 from ranksearch.search.local_tpe import INTERRUPTED
+from ranksearch.search.metric import Metric
 from ranksearch.search.parametrize import Form, Searched, Suggestion
 from ranksearch.search.recipe import Recipe
 from ranksearch.search.samplers import make_sampler
@@ -58,9 +59,9 @@ def form_of(space: Space, curves: Curves, damage: Damage) -> Form:
 class Proposals:
     """Asks Optuna's study for candidates."""
 
-    def __init__(self, study: optuna.Study, space: Space, folder: Path, dense: Cost, dense_accuracy: float) -> None:
+    def __init__(self, study: optuna.Study, space: Space, folder: Path, dense: Cost, metric: Metric) -> None:
         self._study, self._space, self._folder = study, space, folder
-        self._dense, self._dense_accuracy = dense, dense_accuracy
+        self._dense, self._metric = dense, metric
         self._searched: Searched | None = None
         self.why_exhausted = ""
         trials = study.get_trials(deepcopy=False)
@@ -107,7 +108,7 @@ class Proposals:
             self._searched = Searched(form_of(self._space, bench.curves, bench.damage), self._space.recipe)
             self._study.sampler = make_sampler(
                 self._space, self._searched.distributions, opened_with=len(self._study.get_trials(deepcopy=False)),
-                dense_accuracy=self._dense_accuracy,
+                metric=self._metric,
             )  # fmt: skip
         return self._searched
 
@@ -120,10 +121,12 @@ class Proposals:
                 trial.set_constraint(budget, value)
         if max(over.values(), default=0.0) <= 0:
             return True
-        # a genetic sampler's generations hold complete trials alone: there the costs are told, and the worst accuracy
+        # a genetic sampler's generations hold complete trials alone: there the costs are told, and the worst metric
         genetic = self._space.search.sampler in ("nsga2", "nsga3")
         objectives = self._space.search.objectives
-        worst = [0.0 if name == "accuracy" else cost_ratio(name, cost, self._dense) for name in objectives]
+        worst = [
+            self._metric.worst if name == "accuracy" else cost_ratio(name, cost, self._dense) for name in objectives
+        ]
         self._reject(trial, "infeasible", f"above the budgets: {over}", worst if genetic else None)
         return False
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import secrets
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ranksearch.compress import Net, RankPlan
 from ranksearch.errors import StudyError, UsageError
+from ranksearch.search.metric import Metric
 from ranksearch.search.proposals import Candidate
 from ranksearch.search.recipe import Recipe
 from ranksearch.search.run import Driver, Log, OnRow, attempt, stop_reason
@@ -26,7 +29,9 @@ from ranksearch.search.study import Study
 from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State
-from ranksearch.tasks.task import Split, Task
+from ranksearch.tasks.resident import Resident
+from ranksearch.tasks.task import Task
+from ranksearch.tasks.task_file import TaskCode, TaskFile
 
 # Usage statistics, log files per trial and Tune's own tables stay off; an explicit setting of the user wins. Ray reads these at import.
 for _name, _value in {
@@ -133,32 +138,62 @@ def join(resources: ResourcesSpace, address: str | None) -> tuple[float, int]:
     return gpus, trials_at_once(resources.cpus_per_trial, gpus, available)
 
 
-def pack(task: Task) -> Task:
-    """The task with arrays for tensors: these lie once per node in Ray's object store, and workers read them there without a copy."""
-    return replace(task, train=_arrays(task.train), val=_arrays(task.val))
+@dataclass(frozen=True)
+class Packed:
+    """A task on its way to the workers.
+
+    Resident data travel as arrays, which lie once per node in Ray's object store and are read there without a copy. The rest is pickled
+    apart: what a user's own file defines can be read only after that file's module was made.
+    """
+
+    code: TaskCode | None
+    rest: bytes
+    arrays: dict[str, tuple[np.ndarray, np.ndarray]]
+    """Split -> inputs, targets."""
 
 
-def unpack(task: Task) -> Task:
+def pack(task: Task, own: TaskFile | None = None) -> Packed:
+    """The task without its test set, and the user's file that it comes from.
+
+    Raises:
+        UsageError: something of it cannot be pickled.
+    """
+    splits = {"train": task.train, "val": task.val}
+    resident = {name: source for name, source in splits.items() if isinstance(source, Resident)}
+    arrays = {name: (source.inputs.numpy(), source.targets.numpy()) for name, source in resident.items()}
+    nothing = torch.empty(0)
+    hollow = {name: replace(source, inputs=nothing, targets=nothing) for name, source in resident.items()}
+    try:
+        rest = ray.cloudpickle.dumps(replace(task.without_test(), **hollow))
+    except (TypeError, AttributeError, RuntimeError, NotImplementedError, pickle.PicklingError) as error:
+        first = str(error).splitlines()[0]
+        raise UsageError(
+            f"task: it cannot be sent to Ray's workers ({first}): open files and connections when they are first used, not in the "
+            f"task; or run the trials in this process, by --inline."
+        ) from error
+    return Packed(own.code if own is not None else None, rest, arrays)
+
+
+def unpack(packed: Packed) -> Task:
     """The task of `pack`, its tensors views of the object store's read-only memory: nothing writes to a data set."""
+    if packed.code is not None:
+        packed.code.module()
+    task: Task = ray.cloudpickle.loads(packed.rest)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return replace(task, train=_tensors(task.train), val=_tensors(task.val))
-
-
-def _arrays(split: Split) -> Split:
-    return Split(split.images.numpy(), split.labels.numpy())  # type: ignore[arg-type]
-
-
-def _tensors(split: Split) -> Split:
-    return Split(torch.from_numpy(split.images), torch.from_numpy(split.labels))
+        whole = {
+            name: replace(getattr(task, name), inputs=torch.from_numpy(inputs), targets=torch.from_numpy(targets))
+            for name, (inputs, targets) in packed.arrays.items()
+        }
+    return replace(task, **whole)
 
 
 def _trainable(
-    config: dict[str, Any], task: Task, dense: State, net: Net, threads: int, checkpoint_seconds: float
+    config: dict[str, Any], packed: Packed, dense: State, net: Net, threads: int, checkpoint_seconds: float
 ) -> None:
     """A trial on a Ray worker; entries and the result travel as JSON texts, because Tune flattens nested metrics."""
     torch.set_num_threads(threads)
-    task = unpack(task)
+    task = unpack(packed)
     candidate = Candidate(
         config["number"], RankPlan.from_dict(config["plan"]), Recipe.from_dict(config["recipe"]), config["seed"],
         Path(config["save_to"]), Path(config["checkpoint"]), rungs=tuple(config["rungs"]), latency=config["latency"],
@@ -227,7 +262,7 @@ class AskTell(Searcher):
         payload = (result or {}).get(RESULT)
         try:
             if trial_id in self._stopped:
-                found = _stopped_result(seed, history)
+                found = _stopped_result(seed, history, self._study.metric)
             elif payload:
                 found = TrialResult(**json.loads(payload))
             elif self._lost_head() or self._study.retry(number):
@@ -263,10 +298,10 @@ class StopBehind(FIFOScheduler):
         return {}
 
 
-def _stopped_result(seed: int, history: list[dict[str, Any]]) -> TrialResult:
+def _stopped_result(seed: int, history: list[dict[str, Any]], metric: Metric) -> TrialResult:
     last = history[-1]
     return TrialResult(
-        "stopped", seed, last["epochs"], reason=stop_reason(last), history=history,
+        "stopped", seed, last["epochs"], reason=stop_reason(last, metric), history=history,
         val_accuracy=last["val_accuracy"], val_loss=last["val_loss"], seconds=last["seconds"],
     )  # fmt: skip
 
@@ -301,7 +336,7 @@ def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: st
     gpus, at_once = join(study.space.resources, address)
     searcher = AskTell(study, bench, on_row, log)
     trainable = tune.with_parameters(
-        _trainable, task=pack(bench.task.without_test()), dense=bench.dense, net=bench.net, threads=cpus,
+        _trainable, packed=pack(bench.task, study.space.kind().own), dense=bench.dense, net=bench.net, threads=cpus,
         checkpoint_seconds=study.space.resources.checkpoint_seconds,
     )  # fmt: skip
     tuner = tune.Tuner(

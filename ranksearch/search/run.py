@@ -16,6 +16,7 @@ from ranksearch.compress import Net
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.front import Row
+from ranksearch.search.metric import Metric
 from ranksearch.search.proposals import Candidate
 from ranksearch.search.study import Study
 from ranksearch.search.trial import RUNG, Report, Stopped, TrialResult, run_trial
@@ -153,11 +154,11 @@ def _stopper(study: Study, number: int) -> Report:
 
     def report(entry: dict[str, Any]) -> None:
         if entry["phase"] == RUNG and not study.goes_on(number, entry["rung"], entry["val_accuracy"]):
-            raise Stopped(stop_reason(entry))
+            raise Stopped(stop_reason(entry, study.metric))
 
     return report
 
 
-def stop_reason(entry: dict[str, Any]) -> str:
+def stop_reason(entry: dict[str, Any], metric: Metric) -> str:
     """What a trial's record says of its end at a rung."""
-    return f"fell behind at step {entry['step']}: {entry['val_accuracy']:.2f} %"
+    return f"fell behind at step {entry['step']}: {metric.text(entry['val_accuracy'])}"

@@ -13,11 +13,12 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
 
 from ranksearch.search.local_tpe import LocalTPE
+from ranksearch.search.metric import Metric
 from ranksearch.search.space import Space
 
 
 def make_sampler(
-    space: Space, distributions: Mapping[str, BaseDistribution], *, opened_with: int, dense_accuracy: float
+    space: Space, distributions: Mapping[str, BaseDistribution], *, opened_with: int, metric: Metric
 ) -> BaseSampler:
     """The space's sampler for a study that holds `opened_with` trials already.
 
@@ -29,7 +30,7 @@ def make_sampler(
     if search.sampler == "tpe" and search.parametrization == "allocated" and len(costs) < 2:
         return LocalTPE(
             distributions, accuracy_at=objectives.index("accuracy"), cost_at=costs[0] if costs else None,
-            dense_accuracy=dense_accuracy, seed=search.seed,
+            share=metric.share, dense=metric.dense, seed=search.seed,
         )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

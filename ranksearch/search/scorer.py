@@ -13,13 +13,14 @@ from ranksearch.lowering import lowering_named
 from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import Evaluation, evaluate
-from ranksearch.tasks.task import Split, Task
+from ranksearch.tasks.source import Source
+from ranksearch.tasks.task import Task
 
 
 class Scorer:
     """Scores a net under plans: decomposition, BN re-estimation on augmented training images, evaluation; no training."""
 
-    def __init__(self, task: Task, model: torch.nn.Module, split: Split, *, bn_batches: int, batch_size: int) -> None:
+    def __init__(self, task: Task, model: torch.nn.Module, split: Source, *, bn_batches: int, batch_size: int) -> None:
         device = pick_device()
         self.task, self.split, self.device = task.without_test().to(device), split.to(device), device
         self.model = model.to(device).eval()
@@ -27,7 +28,7 @@ class Scorer:
         self._starts: dict[tuple[str, LayerPlan], Any] = {}
 
     def __call__(self, plan: RankPlan) -> Evaluation:
-        """Accuracy in percent and loss; every plan sees the same images."""
+        """Metric and loss; every plan sees the same samples."""
         small = compress(self.model, plan, warm=self._started(plan))
         if next(plan.lowered(), None) is not None:
             generator = torch.Generator(self.device).manual_seed(0)

@@ -6,25 +6,30 @@ A value marked searchable is either fixed (`lr: 0.05`) or a distribution: `{low:
 
 from __future__ import annotations
 
+import hashlib
 import warnings
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
     PrivateAttr,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+from torch import nn
 
 from ranksearch.allocate.baselines import BASELINES
 from ranksearch.allocate.budget import Budget, parse_budget
 from ranksearch.allocate.damage import MEASURES
 from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.allocate.sensitivity import SENSITIVITIES
-from ranksearch.errors import nearest
+from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import default_lowerings, expand_families
 from ranksearch.search.settings import SWITCH, Range, Strict, searchable, searchable_choice, values_of
+from ranksearch.tasks import TASKS, TaskKind, build_reference, is_own, task_kind
 from ranksearch.tasks.schedule import SCHEDULES
 from ranksearch.tasks.train import OPTIMIZERS
 
@@ -155,12 +160,6 @@ class LayersSpace(Strict):
         )
 
 
-OBJECTIVES = {
-    "accuracy": "maximize", "macs": "minimize", "flops": "minimize", "params": "minimize", "size": "minimize",
-    "latency": "minimize",
-}  # fmt: skip
-
-
 class EarlyStoppingSpace(Strict):
     """Stops trials that fall behind at a rung (ASHA; with several objectives MO-ASHA, which ranks by nondominated sorting)."""
 
@@ -203,8 +202,8 @@ class SearchSpace(Strict):
     objectives: list[Literal["accuracy", "macs", "flops", "params", "size", "latency"]] = Field(
         default=["accuracy", "macs"]
     )
-    """Accuracy and up to two costs, of which the front is made; accuracy alone searches the best net within the budgets. `latency` is
-    measured at the end of every trial, batch 1, in turn with the dense net."""
+    """Accuracy (the task's metric, whatever it is) and up to two costs, of which the front is made; accuracy alone searches the best net
+    within the budgets. `latency` is measured at the end of every trial, batch 1, in turn with the dense net."""
     front_from: float = Field(default=0.4, gt=0, le=1)
     """The front is searched from this share of the budgets up to the budgets themselves."""
     groups: Annotated[str | dict[str, list[str]] | None, BeforeValidator(_grouping)] = None
@@ -312,13 +311,16 @@ class Space(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     task: str
-    model: str
+    """The name of a task, or a function of your own that returns a `ranksearch.Task`: FILE.py:FUNCTION, the file beside the space's, or in
+    the working directory."""
+    model: str | None = Field(default=None, validate_default=True)
+    """Of the task; left out where the task is your own, which brings its model."""
     checkpoint: str = "auto"
-    """Dense weights: "auto" (the public checkpoint, else trained once), "train", or a file."""
+    """Dense weights: "auto" (those of your own task's model, the public checkpoint, else trained once), "train", or a file."""
     data: str | None = None
     """Data folder; left out, `RANKSEARCH_DATA`, else ~/.cache/ranksearch."""
-    validation: int = Field(ge=1)
-    """Images carved from the training set to choose by."""
+    validation: int | None = Field(default=None, ge=1, validate_default=True)
+    """Images carved from the training set to choose by; left out where the task brings a validation split of its own."""
     split_seed: int = 0
     budgets: dict[str, str | int | float] = Field(default={})
     layers: LayersSpace = Field(default_factory=LayersSpace)
@@ -327,6 +329,18 @@ class Space(Strict):
     resources: ResourcesSpace = Field(default_factory=ResourcesSpace)
     tracking: TrackingSpace = Field(default_factory=TrackingSpace)
     _given: str | None = PrivateAttr(default=None)
+    _own: dict[str, str] | None = PrivateAttr(default=None)
+
+    @field_validator("model", "validation")
+    @classmethod
+    def _told(cls, value: Any, info: ValidationInfo) -> Any:
+        """A task of ours needs both; a user's own brings them."""
+        task = str(info.data.get("task"))
+        if is_own(task) and value is not None:
+            raise ValueError(f"a task of your own brings its {info.field_name}: leave this key out")
+        if value is None and task in TASKS and not (info.field_name == "validation" and TASKS[task].splits_itself):
+            raise ValueError("this key is missing.")
+        return value
 
     @field_validator("budgets")
     @classmethod
@@ -360,6 +374,34 @@ class Space(Strict):
     def given(self) -> str | None:
         """The space as it was given: the file's text, after the command line's values as comments; None of one made in Python."""
         return self._given
+
+    def kind(self) -> TaskKind:
+        """The task without its data, or a user's own with them.
+
+        Raises:
+            UsageError: no such task, or the user's file is of no use, or not the one that the study was made with.
+        """
+        if self._own is None:
+            return task_kind(self.task)
+        path = Path(self.task.rpartition(":")[0])
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != self._own["sha256"]:
+            raise UsageError(
+                f"task: {path} is not the file that the study was made with (its sha256 is another one): put that one back, or start "
+                f"another study."
+            )
+        return task_kind(self.task, self._own["origin"])
+
+    def kept_in(self, folder: Path, own: dict[str, str] | None) -> Space:
+        """The space of a study: a task of the user's own is the copy of its file in the study's folder, as `own` records it."""
+        if own is None or not is_own(self.task):
+            return self
+        kept = self.model_copy(update={"task": f"{folder.absolute() / Path(own['file']).name}:{own['function']}"})
+        kept._own = dict(own)
+        return kept
+
+    def build(self, reference: str) -> nn.Module:
+        """The untrained dense model of a plan that was made for this space."""
+        return self.kind().build_model("") if is_own(self.task) else build_reference(reference)
 
     def parsed_budgets(self) -> list[Budget]:
         return [parse_budget(cost, text) for cost, text in self.budgets.items()]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from ranksearch.errors import UsageError, nearest
 from ranksearch.search.space import Space
+from ranksearch.tasks import is_own
 
 
 def _fields_at(path: Sequence[Any]) -> list[str]:
@@ -41,6 +42,8 @@ def _sentence(error: Mapping[str, Any]) -> str:
     if error["type"] == "string_pattern_mismatch":
         return f"{where}: {error['input']!r} may hold letters, digits, '.', '_' and '-' alone, the first a letter or digit."
     message = error["msg"].removeprefix("Value error, ")
+    if message == "this key is missing.":
+        return f"{where}: {message}"
     given = "" if error["type"] == "value_error" else f" (got {error['input']!r})"
     where = where or "space"
     return f"{where}: {message[0].lower() + message[1:]}{given}"
@@ -76,6 +79,20 @@ def _set(data: dict[str, Any], assignment: str) -> None:
         data[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {assignment}: {text!r} is no YAML value.") from error
+
+
+def _placed(task: Any, folder: Path) -> Any:
+    """A task of the user's own by its absolute path: beside the space file, else in the working directory."""
+    if not isinstance(task, str) or not is_own(task):
+        return task
+    file, colon, function = task.rpartition(":") if not task.endswith(".py") else (task, "", "")
+    places = [(base / Path(file).expanduser()).resolve() for base in (folder, Path())]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        beside = [p.name for place in dict.fromkeys(p.parent for p in places) for p in place.glob("*.py")]
+        looked = " and ".join(dict.fromkeys(str(place.parent) for place in places))
+        raise UsageError(f"task: there is no file {Path(file).name!r} in {looked}. {nearest(Path(file).name, beside)}")
+    return f"{found}{colon}{function}"
 
 
 def read_space(
@@ -124,7 +141,7 @@ def read_space(
         data["name"] = name
     if warm_start:
         _set(data, f"search.warm_start={json.dumps(list(warm_start))}")
-    space = parse_space(data, str(path))
+    space = parse_space(data | {"task": _placed(data.get("task"), path.parent)}, str(path))
     options = [f"--budget {budget}" for budget in budgets] + [f"--set {setting}" for setting in settings]
     options += [f"--trials {trials}"] * (trials is not None) + [f"--name {name}"] * (name is not None)
     options += [f"--warm-start {earlier}" for earlier in warm_start]

@@ -28,15 +28,16 @@ from ranksearch.errors import UsageError
 from ranksearch.files import write_atomically
 from ranksearch.search.allocated import Allocated
 from ranksearch.search.checkpoint import CheckpointFile
-from ranksearch.search.front import Row, cost_ratio, front_record, merit, objective_values, row_of
+from ranksearch.search.front import Row, cost_ratio, directions_of, front_record, merit, objective_values, row_of
 from ranksearch.search.importance import importances
 from ranksearch.search.journal import mend_journal, open_journal
 from ranksearch.search.ledger import Ledger
+from ranksearch.search.metric import Metric
 from ranksearch.search.opening import first_points
 from ranksearch.search.parametrize import Opening
 from ranksearch.search.proposals import Candidate, Proposals, form_of
 from ranksearch.search.provenance import provenance
-from ranksearch.search.space import OBJECTIVES, Space
+from ranksearch.search.space import Space
 from ranksearch.search.space_file import parse_space
 from ranksearch.search.stopping import Rungs
 from ranksearch.search.study_folder import (
@@ -49,12 +50,14 @@ from ranksearch.search.study_folder import (
     TEST,
     UNFINISHED,
     clear,
+    keep_task_file,
     locked,
     new_folder,
     trial_folder,
 )
 from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
+from ranksearch.tasks import is_own
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # the study's own progress is shown, not Optuna's
 
@@ -72,10 +75,11 @@ class Study:
         """Whether a proposal broke off, so that a trial may be running in the journal that nobody runs."""
         dense = info["dense"]
         self.dense = Cost(dense["macs"], dense["params"], dense["size_bytes"])
+        self.metric = Metric.of_study(info)
         self._proposals = self._make_proposals()
         trials = study.get_trials(deepcopy=False)
         done = (t for t in trials if t.state.is_finished() and "result" in t.user_attrs)
-        self._ledger = Ledger(self._objectives, (row_of(t, info["dense"], None) for t in done))
+        self._ledger = Ledger(self._objectives, (row_of(t, info["dense"], self.metric) for t in done))
         self._ledger.score(self.test_accuracies())
         self._front_changed = False
         """Whether the front was changed since it was written."""
@@ -92,7 +96,7 @@ class Study:
         dense_val_accuracy: float,
         dense_latency_ms: float | None = None,
     ) -> Study:
-        """A new study in `runs`/NAME with its first points enqueued; the dense net's accuracy in percent.
+        """A new study in `runs`/NAME with its first points enqueued; `dense_val_accuracy` is the dense net's metric.
 
         Raises:
             UsageError: the name is taken, or a warm start's front is missing or of another net.
@@ -113,19 +117,24 @@ class Study:
         if space.data is not None:  # the study is opened from other working directories too
             space = space.model_copy(update={"data": str(Path(space.data).expanduser().resolve())})
         (folder / UNFINISHED).touch()
-        safetensors.torch.save_file({k: v.contiguous() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
+        own = keep_task_file(space, folder)
+        space = space.kept_in(folder, own)
+        safetensors.torch.save_file({k: v.contiguous().clone() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
         dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(dense_cost(bench.net))
         dense["latency_ms"] = latency_ms
-        directions = [OBJECTIVES[name] for name in space.search.objectives]
+        metric = Metric.of(bench.task, val_accuracy)
         form = form_of(space, bench.curves, bench.damage)
         known = form if isinstance(form, Allocated) else Allocated(space, bench.curves, bench.damage)
         opening = first_points(space, bench.curves, form, known)
         info = {
-            "study": space.name, "id": uuid.uuid4().hex, "dense": dense, "seed": space.search.seed, "provenance": provenance(folder),
+            "study": space.name, "id": uuid.uuid4().hex, "metric": metric.to_dict(), "task_file": own, "dense": dense,
+            "seed": space.search.seed, "provenance": provenance(folder),
             "opened_with": dict(Counter(point.allocator for point in opening)), "layers": bench.layer_facts(),
         }  # fmt: skip
         study = optuna.create_study(
-            storage=open_journal(folder / JOURNAL), study_name=space.name, directions=directions
+            storage=open_journal(folder / JOURNAL),
+            study_name=space.name,
+            directions=directions_of(space.search.objectives, metric),
         )
         made = cls(folder, space, info, study)
         for point in opening:
@@ -155,6 +164,7 @@ class Study:
         try:
             info = json.loads((folder / INFO).read_text())
             space = parse_space(yaml.safe_load((folder / SPACE).read_text()), str(folder / SPACE))
+            space = space.kept_in(folder, info.get("task_file"))
             if not (folder / JOURNAL).is_file():
                 raise FileNotFoundError(f"{JOURNAL} is missing")
             study = optuna.load_study(storage=open_journal(folder / JOURNAL), study_name=info["study"])
@@ -204,10 +214,13 @@ class Study:
         return self.finished >= self.planned or bool(self.info.get("done"))
 
     def _make_proposals(self) -> Proposals:
-        return Proposals(self._study, self.space, self.folder, self.dense, self.info["dense"]["val_accuracy"])
+        return Proposals(self._study, self.space, self.folder, self.dense, self.metric)
 
     def _write_space(self) -> None:
-        write_atomically(self.folder / SPACE, yaml.safe_dump(self.space.model_dump(), sort_keys=False))
+        values = self.space.model_dump()
+        if is_own(self.space.task):  # of the copy in this folder, wherever that is moved
+            values["task"] = Path(self.space.task).name
+        write_atomically(self.folder / SPACE, yaml.safe_dump(values, sort_keys=False))
 
     @property
     def finished(self) -> int:
@@ -300,7 +313,7 @@ class Study:
     def _rung_point(self, val_accuracy: float, cost: Cost) -> list[float]:
         # a trial's latency is not known before its end: its MACs stand in for it
         costs = ["macs" if name == "latency" else name for name in self._objectives if name != "accuracy"]
-        return [1 - val_accuracy / 100, *(cost_ratio(name, cost, self.dense) for name in costs)]
+        return [1 - self.metric.share(val_accuracy), *(cost_ratio(name, cost, self.dense) for name in costs)]
 
     def _recorded_rungs(self) -> Rungs | None:
         """The rungs, with what the finished trials reached."""
@@ -337,14 +350,14 @@ class Study:
     def _finish(self, trial_id: int) -> Row:
         """Tells Optuna the result that stands in the trial's attributes already, so that a crash in between loses nothing."""
         trial = self._study._storage.get_trial(trial_id)
-        number, row = trial.number, row_of(trial, self.info["dense"], None)
+        number, row = trial.number, row_of(trial, self.info["dense"], self.metric)
         if trial.state == TrialState.RUNNING:
             if row["status"] == "complete":
                 trial = self._study.tell(number, objective_values(row, self._objectives))
             else:
                 state = TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL
                 trial = self._study.tell(number, state=state)
-            row = row_of(trial, self.info["dense"], None)  # knows when it ended, too
+            row = row_of(trial, self.info["dense"], self.metric)  # knows when it ended, too
         candidate = trial.user_attrs["candidate"]
         CheckpointFile(self._proposals.checkpoint(candidate["key"], candidate["seed"]), 0.0).remove()
         if number not in self._ledger:
@@ -371,7 +384,7 @@ class Study:
 
     @property
     def front(self) -> list[Row]:
-        """The nondominated complete trials, most accurate first."""
+        """The nondominated complete trials, the best metric first."""
         return self._ledger.front
 
     @property
@@ -392,12 +405,12 @@ class Study:
 
     @property
     def leader(self) -> Row | None:
-        """The most accurate complete trial so far."""
+        """The complete trial with the best metric so far."""
         return self._ledger.best
 
     @property
     def hypervolume(self) -> float:
-        """Of the front in (accuracy as a share, costs as shares of dense), against accuracy 0 and the dense costs."""
+        """Of the front in (share, costs as ratios of dense), against share 0 and the dense costs."""
         return self._ledger.hypervolume
 
     def status(self, number: int) -> str | None:
@@ -411,7 +424,7 @@ class Study:
         return "given back" if state.is_finished() else state.name.lower()
 
     def best(self, budget: str | None = None) -> Row:
-        """The most accurate complete trial, within `budget` ("flops=30%") where one is given.
+        """The complete trial with the best metric, within `budget` ("flops=30%") where one is given.
 
         Raises:
             UsageError: no trial lies within it.
@@ -427,7 +440,7 @@ class Study:
     # Test set and front file -------------------------------------------------------------------------------------
 
     def test_accuracies(self) -> dict[str, float]:
-        """Trial number (or "dense") -> test accuracy in percent, of the nets that were scored at the end."""
+        """Trial number (or "dense") -> the metric on the test set, of the nets that were scored at the end."""
         path = self.folder / TEST
         return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -438,7 +451,9 @@ class Study:
             key = "dense" if row is None else str(row["trial"])
             if key not in known:
                 known[key] = evaluate(row)
-                log(f"test accuracy of {'the dense net' if row is None else f'trial {key}'}: {known[key]:.2f} %")
+                log(
+                    f"test {self.metric.name} of {'the dense net' if row is None else f'trial {key}'}: {self.metric.text(known[key])}"
+                )
                 write_atomically(self.folder / TEST, json.dumps(known, indent=2))
         self._ledger.score(known)
         self.write_front()
@@ -446,7 +461,7 @@ class Study:
     def front_record(self) -> dict[str, Any]:
         """What `front.json` holds."""
         dense = {**self.info["dense"], "test_accuracy": self.test_accuracies().get("dense")}
-        return front_record(self.space, dense, self.front, self._ledger.hypervolume)
+        return front_record(self.space, dense, self.metric, self.front, self._ledger.hypervolume)
 
     def write_front(self) -> None:
         write_atomically(self.folder / FRONT, json.dumps(self.front_record(), allow_nan=False))

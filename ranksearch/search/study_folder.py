@@ -4,11 +4,13 @@ runs/NAME/space.yaml        the resolved space          runs/NAME/front.json   t
 runs/NAME/space.given.yaml  the space as it was given   runs/NAME/trials/007/  plan.json, model.safetensors
 runs/NAME/study.json        dense net, versions, seed   runs/NAME/test.json    test accuracies of the front, at the end
 runs/NAME/optuna.journal    Optuna's storage            runs/NAME/mlflow.json  which runs of which MLflow store mirror it
+runs/NAME/FILE.py           the file of a task of the user's own, as it was when the study was made
 runs/NAME/checkpoints/      states of running trials    runs/NAME/exports/     nets in the formats of other runtimes
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from pathlib import Path
 import filelock
 
 from ranksearch.errors import UsageError, nearest
+from ranksearch.search.space import Space
 
 SPACE, GIVEN, INFO, JOURNAL = "space.yaml", "space.given.yaml", "study.json", "optuna.journal"
 FRONT, TEST = "front.json", "test.json"
@@ -42,6 +45,18 @@ def find_study(name: str, runs: Path) -> Path:
 def trial_folder(folder: Path, number: int) -> Path:
     """Where a trial's net is: `plan.json` and `model.safetensors`."""
     return folder / TRIALS / f"{number:03d}"
+
+
+def study_around(folder: Path) -> Path | None:
+    """The study with a task of the user's own that a trial's folder, or an export's, lies in; None where it lies in none."""
+    study = folder.resolve().parent.parent
+    if folder.resolve().parent.name not in (TRIALS, EXPORTS) or not (study / INFO).is_file():
+        return None
+    try:
+        own = json.loads((study / INFO).read_text()).get("task_file")
+    except (ValueError, AttributeError):
+        return None
+    return study if own else None
 
 
 def find_front(where: str, runs: Path) -> Path:
@@ -94,6 +109,16 @@ def new_folder(runs: Path, name: str) -> Path:
             f"{name}`, or start another one with `--name {free}`."
         )
     return folder
+
+
+def keep_task_file(space: Space, folder: Path) -> dict[str, str] | None:
+    """Copies the file of a task of the user's own to the study's folder; what `study.json` says of it, None for a task of ours."""
+    file = space.kind().own
+    if file is None:
+        return None
+    code = file.code
+    (folder / file.path.name).write_bytes(code.source)
+    return {"file": file.path.name, "function": file.function, "sha256": code.sha256, "origin": code.origin}
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What a trial found. Accuracies in percent; what was not measured is None."""
+    """What a trial found. `val_accuracy` is the task's metric, in percent where that is accuracy; what was not measured is None."""
 
     status: str  # "complete", "diverged", "stopped", "failed", or "no space": that one is to be run again
     seed: int
@@ -133,7 +133,7 @@ class Session:
 
     def dense_net(self) -> nn.Module:
         """The dense net with its trained weights, on the device."""
-        model = self.task.build_model(self.task.model)
+        model = self.task.dense_model()
         model.load_state_dict(self._dense)
         return model.to(self._device)
 
@@ -228,8 +228,9 @@ class Session:
     def score(self, phase: str, model: nn.Module, step: int, **metrics: float | None) -> None:
         """Evaluates `model` on the validation set, adds it to the history and reports it."""
         found = evaluate(model, self.task.val, self.task)
-        if not isfinite(found.loss):
-            raise Diverged(f"the validation loss of the {phase} net is {found.loss}")
+        for name, value in (("loss", found.loss), (self.task.metric_name, found.accuracy)):
+            if not isfinite(value):
+                raise Diverged(f"the validation {name} of the {phase} net is {value}")
         known = {name: value for name, value in metrics.items() if value is not None}
         entry = {"phase": phase, "step": step, "val_accuracy": found.accuracy, "val_loss": found.loss, **known}
         self.history.append(entry)

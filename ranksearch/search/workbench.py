@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ import torch
 from ranksearch.allocate import MEASURES, CurveCache, Curves, Damage, rank_curves, weigh
 from ranksearch.allocate.curves import cost_curves
 from ranksearch.compress import Net, trace
+from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.search.budgets import check_feasible_space
-from ranksearch.search.space import Space
-from ranksearch.tasks import Task, task_kind
+from ranksearch.search.settings import values_of
+from ranksearch.search.space import RecipeSpace, Space
+from ranksearch.tasks import Task
 from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.dense import State, dense_state, read_checkpoint
 from ranksearch.tasks.device import pick_device
+from ranksearch.tasks.source import Batch
 
 Log = Callable[[str], None]
 
@@ -35,7 +38,7 @@ class Workbench:
 
     def dense_model(self) -> torch.nn.Module:
         """The dense net with its trained weights."""
-        model = self.task.build_model(self.task.model)
+        model = self.task.dense_model()
         model.load_state_dict(self.dense)
         return model.eval()
 
@@ -54,9 +57,19 @@ def open_net(space: Space) -> tuple[torch.nn.Module, Net]:
     Raises:
         UsageError: an unknown task or model, or a layer rule that matches nothing.
     """
-    kind = task_kind(space.task)
-    model = kind.build_model(space.model)
-    net = trace(model, kind.example_input)
+    kind = space.kind()
+    if kind.own is not None:
+        check_recipe(space.recipe, kind.own.make())
+    model = kind.build_model(space.model or "")
+    try:
+        net = trace(model, kind.example_input)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        if isinstance(error, RanksearchError):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"model: {space.model} does not take inputs {list(kind.example_input.shape)}: {first}"
+        ) from error
     space.layers.as_rules().check(net)
     return model, net
 
@@ -78,7 +91,7 @@ def prepare(
     if saved_dense is None:
         # costs depend on shapes alone: budgets that cannot be met fail here, before anything is loaded or trained
         check_feasible_space(space, cost_curves(net, rules))
-    task = task_kind(space.task).make_task(
+    task = space.kind().make_task(
         space.model, data=space.data, validation=space.validation, split_seed=space.split_seed
     )
     if saved_dense is not None:
@@ -99,5 +112,47 @@ def _damage(space: Space, task: Task, model: torch.nn.Module, curves: Curves, lo
     log(f"sensitivity {sensitivity} of {len(curves.layers)} layers on {count} batches of {min(size, len(task.train))}")
     device = pick_device()
     generator = torch.Generator().manual_seed(space.search.seed)
-    batches = calibration_batches(task, count, size, generator)
-    return weigh(curves, model.to(device).eval(), batches, sensitivity, measure, seed=space.search.seed)
+    if task.classifies:
+        batches, loss = calibration_batches(task, count, size, generator), None
+    else:
+        paired = PairedBatches(task.to(device), count, size, torch.Generator(device).manual_seed(space.search.seed))
+        batches, loss = iter(paired), paired.loss
+    return weigh(curves, model.to(device).eval(), batches, sensitivity, measure, seed=space.search.seed, loss=loss)
+
+
+class PairedBatches:
+    """Calibration batches of a task whose loss is the user's own: inputs to run, and the loss of what comes out against their targets.
+
+    No labels can be drawn from the outputs then, so the gradients are those of the loss on the training targets (the empirical Fisher).
+    The loss is asked for after each batch, before the next is drawn.
+    """
+
+    def __init__(self, task: Task, count: int, batch_size: int, generator: torch.Generator) -> None:
+        self._task, self._count = task, count
+        self._stream = task.train.stream(batch_size, generator)
+        self._batch: Batch | None = None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for _ in range(self._count):
+            self._batch = next(self._stream)
+            yield self._batch[0]
+
+    def loss(self, outputs: Any) -> torch.Tensor:
+        """The sum of the last batch's losses."""
+        assert self._batch is not None
+        assert self._task.loss is not None
+        inputs, targets = self._batch
+        return self._task.loss(outputs, targets) * len(inputs)
+
+
+def check_recipe(recipe: RecipeSpace, task: Task) -> None:
+    """Raises UsageError where a setting of the recipe means nothing under the task's loss."""
+    if max(values_of(recipe.label_smoothing)) > 0 and not task.cross_entropy:
+        raise UsageError(
+            "recipe.label_smoothing goes with the default loss, cross-entropy: smooth in your own loss, and leave it 0 here."
+        )
+    if max(values_of(recipe.distillation.weight)) > 0 and not task.classifies:
+        raise UsageError(
+            "recipe.distillation compares softened class probabilities, which the outputs of a task with a loss of its own need not be: "
+            "leave recipe.distillation.weight at 0."
+        )

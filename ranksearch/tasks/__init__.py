@@ -1,4 +1,4 @@
-"""What is trained on what: data sets, models, the training loop. A task is found by name.
+"""What is trained on what: data sets, models, the training loop. A task is found by name, or made by a function in a user's file.
 
 A `TaskKind` tells what is known without data (architectures, input shape), so that layers and costs need none.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import UsageError, nearest
 from ranksearch.tasks import cifar10, digits
-from ranksearch.tasks.task import Normalise, Task
+from ranksearch.tasks.resident import Normalise
+from ranksearch.tasks.task import Task
+from ranksearch.tasks.task_file import TaskFile, is_own
 
 
 @dataclass(frozen=True)
@@ -21,39 +24,77 @@ class TaskKind:
     """A task before its data are loaded."""
 
     build_model: Callable[[str], nn.Module]
-    input_shape: tuple[int, ...]
+    example_input: Tensor
+    """A batch of one: [1, ...]."""
     make_task: Callable[..., Task]
-    normalise: Normalise
-    """What the model expects to have been done to its inputs."""
+    """(model, data, validation, split_seed) -> the task."""
+    normalise: Normalise | None = None
+    """What the model expects to have been done to its inputs, where that is known."""
+    own: TaskFile | None = None
+    """Where it is a task of the user's own."""
+    splits_itself: bool = False
+    """Whether its validation images may be left to the data."""
 
     @property
-    def example_input(self) -> Tensor:
-        """A batch of one of the right shape: [1, *input_shape]."""
-        return torch.zeros(1, *self.input_shape)
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one input, without the batch."""
+        return tuple(self.example_input.shape[1:])
+
+
+def _images(*shape: int) -> Tensor:
+    return torch.zeros(1, *shape)
 
 
 TASKS = {
-    "cifar10": TaskKind(cifar10.build_model, (3, 32, 32), cifar10.make_task, cifar10.NORMALISE),
-    "digits": TaskKind(digits.build_model, (1, 8, 8), digits.make_task, digits.NORMALISE),
+    "cifar10": TaskKind(cifar10.build_model, _images(3, 32, 32), cifar10.make_task, cifar10.NORMALISE),
+    "digits": TaskKind(digits.build_model, _images(1, 8, 8), digits.make_task, digits.NORMALISE),
 }
 
 
-def task_kind(name: str) -> TaskKind:
-    """The task `name` without its data; UsageError names the nearest one."""
+def task_kind(name: str, origin: str | None = None) -> TaskKind:
+    """The task `name` without its data; a task of the user's own, `FILE.py:FUNCTION`, is made, with its data.
+
+    Args:
+        origin: where the file was written, if `name` names a copy.
+
+    Raises:
+        UsageError: no such task (the text names the nearest one), or the user's file is of no use.
+    """
+    if is_own(name):
+        return _own_kind(TaskFile.parse(name, origin))
     if name not in TASKS:
-        raise UsageError(f"task: there is no task {name!r}. {nearest(name, TASKS)}")
+        raise UsageError(
+            f"task: there is no task {name!r}. {nearest(name, TASKS)} A task of your own is named FILE.py:FUNCTION."
+        )
     return TASKS[name]
 
 
-def model_reference(task: str, model: str) -> str:
-    """The name under which a plan records its architecture, such as `cifar10/resnet20`."""
-    return f"{task}/{model}"
+def _own_kind(file: TaskFile) -> TaskKind:
+    task = file.make()
+    assert task.example_input is not None
+    return TaskKind(
+        lambda name: task.dense_model(), task.example_input, lambda *args, **kwargs: task, own=file, splits_itself=True
+    )
+
+
+def model_reference(task: str, model: str | None) -> str:
+    """The name under which a plan records its architecture, such as `cifar10/resnet20`, or `own.py:make_task` for a user's own."""
+    return Path(task).name if is_own(task) else f"{task}/{model}"
 
 
 def build_reference(reference: str) -> nn.Module:
-    """The untrained dense model that `model_reference` named."""
+    """The untrained dense model that `model_reference` named.
+
+    Raises:
+        UsageError: there is no such model, or it is of a task of the user's own: a plan is not trusted to name code that is run.
+    """
+    if is_own(reference):
+        raise UsageError(
+            f"This net was made by a task of its own ({reference}), and a plan alone runs no code: pass build=, a function that returns "
+            f"the dense net, as in ranksearch.load(folder, build=make_net); or name a trial's folder within its study."
+        )
     task, _, model = reference.partition("/")
     return task_kind(task).build_model(model)
 
 
-__all__ = ["TASKS", "Task", "TaskKind", "build_reference", "model_reference", "task_kind"]
+__all__ = ["TASKS", "Task", "TaskKind", "build_reference", "is_own", "model_reference", "task_kind"]

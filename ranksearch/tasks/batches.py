@@ -1,14 +1,15 @@
-"""The order in which training images are seen."""
+"""The order in which training samples are seen."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ranksearch.tasks.task import Task
+if TYPE_CHECKING:
+    from ranksearch.tasks.task import Task
 
 
 class Batches:
@@ -46,5 +47,5 @@ def calibration_batches(task: Task, count: int, batch_size: int, generator: torc
     ResNet-20 itself falls from 99.8 to 95.9 % of 2,000 validation images (20 batches of 128, CPU), a plan at half the FLOPs from
     92.8 to 85.5 %.
     """
-    batches = Batches(len(task.train), batch_size, generator)
-    return (task.normalise(task.augment(task.train.images[next(batches)], generator)) for _ in range(count))
+    stream = task.train.stream(batch_size, generator)
+    return (next(stream)[0] for _ in range(count))

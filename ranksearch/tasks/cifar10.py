@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 
 from ranksearch.errors import UsageError, nearest
 from ranksearch.tasks.folder import data_folder
+from ranksearch.tasks.resident import Augment, Normalise, Resident, hold_out
 from ranksearch.tasks.resnet import CifarResNet
-from ranksearch.tasks.task import Augment, Normalise, Split, Task, hold_out
+from ranksearch.tasks.task import Task, untrained
 
 BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
 FOLDER = "cifar-10-batches-py"
@@ -51,10 +53,11 @@ def _read(path: Path) -> tuple[np.ndarray, list[int]]:
         raise UsageError(f"{path} is no CIFAR-10 python batch: {error}. Download it again.") from error
 
 
-def _split(folder: Path, names: tuple[str, ...]) -> Split:
+def _split(folder: Path, names: tuple[str, ...]) -> Resident:
     images, labels = zip(*(_read(folder / name) for name in names), strict=True)
     merged = np.concatenate(images)
-    return Split(torch.from_numpy(merged), torch.tensor([x for part in labels for x in part], dtype=torch.int64))
+    targets = torch.tensor([x for part in labels for x in part], dtype=torch.int64)
+    return Resident(torch.from_numpy(merged), targets, NORMALISE)
 
 
 def build_model(name: str) -> CifarResNet:
@@ -69,7 +72,7 @@ def make_task(model: str, *, data: str | None, validation: int, split_seed: int)
     Raises:
         UsageError: an unknown model, or batches that are missing or damaged; the text says what to put where.
     """
-    build_model(model)
+    net = untrained(build_model, model)
     folder = data_folder(data) / FOLDER
     missing = [name for name in TRAIN_FILES + TEST_FILES if not (folder / name).is_file()]
     if missing:
@@ -82,5 +85,13 @@ def make_task(model: str, *, data: str | None, validation: int, split_seed: int)
     if not 1 <= validation <= len(full) - 128:
         raise UsageError(f"validation: {validation} is outside 1..{len(full) - 128}.")
     train, val = hold_out(full, validation, split_seed)
-    test = _split(folder, TEST_FILES)
-    return Task("cifar10", model, build_model, train, val, test, NORMALISE, Augment(pad=4, flip=True))
+    train = replace(train, augment=Augment(pad=4, flip=True))
+    return Task(
+        name="cifar10",
+        model_name=model,
+        model=net,
+        trained=False,
+        train=train,
+        val=val,
+        test=_split(folder, TEST_FILES),
+    )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ranksearch.errors import StudyError, UsageError
 from ranksearch.tasks.device import pick_device, use_bf16
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.folder import data_folder, writable_cache
+from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Diverged, Optimisation, Training
 
@@ -31,6 +33,9 @@ PUBLIC_CHECKPOINTS = {
     ("cifar10", "resnet56"): "resnet56-4bfd9763.th",
 }
 """Trained nets of akamaster/pytorch_resnet_cifar10 (BSD 2-clause, Yerlan Idelbayev)."""
+
+KEYED_BY_NAME = ("digits", "cifar10")
+"""Tasks whose models are known by their names."""
 
 EPOCHS = {"digits": 100}
 """Length of the dense training of a task that has no public checkpoint; others take 100 epochs."""
@@ -58,13 +63,13 @@ def read_checkpoint(path: Path) -> State:
 def checkpoint_path(task: Task, checkpoint: str, data: str | None) -> Path | None:
     """Where the dense weights are read from; None where the net is to be trained here.
 
-    `checkpoint` is "auto" (the public one where the task has it, else train), "train", or a path; a relative path is looked
-    for in the working directory, then in the data folder and its `weights/`.
+    `checkpoint` is "auto" (the public one where the task has it, else train), "train", or a path; a relative path is looked for in
+    the working directory, then in the data folder and its `weights/`.
 
     Raises:
         UsageError: nothing is there; the text says what to put where.
     """
-    public = PUBLIC_CHECKPOINTS.get((task.name, task.model))
+    public = PUBLIC_CHECKPOINTS.get((task.name, task.model_name or ""))
     if checkpoint == "train" or (checkpoint == "auto" and public is None):
         return None
     name = public if checkpoint == "auto" and public else checkpoint
@@ -75,7 +80,7 @@ def checkpoint_path(task: Task, checkpoint: str, data: str | None) -> Path | Non
             return place
     if checkpoint == "auto":
         raise UsageError(
-            f"The trained {task.model} is not in {folder / 'weights'}: put {name} there (from "
+            f"The trained {task.model_name} is not in {folder / 'weights'}: put {name} there (from "
             f"akamaster/pytorch_resnet_cifar10, folder pretrained_models; `python scripts/download_cifar10.py` fetches it on a "
             f"machine with internet), name another file by `--set checkpoint=FILE`, or train one: `--set checkpoint=train`."
         )
@@ -85,16 +90,18 @@ def checkpoint_path(task: Task, checkpoint: str, data: str | None) -> Path | Non
 def _train_dense(task: Task, log: Callable[[str], None]) -> State:
     device = pick_device()
     torch.manual_seed(0)
-    model = task.build_model(task.model).to(device)
+    model = task.dense_model().to(device)
     on_device = task.without_test().to(device)
     batch = 64 if len(task.train) < 5_000 else 128
     steps = EPOCHS.get(task.name, 100) * max(1, len(task.train) // batch)
     macs = dense_cost(trace(model, on_device.example_input)).macs
+    # the recipe is for cross-entropy; other losses have other scales, and gradients that a tenth would throw off
+    lr, clip = (0.1, 0.0) if task.cross_entropy else (0.02, 1.0)
     settings = Optimisation(
-        optimizer="sgd", schedule="cosine", lr=0.1, warmup=0.15, momentum=0.9, weight_decay=5e-4, batch_size=batch,
-        total_steps=steps, label_smoothing=0, clip_norm=0, ema=0, bf16=use_bf16("auto", device, macs), compile=False,
+        optimizer="sgd", schedule="cosine", lr=lr, warmup=0.15, momentum=0.9, weight_decay=5e-4, batch_size=batch,
+        total_steps=steps, label_smoothing=0, clip_norm=clip, ema=0, bf16=use_bf16("auto", device, macs), compile=False,
     )  # fmt: skip
-    log(f"training the dense {task.model} on {task.name} once: {steps} steps")
+    log(f"training the dense {task.model_name} on {task.name} once: {steps} steps")
 
     def tell(training: Training) -> None:
         if training.done % max(1, steps // 10) == 0:
@@ -106,27 +113,40 @@ def _train_dense(task: Task, log: Callable[[str], None]) -> State:
     except Diverged as error:
         raise StudyError(f"Training the dense net failed: {error}.") from error
     score = evaluate(model, on_device.val, on_device)
-    log(f"dense net trained: validation accuracy {score.accuracy:.2f} %, {stats.seconds:.0f} s")
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    log(f"dense net trained: validation {task.metric_name} {score.accuracy:.4g} {task.unit}, {stats.seconds:.0f} s")
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _training_key(task: Task) -> str:
-    """Names a dense training by what decides its result, so that another split never meets weights that saw it."""
-    labels = hashlib.sha256(task.train.labels.numpy().tobytes() + task.train.images[::7].numpy().tobytes())
-    return f"{task.name}-{task.model}-{labels.hexdigest()[:12]}"
+def _training_key(task: Task) -> str | None:
+    """Names a dense training by what decides its result, so that another split never meets weights that saw it.
+
+    None where data come from a loader, of which nothing can be said.
+    """
+    if not isinstance(task.train, Resident):
+        return None
+    found = hashlib.sha256(task.train.targets.numpy().tobytes() + task.train.inputs[::7].numpy().tobytes())
+    if task.name not in KEYED_BY_NAME:
+        for name, tensor in task.model.state_dict().items():
+            found.update(f"{name} {list(tensor.shape)}".encode() + tensor.double().numpy().tobytes())
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{task.name}-{task.model_name}-{found.hexdigest()[:12]}")
 
 
 def dense_state(task: Task, *, checkpoint: str, data: str | None, fallback: Path, log: Callable[[str], None]) -> State:
-    """The dense net's state dict: read from the checkpoint, or trained here once and kept in the data folder.
+    """The dense net's state dict: the task's own, read from the checkpoint, or trained here once and kept in the data folder.
 
     Where the data folder cannot be written, `fallback` is used.
 
     Raises:
         UsageError: the checkpoint is missing or does not fit the model.
     """
+    if task.trained and checkpoint == "auto":
+        # copied: a tensor that two layers share would not be written twice
+        return {name: tensor.detach().cpu().clone() for name, tensor in task.model.state_dict().items()}
     path = checkpoint_path(task, checkpoint, data)
     if path is None:
-        cache = writable_cache(data_folder(data), fallback) / f"{_training_key(task)}.safetensors"
+        if (key := _training_key(task)) is None:
+            return _train_dense(task, log)
+        cache = writable_cache(data_folder(data), fallback) / f"{key}.safetensors"
         if not cache.is_file():
             partial = cache.with_suffix(f".{os.getpid()}.partial")
             safetensors.torch.save_file(_train_dense(task, log), partial, metadata={"task": json.dumps(task.name)})
@@ -134,10 +154,10 @@ def dense_state(task: Task, *, checkpoint: str, data: str | None, fallback: Path
         path = cache
     state = read_checkpoint(path)
     try:
-        task.build_model(task.model).load_state_dict(state)
+        task.dense_model().load_state_dict(state)
     except RuntimeError as error:
         raise UsageError(
-            f"checkpoint: {path} does not fit {task.model}: {str(error).splitlines()[-1].strip()}"
+            f"checkpoint: {path} does not fit {task.model_name}: {str(error).splitlines()[-1].strip()}"
         ) from error
     log(f"dense net: {path}")
     return state

@@ -9,8 +9,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from ranksearch.errors import UsageError, nearest
+from ranksearch.tasks.resident import Augment, Normalise, Resident, hold_out
 from ranksearch.tasks.resnet import CifarResNet
-from ranksearch.tasks.task import Augment, Normalise, Split, Task, hold_out
+from ranksearch.tasks.task import Task, untrained
 
 BLOCKS = {"resnet8": 1, "resnet14": 2, "resnet20": 3}
 TEST_IMAGES, TEST_SEED = 360, 1797
@@ -27,9 +28,18 @@ def make_task(model: str, *, data: str | None, validation: int, split_seed: int)
     """1,437 - `validation` images to train on, `validation` to choose by, 360 to report. `data` is not needed."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.uint8).unsqueeze(1)
-    rest, test = hold_out(Split(images, torch.tensor(digits.target, dtype=torch.int64)), TEST_IMAGES, TEST_SEED)
+    targets = torch.tensor(digits.target, dtype=torch.int64)
+    full = Resident(images, targets, NORMALISE, Augment(pad=1, flip=False))
+    rest, test = hold_out(full, TEST_IMAGES, TEST_SEED)
     if not 1 <= validation <= len(rest) - 128:
         raise UsageError(f"validation: {validation} is outside 1..{len(rest) - 128}, what digits can spare.")
     train, val = hold_out(rest, validation, split_seed)
-    build_model(model)  # an unknown name fails here, before anything is trained
-    return Task("digits", model, build_model, train, val, test, NORMALISE, Augment(pad=1, flip=False))
+    return Task(
+        name="digits",
+        model_name=model,
+        model=untrained(build_model, model),
+        trained=False,
+        train=train,
+        val=val,
+        test=test,
+    )

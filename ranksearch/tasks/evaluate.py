@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ranksearch.tasks.task import Split, Task
+from ranksearch.tasks.scores import accumulator, as_number, in_fp32
+from ranksearch.tasks.source import Source
+from ranksearch.tasks.task import Task
 
 CPU_BATCH, GPU_BATCH = 125, 500
 """On a CPU small batches keep their maps in its caches: chains of small layers are twice as fast so as in batches of 500."""
@@ -16,23 +17,29 @@ CPU_BATCH, GPU_BATCH = 125, 500
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy in percent and mean cross-entropy over a split."""
+    """The task's metric, in its own unit (of most tasks accuracy in percent), and the mean loss of a split's samples."""
 
     accuracy: float
     loss: float
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split, task: Task) -> Evaluation:
-    """Scores `model` on `split` in fp32, whatever it was trained in: a reported figure does not depend on the hardware's bf16."""
+def evaluate(model: nn.Module, source: Source, task: Task) -> Evaluation:
+    """Scores `model` on `source` in fp32, whatever it was trained in: a reported figure does not depend on the hardware's bf16.
+
+    Raises:
+        UsageError: the task's metric is no number.
+    """
     training = model.training
     model.eval()
-    batch_size = CPU_BATCH if split.images.device.type == "cpu" else GPU_BATCH
-    correct, total = 0, 0.0
-    for start in range(0, len(split), batch_size):
-        labels = split.labels[start : start + batch_size]
-        logits = model(task.normalise(split.images[start : start + batch_size])).float()
-        correct += int((logits.argmax(1) == labels).sum())
-        total += F.cross_entropy(logits, labels, reduction="sum").item()
+    device = next(model.parameters()).device
+    batch_size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
+    loss = task.loss_on(device)
+    metric, samples, total = accumulator(task.metric), 0, 0.0
+    for inputs, targets in source.in_order(batch_size):
+        outputs = in_fp32(model(inputs))
+        metric.update(outputs, targets)
+        total += loss(outputs, targets).item() * len(inputs)
+        samples += len(inputs)
     model.train(training)
-    return Evaluation(accuracy=100 * correct / len(split), loss=total / len(split))
+    return Evaluation(accuracy=as_number(metric.compute(), task.metric_name), loss=total / samples)

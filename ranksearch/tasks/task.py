@@ -1,107 +1,149 @@
-"""`Task`: what is trained on what. Tensors and functions; no trainer, no wrapper around the model."""
+"""`Task`: what is trained on what. One type for the built-in tasks and a user's own; no trainer, no wrapper around the model."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ranksearch.errors import UsageError, nearest
+from ranksearch.tasks.loaded import as_source
+from ranksearch.tasks.scores import Accuracy, Loss, Metric, cross_entropy, is_accumulator
+from ranksearch.tasks.source import Source
 
-@dataclass(frozen=True)
-class Split:
-    """Images [N, C, H, W] (uint8) and labels [N] (int64)."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> Split:
-        return Split(self.images.to(device), self.labels.to(device))
-
-    def take(self, index: Tensor) -> Split:
-        return Split(self.images[index], self.labels[index])
+DIRECTIONS = ("maximize", "minimize")
 
 
-@lru_cache(maxsize=64)
-def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[1, C, 1, 1] on the device; made once, because every copy to a GPU would make it wait."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, device=device).view(1, -1, 1, 1)
-
-
-@dataclass(frozen=True)
-class Normalise:
-    """uint8 images [N, C, H, W] -> floats (x / scale - mean) / std, per channel, channels_last."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float = 255.0
-
-    def __call__(self, images: Tensor) -> Tensor:
-        mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)
-        return ((images.float() / self.scale - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Random shifts by up to `pad` pixels (zero-filled) and, where `flip`, mirroring, drawn per image; all as one gather."""
-
-    pad: int
-    flip: bool
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        n, _, h, w = images.shape
-
-        def draw(high: int) -> Tensor:
-            return torch.randint(high, (n, 1), generator=generator, device=images.device)
-
-        rows = draw(2 * self.pad + 1) + torch.arange(h, device=images.device)
-        columns = draw(2 * self.pad + 1) + torch.arange(w, device=images.device)
-        if self.flip:
-            columns = torch.where(draw(2) == 1, columns.flip(1), columns)
-        padded = F.pad(images, [self.pad] * 4)
-        index = torch.arange(n, device=images.device)[:, None, None]
-        return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """A classification task: a model's architecture, data in memory, and how a batch becomes the model's input.
+    """A model, its data, a loss and a metric. What a function in a user's own file returns for `task: FILE.py:FUNCTION`.
 
-    `build_model(name)` makes an untrained model. `val` is carved from the training set; `test` is None in every trial, so that
-    nothing can be chosen on it, and is read once, at the end, for the front.
+        ranksearch.Task(model=net, train=(x, y), val=loader)                                   # a classifier, accuracy in percent
+        ranksearch.Task(model=net, train=…, val=…, loss=nn.MSELoss(), metric=rmse, direction="minimize", unit="K")
+
+    A split is a pair of tensors (inputs [N, ...], targets [N, ...]), a torch Dataset of (input, target) pairs, or a DataLoader or
+    any other iterable of (inputs, targets) batches that can be iterated again. Pairs and datasets are batched and shuffled as the
+    recipe says; a loader's batches are taken as they come.
+
+    Raises:
+        UsageError: an argument is of no use; one sentence.
     """
 
-    name: str
-    model: str
-    build_model: Callable[[str], nn.Module]
-    train: Split
-    val: Split
-    test: Split | None
-    normalise: Normalise
-    augment: Augment
+    model: nn.Module
+    """The dense net with its trained weights; it is copied and never changed."""
+    train: Any
+    val: Any
+    """What trials are compared on."""
+    test: Any = None
+    """Read once, at the end, for the dense net and the front; None in every trial, so that nothing can be chosen on it."""
+    loss: Loss | None = None
+    """(outputs, targets) -> scalar, a mean over the batch; left out, cross-entropy over dimension 1 (images, pixels, tokens)."""
+    metric: Metric | None = None
+    """(outputs, targets) of the whole split -> number; or an object with reset(), update(outputs, targets) and compute(), fed batch by
+    batch (torchmetrics' are such). Both are given tensors on the CPU. Left out, accuracy in percent."""
+    metric_name: str | None = None
+    """Left out, the metric's own."""
+    direction: str = "maximize"
+    """Of the metric: "maximize" or "minimize"."""
+    unit: str | None = None
+    """Of the metric, such as "K". A metric in "%" lies between 0 and 100; left out, "%" for accuracy and none for others."""
+    example_input: Tensor | None = None
+    """One input as a batch of one, [1, ...]; left out, the first training sample."""
+    trained: bool = True
+    """Whether the model's weights are those of the dense net; if not, it is trained once before the search."""
+    name: str = "own"
+    model_name: str | None = None
+    """Names the net in messages; left out, its class."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise UsageError(f"Task: model is an nn.Module, got {_kind(self.model)}.")
+        if self.direction not in DIRECTIONS:
+            raise UsageError(
+                f"Task: direction {self.direction!r} is not possible. {nearest(self.direction, DIRECTIONS)}"
+            )
+        for name, value in (("loss", self.loss), ("metric", self.metric)):
+            if value is not None and not callable(value) and not (name == "metric" and is_accumulator(value)):
+                raise UsageError(f"Task: {name} is a function of (outputs, targets), got {_kind(value)}.")
+        if self.metric is None and self.direction == "minimize":
+            raise UsageError("Task: direction 'minimize' needs a metric; accuracy, the default, is maximised.")
+        settled = {
+            "train": as_source(self.train, "train"), "val": as_source(self.val, "val"),
+            "test": as_source(self.test, "test") if self.test is not None else None,
+            "loss": cross_entropy if _is_cross_entropy(self.loss) else self.loss,
+            "metric": self.metric if self.metric is not None else Accuracy(),
+            "metric_name": self.metric_name or ("accuracy" if self.metric is None else _name(self.metric)),
+            "unit": self.unit if self.unit is not None else ("%" if self.metric is None else ""),
+            "model_name": self.model_name or type(self.model).__name__,
+        }  # fmt: skip
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+        if self.example_input is None:
+            object.__setattr__(self, "example_input", _first_input(self.train))
 
     @property
-    def example_input(self) -> Tensor:
-        """A batch of one, as the model takes it: [1, C, H, W]."""
-        return self.normalise(self.train.images[:1])
+    def cross_entropy(self) -> bool:
+        """Whether the loss is the default: outputs are logits over dimension 1, and labels may be smoothed."""
+        return self.loss is cross_entropy
+
+    @property
+    def classifies(self) -> bool:
+        """Whether outputs are logits over dimension 1, from which labels can be drawn and which a teacher can soften."""
+        return self.cross_entropy or isinstance(self.loss, nn.CrossEntropyLoss)
+
+    def dense_model(self) -> nn.Module:
+        """A fresh copy of the model as it was given."""
+        return copy.deepcopy(self.model)
+
+    def loss_on(self, device: torch.device) -> Loss:
+        """The loss; a module, which may hold class weights, is copied to `device`."""
+        assert self.loss is not None
+        return copy.deepcopy(self.loss).to(device) if isinstance(self.loss, nn.Module) else self.loss
 
     def without_test(self) -> Task:
         return replace(self, test=None)
 
     def to(self, device: torch.device) -> Task:
-        """The same task with its data resident on `device`."""
+        """The same task with its data, and a loss with buffers, on `device`; the model stays where it is."""
         test = self.test.to(device) if self.test is not None else None
-        return replace(self, train=self.train.to(device), val=self.val.to(device), test=test)
+        example = self.example_input.to(device) if self.example_input is not None else None
+        return replace(
+            self,
+            train=self.train.to(device),
+            val=self.val.to(device),
+            test=test,
+            loss=self.loss_on(device),
+            example_input=example,
+        )
 
 
-def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """(rest, held out): `count` images drawn at random, the same for the same seed."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    return split.take(order[count:].sort().values), split.take(order[:count].sort().values)
+def untrained(build: Callable[[str], nn.Module], name: str) -> nn.Module:
+    """The model `name` with the same random weights whenever it is built; randomness around it stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build(name)
+
+
+def _first_input(train: Source) -> Tensor:
+    """[1, ...]"""
+    return next(train.in_order(1))[0][:1].cpu()
+
+
+def _is_cross_entropy(loss: Any) -> bool:
+    """Whether a loss is cross-entropy as torch has it by default."""
+    if type(loss) is nn.CrossEntropyLoss:
+        return (loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing) == (None, -100, "mean", 0.0)
+    return loss is None or loss is F.cross_entropy or loss is cross_entropy
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
+
+
+def _name(metric: Any) -> str:
+    return str(getattr(metric, "__name__", None) or type(metric).__name__)

@@ -1,4 +1,4 @@
-"""The training loop: data resident on the device, augmentation on tensors, no Python per image.
+"""The training loop, over the batches of whatever source a task has.
 
 A `Training` can be saved in the middle and taken up again as if it had not stopped.
 """
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ranksearch.errors import RanksearchError
-from ranksearch.tasks.batches import Batches
 from ranksearch.tasks.schedule import learning_rate
+from ranksearch.tasks.scores import in_fp32
 from ranksearch.tasks.task import Task
 
 
@@ -35,11 +35,12 @@ class Distillation:
     temperature: float
 
     def loss(self, logits: Tensor, x: Tensor, hard: Tensor) -> Tensor:
-        """(1 - weight) * hard + weight * T² * KL(teacher || student), logits [N, classes]."""
+        """(1 - weight) * hard + weight * T² * KL(teacher || student), a mean over samples and positions; logits [N, classes, ...]."""
         with torch.no_grad():
             target = F.log_softmax(self.teacher(x).float() / self.temperature, dim=1)
         student = F.log_softmax(logits / self.temperature, dim=1)
-        soft = F.kl_div(student, target, reduction="batchmean", log_target=True) * self.temperature**2
+        positions = logits.numel() // logits.shape[1]
+        soft = F.kl_div(student, target, reduction="sum", log_target=True) / positions * self.temperature**2
         return (1 - self.weight) * hard + self.weight * soft
 
 
@@ -95,7 +96,7 @@ CURVE_POINTS = 50
 
 @dataclass(frozen=True)
 class TrainStats:
-    """Mean loss over the last tenth of the steps (at least one; None without steps), images seen, seconds taken."""
+    """Mean loss over the last tenth of the steps (at least one; None without steps), images (samples) seen, seconds taken."""
 
     loss: float | None
     images: int
@@ -120,13 +121,13 @@ class Training:
     ) -> None:
         self.model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.settings, self.steps, self.done = settings, steps, 0
-        self._task, self._generator, self._distillation = task, generator, distillation
+        self._task, self._distillation = task, distillation
         self.optimizer = OPTIMIZERS[settings.optimizer](model, settings)
-        self._batches = Batches(len(task.train), settings.batch_size, generator)
+        self._stream = task.train.stream(settings.batch_size, generator)
         self._average = None
         if settings.ema > 0:
             self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-        self._forward: Callable[[Tensor], Tensor] = model
+        self._forward: Callable[[Tensor], Any] = model
         if settings.compile:
             torch._dynamo.reset()  # after eight recompilations in one process it would fall back to eager in silence
             self._forward = torch.compile(model)
@@ -138,7 +139,7 @@ class Training:
         self._summed = 0
         self._points: list[tuple[int, Tensor]] = []  # points that have not been looked at
         self.images, self.seconds = 0, 0.0
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Any] | None = None
 
     def run(self, after_step: Callable[[Training], None] | None = None) -> TrainStats:
         """Trains until the steps are done; `after_step` may project the weights, or save the state.
@@ -184,10 +185,7 @@ class Training:
     def _step(self) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(self.steps[self.done])
-        index = next(self._batches)
-        task = self._task
-        x = task.normalise(task.augment(task.train.images[index], self._generator))
-        self._last = x, task.train.labels[index]
+        self._last = inputs, _ = next(self._stream)
         loss = self._loss(self._forward, *self._last)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -196,14 +194,18 @@ class Training:
         self.optimizer.step()
         if self._average is not None:
             self._average.update_parameters(self.model)
-        self.images += len(index)
+        self.images += len(inputs)
         return loss
 
-    def _loss(self, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, forward: Callable[[Tensor], Any], x: Tensor, targets: Any) -> Tensor:
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
-            logits = forward(x).float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
-            return loss if self._distillation is None else self._distillation.loss(logits, x, loss)
+            outputs = in_fp32(forward(x))
+            if self._task.cross_entropy:
+                loss = F.cross_entropy(outputs, targets, label_smoothing=self.settings.label_smoothing)
+            else:
+                assert self._task.loss is not None
+                loss = self._task.loss(outputs, targets)
+            return loss if self._distillation is None else self._distillation.loss(outputs, x, loss)
 
     @torch.no_grad()
     def probe(self) -> float | None:
@@ -234,7 +236,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self._average.state_dict() if self._average is not None else None,
-            "batches": self._batches.state_dict(),
+            "batches": self._stream.state_dict(),
             "done": self.done, "tail": self._tail, "losses": self.losses, "sum": float(self._sum),
             "summed": self._summed, "images": self.images, "seconds": self.seconds,
         }  # fmt: skip
@@ -244,7 +246,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
-        self._batches.load_state_dict(state["batches"])
+        self._stream.load_state_dict(state["batches"])
         self.done, self._tail = state["done"], list(state["tail"])
         self.losses, self._sum, self._summed = list(state["losses"]), state["sum"], state["summed"]
         self.images, self.seconds = state["images"], state["seconds"]

@@ -11,7 +11,6 @@ from ranksearch.compress import load_net
 from ranksearch.errors import StudyError
 from ranksearch.search.front import Row
 from ranksearch.search.study_folder import trial_folder
-from ranksearch.tasks import build_reference, task_kind
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.runs import (
     KIND_TAG,
@@ -65,7 +64,7 @@ def _log_net(
     _forget_half_made(client, experiment_id, tags)
     try:
         model_id = log_model(
-            client, experiment_id, run.info.run_id, name, load_net(folder, build_reference), folder, task_kind(view.space.task),
+            client, experiment_id, run.info.run_id, name, load_net(folder, view.space.build), folder, view.space.kind(),
             tags=tags | {KIND_TAG: "net"}, params=trial_params(row), metrics=final_metrics(row), at_ms=int(1000 * (row["ended"] or 0.0)),
         )  # fmt: skip
     except StudyError as error:

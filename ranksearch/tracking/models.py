@@ -47,10 +47,18 @@ def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model
     Raises:
         StudyError: the net cannot be exported, or what is loaded again computes something else.
     """
-    shape = (BATCH, *kind.input_shape)
+    if not kind.example_input.is_floating_point():
+        raise StudyError(
+            f"The net in {folder} takes {kind.example_input.dtype} inputs: MLflow's models are made of nets that take floats."
+        )
+    shape, made_by = (BATCH, *kind.input_shape), {"input": "(image / scale - mean) / std, per channel"}
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         wanted = net(example)
+    if not isinstance(wanted, torch.Tensor):
+        raise StudyError(
+            f"The net in {folder} returns a {type(wanted).__name__}: MLflow's models are made of nets that return a tensor."
+        )
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype(np.float32), (-1, *shape[1:]))]),
         Schema([TensorSpec(np.dtype(np.float32), (-1, *wanted.shape[1:]))]),
@@ -63,7 +71,7 @@ def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model
                 net, target, mlflow_model=model, signature=signature, input_example=example.numpy(), serialization_format="pt2",
                 pip_requirements=[f"mlflow=={mlflow.__version__}", f"torch=={version}", f"numpy=={np.__version__}"],
                 extra_files=[str(folder / PLAN), str(folder / WEIGHTS)],
-                metadata={"input": "(image / scale - mean) / std, per channel", **asdict(kind.normalise)},
+                metadata=made_by | asdict(kind.normalise) if kind.normalise is not None else {"input": "as the task's own data have it"},
             )  # fmt: skip
         except (RuntimeError, ValueError, TypeError) as error:
             raise StudyError(f"The net in {folder} cannot be exported: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,82 @@
+"""`Metric`: what trials are judged by, and the one place that says which of two values is better, and by how much.
+
+Everything that compares trials (front, best, hypervolume, early stopping, samplers) uses the **share** of a value: a number in [0, 1],
+the larger the better, 0 the reference point.
+
+- A metric in percent has its own scale: share = v / 100, or 1 - v / 100 where it is minimised.
+- Any other is measured against the dense net's value d: with r = (v - d) / |d|, its sign turned where v is minimised (r = 0 for the dense
+  net itself), share = (1 + r / (1 + |r|)) / 2. It rises with r everywhere and never saturates: half for the dense net, a quarter for
+  one that is worse by |d| (an RMSE twice as large), at most one. Where d is 0, r is the difference itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ranksearch.tasks.task import Task
+
+PERCENT = "%"
+TOLD_WORST = 10.0
+"""How many |d| worse than dense a sampler is told that a plan is which could not be tried."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A task's metric with the dense net's validation value."""
+
+    name: str
+    direction: str
+    """"maximize" or "minimize"."""
+    unit: str
+    dense: float
+
+    @classmethod
+    def of(cls, task: Task, dense: float) -> Metric:
+        assert task.metric_name is not None
+        assert task.unit is not None
+        return cls(task.metric_name, task.direction, task.unit, dense)
+
+    @classmethod
+    def of_study(cls, info: Mapping[str, Any]) -> Metric:
+        """The metric that a study's `study.json` names; accuracy in percent where it names none."""
+        known = info.get("metric") or {"name": "accuracy", "direction": "maximize", "unit": PERCENT}
+        return cls(**known, dense=info["dense"]["val_accuracy"])
+
+    def to_dict(self) -> dict[str, str]:
+        """What `front.json` says of it."""
+        return {"name": self.name, "direction": self.direction, "unit": self.unit}
+
+    def share(self, value: float) -> float:
+        """The larger the better; see above."""
+        if self.unit == PERCENT:
+            return value / 100 if self.direction == "maximize" else 1 - value / 100
+        r = (value - self.dense) / (abs(self.dense) or 1.0)
+        r = r if self.direction == "maximize" else -r
+        return (1 + r / (1 + abs(r))) / 2
+
+    @property
+    def worst(self) -> float:
+        """A value that a net of no use has: what a sampler is told of a plan that could not be tried."""
+        if self.unit == PERCENT:
+            return 0.0 if self.direction == "maximize" else 100.0
+        far = TOLD_WORST * (abs(self.dense) or 1.0)
+        return self.dense - far if self.direction == "maximize" else self.dense + far
+
+    def text(self, value: float | None) -> str:
+        """For a sentence, such as `98.21 %` or `0.03417 K`."""
+        return metric_text(self.to_dict(), value, with_unit=True)
+
+    @property
+    def heading(self) -> str:
+        """For an axis or a column: `accuracy (%)`."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+
+def metric_text(metric: Mapping[str, str], value: float | None, *, with_unit: bool = False) -> str:
+    """A value for a table's cell: two decimals in percent, four figures otherwise; a dash where there is none."""
+    if value is None:
+        return "–"
+    text = f"{value:.2f}" if metric["unit"] == PERCENT else f"{value:.4g}"
+    return f"{text} {metric['unit']}".rstrip() if with_unit else text

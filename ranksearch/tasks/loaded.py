@@ -1,0 +1,215 @@
+"""Data that come from a torch Dataset or a loader, batch by batch, and what a user may give as a split."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
+
+from ranksearch.errors import UsageError
+from ranksearch.tasks.resident import Resident
+from ranksearch.tasks.scores import moved
+from ranksearch.tasks.source import Batch, Source, Stream
+
+CPU = torch.device("cpu")
+WANTED = (
+    "expected a pair of tensors (inputs, targets), a Dataset of (input, target) pairs, or a DataLoader or another iterable of "
+    "(inputs, targets) batches"
+)
+
+
+def as_source(value: Any, split: str) -> Source:
+    """What a user gave as `split` ("train", "val", "test"), as a source.
+
+    Raises:
+        UsageError: it is none of the forms, it is empty, or its halves differ in length.
+    """
+    if isinstance(value, Resident | LoadedDataset | Loaded):
+        return value
+    if isinstance(value, TensorDataset) and len(value.tensors) == 2:
+        value = value.tensors
+    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(half, Tensor) for half in value):
+        inputs, targets = value
+        if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets) or len(inputs) == 0:
+            raise UsageError(
+                f"Task: {split} holds inputs {list(inputs.shape)} and targets {list(targets.shape)}: expected as many of one as of "
+                f"the other, and at least one."
+            )
+        return Resident(inputs, targets)
+    if isinstance(value, Dataset) and not isinstance(value, IterableDataset):
+        return LoadedDataset(value, split)
+    if isinstance(value, IterableDataset):
+        raise UsageError(
+            f"Task: {split} is a {type(value).__name__}: wrap it in a DataLoader, which makes its batches."
+        )
+    if isinstance(value, Iterator):
+        raise UsageError(f"Task: {split} is a {type(value).__name__}, which ends after one pass: {WANTED}.")
+    if not isinstance(value, Iterable) or isinstance(value, Tensor | str | dict):
+        raise UsageError(f"Task: {split} is a {type(value).__name__}: {WANTED}.")
+    return Loaded(value, split)
+
+
+def _batch(found: Any, split: str, device: torch.device) -> Batch:
+    """A loader's batch on the device; UsageError where it is no pair."""
+    if not isinstance(found, tuple | list) or len(found) != 2 or not isinstance(found[0], Tensor):
+        parts = [type(part).__name__ for part in found] if isinstance(found, tuple | list) else type(found).__name__
+        raise UsageError(f"Task: a batch of {split} is {parts}: expected (inputs, targets), the inputs one tensor.")
+    return moved(found[0], device), moved(found[1], device)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A source of the batches of a user's loader, as they come; a trial that goes on after an interruption begins a new epoch."""
+
+    loader: Any
+    split: str
+    device: torch.device = CPU
+
+    def __len__(self) -> int:
+        dataset = getattr(self.loader, "dataset", None)
+        if dataset is not None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
+            return len(dataset)
+        if not hasattr(self, "_count"):  # one pass, once
+            object.__setattr__(self, "_count", sum(len(inputs) for inputs, _ in self.in_order(1)))
+        return self._count  # type: ignore[attr-defined,no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without worker processes, which cannot be sent."""
+        state = dict(self.__dict__)
+        if isinstance(self.loader, DataLoader):
+            state["loader"] = copy.copy(self.loader)
+            state["loader"]._iterator = None
+        return state
+
+    def to(self, device: torch.device) -> Loaded:
+        return replace(self, device=device)
+
+    def first(self, count: int) -> Loaded:
+        """The first batches, until they hold `count` samples."""
+        kept: list[Batch] = []
+        for batch in self.in_order(1):
+            kept.append(batch)
+            if sum(len(inputs) for inputs, _ in kept) >= count:
+                break
+        return Loaded(kept, self.split, self.device)
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        """The loader's batches, in its own size; UsageError where there are none."""
+        empty = True
+        for found in self.loader:
+            empty = False
+            yield _batch(found, self.split, self.device)
+        if empty:
+            raise UsageError(f"Task: {self.split} gives no batch.")
+
+    def stream(self, batch_size: int, generator: torch.Generator) -> Stream:
+        return LoaderStream(self, batch_size)
+
+
+class LoaderStream(Iterator[Batch]):
+    """A loader's batches, epoch after epoch."""
+
+    def __init__(self, source: Loaded, batch_size: int) -> None:
+        self._source, self._size = source, batch_size
+        self._epoch: Iterator[Batch] = iter(())
+
+    def __next__(self) -> Batch:
+        batch = next(self._epoch, None)
+        if batch is None:
+            self._epoch = self._source.in_order(self._size)
+            batch = next(self._epoch)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoadedDataset:
+    """A source of a Dataset's (input, target) pairs, collated as torch does it, by `workers` processes where there are any."""
+
+    dataset: Any
+    split: str
+    workers: int = 0
+    device: torch.device = CPU
+
+    def __post_init__(self) -> None:
+        if len(self) == 0:
+            raise UsageError(f"Task: {self.split} is an empty {type(self.dataset).__name__}.")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def to(self, device: torch.device) -> LoadedDataset:
+        return replace(self, device=device)
+
+    def first(self, count: int) -> LoadedDataset:
+        return replace(self, dataset=Subset(self.dataset, range(min(count, len(self)))))
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        return map(self.on_device, DataLoader(self.dataset, batch_size, num_workers=self.workers))
+
+    def stream(self, batch_size: int, generator: torch.Generator) -> Stream:
+        return DatasetStream(self, min(batch_size, len(self)), generator)
+
+    def on_device(self, found: Any) -> Batch:
+        return _batch(found, self.split, self.device)
+
+
+class _Order(Sampler[int]):
+    """The order of an epoch, decided by seed and number alone; `skip` samples of the next one are left out."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self.seed, self.epoch, self.skip = count, 0, 0, 0
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return islice(iter(torch.randperm(self._count, generator=generator).tolist()), self.skip, None)
+
+    def __len__(self) -> int:
+        return self._count - self.skip
+
+
+class DatasetStream(Iterator[Batch]):
+    """Endless shuffled batches of a Dataset; taken up again from its state, it goes on in the same order."""
+
+    def __init__(self, source: LoadedDataset, batch_size: int, generator: torch.Generator) -> None:
+        self._source, self._size, self._order = source, batch_size, _Order(len(source))
+        self._order.seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        self._randomness = torch.Generator()
+        self._loader = DataLoader(
+            source.dataset, batch_size, sampler=self._order, drop_last=True, num_workers=source.workers, generator=self._randomness,
+            persistent_workers=source.workers > 0, pin_memory=source.device.type == "cuda",
+        )  # fmt: skip
+        self._epoch: Iterator[Any] | None = None
+        self._taken = 0
+
+    def __next__(self) -> Batch:
+        if self._epoch is None:
+            self._begin()
+        found = next(self._epoch, None)  # type: ignore[arg-type]
+        if found is None:
+            self._order.epoch, self._order.skip, self._taken = self._order.epoch + 1, 0, 0
+            self._begin()
+            found = next(self._epoch)  # type: ignore[arg-type]
+        self._taken += 1
+        return self._source.on_device(found)
+
+    def _begin(self) -> None:
+        self._randomness.manual_seed(self._order.seed + self._order.epoch)  # of the workers
+        self._epoch = iter(self._loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self._order.seed, "epoch": self._order.epoch, "taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._order.seed, self._order.epoch, self._taken = state["seed"], state["epoch"], state["taken"]
+        self._order.skip, self._epoch = self._taken * self._size, None

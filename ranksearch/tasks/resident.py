@@ -1,0 +1,124 @@
+"""Data that fit into memory: whole tensors on the device, augmentation and normalisation of whole batches, no Python per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ranksearch.tasks.batches import Batches
+from ranksearch.tasks.source import Batch
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[1, C, 1, 1] on the device; made once, because every copy to a GPU would make it wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """uint8 images [N, C, H, W] -> floats (x / scale - mean) / std, per channel, channels_last."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 255.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)
+        return ((images.float() / self.scale - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random shifts by up to `pad` pixels (zero-filled) and, where `flip`, mirroring, drawn per image; all as one gather."""
+
+    pad: int
+    flip: bool
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        n, _, h, w = images.shape
+
+        def draw(high: int) -> Tensor:
+            return torch.randint(high, (n, 1), generator=generator, device=images.device)
+
+        rows = draw(2 * self.pad + 1) + torch.arange(h, device=images.device)
+        columns = draw(2 * self.pad + 1) + torch.arange(w, device=images.device)
+        if self.flip:
+            columns = torch.where(draw(2) == 1, columns.flip(1), columns)
+        padded = F.pad(images, [self.pad] * 4)
+        index = torch.arange(n, device=images.device)[:, None, None]
+        return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A source of inputs [N, ...] (images of the built-in tasks: uint8 [N, C, H, W]) and targets [N, ...], one per input."""
+
+    inputs: Tensor
+    targets: Tensor
+    normalise: Normalise | None = None
+    """Makes of stored inputs what the model takes; None where they are that already."""
+    augment: Augment | None = None
+    """Of training batches alone."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> Resident:
+        """The same data on `device`."""
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
+
+    def take(self, index: Tensor) -> Resident:
+        return replace(self, inputs=self.inputs[index], targets=self.targets[index])
+
+    def first(self, count: int) -> Resident:
+        """The first `count` samples, or all where there are no more."""
+        return replace(self, inputs=self.inputs[:count], targets=self.targets[:count])
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        """Every sample once, not augmented."""
+        for start in range(0, len(self), batch_size):
+            yield self._made(self.inputs[start : start + batch_size]), self.targets[start : start + batch_size]
+
+    def stream(self, batch_size: int, generator: torch.Generator) -> ResidentStream:
+        """Endless training batches; the generator, on the data's device, draws their order and their augmentation."""
+        return ResidentStream(self, batch_size, generator)
+
+    def training_batch(self, index: Tensor, generator: torch.Generator) -> Batch:
+        inputs = self.inputs[index]
+        if self.augment is not None:
+            inputs = self.augment(inputs, generator)
+        return self._made(inputs), self.targets[index]
+
+    def _made(self, inputs: Tensor) -> Tensor:
+        return self.normalise(inputs) if self.normalise is not None else inputs
+
+
+class ResidentStream(Iterator[Batch]):
+    """Endless shuffled, augmented batches of a resident source; taken up again from its state, it goes on as if it had not stopped."""
+
+    def __init__(self, source: Resident, batch_size: int, generator: torch.Generator) -> None:
+        self._source, self._generator = source, generator
+        self._batches = Batches(len(source), batch_size, generator)
+
+    def __next__(self) -> Batch:
+        return self._source.training_batch(next(self._batches), self._generator)
+
+    def state_dict(self) -> dict[str, object]:
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self._batches.load_state_dict(state)
+
+
+def hold_out(source: Resident, count: int, seed: int) -> tuple[Resident, Resident]:
+    """(rest, held out): `count` samples drawn at random, the same for the same seed; what is held out is not augmented."""
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+    held_out = source.take(order[:count].sort().values)
+    return source.take(order[count:].sort().values), replace(held_out, augment=None)

@@ -1,0 +1,41 @@
+"""`Source`: where batches come from. Two implementations: `resident.py` (tensors on the device) and `loaded.py` (loaders)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Any]
+"""(inputs [N, ...] as the model takes them, targets as the loss takes them)."""
+
+
+class Stream(Protocol):
+    """Endless training batches, whose place can be saved and taken up again."""
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Source(Protocol):
+    """A split of a task's data; its batches lie on the device that it was sent to."""
+
+    def __len__(self) -> int:
+        """Samples."""
+
+    def to(self, device: torch.device) -> Source:
+        """The same source with its batches on `device`."""
+
+    def first(self, count: int) -> Source:
+        """About the first `count` samples, at least one batch."""
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        """Every sample once, as it is; batches that a loader of the user's makes keep their size."""
+
+    def stream(self, batch_size: int, generator: torch.Generator) -> Stream:
+        """Training batches without end."""
