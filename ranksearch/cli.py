@@ -97,6 +97,30 @@ def _runs_option(runs: Path) -> str:
 
 
 @app.command()
+def init(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="package.module:callable, torchvision:NAME or timm:NAME.")
+    ],
+    input_shape: Annotated[
+        str, typer.Option("--input", metavar="CxHxW", help="Shape of one input, without the batch.")
+    ] = "3x224x224",
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where both files go.")] = Path(),
+) -> None:
+    """Begin with a model of your own: write NAME.yaml, its layers listed, and NAME_task.py, to be filled in.
+
+    Example: ranksearch init my_package.nets:make_net --input 3x32x32
+    """
+    parts = input_shape.lower().replace(",", "x").split("x")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--input {input_shape}: expected a shape without the batch, such as 3x224x224.")
+    from ranksearch.search.starter import write_start
+
+    space, task = write_start(model, [int(part) for part in parts], output)
+    print(f"{space}\n{task}")
+    print(f"Fill in {task} where it says TODO, then: ranksearch check {space}", file=sys.stderr)
+
+
+@app.command()
 def search(
     space: SpaceFile,
     budget: Budgets = None,

@@ -274,6 +274,8 @@ class ResourcesSpace(Strict):
     cpus_per_trial: int = Field(default=1, ge=1)
     gpus_per_trial: float | None = Field(default=None, ge=0)
     """A fraction lets trials share a GPU; left out, a trial takes one GPU where the cluster has any."""
+    data_workers: int = Field(default=2, ge=0)
+    """Processes per trial that read and prepare the images of an `imagefolder`."""
     checkpoint_seconds: float = Field(default=60, gt=0)
     """How often a running trial writes its state, from which a lost worker's or a killed study's trial goes on."""
     worker_losses: int = Field(default=2, ge=0)

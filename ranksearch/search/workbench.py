@@ -91,8 +91,10 @@ def prepare(
     if saved_dense is None:
         # costs depend on shapes alone: budgets that cannot be met fail here, before anything is loaded or trained
         check_feasible_space(space, cost_curves(net, rules))
-    task = space.kind().make_task(
-        space.model, data=space.data, validation=space.validation, split_seed=space.split_seed
+    kind = space.kind()
+    workers = {"workers": space.resources.data_workers} if kind.reads_files else {}
+    task = kind.make_task(
+        space.model, data=space.data, validation=space.validation, split_seed=space.split_seed, **workers
     )
     if saved_dense is not None:
         dense = read_checkpoint(saved_dense)

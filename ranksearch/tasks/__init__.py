@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import UsageError, nearest
-from ranksearch.tasks import cifar10, digits
+from ranksearch.tasks import cifar10, digits, idx, imagefolder
 from ranksearch.tasks.resident import Normalise
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import TaskFile, is_own
@@ -34,6 +34,8 @@ class TaskKind:
     """Where it is a task of the user's own."""
     splits_itself: bool = False
     """Whether its validation images may be left to the data."""
+    reads_files: bool = False
+    """Whether `make_task` takes `workers`, processes that read and prepare its images."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -48,6 +50,15 @@ def _images(*shape: int) -> Tensor:
 TASKS = {
     "cifar10": TaskKind(cifar10.build_model, _images(3, 32, 32), cifar10.make_task, cifar10.NORMALISE),
     "digits": TaskKind(digits.build_model, _images(1, 8, 8), digits.make_task, digits.NORMALISE),
+    "idx": TaskKind(idx.build_model, _images(1, idx.SIDE, idx.SIDE), idx.make_task, idx.NORMALISE),
+    "imagefolder": TaskKind(
+        imagefolder.build_model,
+        _images(3, imagefolder.SIZE, imagefolder.SIZE),
+        imagefolder.make_task,
+        imagefolder.NORMALISE,
+        splits_itself=True,
+        reads_files=True,
+    ),
 }
 
 

@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ranksearch.errors import UsageError, nearest
 from ranksearch.tasks.folder import data_folder
+from ranksearch.tasks.nets import build_named, is_named
 from ranksearch.tasks.resident import Augment, Normalise, Resident, hold_out
 from ranksearch.tasks.resnet import CifarResNet
 from ranksearch.tasks.task import Task, untrained
 
 BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
+CLASSES = 10
 FOLDER = "cifar-10-batches-py"
 TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST_FILES = ("test_batch",)
@@ -60,10 +63,14 @@ def _split(folder: Path, names: tuple[str, ...]) -> Resident:
     return Resident(torch.from_numpy(merged), targets, NORMALISE)
 
 
-def build_model(name: str) -> CifarResNet:
+def build_model(name: str) -> nn.Module:
+    if is_named(name):
+        return build_named(name, CLASSES)
     if name not in BLOCKS:
-        raise UsageError(f"model: there is no {name!r} for cifar10. {nearest(name, BLOCKS)}")
-    return CifarResNet(BLOCKS[name], channels=3, classes=10)
+        raise UsageError(
+            f"model: there is no {name!r} for cifar10. {nearest(name, BLOCKS)} Or torchvision:NAME, timm:NAME."
+        )
+    return CifarResNet(BLOCKS[name], channels=3, classes=CLASSES)
 
 
 def make_task(model: str, *, data: str | None, validation: int, split_seed: int) -> Task:

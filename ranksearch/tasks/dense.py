@@ -34,11 +34,14 @@ PUBLIC_CHECKPOINTS = {
 }
 """Trained nets of akamaster/pytorch_resnet_cifar10 (BSD 2-clause, Yerlan Idelbayev)."""
 
-KEYED_BY_NAME = ("digits", "cifar10")
+KEYED_BY_NAME = ("digits", "cifar10", "idx")
 """Tasks whose models are known by their names."""
 
-EPOCHS = {"digits": 100}
+EPOCHS = {"digits": 100, "idx": 10}
 """Length of the dense training of a task that has no public checkpoint; others take 100 epochs."""
+
+TOO_LONG = ("imagefolder",)
+"""Tasks whose dense net is not trained here unless that is asked for."""
 
 
 def read_checkpoint(path: Path) -> State:
@@ -70,6 +73,11 @@ def checkpoint_path(task: Task, checkpoint: str, data: str | None) -> Path | Non
         UsageError: nothing is there; the text says what to put where.
     """
     public = PUBLIC_CHECKPOINTS.get((task.name, task.model_name or ""))
+    if checkpoint == "auto" and task.name in TOO_LONG:
+        raise UsageError(
+            f"checkpoint: {task.name} has no public weights of {task.model_name}: name a file with them, `checkpoint: FILE`, or train "
+            f"them here, which takes long: `--set checkpoint=train`."
+        )
     if checkpoint == "train" or (checkpoint == "auto" and public is None):
         return None
     name = public if checkpoint == "auto" and public else checkpoint
