@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ranksearch.compress import RankPlan
 from ranksearch.search.front import Row, describe_budgets
-from ranksearch.search.metric import metric_text
+from ranksearch.search.metric import metric_column, metric_text
 
 if TYPE_CHECKING:
     from ranksearch.search.study import Study
@@ -56,7 +56,7 @@ def _measured(row: Mapping[str, Any], dense: Mapping[str, Any], metric: Mapping[
 def front_table(front: Mapping[str, Any]) -> None:
     """The front, best first, with the dense net as the last line."""
     dense, metric = front["dense"], front["metric"]
-    unit = metric["unit"] if metric["name"] == "accuracy" else f"{metric['name']} {metric['unit']}".rstrip()
+    unit = metric_column(metric)
     worth = (
         f", hypervolume {front['hypervolume']:.4f}" if len(front["objectives"]) > 1 else f", the best {metric['name']}"
     )

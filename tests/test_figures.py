@@ -9,6 +9,7 @@ from matplotlib import image as png
 
 from ranksearch.search.front import dominates
 from ranksearch.search.importance import AT_COST, FRONT, accuracy_at_cost
+from ranksearch.search.metric import Metric
 from ranksearch.search.trial import TrialResult
 from ranksearch.tracking.chart import Bars, HeatMap, Plot, Series
 from ranksearch.tracking.draw_html import save_html
@@ -19,6 +20,7 @@ from ranksearch.tracking.trial_figures import trial_charts
 from ranksearch.tracking.view import View
 from tests.conftest import simulated
 
+METRIC = Metric("accuracy", "maximize", "%", 95.0)
 LOSSES = [{"step": step, "train_loss": 1 / step} for step in (2, 4, 6)]
 PROJECTIONS = [
     {
@@ -154,15 +156,17 @@ def test_importances_find_the_parameter_that_decides(make, bench):
 def test_accuracy_at_its_cost_is_what_a_parabola_leaves():
     costs = np.exp(np.linspace(-2, 0, 9))
     rows = [{"macs_ratio": c, "val_accuracy": 90 + 4 * np.log(c) - np.log(c) ** 2} for c in costs]
+    for row in rows:
+        row["share"] = row["val_accuracy"] / 100
     assert accuracy_at_cost(rows, ["accuracy", "macs"]) == pytest.approx(np.zeros(9), abs=1e-9)
-    rows[4]["val_accuracy"] += 1
+    rows[4]["share"] += 0.01
     assert np.argmax(accuracy_at_cost(rows, ["accuracy", "macs"])) == 4
     assert accuracy_at_cost(rows, ["accuracy"]).mean() == pytest.approx(0)
 
 
 def test_a_trials_charts_hold_its_curve_and_what_projections_removed(studied):
     row = studied[0].trials[0]
-    charts = trial_charts(row)
+    charts = trial_charts(row, METRIC)
     loss, before, after = charts["training"].series
     assert list(loss.y) == [0.5, 0.25, pytest.approx(1 / 6)]
     assert (list(before.x), list(before.y), list(after.y)) == ([2], [0.5], [0.7])
@@ -170,7 +174,7 @@ def test_a_trials_charts_hold_its_curve_and_what_projections_removed(studied):
     assert (list(removed.rows), list(removed.columns)) == (["layer1.0.conv1", "layer2.0.conv1"], ["2", "4"])
     assert removed.values == [[1e-2, 1e-4], [None, 1e-6]]
     assert charts["phases"].series[0].labels == ["projected"]
-    assert trial_charts(row | {"losses": [], "history": [], "projections": []}) == {}
+    assert trial_charts(row | {"losses": [], "history": [], "projections": []}, METRIC) == {}
 
 
 CHARTS = [

@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 
 from ranksearch.api import Silent, resume, search, sync
 from ranksearch.errors import StudyError
+from ranksearch.search.metric import Metric
 from ranksearch.search.space_file import read_space
 from ranksearch.search.study import Study
 from ranksearch.search.trial import TrialResult
@@ -81,7 +82,7 @@ def test_a_list_of_runs_says_what_each_trial_is(mirrored, uri):
     on_front = {row["trial"] for row in study.front}
     for row in study.trials:
         run = trials[row["trial"]]
-        assert run.info.run_name == run_name(row, "macs")
+        assert run.info.run_name == run_name(row, "macs", study.metric)
         tags = run.data.tags
         assert tags["mlflow.parentRunId"] == parent.info.run_id
         assert tags["on_front"] == str(row["trial"] in on_front).lower()  # while the study goes on, too
@@ -98,9 +99,11 @@ def test_a_list_of_runs_says_what_each_trial_is(mirrored, uri):
 
 
 def test_a_runs_name_tells_the_cost_that_is_searched(mirrored):
+    accuracy, error = Metric("accuracy", "maximize", "%", 95.0), Metric("rmse", "minimize", "K", 2.0)
     row = mirrored[0].trials[0] | {"latency_ratio": 0.831, "val_accuracy": 91.23, "params_ratio": 0.42}
-    assert run_name(row, "latency") == "t000 latency 83% acc 91.2"
-    assert run_name(row, "params") == "t000 params 42% acc 91.2"
+    assert run_name(row, "latency", accuracy) == "t000 latency 83% acc 91.2"
+    assert run_name(row, "params", accuracy) == "t000 params 42% acc 91.2"
+    assert run_name(row, "params", error) == "t000 params 42% rmse 91.23 K"
 
 
 def test_progress_of_the_study_is_a_curve_on_its_run(mirrored, uri):

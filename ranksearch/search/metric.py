@@ -73,6 +73,16 @@ class Metric:
         """For an axis or a column: `accuracy (%)`."""
         return f"{self.name} ({self.unit})" if self.unit else self.name
 
+    @property
+    def column(self) -> str:
+        """What follows `val` or `test` at the head of a column: `%` for accuracy, which needs no name, else name and unit."""
+        return metric_column(self.to_dict())
+
+
+def metric_column(metric: Mapping[str, str]) -> str:
+    """See `Metric.column`."""
+    return metric["unit"] if metric["name"] == "accuracy" else f"{metric['name']} {metric['unit']}".rstrip()
+
 
 def metric_text(metric: Mapping[str, str], value: float | None, *, with_unit: bool = False) -> str:
     """A value for a table's cell: two decimals in percent, four figures otherwise; a dash where there is none."""

@@ -72,7 +72,7 @@ def front_chart(view: View, cost: str) -> Plot:
     limit = view.budget_ratio(cost)
     name = COST_NAMES[cost]
     return Plot(
-        f"{view.name}: front of {len(view.trials)} trials", f"{name} (% of dense)", "accuracy (%), validation unless said",
+        f"{view.name}: front of {len(view.trials)} trials", f"{name} (% of dense)", f"{view.metric.heading}, validation unless said",
         [s for s in series if len(s.x)], limits=[] if limit is None else [Limit(100 * limit, f"budget {describe_budgets(view.front)}")],
         y_range=_range_around(series[1:], series[0]),
     )  # fmt: skip
@@ -98,19 +98,19 @@ def _range_around(main: Sequence[Series], rest: Series) -> tuple[float, float] |
 
 def _hover(view: View, row: Row) -> str:
     """What the pointer shows over a trial."""
-    test = f"<br>test {row['test_accuracy']:.2f} %" if row["test_accuracy"] is not None else ""
+    test = f"<br>test {view.metric.text(row['test_accuracy'])}" if row["test_accuracy"] is not None else ""
     ratios = [
         f"{COST_NAMES[c]} {found:.1f} %" for c in ("macs", "params", "latency") if (found := cost_percent(row, c))
     ]
     mix = RankPlan.from_dict(row["plan"]).summary()
-    head = f"trial {row['trial']} ({row['allocator']})<br>validation {row['val_accuracy']:.2f} %{test}"
+    head = f"trial {row['trial']} ({row['allocator']})<br>validation {view.metric.text(row['val_accuracy'])}{test}"
     return f"{head}<br>{', '.join(ratios)}<br>{mix}"
 
 
 def _dense_hover(view: View) -> str:
     test = view.dense["test_accuracy"]
-    return f"dense net<br>validation {view.dense['val_accuracy']:.2f} %" + (
-        f"<br>test {test:.2f} %" if test is not None else ""
+    return f"dense net<br>validation {view.metric.text(view.dense['val_accuracy'])}" + (
+        f"<br>test {view.metric.text(test)}" if test is not None else ""
     )
 
 
@@ -121,7 +121,7 @@ def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
     """Hypervolume, and the best accuracy within the budgets, over finished trials."""
     entries = list(enumerate(view.progress(), start=1))
     if len(view.objectives) > 1:
-        axes = ", ".join("accuracy" if name == "accuracy" else COST_NAMES[name] for name in view.objectives)
+        axes = ", ".join(view.metric.name if name == "accuracy" else COST_NAMES[name] for name in view.objectives)
         worth = [found["hypervolume"] for _, (_, found) in entries]
         yield (
             "hypervolume",
@@ -145,7 +145,7 @@ def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
     yield (
         "best_accuracy",
         Plot(
-            f"{view.name}: best within {describe_budgets(view.front)}", "finished trials", "validation accuracy (%)", series,
+            f"{view.name}: best within {describe_budgets(view.front)}", "finished trials", f"validation {view.metric.heading}", series,
             y_range=_range_around(series[1:], each),
         ),
     )  # fmt: skip

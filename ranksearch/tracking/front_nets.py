@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ranksearch.compress import load_net
 from ranksearch.errors import StudyError
 from ranksearch.search.front import Row
+from ranksearch.search.metric import Metric
 from ranksearch.search.study_folder import trial_folder
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.runs import (
@@ -39,7 +40,7 @@ def log_front_nets(
     tracking, rows = view.space.tracking, view.front_rows
     for i, row in enumerate(rows):
         run = runs[row["trial"]]
-        _log_figure(client, run, row)
+        _log_figure(client, run, row, view.metric)
         if tracking.models and MODEL_TAG not in run.data.tags:
             log(f"MLflow: model of trial {row['trial']} ({i + 1} of {len(rows)})")
             _log_net(client, experiment_id, run, view, row, log)
@@ -47,8 +48,8 @@ def log_front_nets(
         _register(client, runs[view.champion["trial"]], view, view.champion)
 
 
-def _log_figure(client: MlflowClient, run: Run, row: Row) -> None:
-    if charts := trial_charts(row):
+def _log_figure(client: MlflowClient, run: Run, row: Row, metric: Metric) -> None:
+    if charts := trial_charts(row, metric):
         with tempfile.TemporaryDirectory() as scratch:
             save_png(list(charts.values()), Path(scratch) / "training.png", stacked=True)
             client.log_artifacts(run.info.run_id, scratch, FIGURES)
@@ -85,5 +86,5 @@ def _register(client: MlflowClient, run: Run, view: View, best: Row) -> None:
     from ranksearch.tracking.models import register
 
     if MODEL_TAG in run.data.tags:
-        description = f"Trial {best['trial']} of {view.name}: {run_name(best, view.costs[0])}"
+        description = f"Trial {best['trial']} of {view.name}: {run_name(best, view.costs[0], view.metric)}"
         register(client, view.name, run.data.tags[MODEL_TAG], run.info.run_id, description=description)

@@ -60,7 +60,7 @@ class Mirror:
     """Writes a study's trials to MLflow. Make it before the first trial: a database's schema is created then."""
 
     def __init__(self, view: View, runs: Path) -> None:
-        self._folder, self._space, self._info = view.folder, view.space, view.info
+        self._folder, self._space, self._info, self._metric = view.folder, view.space, view.info, view.metric
         self.uri = store_uri(runs, view.space.tracking.uri)
         try:
             self.client = MlflowClient(tracking_uri=self.uri)
@@ -119,7 +119,7 @@ class Mirror:
             experiment = self.client.create_experiment(name, artifact_location=artifacts)
             # the UI's pages for model training, not GenAI's
             self.client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")
-        for tag, value in trials_view(view.costs).items():
+        for tag, value in trials_view(view.costs, view.metric).items():
             self.client.set_experiment_tag(experiment, tag, value)
         return self.client.create_run(experiment, run_name=self._space.name, tags=study_tags(self._info, self._space))
 
@@ -188,7 +188,9 @@ class Mirror:
         if number not in self._runs:
             tags = trial_tags(row, self._info, self._space, on_front=on_front) | {PARENT_TAG: self.parent_id}
             started = int(1000 * (ended - (row["seconds"] or 0.0)))
-            self._runs[number] = self.client.create_run(self.experiment_id, started, tags, run_name(row, cost))
+            self._runs[number] = self.client.create_run(
+                self.experiment_id, started, tags, run_name(row, cost, self._metric)
+            )
             self._on_front |= {number} if on_front else set()
         run = self._runs[number].info.run_id
         self._batch(run, params=trial_params(row), metrics=trial_metrics(row), at=ended)

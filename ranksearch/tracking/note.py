@@ -7,6 +7,8 @@ import io
 from typing import Any
 
 from ranksearch.search.front import describe_budgets
+from ranksearch.search.metric import metric_text
+from ranksearch.tasks import model_reference
 from ranksearch.tracking.view import COST_NAMES, View, cost_percent
 
 COLUMNS = (
@@ -35,31 +37,27 @@ def note(view: View, *, complete: bool, registered: bool) -> str:
     """What was searched, the dense baseline, the front, how to get at its nets: Markdown."""
     front, search = view.front, view.space.search
     state = f"{len(view.trials)} trials" if complete else f"{len(view.trials)} of {search.trials} trials so far"
-    dense, test = view.dense, _test(view.dense)
+    dense, metric, net = view.dense, view.metric, model_reference(view.space.task, view.space.model)
     costs = [cost for cost in dict.fromkeys([*view.costs, "macs", "params"]) if cost != "flops"]
+    heads = " | ".join(f"{COST_NAMES[cost]} % of dense" for cost in costs)
     lines = [
-        f"**{view.name}**: low-rank forms of {view.space.model} on {view.space.task} for {' and '.join(search.objectives)} within "
+        f"**{view.name}**: low-rank forms of {net} for {' and '.join(search.objectives)} within "
         f"{describe_budgets(front)}; {state}, {search.parametrization} parametrization, sampler {search.sampler}"
         + (f", hypervolume {front['hypervolume']:.4f}." if len(search.objectives) > 1 else "."),
         "",
-        f"Dense net: validation {dense['val_accuracy']:.2f} %, test {test} %, {dense['macs']:,} MACs, {dense['params']:,} parameters, "
-        f"{dense['size_bytes'] / 1024:,.0f} KiB.",
+        f"Dense net: validation {metric.text(dense['val_accuracy'])}, test {metric.text(dense['test_accuracy'])}, "
+        f"{dense['macs']:,} MACs, {dense['params']:,} parameters, {dense['size_bytes'] / 1024:,.0f} KiB.",
         "",
-        f"| trial | validation % | test % | {' | '.join(f'{COST_NAMES[cost]} % of dense' for cost in costs)} | plan made by |",
+        f"| trial | validation {metric.column} | test {metric.column} | {heads} | plan made by |",
         "|---" * (4 + len(costs)) + "|",
-    ]  # fmt: skip
+    ]
     for row in front["trials"][:SHOWN]:
-        cells = [f"{percent:.1f}" if (percent := cost_percent(row, cost)) is not None else "–" for cost in costs]
-        lines.append(
-            f"| {row['trial']} | {row['val_accuracy']:.2f} | {_test(row)} | {' | '.join(cells)} | {row['allocator']} |"
-        )
+        cells = [metric_text(metric.to_dict(), row[name]) for name in ("val_accuracy", "test_accuracy")]
+        cells += [f"{percent:.1f}" if (percent := cost_percent(row, cost)) is not None else "–" for cost in costs]
+        lines.append(f"| {row['trial']} | {' | '.join(cells)} | {row['allocator']} |")
     if more := len(front["trials"]) - SHOWN:
         lines += [f"| … | {more} more in front.csv |"] if more > 0 else []
     return "\n".join([*lines, "", *_hints(view, registered=registered)])
-
-
-def _test(row: Any) -> str:
-    return "–" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2f}"
 
 
 def _hints(view: View, *, registered: bool) -> list[str]:

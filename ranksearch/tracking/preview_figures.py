@@ -51,6 +51,8 @@ def preview_title(record: Record) -> str:
 
 def accuracy_chart(record: Record) -> Plot:
     """A line per allocator, the dense net, the space's own budget."""
+    metric = record["metric"]
+    heading = f"{metric['name']} ({metric['unit']})" if metric["unit"] else metric["name"]
     ratio, limit = record["cost_ratio"], record["own_level"]
     series = [
         Series(
@@ -61,7 +63,7 @@ def accuracy_chart(record: Record) -> Plot:
     ]  # fmt: skip
     series.append(Series("dense net", [100], [record["dense"]["val_accuracy"]], BLACK, "star"))
     return Plot(
-        "accuracy by allocator", f"{COST_NAMES[record['cost']]} (% of dense)", "validation accuracy (%), BN re-estimated", series,
+        "accuracy by allocator", f"{COST_NAMES[record['cost']]} (% of dense)", f"validation {heading}, BN re-estimated", series,
         limits=[] if limit is None else [Limit(limit, f"budget {describe_budgets(record)}")],
     )  # fmt: skip
 

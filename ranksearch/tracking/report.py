@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
 from ranksearch import __version__
 from ranksearch.compress import RankPlan
 from ranksearch.search.front import Row, describe_budgets
+from ranksearch.search.metric import PERCENT, metric_text
 from ranksearch.tracking.draw_html import fragment
 from ranksearch.tracking.figures import study_charts
 from ranksearch.tracking.runs import plan_line
@@ -28,11 +30,19 @@ def report_html(view: View, importances: Mapping[str, Mapping[str, float]]) -> s
     drawn = [fragment(chart, script=i == 0) for i, chart in enumerate(charts.values())]
     shown = view.front_rows[::-1]
     trials = [
-        {"row": row, "figures": [fragment(chart, script=False) for chart in trial_charts(row).values()]}
+        {"row": row, "figures": [fragment(chart, script=False) for chart in trial_charts(row, view.metric).values()]}
         for row in shown[:DRAWN_TRIALS]
     ]
     page = Environment(autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"number": _number, "percent": _percent, "line": plan_line, "mix": _mix, "first_line": _first_line}
+    page.filters |= {
+        "metric": view.metric.text,
+        "value": partial(metric_text, view.metric.to_dict()),
+        "number": _number,
+        "percent": _percent,
+        "line": plan_line,
+        "mix": _mix,
+        "first_line": _first_line,
+    }
     template = page.from_string(files(__package__).joinpath("report.html.j2").read_text())
     costs = [cost for cost in dict.fromkeys([*view.costs, "macs", "params", "size"]) if cost != "flops"]
     return template.render(
@@ -59,7 +69,9 @@ def _first_line(text: str | None) -> str:
 
 
 def _saved(view: View) -> Row | None:
-    """The net of the front with the fewest MACs among those at most one point below the dense net."""
-    dense = view.dense["val_accuracy"]
-    near = [row for row in view.front_rows if row["val_accuracy"] >= dense - 1.0]
+    """The net of the front with the fewest MACs among those at most one point below the dense net; None where points mean nothing."""
+    if view.metric.unit != PERCENT:
+        return None
+    least = view.metric.share(view.metric.dense) - 0.01
+    near = [row for row in view.front_rows if row["share"] >= least]
     return min(near, key=lambda row: row["macs"], default=None)

@@ -10,6 +10,7 @@ from typing import Any
 from ranksearch.compress import RankPlan
 from ranksearch.lowering.contract import sides
 from ranksearch.search.front import COST_RATIOS, Row
+from ranksearch.search.metric import Metric
 from ranksearch.search.settings import Choices, Range, Strict
 from ranksearch.search.space import Space
 from ranksearch.tracking.view import View, cost_percent
@@ -39,12 +40,14 @@ Step = tuple[int, dict[str, float]]
 # A trial -----------------------------------------------------------------------------------------------------------
 
 
-def run_name(row: Row, cost: str) -> str:
+def run_name(row: Row, cost: str, metric: Metric) -> str:
     """A child run's readable name, such as `t017 macs 48% acc 91.2`."""
     if row["status"] != "complete":
         return f"t{row['trial']:03d} {row['status']}"
     percent = cost_percent(row, cost)
-    return f"t{row['trial']:03d} {cost} {percent:.0f}% acc {row['val_accuracy']:.1f}"
+    value = row["val_accuracy"]
+    scored = f"acc {value:.1f}" if metric.name == "accuracy" else f"{metric.name} {metric.text(value)}"
+    return f"t{row['trial']:03d} {cost} {percent:.0f}% {scored}"
 
 
 def plan_line(plan: Mapping[str, Any]) -> str:
@@ -153,14 +156,14 @@ def _settings(group: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
                 yield f"{prefix}{name}", str(value)
 
 
-def trials_view(costs: Sequence[str]) -> dict[str, str]:
+def trials_view(costs: Sequence[str], metric: Metric) -> dict[str, str]:
     """The experiment's tag that makes a link open the table of trials with these columns: MLflow's own way to share a view."""
     metrics = ["val_accuracy", "test_accuracy", *(COST_RATIOS[cost] for cost in costs), "params_ratio", "seconds"]
     columns = [f"metrics.`{name}`" for name in dict.fromkeys(metrics)]
     columns += ["tags.`status`", "tags.`on_front`", "tags.`lowerings`", "params.`allocator`"]
     view = {
-        "searchFilter": f"tags.`{KIND_TAG}` = 'trial'", "orderByKey": "metrics.`val_accuracy`", "orderByAsc": False,
-        "selectedColumns": columns,
+        "searchFilter": f"tags.`{KIND_TAG}` = 'trial'", "orderByKey": "metrics.`val_accuracy`",
+        "orderByAsc": metric.direction == "minimize", "selectedColumns": columns,
     }  # fmt: skip
     return {f"mlflow.sharedViewState.{TRIALS_VIEW}": json.dumps(view)}
 

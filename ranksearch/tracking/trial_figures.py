@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from ranksearch.search.front import Row
+from ranksearch.search.metric import Metric
 from ranksearch.tracking.chart import BLUE, GREEN, ORANGE, PINK, Chart, HeatMap, Plot, Series
 
 
-def trial_charts(row: Row) -> dict[str, Chart]:
+def trial_charts(row: Row, metric: Metric) -> dict[str, Chart]:
     """Name -> chart of a trial: training curve, validation accuracy by phase, removed energy per projection."""
     charts: dict[str, Chart] = {}
     if row["losses"]:
         charts["training"] = training_chart(row)
     if row["history"]:
-        charts["phases"] = phases_chart(row)
+        charts["phases"] = phases_chart(row, metric)
     if row["projections"]:
         charts["removed_energy"] = removed_energy_chart(row)
     return charts
@@ -30,16 +31,18 @@ def training_chart(row: Row) -> Plot:
             series.append(
                 Series(f"{name} a projection, one batch", [s for s, _ in found], [v for _, v in found], colour, marker)
             )
-    return Plot(f"trial {row['trial']}: training curve", "optimizer step", "training loss (nats)", series)
+    return Plot(f"trial {row['trial']}: training curve", "optimizer step", "training loss", series)
 
 
-def phases_chart(row: Row) -> Plot:
+def phases_chart(row: Row, metric: Metric) -> Plot:
     """Validation accuracy after each phase; several may end at one step."""
     history = row["history"]
     y, names = [entry["val_accuracy"] for entry in history], [entry["phase"] for entry in history]
-    hover = [f"{e['phase']}, step {e['step']}: {e['val_accuracy']:.2f} %" for e in history]
+    hover = [f"{e['phase']}, step {e['step']}: {metric.text(e['val_accuracy'])}" for e in history]
     series = [Series("validation", list(range(1, len(y) + 1)), y, PINK, "circle", "dotted", hover=hover, labels=names)]
-    return Plot(f"trial {row['trial']}: accuracy by phase", "scores in their order", "validation accuracy (%)", series)
+    return Plot(
+        f"trial {row['trial']}: {metric.name} by phase", "scores in their order", f"validation {metric.heading}", series
+    )
 
 
 def removed_energy_chart(row: Row) -> HeatMap:

@@ -10,6 +10,7 @@ from typing import Any
 from ranksearch.compress import Cost
 from ranksearch.search.front import COST_RATIOS, Row
 from ranksearch.search.ledger import Ledger
+from ranksearch.search.metric import Metric
 from ranksearch.search.space import Space
 from ranksearch.search.study import Study
 
@@ -45,6 +46,11 @@ class View:
         return list(self.space.search.objectives)
 
     @property
+    def metric(self) -> Metric:
+        """What trials are judged by."""
+        return Metric.of_study(self.info)
+
+    @property
     def costs(self) -> list[str]:
         return shown_costs(self.space)
 
@@ -65,7 +71,7 @@ class View:
 
     @property
     def champion(self) -> Row | None:
-        """The most accurate trial of the front: the best within the budgets."""
+        """The trial of the front with the best metric: the best within the budgets."""
         return self.front["trials"][0] if self.front["trials"] else None
 
     def budget_ratio(self, cost: str) -> float | None:
