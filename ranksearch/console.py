@@ -57,9 +57,8 @@ def front_table(front: Mapping[str, Any]) -> None:
     """The front, best first, with the dense net as the last line."""
     dense, metric = front["dense"], front["metric"]
     unit = metric_column(metric)
-    worth = (
-        f", hypervolume {front['hypervolume']:.4f}" if len(front["objectives"]) > 1 else f", the best {metric['name']}"
-    )
+    best = "the most accurate" if metric["name"] == "accuracy" else f"the best {metric['name']}"
+    worth = f", hypervolume {front['hypervolume']:.4f}" if len(front["objectives"]) > 1 else f", {best}"
     title = f"{front['study']}: {describe_budgets(front)}{worth}"
     columns = {
         "trial": "right", f"val {unit}": "right", f"test {unit}": "right", "MACs": "right", "% of dense": "right", "params": "right",
