@@ -14,7 +14,7 @@ def trial_charts(row: Row, metric: Metric) -> dict[str, Chart]:
         charts["training"] = training_chart(row)
     if row["history"]:
         charts["phases"] = phases_chart(row, metric)
-    if row["projections"]:
+    if any(record["removed_energy"] for record in row["projections"]):  # none where every layer stays dense
         charts["removed_energy"] = removed_energy_chart(row)
     return charts
 
