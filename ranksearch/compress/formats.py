@@ -110,13 +110,18 @@ def _write_onnx(model: nn.Module, plan: RankPlan, batch: Tensor, folder: Path) -
 
 
 def _open_onnx(folder: Path, build: Build) -> Function:
+    return opened_onnx(folder / "model.onnx")
+
+
+def opened_onnx(model: Path | bytes) -> Function:
+    """An ONNX model, a file or its bytes, in ONNX Runtime on the CPU with the threads of this process."""
     import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # threads that spin after a call would slow down whatever is timed in turn with it
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     (name,) = (node.name for node in session.get_inputs())
     return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
 

@@ -1,0 +1,241 @@
+"""`LatencyTable`: measured times of layers under their lowerings and ranks, kept on disk and asked for any rank.
+
+Ranks are measured at every multiple of the device's step up to the largest rank that saves MACs or params, at half a step, and at that
+largest rank itself. Where other ranks may be chosen, two more are measured in each step: one just above its beginning and one amid it that
+is no multiple of 4. ONNX Runtime takes the whole step's time for multiples of 4 and up to a quarter more for others; PyTorch climbs
+evenly. So time is interpolated among multiples of 4, and among the others. A format with several ranks has a coarse grid of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ranksearch.compress.plan import DENSE, LayerPlan
+from ranksearch.compress.stopwatch import Stopwatch
+from ranksearch.compress.trace import Layer
+from ranksearch.files import write_atomically
+from ranksearch.lowering import LayerSpec, Lowering, Rank, lowering_named
+from ranksearch.lowering.contract import sides
+from ranksearch.lowering.spec import Ints
+
+FORMAT = 1
+"""Counts up when a time comes to mean something else: older files are then not used any more."""
+FINE = 4
+"""Multiples of this are as fast as a whole step in a runtime that computes in blocks; others are slower there."""
+LEVELS = 5
+"""Of each side of a rank that has several."""
+
+Shape = tuple[LayerSpec, Ints]
+"""What a layer's time depends on: its spec and the size of its input."""
+
+
+def grid(lowering: Lowering, shape: Shape, step: int, multiple: int) -> tuple[Ints, ...]:
+    """Per side of the rank, the values that are measured, rising; `multiple` is what every rank that is asked for is a multiple of."""
+    spec, in_size = shape
+    full = sides(lowering.full_rank(spec))
+    if len(full) > 1:
+        return tuple(_spread(_multiples(step, most)) for most in full)
+    most = max(max(sides(lowering.break_even_rank(spec, cost, in_size))) for cost in ("macs", "params"))
+    if not most:
+        return ((),)
+    between = [start + FINE for start in range(0, most, step)] if multiple % step else []
+    odd = [start + step // 2 + 1 for start in range(0, most, step)] if multiple % FINE else []
+    return (tuple(sorted({*_multiples(step, most), *(rank for rank in between + odd if rank < most)})),)
+
+
+def _multiples(step: int, most: int) -> Ints:
+    """Half a step, its multiples below `most`, and `most`."""
+    return tuple(sorted({min(step // 2, most), *range(step, most, step), most}))
+
+
+def _spread(values: Ints) -> Ints:
+    """`LEVELS` of them in about equal ratios, the first and the last among them."""
+    wanted = np.geomspace(values[0], values[-1], LEVELS)
+    return tuple(sorted({min(values, key=lambda value: abs(value - target)) for target in wanted}))
+
+
+class LatencyTable:
+    """Times of one setting; `files` are read, the first one's times before the others', and all written by `save`. A file that cannot be
+    read is made anew. `key`, under which they stand there, is the stopwatch's own but for times that were taken elsewhere.
+    """
+
+    def __init__(self, stopwatch: Stopwatch, files: Sequence[Path] = (), key: str | None = None) -> None:
+        self.stopwatch, self.files, self.key = stopwatch, tuple(files), key or stopwatch.key
+        self._layers: dict[str, dict[str, dict[Rank, float]]] = {}
+        self._nets: dict[str, dict[str, float]] = {}
+        self._step: int | None = None
+        self.added = 0
+        for file in reversed(self.files):
+            self._take(_read(file).get(self.key, {}))
+
+    @property
+    def step(self) -> int:
+        """The width of the steps in which time climbs with a rank."""
+        if self._step is None:
+            self._step, self.added = self.stopwatch.step(), self.added + 1
+        return self._step
+
+    # Layers ----------------------------------------------------------------------------------------------------------
+
+    def measure(self, wanted: Iterable[tuple[Layer, Sequence[str], int]], log: Callable[[str], None]) -> None:
+        """Times every layer under the ranks of its lowerings (names, rank multiple) that are not known yet; layers of one shape once."""
+        missing: dict[Shape, dict[LayerPlan, None]] = {}
+        for layer, lowerings, multiple in wanted:
+            for shape in _shapes(layer):
+                found = missing.setdefault(shape, {})
+                found |= dict.fromkeys(c for name in lowerings for c in self._missing(shape, name, multiple))
+        missing = {shape: choices for shape, choices in missing.items() if choices}
+        if not missing:
+            return
+        count = sum(map(len, missing.values()))
+        log(f"latency table: timing {count} forms of {len(missing)} layer shapes ({self.key})")
+        for number, (shape, choices) in enumerate(missing.items(), start=1):
+            self._fill(shape, list(choices))
+            log(f"latency table: {number} of {len(missing)} layer shapes")
+
+    def _missing(self, shape: Shape, name: str, multiple: int) -> list[LayerPlan]:
+        known = self._layers.get(_text(shape), {}).get(name, {})
+        return [LayerPlan(name, rank) for rank in self._measured(shape, name, multiple) if rank not in known]
+
+    def _measured(self, shape: Shape, name: str, multiple: int) -> list[Rank]:
+        found = product(*grid(lowering_named(name), shape, self.step, multiple))
+        return [rank[0] if len(rank) == 1 else rank for rank in found]
+
+    def _fill(self, shape: Shape, choices: Sequence[LayerPlan]) -> None:
+        times = self.stopwatch.layers_ms(*shape, [DENSE, *choices])
+        known = self._layers.setdefault(_text(shape), {})
+        before = known.get(DENSE.lowering, {}).get(
+            0, times[0]
+        )  # what was timed earlier is compared with its own dense time
+        known.setdefault(DENSE.lowering, {})[0] = before
+        for choice, time in zip(choices, times[1:], strict=True):
+            known.setdefault(choice.lowering, {})[choice.rank] = time * before / times[0]
+        self.added += len(choices)
+
+    def dense_ms(self, layer: Layer) -> float:
+        """Time of the layer as it is, all its uses."""
+        return sum(self._layers[_text(shape)][DENSE.lowering][0] for shape in _shapes(layer))
+
+    def times_ms(self, layer: Layer, name: str, ranks: Sequence[Rank]) -> np.ndarray:
+        """[n ranks]: time of the layer under a lowering, all its uses; KeyError where it was not measured."""
+        total = np.zeros(len(ranks))
+        for shape in _shapes(layer):
+            times = self._layers[_text(shape)][name]
+            if isinstance(next(iter(times)), int):
+                total += _interpolated(times, ranks)
+                continue
+            values = grid(lowering_named(name), shape, self.step, self.step)
+            table = np.array([times[rank] for rank in product(*values)]).reshape([len(v) for v in values])
+            total += [_between(values, table, self._stepped(values, sides(rank))) for rank in ranks]
+        return total
+
+    def _stepped(self, values: tuple[Ints, ...], rank: Ints) -> Ints:
+        """Each side at the upper end of its step."""
+        half = self.step // 2
+        ends = (half if side <= half else -(-side // self.step) * self.step for side in rank)
+        return tuple(min(end, known[-1]) for end, known in zip(ends, values, strict=True))
+
+    def faster_below(self, layer: Layer, name: str) -> Rank | None:
+        """The largest measured rank at which the lowering is faster than the dense layer; None where it is at none.
+
+        Of a format with several ranks, of those the one with the largest product.
+        """
+        ranks = sorted(self._layers[_text(_shapes(layer)[0])].get(name, {}), key=sides)
+        if not ranks:
+            return None
+        faster = [
+            r for r, ms in zip(ranks, self.times_ms(layer, name, ranks), strict=True) if ms < self.dense_ms(layer)
+        ]
+        return max(faster, key=lambda rank: np.prod(sides(rank)), default=None)
+
+    # Nets and files --------------------------------------------------------------------------------------------------
+
+    @property
+    def nets(self) -> dict[str, dict[str, float]]:
+        """Net -> what was measured of it as a whole; see `allocate.latency`."""
+        return self._nets
+
+    def save(self) -> None:
+        """Writes what was added to every one of its files that can be written; other settings' times in there stay."""
+        for file in self.files if self.added else ():
+            with contextlib.suppress(OSError):  # a folder that cannot be written: it is measured again next time
+                self.save_to(file)
+        self.added = 0
+
+    def save_to(self, file: Path) -> None:
+        """Writes it to one file; other settings' times in there stay.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        layers = {
+            shape: {name: {_rank_text(rank): ms for rank, ms in times.items()} for name, times in lowerings.items()}
+            for shape, lowerings in self._layers.items()
+        }
+        entry = {"setting": asdict(self.stopwatch.setting), "step": self._step, "layers": layers, "nets": self._nets}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps({"format": FORMAT, "tables": _read(file) | {self.key: entry}}))
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        self._step = entry.get("step", self._step)
+        self._nets |= entry.get("nets", {})
+        for shape, lowerings in entry.get("layers", {}).items():
+            for name, times in lowerings.items():
+                known = self._layers.setdefault(shape, {}).setdefault(name, {})
+                known |= {_rank_of(text): float(ms) for text, ms in times.items()}
+
+
+def _shapes(layer: Layer) -> list[Shape]:
+    return [(layer.spec, size) for size in layer.in_sizes]
+
+
+def _text(shape: Shape) -> str:
+    spec, in_size = shape
+    return f"{spec} on {in_size}"
+
+
+def _rank_text(rank: Rank) -> str:
+    return ",".join(map(str, sides(rank)))
+
+
+def _rank_of(text: str) -> Rank:
+    numbers = tuple(map(int, text.split(",")))
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _interpolated(times: Mapping[Rank, float], ranks: Sequence[Rank]) -> np.ndarray:
+    """[n ranks]: measured ones as they are, others among the measured multiples of `FINE` or, where they are none, among the others."""
+    known = sorted((rank, time) for rank, time in times.items() if isinstance(rank, int))
+    kinds = [[pair for pair in known if (pair[0] % FINE == 0) is fine] or known for fine in (False, True)]
+    found = []
+    for rank in ranks:
+        assert isinstance(rank, int)
+        at, values = zip(*kinds[rank % FINE == 0], strict=True)
+        found.append(times[rank] if rank in times else float(np.interp(rank, at, values)))
+    return np.array(found)
+
+
+def _between(values: tuple[Ints, ...], table: np.ndarray, at: Ints) -> float:
+    """`table` [values of side 1, values of side 2, ...] at a point, linear between its own."""
+    for known, where in zip(values, at, strict=True):
+        low = min(max(int(np.searchsorted(known, where)) - 1, 0), max(len(known) - 2, 0))
+        high = min(low + 1, len(known) - 1)
+        share = 0.0 if high == low else np.clip((where - known[low]) / (known[high] - known[low]), 0, 1)
+        table = (1 - share) * table[low] + share * table[high]
+    return float(table)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+        return dict(content["tables"]) if content["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

@@ -1,0 +1,107 @@
+"""`Stopwatch`: times layers and whole nets under one setting: a runtime, a batch, a number of threads, this machine's device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.compress.latency import hardware_name, latencies_ms, threads_set
+from ranksearch.compress.plan import DENSE, LayerPlan
+from ranksearch.compress.runtimes import runtime_named
+from ranksearch.lowering import LayerSpec, lowering_named
+from ranksearch.lowering.spec import Ints
+
+AT_ONCE = 40
+"""Layers that are timed in turn: all of them are in memory at once."""
+ROUNDS = 150
+"""For nets and layers of a fraction of a millisecond: what else a machine does comes in bursts of seconds, which medians must span."""
+LAYER_SECONDS, NET_SECONDS = 0.12, 1.0
+"""What the rounds of one layer or net may take in all, beyond the least number of them."""
+CPU_STEP = 16
+"""On a CPU latency climbs in steps of this many channels, a vector register or a block of the layout."""
+STEPS = (64, 32, 16, 8)
+SAME = 1.05
+"""Two times of one step of the staircase differ by less than this factor."""
+
+
+@dataclass(frozen=True)
+class LatencySetting:
+    """How latency is measured."""
+
+    runtime: str
+    batch: int
+    """Inputs of one call."""
+    threads: int
+    """Of the CPU."""
+
+
+class Stopwatch:
+    """Times in milliseconds of one call."""
+
+    def __init__(self, setting: LatencySetting) -> None:
+        self.setting, self._runtime = setting, runtime_named(setting.runtime)
+        self.device = self._runtime.device()
+
+    @property
+    def key(self) -> str:
+        """What a time depends on besides the layer: device, runtime, versions, batch, threads."""
+        s = self.setting
+        return f"{hardware_name(self.device)}; {s.runtime} ({self._runtime.versions}); batch {s.batch}; threads {s.threads}"
+
+    def nets_ms(self, nets: Sequence[nn.Module], example: Tensor) -> list[float]:
+        """Median time of each net, in turn; the nets are not changed.
+
+        Args:
+            example: a batch of one input, of which shape and dtype are taken; integers are repeated as they are.
+        """
+        batch = example[:1].expand(self.setting.batch, *example.shape[1:])
+        batch = torch.randn(batch.shape, dtype=batch.dtype) if batch.is_floating_point() else batch.contiguous()
+        batch = batch.to(self.device)
+        with threads_set(self.setting.threads):
+            copies = [copy.deepcopy(net).to(self.device).eval() for net in nets]
+            functions = [self._runtime.net(net, batch) for net in copies]
+            return latencies_ms(functions, batch, ROUNDS, seconds=NET_SECONDS * len(nets))
+
+    def layers_ms(self, spec: LayerSpec, in_size: Ints, choices: Sequence[LayerPlan]) -> list[float]:
+        """Time of one layer under each of `choices`, the first of which is dense.
+
+        Every group of them is timed in turn with the dense layer and scaled by it, so that what is slow for a while does not count.
+        """
+        shape = (spec.in_channels, *in_size) if spec.is_conv else (*in_size, spec.in_channels)
+        found, dense = [], []
+        for start in range(1, max(len(choices), 2), AT_ONCE):
+            group = [DENSE, *choices[start : start + AT_ONCE]]
+            example = torch.randn(self.setting.batch, *shape, device=self.device)
+            with threads_set(self.setting.threads):
+                modules = [lowering_named(c.lowering).build(spec, c.rank, device=self.device).eval() for c in group]
+                functions = self._runtime.layers(modules, example)
+                times = latencies_ms(functions, example, ROUNDS, seconds=LAYER_SECONDS * len(group), least=3)
+            dense.append(times[0])
+            found += [time / times[0] for time in times[1:]]
+        return [median(dense), *(ratio * median(dense) for ratio in found)]
+
+    def step(self) -> int:
+        """The width of the steps in which latency climbs with a rank: known on a CPU, found by a probe elsewhere."""
+        if self.device.type == "cpu":
+            return CPU_STEP
+        spec, size = LayerSpec.conv(256, 256, (3, 3), padding=(1, 1)), (28, 28)
+        wanted = probed_ranks(STEPS)
+        times = self.layers_ms(spec, size, [DENSE, *(LayerPlan("im2col", rank) for rank in wanted)])
+        return widest_step(dict(zip(wanted, times[1:], strict=True)))
+
+
+def probed_ranks(steps: Sequence[int]) -> list[int]:
+    """One above a multiple of every step, and the upper ends of the steps from there."""
+    base = max(steps)
+    return sorted({base + 1, *(base + step for step in steps)})
+
+
+def widest_step(times: Mapping[int, float]) -> int:
+    """The widest of `STEPS` over which times (rank -> ms, of `probed_ranks`) do not climb; the narrowest where all do."""
+    base = max(STEPS)
+    return next((step for step in STEPS if times[base + step] <= SAME * times[base + 1]), min(STEPS))
