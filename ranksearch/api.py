@@ -10,18 +10,17 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from ranksearch.allocate import CurveCache
 from ranksearch.compress import RankPlan, load_net
 from ranksearch.compress.exported import check_fold
 from ranksearch.compress.formats import format_named
-from ranksearch.compress.latency import latencies_ms
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.files import write_atomically
 from ranksearch.search.export_trial import export_trial, pick_trial, target_folder
 from ranksearch.search.front import Row
+from ranksearch.search.latency import measure_front, open_table
 from ranksearch.search.metric import Metric
 from ranksearch.search.opening import WARM
 from ranksearch.search.preview import (
@@ -40,6 +39,7 @@ from ranksearch.search.study import Study
 from ranksearch.search.study_folder import (
     CURVES,
     DENSE_WEIGHTS,
+    LATENCY,
     PREVIEW,
     find_front,
     find_study,
@@ -137,16 +137,16 @@ def search(
             f"The folder of studies {runs} cannot be written ({error}): name another one by --runs."
         ) from error
     known = CurveCache(runs / space.name / CURVES)
-    bench = prepare(space, fallback=runs / ".dense", log=observer.log, known=known)
+    table = open_table(space, None)
+    bench = prepare(space, fallback=runs / ".dense", log=observer.log, known=known, table=table)
     if not inline:
         from ranksearch.search.ray_tune import join
 
         join(space.resources, address)  # a cluster that is not there must not leave an empty study behind
-    model, latency = bench.dense_model(), None
-    if "latency" in space.search.objectives:
-        latency = _dense_latency_ms(model, bench, threads=None if inline else space.resources.cpus_per_trial)
-    study = Study.create(runs, space, bench, _dense_accuracy(model, bench.task), latency)
+    study = Study.create(runs, space, bench, _dense_accuracy(bench.dense_model(), bench.task))
     known.save()
+    if table is not None:
+        table.save_to(study.folder / LATENCY)
     if space.search.warm_start:
         taken = study.info["opened_with"].get(WARM, 0)
         observer.log(
@@ -184,7 +184,8 @@ def resume(
         again = study.requeue_interrupted()
         observer.log(f"{study.finished} of {study.planned} trials are done, {again} were interrupted and run again")
         known, dense = CurveCache(folder / CURVES), folder / DENSE_WEIGHTS
-        bench = prepare(study.space, fallback=folder, log=observer.log, known=known, saved_dense=dense)
+        table = open_table(study.space, folder, study.info.get("latency_key"))
+        bench = prepare(study.space, fallback=folder, log=observer.log, known=known, saved_dense=dense, table=table)
         known.save()
         return _run(study, bench, folder.parent, observer, address=address, inline=inline)
 
@@ -257,7 +258,8 @@ def preview(
     check_names(allocators)
     folder = Path(runs) / space.name
     known = CurveCache(folder / CURVES)
-    bench = prepare(space, fallback=Path(runs) / ".dense", log=observer.log, known=known)
+    table = open_table(space, None)
+    bench = prepare(space, fallback=Path(runs) / ".dense", log=observer.log, known=known, table=table)
     found = levels_of(space, bench.curves, levels, observer.log)
     known.save()
     images = min(images, len(bench.task.val))
@@ -343,16 +345,6 @@ def export(
     return {"folder": str(folder)} | export_trial(study, row, folder, form, build=study.space.build, fold_bn=fold_bn)
 
 
-def _dense_latency_ms(model: nn.Module, bench: Workbench, threads: int | None) -> float:
-    """Measured as the trials do it, with their threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        return latencies_ms([model], bench.task.example_input.to(pick_device()))[0]
-    finally:
-        torch.set_num_threads(before)
-
-
 def _accuracy(model: nn.Module, split: Source, task: Task) -> float:
     """The metric of `model` on `split`, on the GPU where there is one."""
     device = pick_device()
@@ -369,10 +361,15 @@ def _dense_accuracy(model: nn.Module, task: Task) -> float:
     return found
 
 
+def _net_of(study: Study, row: Row) -> nn.Module:
+    """The compressed net of a complete trial."""
+    return load_net(study.trial_folder(row["trial"]), study.space.build)
+
+
 def _test_accuracy(study: Study, bench: Workbench, row: Row | None) -> float:
     """The metric on the test set of a trial's net, or of the dense net where `row` is None."""
     assert bench.task.test is not None
-    model = bench.dense_model() if row is None else load_net(study.trial_folder(row["trial"]), study.space.build)
+    model = bench.dense_model() if row is None else _net_of(study, row)
     return _accuracy(model, bench.task.test, bench.task)
 
 
@@ -399,6 +396,10 @@ def _run(study: Study, bench: Workbench, runs: Path, observer: Observer, *, addr
             saved = 100 * study.steps_saved
             observer.log(
                 f"early stopping: {stopped} of {study.finished} trials stopped, {saved:.0f} % of all training steps saved"
+            )
+        if study.space.has_latency:
+            measure_front(
+                study, bench.dense_model(), lambda row: _net_of(study, row), bench.task.example_input, observer.log
             )
         if bench.task.test is not None:
             study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)

@@ -19,7 +19,7 @@ from ranksearch.errors import RanksearchError, StudyError, UsageError
 
 app = typer.Typer(
     name="ranksearch",
-    help="Searches low-rank forms of a PyTorch net under a FLOP, size or parameter budget; leaves a Pareto front in MLflow.",
+    help="Searches low-rank forms of a PyTorch net under a FLOP, size or latency budget; leaves a Pareto front in MLflow.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -30,7 +30,7 @@ StudyName = Annotated[str, typer.Argument(metavar="NAME|DIR", help="A study's na
 Budgets = Annotated[
     list[str] | None,
     typer.Option(
-        "--budget", metavar="COST=LIMIT", help="Upper bound, such as flops=50%, params=100k, size=1MiB; repeatable."
+        "--budget", metavar="COST=LIMIT", help="Upper bound, such as flops=50%, size=1MiB, latency=3.5ms; repeatable."
     ),
 ]
 Settings = Annotated[
@@ -80,6 +80,11 @@ def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
         _print_json(front)
     else:
         front_table(front)
+    if not front["trials"] and study.leader is not None:
+        raise StudyError(
+            f"Every net of {study.space.name!r} was measured to be slower than the dense one, so the front is empty; `ranksearch latency` "
+            f"says which layers gain. Allow other lowerings, or another runtime or batch (latency.runtime, latency.batch)."
+        )
     if not front["trials"]:
         raise StudyError(f"No trial of {study.space.name!r} was completed; see `{study.folder}`.")
     store = study.space.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -212,15 +217,46 @@ def check(
 
     Example: ranksearch check search_spaces/digits_resnet8.yaml --budget size=100KiB
     """
+    from ranksearch.console import Terminal
     from ranksearch.search.space_file import read_space
     from ranksearch.tables import check_record, print_check
 
     resolved = read_space(space, budgets=budget or (), settings=setting or (), trials=trials)
-    record = check_record(resolved)
+    record = check_record(resolved, Terminal().log)
     if as_json:
         _print_json(record)
     else:
         print_check(record)
+
+
+@app.command()
+def latency(
+    space: SpaceFile,
+    runtime: Annotated[
+        str | None, typer.Option(metavar="eager|compile|onnx", help="Left out, the space's; as are the next two.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Inputs of one call.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
+    setting: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Time a net's layers under every lowering and rank on this machine: up to which rank each is faster. Kept in the data folder.
+
+    Example: ranksearch latency search_spaces/cifar10_resnet20.yaml --runtime onnx --batch 32
+    """
+    from ranksearch.search.space_file import read_space
+
+    given = {"runtime": runtime, "batch": batch, "threads": threads}
+    settings = [f"latency.{key}={value}" for key, value in given.items() if value is not None]
+    resolved = read_space(space, settings=[*(setting or ()), *settings])
+    from ranksearch.console import Terminal
+    from ranksearch.tables import latency_record, print_latency
+
+    record = latency_record(resolved, Terminal().log)
+    if as_json:
+        _print_json(record)
+    else:
+        print_latency(record)
 
 
 @app.command()

@@ -1,27 +1,33 @@
-"""The records and tables of the verbs `layers` and `check`, and what `preview` and `export` print."""
+"""The records and tables of the verbs `layers`, `check` and `latency`, and what `preview` and `export` print."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ranksearch.allocate.budget import cost_value
+from ranksearch.allocate.budget import NS_PER_MS, cost_value, shown
 from ranksearch.allocate.curves import Curves, cost_curves
 from ranksearch.allocate.damage import MEASURES, Damage
 from ranksearch.compress import RankPlan, dense_cost
+from ranksearch.compress.latency_table import LatencyTable
+from ranksearch.compress.stopwatch import Stopwatch
 from ranksearch.console import number, table
 from ranksearch.lowering import LOWERINGS, Rank
 from ranksearch.lowering.contract import sides
 from ranksearch.search.budgets import budgets_of, check_feasible_space
 from ranksearch.search.groups import grouping_of, groups_of
+from ranksearch.search.latency import open_table
 from ranksearch.search.metric import metric_text
 from ranksearch.search.parametrize import Searched
 from ranksearch.search.proposals import form_of
 from ranksearch.search.recipe import searched_settings
 from ranksearch.search.space import Space
-from ranksearch.search.workbench import open_net
+from ranksearch.search.study_folder import LATENCY
+from ranksearch.search.workbench import open_net, with_latency
 from ranksearch.tasks import model_reference
+from ranksearch.tasks.folder import data_folder
 
 
 def layer_rows(space: Space) -> dict[str, Any]:
@@ -114,16 +120,17 @@ def _rank(rank: Rank | None) -> str:
     return "–" if rank is None else "·".join(map(str, sides(rank)))
 
 
-def check_record(space: Space) -> dict[str, Any]:
+def check_record(space: Space, log: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Cost range of a valid space: dense, smallest, limit; layers and the numbers searched.
 
     Raises:
         UsageError: a rule that matches nothing, or budgets that cannot be met.
     """
-    _, net = open_net(space)
-    curves = cost_curves(net, space.layers.as_rules())
+    model, net = open_net(space)
+    example, table = space.kind().example_input, open_table(space, None)
+    curves = with_latency(cost_curves(net, space.layers.as_rules()), model, example, table, log)
     ranges = check_feasible_space(space, curves)
-    dense, search = dense_cost(net), space.search
+    dense, search = curves.dense, space.search
     limits: dict[str, int] = {}
     for budget in budgets_of(space, curves):
         # a limit on FLOPs is shown as one on MACs
@@ -161,7 +168,7 @@ def _searched(space: Space, curves: Curves) -> Mapping[str, Any]:
 
 def print_check(record: dict[str, Any]) -> None:
     rows = [
-        [cost, number(r["dense"]), number(r["limit"]), number(r["smallest"]), f"{100 * r['smallest_ratio']:.1f} %"]
+        [cost, *(_shown(cost, r[key]) for key in ("dense", "limit", "smallest")), f"{100 * r['smallest_ratio']:.1f} %"]
         for cost, r in record["costs"].items()
     ]
     columns = {"cost": "left", "dense": "right", "budget": "right", "smallest": "right", "of dense": "right"}
@@ -170,6 +177,57 @@ def print_check(record: dict[str, Any]) -> None:
         f"{record['layers_lowered']} of {record['layers']} layers may be lowered, in {len(record['groups'])} groups "
         f"({', '.join(record['groups'])}). {record['parametrization']} search for {' and '.join(record['objectives'])} by "
         f"{record['sampler']}: {len(record['searched'])} numbers ({', '.join(record['searched'])}), {record['trials']} trials."
+    )
+
+
+def _shown(cost: str, value: int | None) -> str:
+    return "–" if value is None else shown(cost, value)
+
+
+def latency_record(space: Space, log: Callable[[str], None]) -> dict[str, Any]:
+    """Per layer its time, and up to which rank each lowering is faster; the whole net's time. Measured where it has to be."""
+    model, net = open_net(space)
+    table = LatencyTable(Stopwatch(space.latency.as_setting()), [data_folder(space.data) / LATENCY])
+    curves = with_latency(cost_curves(net, space.layers.as_rules()), model, space.kind().example_input, table, log)
+    assert curves.timing is not None
+    rows = [
+        {
+            "name": o.layer.name, "weight_shape": list(o.layer.spec.weight_shape), "in_size": list(o.layer.in_sizes[0]),
+            "uses": len(o.layer.in_sizes), "dense_ms": table.dense_ms(o.layer),
+            "fastest_ms": min(float(table.times_ms(o.layer, c.lowering, [c.rank])[0]) for c in o.choices[1:]),
+            "faster_up_to": {name: table.faster_below(o.layer, name) for name in o.lowerings},
+        }
+        for o in curves.layers
+        if o.lowerings
+    ]  # fmt: skip
+    low, full = curves.smallest()["latency"], cost_value(curves.dense, "latency")
+    return {
+        "space": space.name, "task": space.task, "model": space.model, "setting": asdict(table.stopwatch.setting),
+        "measured_with": table.key, "rank_step": table.step, "dense_ms": curves.dense.latency_ms, "smallest_ms": low / NS_PER_MS,
+        "smallest_ratio": low / full, "dense_factor": curves.timing.factors[0], "chain_factor": curves.timing.factors[1], "layers": rows,
+    }  # fmt: skip
+
+
+def print_latency(record: dict[str, Any]) -> None:
+    names = list(dict.fromkeys(name for row in record["layers"] for name in row["faster_up_to"]))
+    columns = {"layer": "left", "weight": "left", "input": "left", "dense ms": "right", "fastest ms": "right"}
+    rows = [
+        [
+            row["name"], "×".join(map(str, row["weight_shape"])), "×".join(map(str, row["in_size"])) or "–",
+            f"{row['dense_ms']:.4f}", f"{row['fastest_ms']:.4f}", *(_rank(row["faster_up_to"].get(name)) for name in names),
+        ]
+        for row in record["layers"]
+    ]  # fmt: skip
+    table(
+        f"{record['task']}/{record['model']}: {record['measured_with']}; '≤' is the largest measured rank that is faster than dense",
+        columns | {f"{name} ≤": "right" for name in names},
+        rows,
+        spare=("weight", "input"),
+    )
+    print(
+        f"The net takes {record['dense_ms']:.3f} ms; the fastest plan is predicted to take {record['smallest_ms']:.3f} ms "
+        f"({100 * record['smallest_ratio']:.1f} %). Times are of layers by themselves; inside this net a dense one counts "
+        f"{record['dense_factor']:.2f} times, a chain {record['chain_factor']:.2f} times that."
     )
 
 

@@ -250,7 +250,7 @@ def test_budgets_are_read_exactly(cost, text, limit):
         ("flops", "0%", "above 0"),
         ("size", "3MIB", "Did you mean 'MiB'"),
         ("params", "3MiB", "unknown unit"),
-        ("latency", "3ms", "table of measured times"),
+        ("latency", "3", "the unit is missing, such as 70% or 3.5ms"),
     ],
 )
 def test_a_wrong_budget_says_what_is_valid(cost, text, says):

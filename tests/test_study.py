@@ -348,19 +348,6 @@ def test_inline_search_from_the_public_api(tmp_path, digits_yaml, short_settings
     assert sum(p.numel() for p in net.parameters()) == front["trials"][0]["params"]
 
 
-def test_latency_is_an_objective_that_is_measured_in_turn_with_the_dense_net(tmp_path, digits_yaml, short_settings):
-    settings = [*short_settings, "search.objectives=[accuracy, latency]"]
-    study = ranksearch.search(digits_yaml, settings=settings, runs=tmp_path, inline=True)
-    record = study.front_record()
-    assert record["reference_point"] == [0.0, 1.0]
-    assert record["dense"]["latency_ms"] > 0
-    for row in study.trials:
-        assert row["latency_ms"] > 0
-        assert 0 < row["latency_ratio"] < 100  # a busy machine disturbs either side
-    values = {t.number: t.values for t in study._study.get_trials() if t.values}
-    assert all(values[row["trial"]][1] == row["latency_ratio"] for row in study.trials)
-
-
 def test_flops_are_macs_as_an_objective(make, bench):
     study = make(trials=5, settings=["search.objectives=[accuracy, flops]"])
     drain(study, bench)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ranksearch.allocate.baselines import BASELINES, random
 from ranksearch.allocate.budget import parse_budget
@@ -14,11 +14,13 @@ from ranksearch.allocate.curves import rank_curves
 from ranksearch.allocate.damage import MEASURES
 from ranksearch.allocate.exact import solve_exactly
 from ranksearch.allocate.greedy import greedy, measure_scores
+from ranksearch.allocate.latency import timed
 from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.allocate.sensitivity import SENSITIVITIES, weigh
 from ranksearch.allocate.solver import Solver, allocate_plan, solve
 from ranksearch.allocate.statistics import Loss
 from ranksearch.compress import RankPlan, reestimate_bn_, trace
+from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.compress.surgery import compress
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import default_lowerings, expand_families
@@ -43,6 +45,7 @@ def allocate(
     calibration: Sequence[Any] = (),
     loss: Loss | None = None,
     score: Callable[[nn.Module], float] | None = None,
+    latency: LatencyTable | None = None,
     seed: int = 0,
 ) -> RankPlan:
     """The plan of least predicted damage within `budgets`; `plan.gap` says how far from the least it can be at most.
@@ -63,6 +66,8 @@ def allocate(
         loss: output of the model -> sum of the samples' losses, for "fisher" and "kfac"; left out, cross-entropy against labels drawn
             from the model's own prediction.
         score: net -> figure of merit, higher is better.
+        latency: for a budget on it, such as `LatencyTable(Stopwatch(LatencySetting("eager", batch=1, threads=1)))`; what it lacks is
+            measured here.
         seed: of the drawn labels and positions, and of "random".
 
     Raises:
@@ -79,6 +84,10 @@ def allocate(
     )
     found.check(net)
     curves = rank_curves(model, net, found)
+    if latency is not None:
+        if not isinstance(example_input, Tensor):
+            raise UsageError("Latency is measured of models that take one tensor; this one takes several.")
+        curves = timed(curves, model, example_input, latency, lambda text: None)
     parsed = [parse_budget(cost, text) for cost, text in budgets.items()]
     if method in SOLVERS:
         damage = weigh(curves, model, calibration, sensitivity, MEASURES[measure], seed=seed, loss=loss)

@@ -5,7 +5,7 @@ Each has one knob; the knob is set by bisection to the largest plan within every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 
 import numpy as np
@@ -31,18 +31,21 @@ def cheapest(options: LayerOptions, fine: np.ndarray) -> int:
 
 
 def largest_within(curves: Curves, budgets: Sequence[Budget], pick: Pick, model: str | None) -> RankPlan:
-    """The plan of the largest knob in 0..1 whose MACs and params stay within the budgets; layers that share a ratio are tied.
+    """The plan of the largest knob in 0..1 whose costs stay within the budgets; layers that share a ratio are tied.
 
     Raises:
         UsageError: the budgets cannot be met, or not by this baseline; the text says which.
     """
     limits = limits_of(curves, budgets)
 
+    def totals(picks: Mapping[str, int]) -> np.ndarray:
+        chosen = [(o, picks[o.layer.name]) for o in curves.layers]
+        spent = [(o.macs[i], o.params[i], 0 if o.latency is None else o.latency[i]) for o, i in chosen]
+        return np.sum(spent, axis=0)
+
     def picks_at(knob: float) -> dict[str, int] | None:
         picks = curves.tied({o.layer.name: pick(o, knob) for o in curves.layers})
-        macs = sum(int(o.macs[picks[o.layer.name]]) for o in curves.layers)
-        params = sum(int(o.params[picks[o.layer.name]]) for o in curves.layers)
-        return picks if macs <= limits[0] and params <= limits[1] else None
+        return picks if (totals(picks) <= limits).all() else None
 
     best = picks_at(0.0)
     if best is None:

@@ -11,18 +11,23 @@ from ranksearch.compress import Cost
 from ranksearch.errors import UsageError, nearest
 
 COSTS = ("flops", "macs", "params", "size", "latency")
+NS_PER_MS = 1_000_000
+"""Latency is counted in whole nanoseconds, so that a budget is kept exactly."""
 _UNITS: dict[str, dict[str, int]] = {
     "flops": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9},
     "macs": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9},
     "params": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9},
     "size": {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    "latency": {"us": 10**3, "ms": 10**6, "s": 10**9},
 }
-_EXAMPLES = {"flops": "50% or 40M", "macs": "50% or 20M", "params": "50% or 130k", "size": "50% or 1.2MiB"}
+_EXAMPLES = {
+    "flops": "50% or 40M", "macs": "50% or 20M", "params": "50% or 130k", "size": "50% or 1.2MiB", "latency": "70% or 3.5ms",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Budget:
-    """An upper bound on one cost: `value` in percent of dense where `relative`, else in units (FLOPs, MACs, bytes)."""
+    """An upper bound on one cost: `value` in percent of dense where `relative`, else in units (FLOPs, MACs, bytes, nanoseconds)."""
 
     cost: str
     value: Decimal
@@ -33,7 +38,7 @@ class Budget:
         return f"{self.cost}={self.text}"
 
     def limit(self, dense: Cost) -> int:
-        """The largest allowed value in whole units of the cost (FLOPs, MACs, parameters or bytes)."""
+        """The largest allowed value in whole units of the cost (FLOPs, MACs, parameters, bytes or nanoseconds)."""
         return int(self.value * cost_value(dense, self.cost) / 100) if self.relative else int(self.value)
 
     def allows(self, cost: Cost, dense: Cost) -> bool:
@@ -41,20 +46,33 @@ class Budget:
 
 
 def cost_value(cost: Cost, name: str) -> int:
-    """The cost `name` in its own unit; `flops` are 2 x MACs."""
+    """The cost `name` in its own unit; `flops` are 2 x MACs, latency is in whole nanoseconds.
+
+    Raises:
+        UsageError: a latency that was not measured.
+    """
+    if name == "latency":
+        if cost.latency_ms is None:
+            raise UsageError(
+                "Latency was not measured: `latency` says by which runtime, batch and threads it is to be."
+            )
+        return round(cost.latency_ms * NS_PER_MS)
     return {"flops": 2 * cost.macs, "macs": cost.macs, "params": cost.params, "size": cost.size_bytes}[name]
+
+
+def shown(cost: str, value: int) -> str:
+    """A cost's value in words, such as `1,258,291` or `3.512 ms`, rounded up, so that a budget of it is met."""
+    return f"{-(-value // 1000) / 1000:,.3f} ms" if cost == "latency" else f"{value:,}"
 
 
 def parse_budget(cost: str, text: object) -> Budget:
     """Reads a budget such as ("flops", "50%"), ("macs", "20M") or ("size", "1.2MiB").
 
     Raises:
-        UsageError: an unknown cost or unit, a value that is no positive number, a bare fraction, a cost without a table.
+        UsageError: an unknown cost or unit, a value that is no positive number, a bare fraction.
     """
     if cost not in COSTS:
         raise UsageError(f"There is no cost {cost!r} to set a budget on. {nearest(cost, COSTS)}")
-    if cost == "latency":
-        raise UsageError("A latency budget needs a table of measured times, which is not there yet: use flops or size.")
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*(%|[A-Za-z]*)\s*", str(text))
     if match is None:
         raise UsageError(f"Budget {cost}={text}: expected a number and a unit, such as {_EXAMPLES[cost]}.")
@@ -64,6 +82,8 @@ def parse_budget(cost: str, text: object) -> Budget:
     if unit == "%":
         return Budget(cost, value, relative=True, text=str(text).strip())
     units = _UNITS[cost]
+    if not unit and unit not in units:
+        raise UsageError(f"Budget {cost}={text}: the unit is missing, such as {_EXAMPLES[cost]}.")
     if unit not in units:
         raise UsageError(f"Budget {cost}={text}: unknown unit {unit!r}. {nearest(unit, ['%', *filter(None, units)])}")
     if not unit and value <= 1:
@@ -74,12 +94,13 @@ def parse_budget(cost: str, text: object) -> Budget:
 def check_feasible(budgets: Iterable[Budget], smallest: dict[str, int], dense: Cost) -> None:
     """Raises UsageError where a budget lies below the smallest reachable cost; the text names that value."""
     for budget in budgets:
-        low, limit, full = smallest[budget.cost], budget.limit(dense), cost_value(dense, budget.cost)
+        limit, full = budget.limit(dense), cost_value(dense, budget.cost)
+        low = smallest[budget.cost]
         if low > limit:
             raise UsageError(
-                f"Budget {budget} allows {limit:,} of {full:,} {budget.cost}, but no plan under these layer rules costs "
-                f"less than {low:,} ({percent_above(low, full)}%), {low - limit:,} more: raise it to that, or allow more layers "
-                f"and lowerings."
+                f"Budget {budget} allows {shown(budget.cost, limit)} of {shown(budget.cost, full)} {budget.cost}, but no plan under these "
+                f"layer rules costs less than {shown(budget.cost, low)} ({percent_above(low, full)}%), {shown(budget.cost, low - limit)} "
+                f"more: raise it to that, or allow more layers and lowerings."
             )
 
 

@@ -6,16 +6,16 @@ One Gram `eigvalsh` per layer and lowering gives the error at every rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from torch import nn
 
-from ranksearch.allocate.budget import Budget, check_feasible
+from ranksearch.allocate.budget import NS_PER_MS, Budget, check_feasible
 from ranksearch.allocate.curve_cache import curve_key
 from ranksearch.allocate.rules import LayerRule, LayerRules
-from ranksearch.compress import DENSE, Layer, LayerPlan, Net, RankPlan, dense_cost, layer_cost
+from ranksearch.compress import DENSE, Cost, Layer, LayerPlan, Net, RankPlan, dense_cost, layer_cost, plan_cost
 from ranksearch.compress.slots import find_slots
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import Lowering, lowering_named
@@ -37,6 +37,8 @@ class LayerOptions:
     spectra: Mapping[str, tuple[Spectrum, ...]]
     """Lowering -> the whole spectra of the matrices that it cuts, one per side of its rank; without the lowerings that cut none."""
     rank_multiple: int = 1
+    latency: np.ndarray | None = None
+    """Nanoseconds inside the net, where a latency table is at hand."""
 
     def of_lowering(self, name: str) -> list[int]:
         """The options of one lowering."""
@@ -75,8 +77,9 @@ class Row:
 
     @cached_property
     def costs(self) -> np.ndarray:
-        """[2, n options]: MACs and params."""
-        return np.stack([self.total(m.macs for m in self.members), self.total(m.params for m in self.members)])
+        """[3, n options]: MACs, params, nanoseconds (0 where they are not known)."""
+        columns = [[m.macs, m.params, np.zeros_like(m.macs) if m.latency is None else m.latency] for m in self.members]
+        return np.stack([self.total(column) for column in zip(*columns, strict=True)])
 
     def allowed(self, lowerings: Mapping[str, Iterable[str]]) -> np.ndarray:
         """[n options]: whether every member takes one of its `lowerings` (any, where it is not named) or stays dense."""
@@ -104,6 +107,18 @@ def _group(members: tuple[LayerOptions, ...]) -> Row:
     return Row(members, np.array(list(dict.fromkeys(rows))))
 
 
+@dataclass(frozen=True)
+class Timing:
+    """A whole net's time in nanoseconds, and how single layers' times become shares of it."""
+
+    dense_ns: int
+    """Measured."""
+    other_ns: int
+    """What no layer's option changes; negative where layers by themselves are slower than in a net that the runtime fuses."""
+    factors: tuple[float, float]
+    """On the times of layers by themselves, of dense ones and of chains; they are in the options' already."""
+
+
 @dataclass(frozen=True, eq=False)
 class Curves:
     """The options of every layer of a net, which layers share a ratio, and the net's fixed costs."""
@@ -112,6 +127,8 @@ class Curves:
     layers: tuple[LayerOptions, ...]
     groups: tuple[tuple[str, ...], ...] = ()
     """Names of layers that take one lowering at one ratio; others are free."""
+    timing: Timing | None = None
+    """Where a latency table is at hand."""
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -133,9 +150,9 @@ class Curves:
                 continue
             chosen = [(member, tied[member.layer.name]) for member in row.members]
             most = [sum(int(m.macs[i]) for m, i in chosen), sum(int(m.params[i]) for m, i in chosen)]
-            fits = np.flatnonzero((most >= row.costs.T).all(axis=1))
+            fits = np.flatnonzero((most >= row.costs[:2].T).all(axis=1))
             removed = row.total(member.removed for member in row.members)
-            best = fits[np.argmin(removed[fits])] if len(fits) else np.lexsort(row.costs[::-1])[0]
+            best = fits[np.argmin(removed[fits])] if len(fits) else np.lexsort(row.costs[1::-1])[0]
             tied |= {
                 member.layer.name: int(option) for member, option in zip(row.members, row.picks[best], strict=True)
             }
@@ -146,7 +163,10 @@ class Curves:
         return RankPlan({o.layer.name: o.choices[picks[o.layer.name]] for o in self.layers}, model, gap)
 
     def value(self, cost: str, layers: int) -> int:
-        """The whole net's cost ("macs", "flops", "params", "size") where its lowered layers have `layers` MACs or params."""
+        """The whole net's cost where its layers have `layers` MACs, params or nanoseconds, whichever `AXES` binds the cost to."""
+        if cost == "latency":
+            assert self.timing is not None
+            return layers + self.timing.other_ns
         if cost in ("macs", "flops"):
             return (layers + self.net.other_macs) * (2 if cost == "flops" else 1)
         params = layers + self.net.other_params
@@ -156,12 +176,38 @@ class Curves:
 
     def smallest(self) -> dict[str, int]:
         """The smallest reachable value of every cost, each taken alone."""
-        least = [sum(int(row.costs[axis].min()) for row in self.rows) for axis in range(2)]
-        return {cost: self.value(cost, least[axis]) for cost, axis in AXES.items()}
+        least = [sum(int(row.costs[axis].min()) for row in self.rows) for axis in range(3)]
+        known = {cost: axis for cost, axis in AXES.items() if cost != "latency" or self.timing is not None}
+        return {cost: self.value(cost, least[axis]) for cost, axis in known.items()}
+
+    @cached_property
+    def dense(self) -> Cost:
+        """Cost of the net as it is; its latency, where it is known, as measured."""
+        latency = None if self.timing is None else self.timing.dense_ns / NS_PER_MS
+        return replace(dense_cost(self.net), latency_ms=latency)
+
+    def cost(self, plan: RankPlan) -> Cost:
+        """Cost of the net under `plan`; its latency, where a table is at hand, as predicted.
+
+        Raises:
+            UsageError: the plan names a layer that the net lacks, or a rank that the layer lacks.
+        """
+        counted = plan_cost(self.net, plan)
+        if self.timing is None:
+            return counted
+        taken = self.timing.other_ns
+        for options in self.layers:
+            choice, name = plan[options.layer.name], options.layer.name
+            if choice not in options.choices or options.latency is None:
+                raise UsageError(
+                    f"The latency table has no {choice.lowering} at rank {choice.rank} for layer {name!r}: the layer rules do not allow it."
+                )
+            taken += int(options.latency[options.choices.index(choice)])
+        return replace(counted, latency_ms=taken / NS_PER_MS)
 
 
-AXES = {"flops": 0, "macs": 0, "params": 1, "size": 1}
-"""Cost -> which of (MACs, params) of the layers it is bound to."""
+AXES = {"flops": 0, "macs": 0, "params": 1, "size": 1, "latency": 2}
+"""Cost -> which of (MACs, params, nanoseconds) of the layers it is bound to."""
 
 
 def _lowering_options(layer: Layer, curve: RankCurve, name: str, min_rank: int) -> tuple[list[LayerPlan], np.ndarray]:
@@ -251,18 +297,18 @@ def _curves(net: Net, rules: LayerRules, curve_of: Callable[[Layer, Lowering, in
 
 
 def limits_of(curves: Curves, budgets: Iterable[Budget]) -> np.ndarray:
-    """Budgets as limits on (MACs, params) of the layers alone: [2], infinite where nothing limits.
+    """Budgets as limits on (MACs, params, nanoseconds) of the layers alone: [3], infinite where nothing limits.
 
     Raises:
-        UsageError: a budget is below the smallest reachable cost.
+        UsageError: a budget is below the smallest reachable cost, or on a latency that was not measured.
     """
-    budgets, net, dense = list(budgets), curves.net, dense_cost(curves.net)
+    budgets, net, dense = list(budgets), curves.net, curves.dense
     check_feasible(budgets, curves.smallest(), dense)
-    limits = np.array([np.inf, np.inf])
+    limits = np.full(3, np.inf)
     for budget in budgets:
         limit, axis = budget.limit(dense), AXES[budget.cost]
         if budget.cost == "size":
             limit = (limit - net.other_bytes) // BYTES_PER_WEIGHT - net.other_floats
-        value = (limit // 2 if budget.cost == "flops" else limit) - (net.other_params if axis else net.other_macs)
-        limits[axis] = min(limits[axis], value)
+        fixed = (net.other_macs, net.other_params, curves.timing.other_ns if curves.timing is not None else 0)[axis]
+        limits[axis] = min(limits[axis], (limit // 2 if budget.cost == "flops" else limit) - fixed)
     return limits

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from ranksearch.allocate.curves import Curves, Row
+from ranksearch.allocate.curves import AXES, Curves, Row
 from ranksearch.allocate.damage import Damage
 from ranksearch.errors import RanksearchError
 from ranksearch.pareto import nondominated
@@ -25,6 +25,7 @@ FITS = 1 + 1e-13
 OPTIMAL = 1e-4
 """Share of the optimum that the exact search may leave open."""
 
+LATENCY = AXES["latency"]
 SLACK = 2e-6
 """HiGHS meets constraints to 1e-6 only: where that breaks a budget, it is asked again for a little less than the budget."""
 
@@ -54,15 +55,15 @@ class Problem:
         return bool((self.totals(picks)[1] <= FITS).all())
 
 
-def _columns(row: Row, damage: Damage, allowed: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """The options of a row that are allowed and that no other one betters in damage, MACs and params at once.
+def _columns(row: Row, damage: Damage, allowed: Mapping[str, Sequence[str]], axes: Sequence[int]) -> np.ndarray:
+    """The options of a row that are allowed and that no other one betters in damage and all costs `axes` at once.
 
     In a group the members' damages may be weighted differently, so nothing is dropped there.
     """
     index = np.flatnonzero(row.allowed(allowed))
     if len(row.members) > 1:
         return index
-    table = np.stack([damage(row.members[0]), *row.costs], axis=1)[index]
+    table = np.stack([damage(row.members[0]), *row.costs[list(axes)]], axis=1)[index]
     return index[nondominated(table)]
 
 
@@ -71,26 +72,30 @@ class Poser:
 
     def __init__(self, curves: Curves, damage: Damage) -> None:
         self.curves, self.damage = curves, damage
-        self._found: dict[tuple[int, frozenset[tuple[str, tuple[str, ...]]]], np.ndarray] = {}
+        self._found: dict[tuple[int, tuple[int, ...], frozenset[tuple[str, tuple[str, ...]]]], np.ndarray] = {}
 
-    def _efficient(self, number: int, row: Row, allowed: Mapping[str, Sequence[str]]) -> np.ndarray:
+    def _efficient(
+        self, number: int, row: Row, allowed: Mapping[str, Sequence[str]], axes: tuple[int, ...]
+    ) -> np.ndarray:
         names = [member.layer.name for member in row.members]
-        key = number, frozenset((name, tuple(allowed[name])) for name in names if name in allowed)
+        key = number, axes, frozenset((name, tuple(allowed[name])) for name in names if name in allowed)
         if key not in self._found:
-            self._found[key] = _columns(row, self.damage, allowed)
+            self._found[key] = _columns(row, self.damage, allowed, axes)
         return self._found[key]
 
     def pose(
         self, limits: np.ndarray, *, weights: Mapping[str, float], allowed: Mapping[str, Sequence[str]]
     ) -> tuple[Problem, list[np.ndarray]]:
-        """The problem of `limits` [2] on the rows' MACs and params, and which option of each row every column is.
+        """The problem of `limits` [3] on the rows' MACs, params and nanoseconds, and which option of each row every column is.
 
         Args:
             weights: layer -> factor on its damage, 1 where missing.
             allowed: layer -> lowerings it may take besides dense, all where missing.
         """
         rows, bounded = self.curves.rows, np.flatnonzero(np.isfinite(limits))
-        columns = [self._efficient(i, row, allowed) for i, row in enumerate(rows)]
+        # where latency is limited, layers whose factors are slower stay dense: fewer MACs alone are no reason to keep an option
+        axes = tuple(bounded.tolist()) if LATENCY in bounded else (0, 1)
+        columns = [self._efficient(i, row, allowed, axes) for i, row in enumerate(rows)]
         shape = (len(rows), max(map(len, columns)))
         damage, costs = np.full(shape, np.inf), np.zeros((len(bounded), *shape))
         for i, (row, index) in enumerate(zip(rows, columns, strict=True)):

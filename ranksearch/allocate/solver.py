@@ -19,11 +19,11 @@ from functools import lru_cache
 import numpy as np
 from scipy.optimize import linprog
 
-from ranksearch.allocate.budget import Budget, cost_value, percent_above
+from ranksearch.allocate.budget import Budget, cost_value, percent_above, shown
 from ranksearch.allocate.curves import AXES, Curves, limits_of
 from ranksearch.allocate.damage import WITHOUT_DATA, Damage
 from ranksearch.allocate.problem import FITS, Infeasible, Poser, Problem, by_milp, least
-from ranksearch.compress import RankPlan, dense_cost
+from ranksearch.compress import RankPlan
 from ranksearch.errors import UsageError
 
 ROUNDS = 60
@@ -284,7 +284,7 @@ def _poser(curves: Curves, damage: Damage) -> Poser:
 
 def _why_infeasible(curves: Curves, budgets: Sequence[Budget], problem: Problem) -> str:
     """Which of several budgets keeps the others from being met, by how much, and the smallest value that could be met."""
-    dense, limits = dense_cost(curves.net), limits_of(curves, budgets)
+    dense, limits = curves.dense, limits_of(curves, budgets)
     bounded = np.flatnonzero(np.isfinite(limits)).tolist()
     sentences = []
     for budget in budgets:
@@ -295,8 +295,8 @@ def _why_infeasible(curves: Curves, budgets: Sequence[Budget], problem: Problem)
         layers = round(problem.totals(picks)[1][axis] * limits[bounded[axis]])
         low, full = curves.value(budget.cost, layers), cost_value(dense, budget.cost)
         sentences.append(
-            f"With the others kept, the smallest {budget.cost} is {low:,} ({percent_above(low, full)}%), "
-            f"{low - budget.limit(dense):,} above the budget {budget}."
+            f"With the others kept, the smallest {budget.cost} is {shown(budget.cost, low)} ({percent_above(low, full)}%), "
+            f"{shown(budget.cost, low - budget.limit(dense))} above the budget {budget}."
         )
     return " ".join(
         [

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
-from ranksearch.allocate import Budget, Curves, allocate_plan
+from ranksearch.allocate import COSTS, Budget, Curves, allocate_plan
 from ranksearch.allocate.budget import cost_value
-from ranksearch.compress import Cost, dense_cost
+from ranksearch.compress import Cost
 from ranksearch.search.space import Space
 
 
@@ -21,9 +21,9 @@ def budgets_of(space: Space, curves: Curves) -> list[Budget]:
     budgets = space.parsed_budgets()
     if budgets:
         return budgets
-    counted = (name for name in space.search.objectives if name not in ("accuracy", "latency"))
-    cost = next(counted, "macs")
-    full = cost_value(dense_cost(curves.net), cost)
+    known = ("macs", "flops", "params", "size") if curves.timing is None else COSTS
+    cost = next((name for name in space.search.objectives if name in known), "macs")
+    full = cost_value(curves.dense, cost)
     return [Budget(cost, Decimal(full), relative=False, text=str(full))]
 
 
@@ -31,7 +31,7 @@ def at_level(budgets: Sequence[Budget], level: float, curves: Curves) -> list[Bu
     """The budgets lowered to `level` of themselves, but not below the smallest plan; level 1 leaves them exactly alone."""
     if level >= 1:
         return list(budgets)
-    dense, smallest = dense_cost(curves.net), curves.smallest()
+    dense, smallest = curves.dense, curves.smallest()
     return [
         Budget(
             b.cost,
@@ -51,5 +51,5 @@ def violations(budgets: Sequence[Budget], cost: Cost, dense: Cost) -> dict[str, 
 def check_feasible_space(space: Space, curves: Curves) -> Mapping[str, tuple[int, int]]:
     """Cost -> (smallest, dense) value; raises UsageError where the budgets cannot be met, alone or together."""
     allocate_plan(curves, budgets_of(space, curves))
-    smallest, dense = curves.smallest(), dense_cost(curves.net)
-    return {cost: (smallest[cost], cost_value(dense, cost)) for cost in ("macs", "params", "size")}
+    smallest, dense = curves.smallest(), curves.dense
+    return {cost: (low, cost_value(dense, cost)) for cost, low in smallest.items() if cost != "flops"}

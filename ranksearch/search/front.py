@@ -17,7 +17,7 @@ COST_RATIOS = {
     "macs": "macs_ratio", "flops": "macs_ratio", "params": "params_ratio", "size": "size_ratio", "latency": "latency_ratio",
 }  # fmt: skip
 MEASURED = (
-    "val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_ms", "latency_ratio", "images_per_second",
+    "val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_predicted_ms", "latency_ms", "latency_ratio", "images_per_second",
     "projection_share", "seconds",
 )  # fmt: skip
 NOT_IN_RECORD = ("share", "history", "projections", "losses", "started", "ended")
@@ -59,12 +59,17 @@ def row_of(trial: FrozenTrial, dense: Mapping[str, Any], metric: Metric) -> Row:
 
 
 def cost_ratio(objective: str, cost: Cost, dense: Cost) -> float:
-    """A cost as a ratio of the dense net's, as far as it is known before a trial; latency, which is not, is 1."""
+    """A cost as a ratio of the dense net's, as far as it is known before a trial; latency is as predicted, 1 where it is not."""
     of_dense = {
         "macs_ratio": cost.macs / dense.macs, "params_ratio": cost.params / dense.params,
-        "size_ratio": cost.size_bytes / dense.size_bytes, "latency_ratio": 1.0,
+        "size_ratio": cost.size_bytes / dense.size_bytes, "latency_ratio": latency_ratio(cost, dense) or 1.0,
     }  # fmt: skip
     return of_dense[COST_RATIOS[objective]]
+
+
+def latency_ratio(cost: Cost, dense: Cost) -> float | None:
+    """Latency as a ratio of the dense net's; None where either is not known."""
+    return cost.latency_ms / dense.latency_ms if cost.latency_ms is not None and dense.latency_ms else None
 
 
 def objective_values(row: Row, objectives: Sequence[str]) -> list[float]:
@@ -123,6 +128,7 @@ def front_record(
         "budgets": {budget.cost: budget.text for budget in space.parsed_budgets()},
         "reference_point": [0.0 if name == "accuracy" else 1.0 for name in objectives],
         "hypervolume": hypervolume,
+        "latency": space.latency.model_dump() if space.has_latency else None,
         "dense": dict(dense),
         "trials": [{key: value for key, value in row.items() if key not in NOT_IN_RECORD} for row in front],
     }

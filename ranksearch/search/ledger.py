@@ -9,10 +9,10 @@ from ranksearch.search.front import Row, dominates, front_hypervolume, in_order,
 
 
 class Ledger:
-    """Rows by trial number; the nondominated complete ones."""
+    """Rows by trial number; the nondominated complete ones, with `faster` of those alone that are not slower than the dense net."""
 
-    def __init__(self, objectives: Sequence[str], rows: Iterable[Row] = ()) -> None:
-        self._objectives = tuple(objectives)
+    def __init__(self, objectives: Sequence[str], rows: Iterable[Row] = (), *, faster: bool = False) -> None:
+        self._objectives, self._faster = tuple(objectives), faster
         self._rows: dict[int, Row] = {}
         self._front: list[Row] = []
         self._best: Row | None = None
@@ -37,6 +37,11 @@ class Ledger:
             return False
         if self._best is None or merit(row) > merit(self._best):
             self._best = row
+        return self._take_to_front(row)
+
+    def _take_to_front(self, row: Row) -> bool:
+        if self._faster and (row["latency_ratio"] or 0.0) > 1:
+            return False
         if any(dominates(other, row, self._objectives) for other in self._front):
             return False
         self._front = [other for other in self._front if not dominates(row, other, self._objectives)]
@@ -68,6 +73,19 @@ class Ledger:
         found = {"finished_trials": len(self), "hypervolume": self.hypervolume, "front_size": len(self._front)}
         best = {} if self._best is None else {"best_within_budget": self._best["val_accuracy"]}
         return found | best | {f"{status.replace(' ', '_')}_trials": count for status, count in self.counts.items()}
+
+    def time(self, found: Mapping[str, Sequence[float]]) -> None:
+        """Writes latencies (trial number as text -> milliseconds, ratio of dense) into the rows, and makes the front anew."""
+        if not found:
+            return
+        for key, (milliseconds, ratio) in found.items():
+            if int(key) in self._rows:
+                self._rows[int(key)] |= {"latency_ms": milliseconds, "latency_ratio": ratio}
+        self._front = []
+        self.__dict__.pop("hypervolume", None)
+        for row in self.rows:
+            if row["status"] == "complete":
+                self._take_to_front(row)
 
     def score(self, test: Mapping[str, float]) -> None:
         """Writes test accuracies (trial number as text -> percent) into the rows."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch.allocate import BASELINES, Budget, Curves
-from ranksearch.compress import RankPlan, dense_cost, plan_cost
+from ranksearch.compress import RankPlan
 from ranksearch.errors import UsageError
 from ranksearch.search.allocated import Allocated
 from ranksearch.search.budgets import at_level, budgets_of, has_levels, violations
@@ -105,13 +105,13 @@ def _warm(space: Space, curves: Curves, form: Form) -> Iterator[Opening]:
     Raises:
         UsageError: no front there, or one of another net.
     """
-    dense, budgets = dense_cost(curves.net), budgets_of(space, curves)
+    dense, budgets = curves.dense, budgets_of(space, curves)
     for where in space.search.warm_start:
         for row in read_front(where):
             plan = _plan_of(row, where)
             if not _fits(plan, curves, where):
                 continue
-            if max(violations(budgets, plan_cost(curves.net, plan), dense).values()) > 0:
+            if max(violations(budgets, curves.cost(plan), dense).values()) > 0:
                 continue
             settled = searched_settings(space.recipe)
             recipe = dict(flattened(row.get("recipe") or {}))

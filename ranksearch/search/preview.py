@@ -16,10 +16,11 @@ from typing import Any
 from ranksearch.allocate import BASELINES, Budget, allocate_plan, cost_value, greedy, measure_scores
 from ranksearch.allocate.curves import Curves
 from ranksearch.allocate.damage import Damage
-from ranksearch.compress import Cost, RankPlan, dense_cost, plan_cost
+from ranksearch.compress import Cost, RankPlan
 from ranksearch.errors import UsageError, nearest
 from ranksearch.pareto import nondominated
 from ranksearch.search.budgets import budgets_of
+from ranksearch.search.front import COST_RATIOS, latency_ratio
 from ranksearch.search.metric import Metric
 from ranksearch.search.scorer import Scorer
 from ranksearch.search.space import Space
@@ -53,7 +54,7 @@ def levels_of(space: Space, curves: Curves, percents: Sequence[float], log: Log)
         UsageError: no level can be met.
     """
     own = budgets_of(space, curves)
-    dense, smallest = dense_cost(curves.net), curves.smallest()
+    dense, smallest = curves.dense, curves.smallest()
     full = cost_value(dense, own[0].cost)
     own_percent = _own_level(space, curves)
     found = {own_percent: Level(own_percent, tuple(own))} if own_percent is not None and own_percent < 100 else {}
@@ -106,7 +107,7 @@ def preview_rows(
     val = bench.task.val.first(images)
     batch_size = space.recipe.batch_size
     scorer = Scorer(bench.task, bench.dense_model(), val, bn_batches=BN_BATCHES, batch_size=batch_size)
-    reference, dense = model_reference(space.task, space.model), dense_cost(bench.net)
+    reference, dense = model_reference(space.task, space.model), bench.curves.dense
     known: dict[str, Evaluation] = {}
 
     def make(name: str) -> Allocator:
@@ -127,13 +128,14 @@ def preview_rows(
                 log(f"{name} has no plan at {level.percent:g} %: {error}")
                 continue
             seconds = time.perf_counter() - started
-            cost, digest = plan_cost(bench.net, plan), plan.digest()
+            cost, digest = bench.curves.cost(plan), plan.digest()
             known[digest] = known.get(digest) or scorer(plan)
             yield {
                 "allocator": name, "level": round(level.percent, 4), "budgets": {b.cost: b.text for b in level.budgets},
                 "val_accuracy": known[digest].accuracy, "val_loss": known[digest].loss, "macs": cost.macs, "params": cost.params,
                 "size_bytes": cost.size_bytes, "macs_ratio": cost.macs / dense.macs, "params_ratio": cost.params / dense.params,
-                "size_ratio": cost.size_bytes / dense.size_bytes, "predicted_damage": damage_of(bench.curves, bench.damage, plan),
+                "size_ratio": cost.size_bytes / dense.size_bytes, "latency_predicted_ms": cost.latency_ms,
+                "latency_ratio": latency_ratio(cost, dense), "predicted_damage": damage_of(bench.curves, bench.damage, plan),
                 "gap": plan.gap, "allocation_seconds": round(seconds, 4), "plan": plan.to_dict(),
             }  # fmt: skip
 
@@ -142,7 +144,7 @@ def _own_level(space: Space, curves: Curves) -> float | None:
     """The space's first budget in percent of the dense net's cost; None where it has no budget."""
     if not space.budgets:
         return None
-    first, dense = budgets_of(space, curves)[0], dense_cost(curves.net)
+    first, dense = budgets_of(space, curves)[0], curves.dense
     return 100 * first.limit(dense) / cost_value(dense, first.cost)
 
 
@@ -156,10 +158,10 @@ def preview_record(
 ) -> dict[str, Any]:
     """What `preview --json` prints and `preview.json` holds: every plan, and which of them no other betters."""
     cost = budgets_of(space, bench.curves)[0].cost
-    ratio = {"flops": "macs_ratio", "macs": "macs_ratio", "params": "params_ratio", "size": "size_ratio"}[cost]
+    ratio = COST_RATIOS[cost]
     metric = Metric.of(bench.task, dense.accuracy)
     best = nondominated([[-metric.share(row["val_accuracy"]), row[ratio]] for row in rows])
-    full = dense_cost(bench.net)
+    full = bench.curves.dense
     return {
         "space": space.name, "task": space.task, "model": space.model, "metric": metric.to_dict(), "cost": cost, "cost_ratio": ratio,
         "own_level": _own_level(space, bench.curves), "budgets": {name: str(text) for name, text in space.budgets.items()},
@@ -167,7 +169,7 @@ def preview_record(
         "images": min(images, len(bench.task.val)), "bn_batches": BN_BATCHES, "seconds": round(seconds, 1),
         "dense": {
             "val_accuracy": dense.accuracy, "val_loss": dense.loss, "macs": full.macs, "params": full.params,
-            "size_bytes": full.size_bytes,
+            "size_bytes": full.size_bytes, "latency_ms": full.latency_ms,
         },
         "layers": bench.layer_facts(),
         "plans": [row | {"on_front": bool(on)} for row, on in zip(rows, best, strict=True)],

@@ -15,7 +15,8 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.allocate import Curves, Damage
-from ranksearch.compress import Cost, RankPlan, plan_cost
+from ranksearch.compress import Cost, RankPlan
+from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.allocated import Allocated
 from ranksearch.search.budgets import violations
@@ -47,8 +48,8 @@ class Candidate:
     """Where the trial keeps its state while it runs; the same file for the same plan, recipe and seed."""
     rungs: tuple[float, ...] = ()
     """Shares of the steps after which it is scored for early stopping."""
-    latency: bool = False
-    """Whether the net is timed at the end."""
+    latency: LatencySetting | None = None
+    """How the net is timed at the end; None: it is not."""
 
 
 def form_of(space: Space, curves: Curves, damage: Damage) -> Form:
@@ -87,7 +88,7 @@ class Proposals:
             except UsageError as error:
                 self._reject(trial, "infeasible", str(error))
                 continue
-            cost = plan_cost(bench.net, found.plan)
+            cost = bench.curves.cost(found.plan)
             if not self._is_feasible(trial, cost):
                 continue
             if self._is_new(trial, found):
@@ -151,9 +152,10 @@ class Proposals:
         trial.set_user_attr("candidate", record)
         self.keys.add(key)
         rungs = self._space.search.early_stopping
+        latency = self._space.latency.as_setting() if self._space.has_latency else None
         return Candidate(
             trial.number, found.plan, found.recipe, seed, trial_folder(self._folder, trial.number), self.checkpoint(key, seed),
-            rungs=tuple(rungs.rungs) if rungs is not None else (), latency="latency" in self._space.search.objectives,
+            rungs=tuple(rungs.rungs) if rungs is not None else (), latency=latency,
         )  # fmt: skip
 
     def checkpoint(self, key: str, seed: int) -> Path:

@@ -11,7 +11,7 @@ import os
 import pickle
 import secrets
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ranksearch.compress import Net, RankPlan
+from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.metric import Metric
 from ranksearch.search.proposals import Candidate
@@ -196,7 +197,8 @@ def _trainable(
     task = unpack(packed)
     candidate = Candidate(
         config["number"], RankPlan.from_dict(config["plan"]), Recipe.from_dict(config["recipe"]), config["seed"],
-        Path(config["save_to"]), Path(config["checkpoint"]), rungs=tuple(config["rungs"]), latency=config["latency"],
+        Path(config["save_to"]), Path(config["checkpoint"]), rungs=tuple(config["rungs"]),
+        latency=LatencySetting(**config["latency"]) if config["latency"] is not None else None,
     )  # fmt: skip
 
     def report(entry: dict[str, Any]) -> None:
@@ -234,7 +236,8 @@ class AskTell(Searcher):
         return {
             "number": candidate.number, "plan": candidate.plan.to_dict(), "recipe": candidate.recipe.to_dict(),
             "seed": candidate.seed, "save_to": str(candidate.save_to.absolute()),
-            "checkpoint": str(candidate.checkpoint.absolute()), "rungs": list(candidate.rungs), "latency": candidate.latency,
+            "checkpoint": str(candidate.checkpoint.absolute()), "rungs": list(candidate.rungs), 
+            "latency": asdict(candidate.latency) if candidate.latency is not None else None,
         }  # fmt: skip
 
     def _lost_head(self) -> bool:

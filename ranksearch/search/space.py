@@ -26,6 +26,7 @@ from ranksearch.allocate.budget import Budget, parse_budget
 from ranksearch.allocate.damage import MEASURES
 from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.allocate.sensitivity import SENSITIVITIES
+from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import default_lowerings, expand_families
 from ranksearch.search.settings import SWITCH, Range, Strict, searchable, searchable_choice, values_of
@@ -160,6 +161,20 @@ class LayersSpace(Strict):
         )
 
 
+class LatencySpace(Strict):
+    """How latency is measured, where it is a budget or an objective."""
+
+    runtime: Literal["eager", "compile", "onnx"] = "eager"
+    """PyTorch as it is, torch.compile (whose table takes seconds per layer, lowering and rank), or ONNX Runtime on the CPU."""
+    batch: int = Field(default=1, ge=1)
+    """Inputs of one call."""
+    threads: int = Field(default=1, ge=1)
+    """Of the CPU."""
+
+    def as_setting(self) -> LatencySetting:
+        return LatencySetting(self.runtime, self.batch, self.threads)
+
+
 class EarlyStoppingSpace(Strict):
     """Stops trials that fall behind at a rung (ASHA; with several objectives MO-ASHA, which ranks by nondominated sorting)."""
 
@@ -203,7 +218,8 @@ class SearchSpace(Strict):
         default=["accuracy", "macs"]
     )
     """Accuracy (the task's metric, whatever it is) and up to two costs, of which the front is made; accuracy alone searches the best net
-    within the budgets. `latency` is measured at the end of every trial, batch 1, in turn with the dense net."""
+    within the budgets. `latency` is predicted from a table before a trial and measured after it, in turn with the dense net;
+    `latency:` says how."""
     front_from: float = Field(default=0.4, gt=0, le=1)
     """The front is searched from this share of the budgets up to the budgets themselves."""
     groups: Annotated[str | dict[str, list[str]] | None, BeforeValidator(_grouping)] = None
@@ -325,6 +341,7 @@ class Space(Strict):
     """Images carved from the training set to choose by; left out where the task brings a validation split of its own."""
     split_seed: int = 0
     budgets: dict[str, str | int | float] = Field(default={})
+    latency: LatencySpace = LatencySpace()
     layers: LayersSpace = Field(default_factory=LayersSpace)
     recipe: RecipeSpace
     search: SearchSpace = Field(default_factory=SearchSpace)
@@ -404,6 +421,11 @@ class Space(Strict):
     def build(self, reference: str) -> nn.Module:
         """The untrained dense model of a plan that was made for this space."""
         return self.kind().build_model("") if is_own(self.task) else build_reference(reference)
+
+    @property
+    def has_latency(self) -> bool:
+        """Whether latency is a budget or an objective: then it is measured."""
+        return "latency" in self.budgets or "latency" in self.search.objectives
 
     def parsed_budgets(self) -> list[Budget]:
         return [parse_budget(cost, text) for cost, text in self.budgets.items()]

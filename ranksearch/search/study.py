@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from math import isfinite
@@ -23,7 +23,8 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.allocate import parse_budget
-from ranksearch.compress import Cost, dense_cost
+from ranksearch.compress import Cost
+from ranksearch.compress.stopwatch import Stopwatch
 from ranksearch.errors import UsageError
 from ranksearch.files import write_atomically
 from ranksearch.search.allocated import Allocated
@@ -46,6 +47,7 @@ from ranksearch.search.study_folder import (
     GIVEN,
     INFO,
     JOURNAL,
+    MEASURED,
     SPACE,
     TEST,
     UNFINISHED,
@@ -74,13 +76,15 @@ class Study:
         self._orphans = False
         """Whether a proposal broke off, so that a trial may be running in the journal that nobody runs."""
         dense = info["dense"]
-        self.dense = Cost(dense["macs"], dense["params"], dense["size_bytes"])
+        self.dense = Cost(dense["macs"], dense["params"], dense["size_bytes"], dense["latency_ms"])
         self.metric = Metric.of_study(info)
         self._proposals = self._make_proposals()
         trials = study.get_trials(deepcopy=False)
         done = (t for t in trials if t.state.is_finished() and "result" in t.user_attrs)
-        self._ledger = Ledger(self._objectives, (row_of(t, info["dense"], self.metric) for t in done))
+        rows = (row_of(t, info["dense"], self.metric) for t in done)
+        self._ledger = Ledger(self._objectives, rows, faster=space.has_latency)
         self._ledger.score(self.test_accuracies())
+        self._ledger.time(self._latencies())
         self._front_changed = False
         """Whether the front was changed since it was written."""
         self._rungs = self._recorded_rungs()
@@ -94,7 +98,6 @@ class Study:
         space: Space,
         bench: Workbench,
         dense_val_accuracy: float,
-        dense_latency_ms: float | None = None,
     ) -> Study:
         """A new study in `runs`/NAME with its first points enqueued; `dense_val_accuracy` is the dense net's metric.
 
@@ -105,23 +108,20 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             try:
-                return cls._fill(folder, space, bench, dense_val_accuracy, dense_latency_ms)
+                return cls._fill(folder, space, bench, dense_val_accuracy)
             except BaseException:
                 clear(folder)
                 raise
 
     @classmethod
-    def _fill(
-        cls, folder: Path, space: Space, bench: Workbench, val_accuracy: float, latency_ms: float | None
-    ) -> Study:
+    def _fill(cls, folder: Path, space: Space, bench: Workbench, val_accuracy: float) -> Study:
         if space.data is not None:  # the study is opened from other working directories too
             space = space.model_copy(update={"data": str(Path(space.data).expanduser().resolve())})
         (folder / UNFINISHED).touch()
         own = keep_task_file(space, folder)
         space = space.kept_in(folder, own)
         safetensors.torch.save_file({k: v.contiguous().clone() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
-        dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(dense_cost(bench.net))
-        dense["latency_ms"] = latency_ms
+        dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(bench.curves.dense)
         metric = Metric.of(bench.task, val_accuracy)
         form = form_of(space, bench.curves, bench.damage)
         known = form if isinstance(form, Allocated) else Allocated(space, bench.curves, bench.damage)
@@ -130,6 +130,7 @@ class Study:
             "study": space.name, "id": uuid.uuid4().hex, "metric": metric.to_dict(), "task_file": own, "dense": dense,
             "seed": space.search.seed, "provenance": provenance(folder),
             "opened_with": dict(Counter(point.allocator for point in opening)), "layers": bench.layer_facts(),
+            "latency_key": Stopwatch(space.latency.as_setting()).key if space.has_latency else None,
         }  # fmt: skip
         study = optuna.create_study(
             storage=open_journal(folder / JOURNAL),
@@ -311,8 +312,9 @@ class Study:
         return self._rungs.goes_on(number, rung, self._rung_point(val_accuracy, self._running[number]))
 
     def _rung_point(self, val_accuracy: float, cost: Cost) -> list[float]:
-        # a trial's latency is not known before its end: its MACs stand in for it
-        costs = ["macs" if name == "latency" else name for name in self._objectives if name != "accuracy"]
+        # a trial's latency is as predicted; where no table is at hand, its MACs stand in for it
+        unknown = "latency" if cost.latency_ms is None else ""
+        costs = ["macs" if name == unknown else name for name in self._objectives if name != "accuracy"]
         return [1 - self.metric.share(val_accuracy), *(cost_ratio(name, cost, self.dense) for name in costs)]
 
     def _recorded_rungs(self) -> Rungs | None:
@@ -324,7 +326,7 @@ class Study:
         for row in self._ledger.rows:
             for entry in row["history"]:
                 if entry["phase"] == RUNG:
-                    cost = Cost(row["macs"], row["params"], row["size_bytes"])
+                    cost = Cost(row["macs"], row["params"], row["size_bytes"], row["latency_predicted_ms"])
                     rungs.record(row["trial"], entry["rung"], self._rung_point(entry["val_accuracy"], cost))
         return rungs
 
@@ -339,6 +341,7 @@ class Study:
         status = "diverged" if result.status == "complete" and not finite else result.status
         cost = self._running[number]  # known of trials that did not end, too
         costs = {"macs": cost.macs, "params": cost.params, "size_bytes": cost.size_bytes}
+        costs["latency_predicted_ms"] = cost.latency_ms
         trial = self._study.get_trials(deepcopy=False)[number]
         if "result" not in trial.user_attrs:
             record = {**result.to_dict(), "status": status, **costs}
@@ -432,12 +435,28 @@ class Study:
         rows = [row for row in self.trials if row["status"] == "complete"]
         if budget is not None:
             limit = parse_budget(*budget.partition("=")[::2])
-            rows = [r for r in rows if limit.allows(Cost(r["macs"], r["params"], r["size_bytes"]), self.dense)]
+            rows = [row for row in rows if limit.allows(_cost_of(row, limit.cost), self.dense)]
         if not rows:
             raise UsageError(f"No finished trial of {self.space.name!r} lies within {budget or 'the budgets'}.")
         return max(rows, key=merit)
 
-    # Test set and front file -------------------------------------------------------------------------------------
+    # Latencies, test set and front file --------------------------------------------------------------------------
+
+    def _latencies(self) -> dict[str, list[float]]:
+        """Trial number -> (milliseconds, ratio of dense) of the nets that were timed at the end."""
+        path = self.folder / MEASURED
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def is_timed(self, number: int) -> bool:
+        """Whether a trial's net was timed at the end of the study."""
+        return str(number) in self._latencies()
+
+    def note_latencies(self, found: Mapping[int, tuple[float, float]]) -> None:
+        """Keeps what was measured at the end, trial number -> (milliseconds, ratio of dense); the front is made anew."""
+        known = self._latencies() | {str(number): list(times) for number, times in found.items()}
+        write_atomically(self.folder / MEASURED, json.dumps(known, indent=2))
+        self._ledger.time(known)
+        self.write_front()
 
     def test_accuracies(self) -> dict[str, float]:
         """Trial number (or "dense") -> the metric on the test set, of the nets that were scored at the end."""
@@ -466,3 +485,11 @@ class Study:
     def write_front(self) -> None:
         write_atomically(self.folder / FRONT, json.dumps(self.front_record(), allow_nan=False))
         self._front_changed = False
+
+
+def _cost_of(row: Row, budget: str) -> Cost:
+    """A row's costs, its latency as measured; the prediction keeps the budget where it was not."""
+    latency = row["latency_ms"] if row["latency_ms"] is not None else row["latency_predicted_ms"]
+    if budget == "latency" and latency is None:
+        raise UsageError("Latency is neither a budget nor an objective of this study: it was not measured.")
+    return Cost(row["macs"], row["params"], row["size_bytes"], latency)

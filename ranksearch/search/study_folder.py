@@ -5,6 +5,7 @@ runs/NAME/space.given.yaml  the space as it was given   runs/NAME/trials/007/  p
 runs/NAME/study.json        dense net, versions, seed   runs/NAME/test.json    test accuracies of the front, at the end
 runs/NAME/optuna.journal    Optuna's storage            runs/NAME/mlflow.json  which runs of which MLflow store mirror it
 runs/NAME/FILE.py           the file of a task of the user's own, as it was when the study was made
+runs/NAME/latency.json      times of its layers         runs/NAME/latencies.json  of the front's nets, measured at the end
 runs/NAME/checkpoints/      states of running trials    runs/NAME/exports/     nets in the formats of other runtimes
 """
 
@@ -25,6 +26,7 @@ SPACE, GIVEN, INFO, JOURNAL = "space.yaml", "space.given.yaml", "study.json", "o
 FRONT, TEST = "front.json", "test.json"
 DENSE_WEIGHTS, CHECKPOINTS, TRIALS = "dense.safetensors", "checkpoints", "trials"
 CURVES, PREVIEW, EXPORTS = "curves.safetensors", "preview", "exports"
+LATENCY, MEASURED = "latency.json", "latencies.json"
 LOCK, UNFINISHED = ".lock", ".unfinished"
 """Stands in a folder while a study is being made there."""
 

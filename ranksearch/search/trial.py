@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ranksearch.compress import Net, RankPlan, dense_cost, plan_cost, project_, reestimate_bn_, save_net
-from ranksearch.compress.latency import latencies_ms
+from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
 from ranksearch.compress.surgery import compress, restructure_
 from ranksearch.errors import NonFiniteError
 from ranksearch.search.checkpoint import CheckpointFile
@@ -283,12 +283,12 @@ def run_trial(
     save_to: Path | None,
     checkpoint: CheckpointFile,
     rungs: Sequence[float] = (),
-    latency: bool = False,
+    latency: LatencySetting | None = None,
 ) -> TrialResult:
     """Runs the method under `plan` and returns its validation score and costs; the compressed net is written to `save_to`.
 
     `report` is called with the metrics of each phase, and at `rungs` (shares of the steps) with those of a copy that is projected
-    there; it may raise `Stopped`. With `latency` the net is timed, in turn with the dense one. From `checkpoint`, which must be this
+    there; it may raise `Stopped`. With `latency` the net is timed so, in turn with the dense one. From `checkpoint`, which must be this
     trial's own, it goes on where it stopped; there it keeps its state meanwhile, and nothing once it has ended. Divergence is a
     result: a loss or weights that are not finite end the trial with status "diverged" and the metrics so far.
     """
@@ -305,8 +305,8 @@ def run_trial(
     else:
         if save_to is not None:
             save_net(small, plan, save_to)
-        if latency:
-            own, of_dense = latencies_ms([small, session.dense_net()], session.task.example_input)
+        if latency is not None:
+            own, of_dense = Stopwatch(latency).nets_ms([small, session.dense_net()], session.task.example_input)
             measured = own, own / of_dense
     checkpoint.remove()
     last, seconds = session.history[-1] if session.history else {}, session.seconds

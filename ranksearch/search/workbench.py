@@ -11,7 +11,9 @@ import torch
 
 from ranksearch.allocate import MEASURES, CurveCache, Curves, Damage, rank_curves, weigh
 from ranksearch.allocate.curves import cost_curves
+from ranksearch.allocate.latency import timed
 from ranksearch.compress import Net, trace
+from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.search.budgets import check_feasible_space
 from ranksearch.search.settings import values_of
@@ -51,6 +53,13 @@ class Workbench:
         ]
 
 
+def with_latency(
+    curves: Curves, model: torch.nn.Module, example: torch.Tensor, table: LatencyTable | None, log: Log
+) -> Curves:
+    """`curves` with the latencies of `table`, which is filled where it has to be; as they are without one."""
+    return curves if table is None else timed(curves, model, example, table, log)
+
+
 def open_net(space: Space) -> tuple[torch.nn.Module, Net]:
     """The untrained dense model of a space and its layers, the layer rules checked; needs no data.
 
@@ -75,23 +84,30 @@ def open_net(space: Space) -> tuple[torch.nn.Module, Net]:
 
 
 def prepare(
-    space: Space, *, fallback: Path, log: Log, known: CurveCache | None = None, saved_dense: Path | None = None
+    space: Space,
+    *,
+    fallback: Path,
+    log: Log,
+    known: CurveCache | None = None,
+    saved_dense: Path | None = None,
+    table: LatencyTable | None = None,
 ) -> Workbench:
     """Loads the task, finds or trains the dense net (or reads `saved_dense`), traces it, computes its rank curves and weighs them.
 
     Args:
         fallback: folder for a newly trained dense net where the data folder cannot be written.
         known: curves of an earlier preview or of the interrupted study; new ones are added, the caller saves them.
+        table: of a space with latency; what it lacks is measured first.
 
     Raises:
         UsageError: data or checkpoint missing, a layer rule that matches nothing, budgets that cannot be met.
     """
     model, net = open_net(space)
-    rules = space.layers.as_rules()
+    rules, kind = space.layers.as_rules(), space.kind()
+    example = kind.example_input
     if saved_dense is None:
         # costs depend on shapes alone: budgets that cannot be met fail here, before anything is loaded or trained
-        check_feasible_space(space, cost_curves(net, rules))
-    kind = space.kind()
+        check_feasible_space(space, with_latency(cost_curves(net, rules), model, example, table, log))
     workers = {"workers": space.resources.data_workers} if kind.reads_files else {}
     task = kind.make_task(
         space.model, data=space.data, validation=space.validation, split_seed=space.split_seed, **workers
@@ -101,7 +117,7 @@ def prepare(
     else:
         dense = dense_state(task, checkpoint=space.checkpoint, data=space.data, fallback=fallback, log=log)
     model.load_state_dict(dense)
-    curves = rank_curves(model, net, rules, known)
+    curves = with_latency(rank_curves(model, net, rules, known), model, example, table, log)
     return Workbench(task, dense, net, curves, _damage(space, task, model, curves, log))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ranksearch.allocate import cost_value
 from ranksearch.compress import Cost
 from ranksearch.search.front import COST_RATIOS, Row
 from ranksearch.search.ledger import Ledger
@@ -76,14 +77,14 @@ class View:
 
     def budget_ratio(self, cost: str) -> float | None:
         """The budget on `cost` as a share of the dense net's; None where there is none."""
-        dense = Cost(self.dense["macs"], self.dense["params"], self.dense["size_bytes"])
+        dense = Cost(*(self.dense[key] for key in ("macs", "params", "size_bytes", "latency_ms")))
         same = ("macs", "flops") if cost in ("macs", "flops") else (cost,)
-        limits = [b.limit(dense) / _of(dense, b.cost) for b in self.space.parsed_budgets() if b.cost in same]
+        limits = [b.limit(dense) / cost_value(dense, b.cost) for b in self.space.parsed_budgets() if b.cost in same]
         return min(limits, default=None)
 
     def progress(self) -> list[tuple[Row, dict[str, float]]]:
         """Every finished trial, in the order in which they ended, and how far the study was after it."""
-        ledger, found = Ledger(self.objectives), []
+        ledger, found = Ledger(self.objectives, faster=self.space.has_latency), []
         for row in sorted(self.trials, key=lambda row: (row["ended"] or 0.0, row["trial"])):
             ledger.add(row)
             found.append((row, ledger.progress()))
@@ -94,10 +95,6 @@ def shown_costs(space: Space) -> list[str]:
     """The costs that a front is shown over: the objectives, else the first budget's, else MACs."""
     budgets = [budget.cost for budget in space.parsed_budgets()]
     return [name for name in space.search.objectives if name != "accuracy"] or budgets[:1] or ["macs"]
-
-
-def _of(cost: Cost, name: str) -> int:
-    return {"macs": cost.macs, "flops": 2 * cost.macs, "params": cost.params, "size": cost.size_bytes}[name]
 
 
 def cost_percent(row: Mapping[str, Any], cost: str) -> float | None:

@@ -1,0 +1,124 @@
+"""Latency as a cost: what every option of every layer takes, and a whole net's time predicted from that.
+
+predicted = dense net, measured + Σ over the lowered layers of (c · time of the chain - a · time of the dense layer)
+
+The layers' times are a `LatencyTable`'s. The factors are what a millisecond of a layer by itself is worth inside this net: caches that
+others have used, work that a runtime fuses or spares. They are fitted to three of its plans that are measured whole, in turn with the
+dense net, once per net, where those are not predicted well enough without (a = c = 1): ResNet-20 at batch 1 in PyTorch on a CPU would be
+predicted 5 to 15 % too slow.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor, nn
+
+from ranksearch.allocate.budget import NS_PER_MS
+from ranksearch.allocate.curves import Curves, LayerOptions, Timing
+from ranksearch.compress import restructure_
+from ranksearch.compress.latency_table import LatencyTable
+from ranksearch.compress.trace import Net
+
+FITTED_AT = (0.2, 0.5, 0.8)
+WELL_ENOUGH = 0.05
+"""Where all three plans are predicted to this share of their time without factors, a fit would follow nothing but noise."""
+PRIOR = 0.2
+"""How firmly the factors are held at 1: an error of this in both weighs as one of this share of the layers' time in one plan."""
+FACTORS = (0.7, 1.5)
+
+Picks = Mapping[str, int]
+"""Layer -> option."""
+
+
+def timed(curves: Curves, model: nn.Module, example: Tensor, table: LatencyTable, log: Callable[[str], None]) -> Curves:
+    """`curves` with the latency of every option; what the table lacks is measured, and the table's files written.
+
+    Args:
+        model: the net, trained or not.
+        example: a batch of one input.
+    """
+    table.measure(((o.layer, o.lowerings, o.rank_multiple) for o in curves.layers if o.lowerings), log)
+    times = {o.layer.name: _times_ms(o, table) for o in curves.layers}
+    key = net_key(curves.net)
+    if key not in table.nets:
+        log("latency table: timing the whole net, and three plans of it")
+        table.nets[key] = _measured_net(curves, model, example, table, times)
+        table.added += 1
+    table.save()
+    net = table.nets[key]
+    layers = []
+    for options in curves.layers:
+        factors = np.where([choice.rank == 0 for choice in options.choices], net["dense_factor"], net["chain_factor"])
+        nanoseconds = np.round(factors * times[options.layer.name] * NS_PER_MS).astype(np.int64)
+        layers.append(replace(options, latency=nanoseconds))
+    dense_ns = round(net["dense_ms"] * NS_PER_MS)
+    other_ns = dense_ns - sum(int(options.latency[0]) for options in layers if options.latency is not None)
+    timing = Timing(dense_ns, other_ns, (net["dense_factor"], net["chain_factor"]))
+    return replace(curves, layers=tuple(layers), timing=timing)
+
+
+def net_key(net: Net) -> str:
+    """Content hash of a net's layers and fixed costs."""
+    return hashlib.sha256(repr(net).encode()).hexdigest()[:16]
+
+
+def _times_ms(options: LayerOptions, table: LatencyTable) -> np.ndarray:
+    """[n options]: time of the layer by itself; 0 for one that may only stay dense, which is not timed."""
+    times = np.zeros(len(options.choices))
+    if options.lowerings:
+        times[0] = table.dense_ms(options.layer)
+    for name in options.lowerings:
+        index = options.of_lowering(name)
+        times[index] = table.times_ms(options.layer, name, [options.choices[i].rank for i in index])
+    return times
+
+
+def _measured_net(
+    curves: Curves, model: nn.Module, example: Tensor, table: LatencyTable, times: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    plans = _fitting_plans(curves)
+    nets = [model, *(restructure_(copy.deepcopy(model), curves.plan(picks)) for picks in plans)]
+    dense_ms, *found = table.stopwatch.nets_ms(nets, example)
+    replaced = [sum(float(times[name][0]) for name, i in picks.items() if i) for picks in plans]
+    chains = [sum(float(times[name][i]) for name, i in picks.items() if i) for picks in plans]
+    saved, whole = dense_ms - np.array(found), np.array(found)
+    off = np.abs(np.array(replaced) - np.array(chains) - saved)
+    well = bool((off <= WELL_ENOUGH * whole).all())
+    dense_factor, chain_factor = (1.0, 1.0) if well else fit_factors(np.array(replaced), np.array(chains), saved)
+    return {"dense_ms": dense_ms, "dense_factor": dense_factor, "chain_factor": chain_factor}
+
+
+def _fitting_plans(curves: Curves) -> list[Picks]:
+    """Plans of every lowering at every layer in turn, at a fifth, half and four fifths of its ladder.
+
+    Not the fastest or slowest options: those would be the ones whose times are most wrong.
+    """
+    plans: list[Picks] = []
+    for turn, share in enumerate(FITTED_AT):
+        picks = {}
+        for number, options in enumerate(curves.layers):
+            names = options.lowerings
+            ladder = options.ladder(names[(turn + number) % len(names)]) if names else [0]
+            picks[options.layer.name] = ladder[int(share * len(ladder))]
+        plans.append(curves.tied(picks))
+    return plans
+
+
+def fit_factors(replaced: np.ndarray, chains: np.ndarray, saved: np.ndarray) -> tuple[float, float]:
+    """(a, c) of least squares in saved = a · replaced - c · chains over the plans, held near 1; within `FACTORS`.
+
+    Args:
+        replaced, chains: [plans], ms of the layers by themselves, dense and as chains.
+        saved: [plans], ms of the whole net.
+    """
+    rows = np.stack([replaced, -chains], axis=1)
+    hold = PRIOR * max(float(replaced.max(initial=0.0)), 1e-9) * np.eye(2)
+    off = np.concatenate([saved - rows @ np.ones(2), np.zeros(2)])
+    change, *_ = np.linalg.lstsq(np.concatenate([rows, hold]), off, rcond=None)
+    a, c = np.clip(1 + change, *FACTORS)
+    return float(a), float(c)
