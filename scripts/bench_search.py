@@ -179,7 +179,7 @@ def scorer(bench: Workbench, out: Path, seed: int) -> Score:
 
     def score(candidate: Candidate) -> TrialResult:
         key = [
-            bench.task.model,
+            bench.task.model_name,
             len(bench.task.val),
             candidate.plan.digest(),
             candidate.recipe.to_dict(),

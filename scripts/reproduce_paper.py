@@ -234,7 +234,7 @@ def main() -> None:
             report.rows.append(bench.run(label, plan, recipe, seed, test=True))
             write_tables(options.out, report, bench, options, steps)
     full = (
-        bench.task.model == PAPER_MODEL
+        bench.task.model_name == PAPER_MODEL
         and not options.subset
         and options.epochs >= FULL_EPOCHS
         and options.seeds >= FULL_SEEDS
@@ -257,7 +257,7 @@ def write_tables(out: Path, report: Report, bench: Bench, options: Any, steps: i
         f"{len(report.rows)} runs, {minutes:.0f} minutes of training."
     )
     out.mkdir(parents=True, exist_ok=True)
-    paper = bench.task.model == PAPER_MODEL
+    paper = bench.task.model_name == PAPER_MODEL
     write_atomically(out / "table.md", markdown(report.rows, options.ratios, heading, paper=paper))
     draw(report.rows, options.ratios, out / "figure.png", paper=paper)
     record = {"device": report.device, "versions": report.versions, "rows": report.rows}
