@@ -6,6 +6,7 @@ import os
 import numpy as np
 import optuna
 import pytest
+import torch
 
 import ranksearch
 from ranksearch.api import Silent, resume
@@ -232,11 +233,14 @@ def test_a_driver_that_is_killed_while_it_makes_a_study_is_not_in_the_way_of_the
         os._exit(9)
 
     (tmp_path / "digits_resnet8" / "preview").mkdir(parents=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked child has none of its parent's threads, and would wait for them
     child = os.fork()
     if child == 0:
         monkeypatch.setattr("ranksearch.search.study.write_atomically", killed)
         make(trials=2)
     os.waitpid(child, 0)
+    torch.set_num_threads(threads)
     assert (tmp_path / "digits_resnet8" / "optuna.journal").is_file()
     study = make(trials=2)
     drain(study, bench)
