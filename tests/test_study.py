@@ -1,12 +1,12 @@
 """The study, in-process: ask and tell, budgets, seeds, failures, resume, front. The journal is real, on disk."""
 
 import json
-import os
+import subprocess
+import sys
 
 import numpy as np
 import optuna
 import pytest
-import torch
 
 import ranksearch
 from ranksearch.api import Silent, resume
@@ -227,20 +227,23 @@ def test_half_a_study_is_removed_and_a_strange_folder_left_alone(make, tmp_path,
 
 
 def test_a_driver_that_is_killed_while_it_makes_a_study_is_not_in_the_way_of_the_next(
-    make, bench, monkeypatch, tmp_path
+    make, bench, digits_yaml, tmp_path
 ):
-    def killed(*args, **kwargs):
-        os._exit(9)
-
     (tmp_path / "digits_resnet8" / "preview").mkdir(parents=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked child has none of its parent's threads, and would wait for them
-    child = os.fork()
-    if child == 0:
-        monkeypatch.setattr("ranksearch.search.study.write_atomically", killed)
-        make(trials=2)
-    os.waitpid(child, 0)
-    torch.set_num_threads(threads)
+    script = f"""
+import os
+from pathlib import Path
+from ranksearch.search import study
+from ranksearch.search.space_file import read_space
+from ranksearch.search.workbench import prepare
+
+study.write_atomically = lambda *args: os._exit(9)
+space = read_space({str(digits_yaml)!r}, trials=2)
+bench = prepare(space, fallback=Path({str(tmp_path / "dense")!r}), log=print)
+study.Study.create(Path({str(tmp_path)!r}), space, bench, 99.0)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == 9, killed.stderr
     assert (tmp_path / "digits_resnet8" / "optuna.journal").is_file()
     study = make(trials=2)
     drain(study, bench)
