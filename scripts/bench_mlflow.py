@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -77,13 +79,13 @@ def store(options: argparse.Namespace, scratch: Path, report: Report) -> Iterato
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", database, "--artifacts-destination", (scratch / "artifacts").as_uri()]
     with open(scratch / "server.log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)  # its signals are its own
     try:
         wait_for(f"http://127.0.0.1:{port}/health")
         report.say("the server answers")
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 

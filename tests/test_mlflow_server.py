@@ -173,6 +173,28 @@ print(again.metadata.signature)
     assert "Tensor('float32', (-1, 1, 8, 8))" in "".join(signature)
 
 
+def test_stdout_is_kept_for_results(server, tmp_path):
+    space = Path(__file__).parent.parent / "search_spaces" / "digits_resnet8.yaml"
+    options = [
+        "--trials",
+        "1",
+        "--name",
+        "printed",
+        "--inline",
+        "--json",
+        "--set",
+        "recipe.steps=5",
+        "--set",
+        "tracking.models=false",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "ranksearch", "search", str(space), *options, "--set", f"tracking.uri={server.uri}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["study"] == "printed"
+
+
 def test_the_best_net_is_registered_once(studied, server):
     client, _, trials = runs_of(server.uri)
     versions = client.search_model_versions("name = 'digits_resnet8'")

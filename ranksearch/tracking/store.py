@@ -17,6 +17,8 @@ def quiet_mlflow() -> None:
         "DO_NOT_TRACK": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        # a server's clients would print a link per run, on the stdout that is kept for results
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "GIT_PYTHON_REFRESH": "quiet",
         # a server that is away is told of within a minute, not after ten; what it missed is logged later
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
