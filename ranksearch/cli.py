@@ -415,7 +415,8 @@ def ui(
 
     Example: ranksearch ui digits_resnet8
     """
-    from ranksearch.tracking.ui import find_store, is_server, say_pages, serve
+    from ranksearch.tracking.store import is_server
+    from ranksearch.tracking.ui import find_store, say_pages, serve
 
     def say(text: str) -> None:
         print(text, flush=True)

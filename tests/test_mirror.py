@@ -37,16 +37,34 @@ def runs_of(uri, name="digits_resnet8"):
     return client, parent, {int(r.data.tags["ranksearch.trial"]): r for r in found if "ranksearch.trial" in r.data.tags}
 
 
+def values_of(client, run):
+    """(metric, step, value) of everything that a run holds, sorted."""
+    return sorted(
+        (m.key, m.step, m.value) for k in run.data.metrics for m in client.get_metric_history(run.info.run_id, k)
+    )
+
+
+def assert_holds(client, runs, rows):
+    """The runs of the trials hold every value of their rows, all steps, to the digit and once."""
+    for row in rows:
+        wanted = [(name, step, value) for step, found in trial_metrics(row) for name, value in found.items()]
+        assert values_of(client, runs[row["trial"]]) == sorted(wanted)
+
+
 def dump(uri, name="digits_resnet8"):
     """Everything that the store holds of a study but times: metrics with all their steps, parameters, tags, artifacts."""
     client, parent, trials = runs_of(uri, name)
     found = {}
     for key, run in [("study", parent), *trials.items()]:
-        values = [
-            (m.key, m.step, m.value) for k in run.data.metrics for m in client.get_metric_history(run.info.run_id, k)
-        ]
         artifacts = sorted(artifact.path for artifact in client.list_artifacts(run.info.run_id))
-        found[key] = (sorted(values), run.data.params, run.data.tags, run.info.status, run.info.run_name, artifacts)
+        found[key] = (
+            values_of(client, run),
+            run.data.params,
+            run.data.tags,
+            run.info.status,
+            run.info.run_name,
+            artifacts,
+        )
     return found
 
 
@@ -271,13 +289,7 @@ def test_sync_brings_a_store_up_to_date_that_was_away(tmp_path, digits_yaml, sho
     (tmp_path / "file").mkdir()
     sync("digits_resnet8", runs=tmp_path)
     client, parent, trials = runs_of(uri)
-    for row in study.trials:
-        run = trials[row["trial"]]
-        held = [
-            (m.key, m.step, m.value) for k in run.data.metrics for m in client.get_metric_history(run.info.run_id, k)
-        ]
-        wanted = [(name, step, value) for step, found in trial_metrics(row) for name, value in found.items()]
-        assert sorted(held) == sorted(wanted)
+    assert_holds(client, trials, study.trials)
     steps = sorted(m.step for m in client.get_metric_history(parent.info.run_id, "hypervolume"))
     assert steps == [1, 2, 3]
 

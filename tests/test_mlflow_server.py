@@ -18,10 +18,10 @@ from mlflow import MlflowClient
 
 import ranksearch
 from ranksearch.api import Silent, search, sync
-from ranksearch.tracking.runs import final_metrics, trial_metrics
+from ranksearch.tracking.runs import final_metrics
 from ranksearch.tracking.store import NOTED
 from ranksearch.tracking.ui import Page
-from tests.test_mirror import runs_of
+from tests.test_mirror import assert_holds, runs_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -118,13 +118,7 @@ def test_a_server_that_was_killed_holds_after_sync_what_the_folder_holds(studied
     client, parent, trials = runs_of(server.uri)
     assert parent.info.status == "FINISHED"
     assert sorted(trials) == [row["trial"] for row in studied.trials]
-    for row in studied.trials:
-        run = trials[row["trial"]]
-        held = [
-            (m.key, m.step, m.value) for k in run.data.metrics for m in client.get_metric_history(run.info.run_id, k)
-        ]
-        wanted = [(name, step, value) for step, found in trial_metrics(row) for name, value in found.items()]
-        assert sorted(held) == sorted(wanted)
+    assert_holds(client, trials, studied.trials)
     steps = sorted(m.step for m in client.get_metric_history(parent.info.run_id, "hypervolume"))
     assert steps == [1, 2, 3, 4, 5]
     stored = Path(client.download_artifacts(parent.info.run_id, "front.json", str(studied.folder / "trials")))

@@ -77,7 +77,8 @@ def export_net(
     form.write(source, plan, batch, folder)
     with told(f"What was written as {form.name} cannot be used, and was removed"):
         function = form.open(folder, build)
-        error = max_rel_error(function, eager, [_sample(example, count, generator) for count in CHECKED_BATCHES])
+        batches = [_sample(example, count, generator) for count in CHECKED_BATCHES]
+        error = max_rel_error(function, eager, batches, tolerance=TOLERANCE)
     own, of_eager, *of_others = latencies_ms([function, eager, *others], _sample(example, 1, generator))
     files = sorted(path for path in folder.iterdir())
     return Exported(
@@ -97,12 +98,12 @@ def check_fold(form: Format, fold_bn: bool) -> None:
 
 
 @torch.inference_mode()
-def max_rel_error(function: Function, net: nn.Module, batches: Sequence[Tensor]) -> float:
+def max_rel_error(function: Function, net: nn.Module, batches: Sequence[Tensor], *, tolerance: float) -> float:
     """The largest max |a - b| / max |a| over `batches`, a = net(batch), b = function(batch).
 
     Raises:
         UsageError: the net does not return a tensor.
-        StudyError: it is above `TOLERANCE`, or the shapes differ.
+        StudyError: it is above `tolerance`, or the shapes differ.
     """
     errors = []
     for batch in batches:
@@ -117,10 +118,10 @@ def max_rel_error(function: Function, net: nn.Module, batches: Sequence[Tensor])
             )
         tiny = torch.finfo(wanted.dtype).tiny
         errors.append(((found - wanted).abs().max() / wanted.abs().max().clamp_min(tiny)).item())
-        if not errors[-1] <= TOLERANCE:  # NaN is no agreement either
+        if not errors[-1] <= tolerance:  # NaN is no agreement either
             raise StudyError(
                 f"The exported net differs from the net by {errors[-1]:.2g} (max |a - b| / max |a|, {len(batch)} random inputs), "
-                f"more than {TOLERANCE:g}; it was removed."
+                f"more than {tolerance:g}; it was removed."
             )
     return max(errors)
 

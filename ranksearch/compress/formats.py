@@ -127,9 +127,9 @@ def opened_onnx(model: Path | bytes) -> Function:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The exporters' own notes for their developers are kept off the terminal; stdout is for results."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+def quiet(*more: str) -> Iterator[None]:
+    """The exporters' own notes for their developers, and those of the loggers `more`, are kept off the terminal; stdout is for results."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", *more)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

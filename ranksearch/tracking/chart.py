@@ -53,7 +53,6 @@ class Plot:
     series: Sequence[Series]
     limits: Sequence[Limit] = ()
     y_range: tuple[float, float] | None = None
-    log_y: bool = False
 
 
 @dataclass(frozen=True)

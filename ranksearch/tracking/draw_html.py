@@ -48,7 +48,7 @@ def _plot(figure: Any, chart: Plot) -> None:
     for limit in chart.limits:
         figure.add_vline(x=limit.x, line_dash="dash", line_color=BLACK, annotation_text=limit.label)
     figure.update_xaxes(title_text=chart.x)
-    figure.update_yaxes(title_text=chart.y, type="log" if chart.log_y else None)
+    figure.update_yaxes(title_text=chart.y)
     if chart.y_range is not None:
         figure.update_yaxes(range=chart.y_range)
     figure.update_layout(height=480)

@@ -52,8 +52,6 @@ def _plot(figure: Any, axes: Any, chart: Plot) -> None:
     for limit in chart.limits:
         axes.axvline(limit.x, color=BLACK, linestyle="--", linewidth=1, label=limit.label)
     axes.set(xlabel=chart.x, ylabel=chart.y)
-    if chart.log_y:
-        axes.set_yscale("log")
     if chart.y_range is not None:
         axes.set_ylim(*chart.y_range)
     axes.grid(alpha=0.25)

@@ -6,11 +6,8 @@ Each holds, beside the program, `plan.json` and `model.safetensors`, from which 
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +16,8 @@ import torch
 from torch import nn
 
 from ranksearch.compress.export import PLAN, WEIGHTS
+from ranksearch.compress.exported import max_rel_error
+from ranksearch.compress.formats import quiet, told
 from ranksearch.errors import StudyError
 from ranksearch.tasks import TaskKind
 from ranksearch.tracking.store import quiet_mlflow
@@ -37,8 +36,8 @@ BATCH = 2
 """Of the input example: from two on, the exported batch can be of any size."""
 
 
-def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model: Model) -> float:
-    """Writes a trial's net, from its `folder`, as an MLflow model to `target`; returns how far it differs when it is loaded again.
+def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model: Model) -> None:
+    """Writes a trial's net, from its `folder`, as an MLflow model to `target`, loads it again and holds it against the net.
 
     Args:
         net: in evaluation mode, on the CPU.
@@ -64,41 +63,16 @@ def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model
         Schema([TensorSpec(np.dtype(np.float32), (-1, *wanted.shape[1:]))]),
     )
     version = torch.__version__.partition("+")[0]
-    with warnings.catch_warnings(), _quiet("torch.export", "mlflow"):
-        warnings.simplefilter("ignore")
-        try:
-            mlflow.pytorch.save_model(
-                net, target, mlflow_model=model, signature=signature, input_example=example.numpy(), serialization_format="pt2",
-                pip_requirements=[f"mlflow=={mlflow.__version__}", f"torch=={version}", f"numpy=={np.__version__}"],
-                extra_files=[str(folder / PLAN), str(folder / WEIGHTS)],
-                metadata=made_by | asdict(kind.normalise) if kind.normalise is not None else {"input": "as the task's own data have it"},
-            )  # fmt: skip
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise StudyError(f"The net in {folder} cannot be exported: {str(error).splitlines()[0]}") from error
+    with told(f"The net in {folder} cannot be exported"), quiet("mlflow"):
+        mlflow.pytorch.save_model(
+            net, target, mlflow_model=model, signature=signature, input_example=example.numpy(), serialization_format="pt2",
+            pip_requirements=[f"mlflow=={mlflow.__version__}", f"torch=={version}", f"numpy=={np.__version__}"],
+            extra_files=[str(folder / PLAN), str(folder / WEIGHTS)],
+            metadata=made_by | asdict(kind.normalise) if kind.normalise is not None else {"input": "as the task's own data have it"},
+        )  # fmt: skip
         again = mlflow.pytorch.load_model(str(target))
-    with torch.inference_mode():
-        difference = max(_difference(again(x), net(x)) for x in (example, torch.cat([example, 0.5 * example[:1]])))
-    if not difference <= TOLERANCE:
-        raise StudyError(f"The exported net of {folder} differs by {difference:.1e} from the net itself, when loaded.")
-    return difference
-
-
-def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)).item()
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Silences loggers below errors for a while."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    more = torch.cat([example, 0.5 * example[:1]])
+    max_rel_error(again, net, [example, more], tolerance=TOLERANCE)
 
 
 def log_model(
