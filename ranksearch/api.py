@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ranksearch.allocate import CurveCache
+from ranksearch.cluster.address import check_address
 from ranksearch.compress import RankPlan, load_net
 from ranksearch.compress.exported import check_fold
 from ranksearch.compress.formats import format_named
@@ -31,7 +32,7 @@ from ranksearch.search.preview import (
     preview_record,
     preview_rows,
 )
-from ranksearch.search.run import check_address, run_inline
+from ranksearch.search.run import run_inline
 from ranksearch.search.scorer import Scorer
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import read_space
@@ -140,7 +141,7 @@ def search(
     table = open_table(space, None)
     bench = prepare(space, fallback=runs / ".dense", log=observer.log, known=known, table=table)
     if not inline:
-        from ranksearch.search.ray_tune import join
+        from ranksearch.cluster.connection import join
 
         join(space.resources, address)  # a cluster that is not there must not leave an empty study behind
     study = Study.create(runs, space, bench, _dense_accuracy(bench.dense_model(), bench.task))
@@ -386,7 +387,7 @@ def _run(study: Study, bench: Workbench, runs: Path, observer: Observer, *, addr
         if inline:
             run_inline(study, bench, on_row, observer.log)
         else:
-            from ranksearch.search.ray_tune import run_on_ray  # Ray is imported where it is used alone
+            from ranksearch.cluster.tune import run_on_ray  # Ray is imported where it is used alone
 
             run_on_ray(study, bench, on_row, observer.log, address=address)
         observer.stop()

@@ -32,7 +32,7 @@ from ranksearch.compress import dense_cost, trace
 from ranksearch.lowering import default_lowerings
 from ranksearch.search.projecting import Projecting
 from ranksearch.search.recipe import Recipe, middle
-from ranksearch.search.space import RecipeSpace
+from ranksearch.search.space_recipe import RecipeSpace
 from ranksearch.tasks import cifar10
 from ranksearch.tasks.device import clock, pick_device, use_bf16
 from ranksearch.tasks.resident import Augment, Normalise, Resident

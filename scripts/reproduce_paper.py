@@ -31,7 +31,7 @@ from ranksearch.compress import LayerPlan, RankPlan
 from ranksearch.files import write_atomically
 from ranksearch.lowering import default_lowerings
 from ranksearch.search.recipe import Recipe, middle
-from ranksearch.search.space import RecipeSpace
+from ranksearch.search.space_recipe import RecipeSpace
 
 PAPER = {
     "projection": {1.57: 92.92, 2.06: 92.62, 2.80: 92.43, 4.28: 91.49, 6.72: 90.43},

@@ -19,6 +19,7 @@ ROWS = [
     ("tasks",),
     ("search",),
     ("tracking",),
+    ("cluster",),
     ("api", "cli", "console", "tables", "__init__", "__main__"),
 ]
 HEIGHT = {name: row for row, names in enumerate(ROWS) for name in names}

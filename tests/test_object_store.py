@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ranksearch.search.ray_tune import pack, unpack
+from ranksearch.cluster.pack import pack, unpack
 from ranksearch.tasks import digits
 
 

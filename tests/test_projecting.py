@@ -9,7 +9,7 @@ import torch
 from ranksearch.compress import LayerPlan, RankPlan, trace
 from ranksearch.search.projecting import RECORDED, Projecting
 from ranksearch.search.recipe import Recipe, middle
-from ranksearch.search.space import RecipeSpace
+from ranksearch.search.space_recipe import RecipeSpace
 
 PLAN = RankPlan({"body.0": LayerPlan("im2col", 3), "stem": LayerPlan("tucker2", (1, 4))})
 

@@ -9,8 +9,8 @@ import yaml
 from ranksearch.errors import UsageError
 from ranksearch.search.recipe import Recipe, flattened, middle, searched_settings
 from ranksearch.search.settings import Choices, Range, values_of
-from ranksearch.search.space import DistillationSpace, ProjectionSpace, RecipeSpace
 from ranksearch.search.space_file import parse_space, read_space
+from ranksearch.search.space_recipe import DistillationSpace, ProjectionSpace, RecipeSpace
 from ranksearch.tables import check_record
 
 SPACES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))

@@ -18,7 +18,7 @@ from ranksearch.compress import LayerPlan, RankPlan, dense_cost, project_, trace
 from ranksearch.search import trial
 from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.recipe import Recipe, middle
-from ranksearch.search.space import RecipeSpace
+from ranksearch.search.space_recipe import RecipeSpace
 from ranksearch.search.trial import run_trial
 from ranksearch.tasks import digits
 from ranksearch.tasks.dense import dense_state

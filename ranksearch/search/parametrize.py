@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from ranksearch.compress import RankPlan
 from ranksearch.search.recipe import Recipe
 from ranksearch.search.settings import Choices, Range, Scalar
-from ranksearch.search.space import RecipeSpace
+from ranksearch.search.space_recipe import RecipeSpace
 
 LEVEL = "level"
 """The parameter that says at which share of the budgets a plan is allocated."""

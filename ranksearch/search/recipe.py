@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ranksearch.search.settings import Choices, Range, Scalar, is_whole
-from ranksearch.search.space import RecipeSpace
+from ranksearch.search.space_recipe import RecipeSpace
 
 Draw = Callable[[str, Range | Choices, bool], Scalar]
 """(dotted name, distribution, whether whole) -> a value"""

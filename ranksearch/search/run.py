@@ -1,19 +1,18 @@
 """Running a study's trials: one attempt, what becomes of its result, and the plain loop in this process.
 
-`ray_tune.py` does the same on Ray.
+`cluster/tune.py` does the same on Ray.
 """
 
 from __future__ import annotations
 
 import errno
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ranksearch.compress import Net
-from ranksearch.errors import StudyError, UsageError
+from ranksearch.errors import StudyError
 from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.front import Row
 from ranksearch.search.metric import Metric
@@ -27,7 +26,6 @@ from ranksearch.tasks.task import Task
 OnRow = Callable[[Row], None]
 Log = Callable[[str], None]
 T = TypeVar("T")
-CONNECT_SECONDS = 10
 GIVE_UP_AFTER = 3
 """A study stops where its first trials, this many, all failed: the rest would fail too."""
 JUDGED_FROM = 10
@@ -36,24 +34,6 @@ NO_SPACE = "no space"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE_SECONDS, LOOK_SECONDS = 600.0, 5.0
 """How long a result that the disk has no room for is held until somebody makes some, and how often that is tried."""
-
-
-def check_address(address: str | None) -> None:
-    """Raises UsageError for a Ray address that nothing answers at: Ray itself would go on trying for minutes.
-
-    "auto" (or None) is left to Ray, which fails at once where this machine is part of no cluster.
-    """
-    if address in (None, "auto", "local"):
-        return
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        raise UsageError(f"--address {address}: expected auto or HOST:PORT, such as 10.0.0.1:6379.")
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"--address {address}: no Ray cluster answers there ({error}); is `ray start --head` running?"
-        ) from error
 
 
 def attempt(

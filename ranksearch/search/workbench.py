@@ -17,7 +17,8 @@ from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.search.budgets import check_feasible_space
 from ranksearch.search.settings import values_of
-from ranksearch.search.space import RecipeSpace, Space
+from ranksearch.search.space import Space
+from ranksearch.search.space_recipe import RecipeSpace
 from ranksearch.tasks import Task
 from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.dense import State, dense_state, read_checkpoint

@@ -1,192 +1,41 @@
 """Running a study's trials on Ray Tune. The study's journal is the truth; Tune only places trials and restarts them.
 
 Tune's own snapshot can lag behind the study or run ahead of it, so nothing is ever restored from it: a resumed study starts a fresh
-`Tuner` for what is left. The only module that imports Ray.
+`Tuner` for what is left.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
-import secrets
-import warnings
-from dataclasses import asdict, dataclass, replace
+import signal
+import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import ray
 import torch
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
+from ranksearch.cluster.connection import HEAD, HeadLost, head_is_gone, join
+from ranksearch.cluster.pack import Packed, pack, unpack
 from ranksearch.compress import Net, RankPlan
 from ranksearch.compress.stopwatch import LatencySetting
-from ranksearch.errors import StudyError, UsageError
+from ranksearch.errors import StudyError
 from ranksearch.search.metric import Metric
 from ranksearch.search.proposals import Candidate
 from ranksearch.search.recipe import Recipe
 from ranksearch.search.run import Driver, Log, OnRow, attempt, stop_reason
-from ranksearch.search.space import ResourcesSpace
 from ranksearch.search.study import Study
 from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State
-from ranksearch.tasks.resident import Resident
-from ranksearch.tasks.task import Task
-from ranksearch.tasks.task_file import TaskCode, TaskFile
-
-# Usage statistics, log files per trial and Tune's own tables stay off; an explicit setting of the user wins. Ray reads these at import.
-for _name, _value in {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial without a GPU share sees none
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}.items():
-    os.environ.setdefault(_name, _value)
-
-import ray  # noqa: E402
-from ray import tune  # noqa: E402
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
-from ray.tune.search import Searcher  # noqa: E402
 
 METRIC, ENTRY, RESULT = "val_accuracy", "entry", "result"
-HEAD = ("gcs_server", "raylet")
 RESTARTS = 3
 """How often a Ray of our own that lost its head is started again before the study ends."""
-
-
-class HeadLost(StudyError):
-    """Ray's own processes are gone: no trial can run, and none is to blame."""
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and a container's CPU quota where it has one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
-
-
-def connect(address: str | None) -> None:
-    """Joins the cluster at `address`, or starts Ray on this machine; a Ray that is running in this process is used as it is.
-
-    Raises:
-        StudyError: Ray does not start or cannot be reached.
-    """
-    if ray.is_initialized():
-        return
-    if address is None:
-        # Ray's token authentication is on; a token for this cluster alone needs no file in a home that may be read-only
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # on one machine a control store that does not answer is dead, not far away; without it Ray ends this process
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    local = {
-        "address": "local",
-        "num_cpus": usable_cores(),
-        "include_dashboard": False,
-        "_node_ip_address": "127.0.0.1",
-    }
-    for tries_left in (1, 0):
-        try:
-            ray.init(**quiet, **(local if address is None else {"address": address}))
-            return
-        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-            # on a busy machine a node start can miss Ray's own time limit: once more, then it is a real failure
-            if tries_left == 0 or address is not None:
-                where = f"reach the Ray cluster at {address}" if address else "start Ray on this machine"
-                raise StudyError(f"Could not {where}: {error}") from error
-            ray.shutdown()
-
-
-def head_is_gone() -> bool:
-    """Whether a Ray that this process started has lost one of its own processes; of a cluster's head nothing is known here."""
-    node = ray._private.worker._global_node
-    return node is not None and node.head and any(name in HEAD for name, _ in node.dead_processes())
-
-
-def trials_at_once(cpus: float, gpus: float, available: dict[str, float]) -> int:
-    """How many trials the cluster holds at once.
-
-    Raises:
-        UsageError: not even one.
-    """
-    fits = available.get("CPU", 0) / cpus
-    if gpus:
-        fits = min(fits, available.get("GPU", 0) / gpus)
-    if fits < 1:
-        raise UsageError(
-            f"resources: a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, but the cluster has "
-            f"{available.get('CPU', 0):g} and {available.get('GPU', 0):g}: lower resources.cpus_per_trial or gpus_per_trial."
-        )
-    return int(fits)
-
-
-def join(resources: ResourcesSpace, address: str | None) -> tuple[float, int]:
-    """Connects, and returns (GPUs per trial, trials at once) of the cluster for what one trial takes.
-
-    Raises:
-        StudyError: Ray does not start or cannot be reached.
-        UsageError: one trial asks for more than the cluster has.
-    """
-    connect(address)
-    available = ray.cluster_resources()
-    gpus = resources.gpus_per_trial
-    if gpus is None:
-        gpus = float(available.get("GPU", 0) > 0)
-    return gpus, trials_at_once(resources.cpus_per_trial, gpus, available)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A task on its way to the workers.
-
-    Resident data travel as arrays, which lie once per node in Ray's object store and are read there without a copy. The rest is pickled
-    apart: what a user's own file defines can be read only after that file's module was made.
-    """
-
-    code: TaskCode | None
-    rest: bytes
-    arrays: dict[str, tuple[np.ndarray, np.ndarray]]
-    """Split -> inputs, targets."""
-
-
-def pack(task: Task, own: TaskFile | None = None) -> Packed:
-    """The task without its test set, and the user's file that it comes from.
-
-    Raises:
-        UsageError: something of it cannot be pickled.
-    """
-    splits = {"train": task.train, "val": task.val}
-    resident = {name: source for name, source in splits.items() if isinstance(source, Resident)}
-    arrays = {name: (source.inputs.numpy(), source.targets.numpy()) for name, source in resident.items()}
-    nothing = torch.empty(0)
-    hollow = {name: replace(source, inputs=nothing, targets=nothing) for name, source in resident.items()}
-    try:
-        rest = ray.cloudpickle.dumps(replace(task.without_test(), **hollow))
-    except (TypeError, AttributeError, RuntimeError, NotImplementedError, pickle.PicklingError) as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(
-            f"task: it cannot be sent to Ray's workers ({first}): open files and connections when they are first used, not in the "
-            f"task; or run the trials in this process, by --inline."
-        ) from error
-    return Packed(own.code if own is not None else None, rest, arrays)
-
-
-def unpack(packed: Packed) -> Task:
-    """The task of `pack`, its tensors views of the object store's read-only memory: nothing writes to a data set."""
-    if packed.code is not None:
-        packed.code.module()
-    task: Task = ray.cloudpickle.loads(packed.rest)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        whole = {
-            name: replace(getattr(task, name), inputs=torch.from_numpy(inputs), targets=torch.from_numpy(targets))
-            for name, (inputs, targets) in packed.arrays.items()
-        }
-    return replace(task, **whole)
 
 
 def _trainable(
@@ -360,12 +209,26 @@ def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: st
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
-    tuner.fit()
+    interrupted = _fit(tuner)
     if searcher.error is not None:
         raise searcher.error
-    if study.running:
-        raise KeyboardInterrupt  # Tune takes SIGINT for itself and returns; what was cut off stays RUNNING in the journal
+    if interrupted or study.running:
+        raise KeyboardInterrupt  # what was cut off stays RUNNING in the journal
     if study.finished < study.planned and not study.exhausted:
         raise StudyError(
             f"Ray Tune ended after {study.finished} of {study.planned} trials: `ranksearch resume` goes on."
         )
+
+
+def _fit(tuner: tune.Tuner) -> bool:
+    """Runs the tuner; whether it was interrupted.
+
+    Tune takes SIGINT for itself, returns as if all were well, and gives the signal back then alone.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    tuner.fit()
+    interrupted = signal.getsignal(signal.SIGINT) is before
+    if threading.current_thread() is not threading.main_thread():
+        return False  # a thread that gets no signals
+    signal.signal(signal.SIGINT, before)
+    return interrupted

@@ -1,0 +1,51 @@
+"""The command line's application, and what several of its verbs share: arguments, options, printing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="ranksearch",
+    help="Searches low-rank forms of a PyTorch net under a FLOP, size or latency budget; leaves a Pareto front in MLflow.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+SpaceFile = Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="Search-space file.")]
+StudyName = Annotated[str, typer.Argument(metavar="NAME|DIR", help="A study's name, or its folder.")]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget", metavar="COST=LIMIT", help="Upper bound, such as flops=50%, size=1MiB, latency=3.5ms; repeatable."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Overrides a value of the space, such as recipe.steps=200; repeatable."
+    ),
+]
+Runs = Annotated[Path, typer.Option("--runs", envvar="RANKSEARCH_RUNS", help="Folder of the studies.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="auto|HOST:PORT", help="Ray cluster to join; left out, Ray runs on this machine."
+    ),
+]
+Inline = Annotated[bool, typer.Option("--inline", help="One trial after the other in this process, without Ray.")]
+DEFAULT_RUNS = Path("runs")
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def runs_option(runs: Path) -> str:
+    """What a command has to be told where the studies are not in the default folder."""
+    return "" if runs == DEFAULT_RUNS else f" --runs {runs}"

@@ -1,0 +1,103 @@
+"""Verbs that take a study's results elsewhere: `export`, `sync`, `report`, `ui`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ranksearch.cli.options import DEFAULT_RUNS, Json, Runs, StudyName, app, print_json
+
+
+@app.command(rich_help_panel="Results")
+def export(
+    study: StudyName,
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or `best`: the most accurate one.")],
+    format: Annotated[
+        str,
+        typer.Option("--format", metavar="state_dict|pt2|onnx", help="For ranksearch.load, PyTorch alone, or others."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Left out, runs/NAME/exports/TRIAL-FORMAT.")
+    ] = None,
+    fold_bn: Annotated[bool, typer.Option("--fold-bn", help="Fold BN into the layers before it (pt2, onnx).")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Export a trial's net: written, opened again, compared with the net, timed. An export that computes something else is removed.
+
+    Example: ranksearch export digits_resnet8 best --format onnx
+    """
+    from ranksearch import api
+    from ranksearch.console import Terminal
+    from ranksearch.tables import print_export
+
+    record = api.export(
+        study, trial, format=format, output=output, runs=runs, fold_bn=fold_bn, force=force, observer=Terminal()
+    )
+    if as_json:
+        print_json(record)
+    else:
+        print_export(record)
+
+
+@app.command(rich_help_panel="Results")
+def sync(study: StudyName, runs: Runs = DEFAULT_RUNS) -> None:
+    """Bring MLflow up to date with a study, after a server that was away; nothing is logged twice.
+
+    Example: ranksearch sync digits_resnet8
+    """
+    from ranksearch import api
+    from ranksearch.console import Terminal
+
+    api.sync(study, runs=runs, observer=Terminal())
+
+
+@app.command(rich_help_panel="Results")
+def report(
+    study: StudyName,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Left out, report.html in the study's folder.")
+    ] = None,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Write a study's figures and tables as one HTML file, to send to a colleague; also while it is running.
+
+    Example: ranksearch report digits_resnet8 -o report.html
+    """
+    from ranksearch import api
+
+    path = api.report(study, output=output, runs=runs)
+    if as_json:
+        print_json({"study": study, "report": str(path), "size_bytes": path.stat().st_size})
+    else:
+        print(path)
+
+
+@app.command(rich_help_panel="Results")
+def ui(
+    where: Annotated[str, typer.Argument(metavar="[DIR|NAME]", help="Folder of the studies, or one study.")] = "runs",
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port; the next free one is taken where it is in use.")
+    ] = 5000,
+    runs: Runs = DEFAULT_RUNS,
+) -> None:
+    """Open MLflow's UI on 127.0.0.1 and print the links of the studies' pages.
+
+    Example: ranksearch ui digits_resnet8
+    """
+    from ranksearch.tracking.store import is_server
+    from ranksearch.tracking.ui import find_store, say_pages, serve
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    opened = find_store(where, runs)
+    if is_server(opened.uri):
+        say(f"The studies are on an MLflow server already: {opened.uri}")
+        say_pages(opened, opened.uri, say)
+        return
+    serve(opened, port, say)

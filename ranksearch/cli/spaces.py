@@ -1,0 +1,163 @@
+"""Verbs that look at a space before any trial: `init`, `check`, `layers`, `latency`, `preview`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ranksearch.cli.options import DEFAULT_RUNS, Budgets, Json, Runs, Settings, SpaceFile, app, print_json
+from ranksearch.errors import UsageError
+
+
+@app.command(rich_help_panel="Before a search")
+def init(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="package.module:callable, torchvision:NAME or timm:NAME.")
+    ],
+    input_shape: Annotated[
+        str, typer.Option("--input", metavar="CxHxW", help="Shape of one input, without the batch.")
+    ] = "3x224x224",
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where both files go.")] = Path(),
+) -> None:
+    """Begin with a model of your own: write NAME.yaml, its layers listed, and NAME_task.py, to be filled in.
+
+    Example: ranksearch init my_package.nets:make_net --input 3x32x32
+    """
+    parts = input_shape.lower().replace(",", "x").split("x")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--input {input_shape}: expected a shape without the batch, such as 3x224x224.")
+    from ranksearch.search.starter import write_start
+
+    space, task = write_start(model, [int(part) for part in parts], output)
+    print(f"{space}\n{task}")
+    print(f"Fill in {task} where it says TODO, then: ranksearch check {space}", file=sys.stderr)
+
+
+@app.command(rich_help_panel="Before a search")
+def check(
+    space: SpaceFile, budget: Budgets = None, setting: Settings = None, trials: int | None = None, as_json: Json = False
+) -> None:
+    """Validate a space and print the range of costs it can reach. Trains nothing, needs no data.
+
+    Example: ranksearch check search_spaces/digits_resnet8.yaml --budget size=100KiB
+    """
+    from ranksearch.console import Terminal
+    from ranksearch.search.space_file import read_space
+    from ranksearch.tables import check_record, print_check
+
+    resolved = read_space(space, budgets=budget or (), settings=setting or (), trials=trials)
+    record = check_record(resolved, Terminal().log)
+    if as_json:
+        print_json(record)
+    else:
+        print_check(record)
+
+
+@app.command(rich_help_panel="Before a search")
+def layers(space: SpaceFile, setting: Settings = None, as_json: Json = False) -> None:
+    """List the layers of a space's net: shapes, MACs, params, break-even rank per lowering. Needs no data.
+
+    Example: ranksearch layers search_spaces/cifar10_resnet20.yaml
+    """
+    from ranksearch.search.space_file import read_space
+    from ranksearch.tables import layer_rows, print_layers
+
+    resolved = read_space(space, settings=setting or ())
+    found = layer_rows(resolved)
+    if as_json:
+        print_json(found)
+    else:
+        print_layers(found)
+
+
+@app.command(rich_help_panel="Before a search")
+def latency(
+    space: SpaceFile,
+    runtime: Annotated[
+        str | None, typer.Option(metavar="eager|compile|onnx", help="Left out, the space's; as are the next two.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Inputs of one call.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
+    setting: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Time a net's layers under every lowering and rank on this machine: up to which rank each is faster. Kept in the data folder.
+
+    Example: ranksearch latency search_spaces/cifar10_resnet20.yaml --runtime onnx --batch 32
+    """
+    from ranksearch.search.space_file import read_space
+
+    given = {"runtime": runtime, "batch": batch, "threads": threads}
+    settings = [f"latency.{key}={value}" for key, value in given.items() if value is not None]
+    resolved = read_space(space, settings=[*(setting or ()), *settings])
+    from ranksearch.console import Terminal
+    from ranksearch.tables import latency_record, print_latency
+
+    record = latency_record(resolved, Terminal().log)
+    if as_json:
+        print_json(record)
+    else:
+        print_latency(record)
+
+
+@app.command(rich_help_panel="Before a search")
+def preview(
+    space: SpaceFile,
+    budget: Budgets = None,
+    setting: Settings = None,
+    levels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P,P,…", help="Budgets in percent of the dense net's cost; left out, 75 to 25 and the space's own."
+        ),
+    ] = None,
+    allocator: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="solver, uniform, energy, minimax (these four where left out), evbmf, stable_rank, random, greedy, or all; repeatable.",
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Validation images that a plan is scored on.")] = 1000,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Predict the front in about a minute: plans over a range of budgets, scored after decomposition. Trains no trial.
+
+    Example: ranksearch preview search_spaces/cifar10_resnet20.yaml --levels 75,50,35 --allocator solver --allocator uniform
+    """
+    from ranksearch.search.space_file import read_space
+
+    resolved = read_space(space, budgets=budget or (), settings=setting or ())
+    percents = _percents(levels) if levels is not None else None
+    from ranksearch import api
+    from ranksearch.console import Terminal
+    from ranksearch.search.preview import ALLOCATORS, DEFAULT_ALLOCATORS, LEVELS
+    from ranksearch.tables import print_preview
+
+    names = list(ALLOCATORS) if allocator and "all" in allocator else allocator or DEFAULT_ALLOCATORS
+    try:
+        record = api.preview(
+            resolved, levels=percents or LEVELS, allocators=names, images=images, runs=runs, observer=Terminal()
+        )
+    except KeyboardInterrupt:
+        print("ranksearch: interrupted; no preview was written.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json(record)
+    else:
+        print_preview(record)
+
+
+def _percents(text: str) -> list[float]:
+    """Levels such as "75,50,35": numbers above 0 and at most 100."""
+    try:
+        percents = [float(part.strip().rstrip("%")) for part in text.split(",")]
+    except ValueError:
+        percents = []
+    if not percents or not all(0 < percent <= 100 for percent in percents):
+        raise UsageError(f"--levels {text}: expected percentages of the dense net's cost, such as 75,50,35.")
+    return percents

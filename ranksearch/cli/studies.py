@@ -1,0 +1,145 @@
+"""Verbs that run a study, and the one that prints its front."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ranksearch.cli.options import (
+    DEFAULT_RUNS,
+    Address,
+    Budgets,
+    Inline,
+    Json,
+    Runs,
+    Settings,
+    SpaceFile,
+    StudyName,
+    app,
+    print_json,
+    runs_option,
+)
+from ranksearch.errors import StudyError
+
+
+def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
+    """Runs a search or its continuation, then prints the front and where to look at it."""
+    from ranksearch.console import Terminal, front_table
+
+    terminal = Terminal()
+    try:
+        study = run(terminal)
+    except KeyboardInterrupt:
+        terminal.stop()
+        started = (runs / name / "study.json").is_file() or (Path(name) / "study.json").is_file()
+        kept = f" What is finished is kept: `ranksearch resume {name}{runs_option(runs)}` goes on." if started else ""
+        print(f"ranksearch: interrupted.{kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    front = study.front_record()
+    if as_json:
+        print_json(front)
+    else:
+        front_table(front)
+    if not front["trials"] and study.leader is not None:
+        raise StudyError(
+            f"Every net of {study.space.name!r} was measured to be slower than the dense one, so the front is empty; `ranksearch latency` "
+            f"says which layers gain. Allow other lowerings, or another runtime or batch (latency.runtime, latency.batch)."
+        )
+    if not front["trials"]:
+        raise StudyError(f"No trial of {study.space.name!r} was completed; see `{study.folder}`.")
+    store = study.space.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    experiment, here = study.space.tracking.experiment or study.space.name, f"{study.space.name}{runs_option(runs)}"
+    at = f"MLflow at {store}, experiment {experiment!r}, or " if store else ""
+    print(
+        f"\nThe study is in {study.folder}/ (front.json, trials/NNN/ with each net).\n"
+        f"To look at it: {at}`ranksearch ui {here}` (MLflow), `ranksearch report {here}` (one HTML file).",
+        file=sys.stderr,
+    )
+
+
+@app.command(rich_help_panel="Studies")
+def search(
+    space: SpaceFile,
+    budget: Budgets = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the study; left out, the space's.")] = None,
+    setting: Settings = None,
+    warm_start: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--warm-start",
+            metavar="NAME|DIR|FILE",
+            help="An earlier study, or a file that `front --json` printed: its plans are tried first; repeatable.",
+        ),
+    ] = None,
+    address: Address = None,
+    inline: Inline = False,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Search: train trials within the budgets and print the Pareto front.
+
+    Example: ranksearch search search_spaces/cifar10_resnet20.yaml --budget flops=50% --trials 6
+    """
+    from ranksearch.search.space_file import read_space
+
+    resolved = read_space(
+        space, budgets=budget or (), settings=setting or (), trials=trials, name=name, warm_start=warm_start or ()
+    )
+    from ranksearch import api  # seconds of imports: a mistake in the space is told before them
+
+    _conclude(
+        lambda terminal: api.search(resolved, runs=runs, address=address, inline=inline, observer=terminal),
+        resolved.name,
+        runs,
+        as_json,
+    )
+
+
+@app.command(rich_help_panel="Studies")
+def resume(
+    study: StudyName,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Planned trials from now on, finished ones included: goes on with a study that is done."
+        ),
+    ] = None,
+    address: Address = None,
+    inline: Inline = False,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Continue a study that was interrupted or killed: finished trials are kept, running ones go on from their states.
+
+    Example: ranksearch resume digits_resnet8 --trials 32
+    """
+    from ranksearch import api
+
+    _conclude(
+        lambda terminal: api.resume(study, trials=trials, runs=runs, address=address, inline=inline, observer=terminal),
+        study,
+        runs,
+        as_json,
+    )
+
+
+@app.command(rich_help_panel="Studies")
+def front(study: StudyName, runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
+    """Print the front of a study, best first; also while it is running.
+
+    Example: ranksearch front digits_resnet8 --json
+    """
+    from ranksearch.console import front_table
+    from ranksearch.search.study import Study
+    from ranksearch.search.study_folder import find_study
+
+    record = Study.open(find_study(study, runs)).front_record()
+    if as_json:
+        print_json(record)
+    else:
+        front_table(record)

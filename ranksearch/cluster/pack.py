@@ -1,0 +1,66 @@
+"""A task on its way to the workers: resident data once per node, the rest pickled, a user's own file first."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from dataclasses import dataclass, replace
+
+import numpy as np
+import ray
+import torch
+
+from ranksearch.errors import UsageError
+from ranksearch.tasks.resident import Resident
+from ranksearch.tasks.task import Task
+from ranksearch.tasks.task_file import TaskCode, TaskFile
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A task on its way to the workers.
+
+    Resident data travel as arrays, which lie once per node in Ray's object store and are read there without a copy. The rest is pickled
+    apart: what a user's own file defines can be read only after that file's module was made.
+    """
+
+    code: TaskCode | None
+    rest: bytes
+    arrays: dict[str, tuple[np.ndarray, np.ndarray]]
+    """Split -> inputs, targets."""
+
+
+def pack(task: Task, own: TaskFile | None = None) -> Packed:
+    """The task without its test set, and the user's file that it comes from.
+
+    Raises:
+        UsageError: something of it cannot be pickled.
+    """
+    splits = {"train": task.train, "val": task.val}
+    resident = {name: source for name, source in splits.items() if isinstance(source, Resident)}
+    arrays = {name: (source.inputs.numpy(), source.targets.numpy()) for name, source in resident.items()}
+    nothing = torch.empty(0)
+    hollow = {name: replace(source, inputs=nothing, targets=nothing) for name, source in resident.items()}
+    try:
+        rest = ray.cloudpickle.dumps(replace(task.without_test(), **hollow))
+    except (TypeError, AttributeError, RuntimeError, NotImplementedError, pickle.PicklingError) as error:
+        first = str(error).splitlines()[0]
+        raise UsageError(
+            f"task: it cannot be sent to Ray's workers ({first}): open files and connections when they are first used, not in the "
+            f"task; or run the trials in this process, by --inline."
+        ) from error
+    return Packed(own.code if own is not None else None, rest, arrays)
+
+
+def unpack(packed: Packed) -> Task:
+    """The task of `pack`, its tensors views of the object store's read-only memory: nothing writes to a data set."""
+    if packed.code is not None:
+        packed.code.module()
+    task: Task = ray.cloudpickle.loads(packed.rest)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        whole = {
+            name: replace(getattr(task, name), inputs=torch.from_numpy(inputs), targets=torch.from_numpy(targets))
+            for name, (inputs, targets) in packed.arrays.items()
+        }
+    return replace(task, **whole)
