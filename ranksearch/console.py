@@ -44,12 +44,13 @@ def number(value: float | None, form: str = ",d") -> str:
 
 
 def _measured(row: Mapping[str, Any], dense: Mapping[str, Any], metric: Mapping[str, str]) -> list[str]:
-    """A net's cells of the front's table, from its validation accuracy to its latency."""
+    """A net's cells of the front's table, from its validation accuracy to its latency, measured and predicted."""
     return [
         metric_text(metric, row["val_accuracy"]), metric_text(metric, row["test_accuracy"]),
         number(row["macs"]), number(100 * row["macs"] / dense["macs"], ".2f"),
         number(row["params"]), number(100 * row["params"] / dense["params"], ".2f"),
         number(row["size_bytes"] / 1024, ".1f"), number(row["latency_ms"], ".2f"),
+        number(row.get("latency_predicted_ms"), ".2f"),
     ]  # fmt: skip
 
 
@@ -62,17 +63,18 @@ def front_table(front: Mapping[str, Any]) -> None:
     title = f"{front['study']}: {describe_budgets(front)}{worth}"
     columns = {
         "trial": "right", f"val {unit}": "right", f"test {unit}": "right", "MACs": "right", "% of dense": "right", "params": "right",
-        "params %": "right", "size KiB": "right", "ms": "right", "chosen by": "left", "plan": "left",
+        "params %": "right", "size KiB": "right", "ms": "right", "predicted": "right", "chosen by": "left", "plan": "left",
     }  # fmt: skip
     rows = [
         [str(row["trial"]), *_measured(row, dense, metric), row["allocator"], RankPlan.from_dict(row["plan"]).summary()]
         for row in front["trials"]
     ]
     rows.append(["dense", *_measured(dense, dense, metric), "", ""])
-    if all(row["latency_ms"] is None for row in front["trials"]):
-        at = list(columns).index("ms")
-        columns = {name: side for name, side in columns.items() if name != "ms"}
-        rows = [row[:at] + row[at + 1 :] for row in rows]
+    known = [name for name in columns if name not in ("ms", "predicted")]
+    if any(row["latency_ms"] is not None or row["latency_predicted_ms"] is not None for row in front["trials"]):
+        known = list(columns)
+    rows = [[cell for name, cell in zip(columns, row, strict=True) if name in known] for row in rows]
+    columns = {name: columns[name] for name in known}
     table(title, columns, rows, spare=("size KiB", "params", "plan", "params %", "MACs"))
 
 

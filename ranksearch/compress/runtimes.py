@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +59,21 @@ def runtime_named(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
+def _own_frame(model: nn.Module) -> Function:
+    """The net as a function with a code object of its own.
+
+    Dynamo keeps compiled graphs by code object: the eighth net that came through `nn.Module`'s would be the last one that is compiled, all
+    further ones would silently run as they are, and every call would try the guards of all before it.
+    """
+
+    def call(batch: Tensor) -> Any:
+        return model(batch)
+
+    return FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+
+
 def _compiled(model: nn.Module, batch: Tensor) -> Function:
-    compiled = torch.compile(model, dynamic=False)
+    compiled = torch.compile(_own_frame(model), dynamic=False)
     with told("torch.compile cannot compile this net here"), quiet(), torch.inference_mode():
         compiled(batch)
     return compiled
