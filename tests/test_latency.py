@@ -14,7 +14,7 @@ from ranksearch.allocate import LayerRules, allocate_plan, parse_budget, rank_cu
 from ranksearch.allocate.latency import fit_factors, timed
 from ranksearch.compress import DENSE, LayerPlan, RankPlan, plan_cost, restructure_, trace
 from ranksearch.compress.latency import latencies_ms
-from ranksearch.compress.latency_table import LatencyTable, grid
+from ranksearch.compress.latency_table import LatencyTable, measured_ranks
 from ranksearch.compress.stopwatch import STEPS, LatencySetting, Stopwatch, probed_ranks, widest_step
 from ranksearch.errors import UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
@@ -133,7 +133,7 @@ def test_any_rank_has_the_time_of_its_step(multiple):
     table = LatencyTable(Known())
     table.measure([(layer, CONVS, multiple)], silent)
     for name in CONVS:
-        (values,) = grid(lowering_named(name), (layer.spec, layer.in_sizes[0]), 16, multiple)
+        values = measured_ranks(lowering_named(name), (layer.spec, layer.in_sizes[0]), 16, multiple)
         ranks = [rank for rank in lowering_named(name).ranks(layer.spec, multiple) if rank <= values[-1]]
         times = table.times_ms(layer, name, ranks)
         exact = [known_ms(layer.spec, (14, 14), LayerPlan(name, rank)) for rank in ranks]

@@ -2,8 +2,9 @@
 
 Ranks are measured at every multiple of the device's step up to the largest rank that saves MACs or params, at half a step, and at that
 largest rank itself. Where other ranks may be chosen, two more are measured in each step: one just above its beginning and one amid it that
-is no multiple of 4. ONNX Runtime takes the whole step's time for multiples of 4 and up to a quarter more for others; PyTorch climbs
-evenly. So time is interpolated among multiples of 4, and among the others. A format with several ranks has a coarse grid of them.
+is no multiple of 4; and the smallest rank of all. ONNX Runtime takes the whole step's time for multiples of 4 and up to a quarter more for
+others; PyTorch climbs evenly. So time is interpolated among multiples of 4, and among the others. A format with several ranks has a coarse
+grid of them: one of multiples of the step, and one of others where those may be chosen.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ranksearch.lowering import LayerSpec, Lowering, Rank, lowering_named
 from ranksearch.lowering.contract import sides
 from ranksearch.lowering.spec import Ints
 
-FORMAT = 1
+FORMAT = 2
 """Counts up when a time comes to mean something else: older files are then not used any more."""
 FINE = 4
 """Multiples of this are as fast as a whole step in a runtime that computes in blocks; others are slower there."""
@@ -37,18 +38,34 @@ Shape = tuple[LayerSpec, Ints]
 """What a layer's time depends on: its spec and the size of its input."""
 
 
-def grid(lowering: Lowering, shape: Shape, step: int, multiple: int) -> tuple[Ints, ...]:
-    """Per side of the rank, the values that are measured, rising; `multiple` is what every rank that is asked for is a multiple of."""
+def measured_ranks(lowering: Lowering, shape: Shape, step: int, multiple: int) -> list[Rank]:
+    """The ranks that are measured; `multiple` is what every rank that is asked for is a multiple of."""
     spec, in_size = shape
     full = sides(lowering.full_rank(spec))
     if len(full) > 1:
-        return tuple(_spread(_multiples(step, most)) for most in full)
+        kinds = [grid(full, step, fine) for fine in ((True, False) if multiple % FINE else (True,))]
+        return [rank for kind in kinds for rank in product(*kind)]
     most = max(max(sides(lowering.break_even_rank(spec, cost, in_size))) for cost in ("macs", "params"))
     if not most:
-        return ((),)
+        return []
     between = [start + FINE for start in range(0, most, step)] if multiple % step else []
-    odd = [start + step // 2 + 1 for start in range(0, most, step)] if multiple % FINE else []
-    return (tuple(sorted({*_multiples(step, most), *(rank for rank in between + odd if rank < most)})),)
+    odd = [multiple, *_amid(step, most)] if multiple % FINE else []
+    return sorted({*_multiples(step, most), *(rank for rank in between + odd if rank < most)})
+
+
+def grid(full: Ints, step: int, fine: bool) -> tuple[Ints, ...]:
+    """Per side of a rank that has several, up to `full`, the values that are measured, rising: multiples of the step, or others."""
+    return tuple(_spread(_multiples(step, most) if fine else _others(step, most)) for most in full)
+
+
+def _amid(step: int, most: int) -> list[int]:
+    """Amid every step below `most` a rank that is no multiple of `FINE`."""
+    return [rank for start in range(0, most, step) if (rank := start + step // 2 + 1) < most]
+
+
+def _others(step: int, most: int) -> Ints:
+    """From 1 on, no multiples of `FINE`, where `most` leaves any: the last one is next to it, or `most` itself."""
+    return tuple(sorted({1, *_amid(step, most), most - 1 if most % FINE == 0 else most}))
 
 
 def _multiples(step: int, most: int) -> Ints:
@@ -106,8 +123,7 @@ class LatencyTable:
         return [LayerPlan(name, rank) for rank in self._measured(shape, name, multiple) if rank not in known]
 
     def _measured(self, shape: Shape, name: str, multiple: int) -> list[Rank]:
-        found = product(*grid(lowering_named(name), shape, self.step, multiple))
-        return [rank[0] if len(rank) == 1 else rank for rank in found]
+        return measured_ranks(lowering_named(name), shape, self.step, multiple)
 
     def _fill(self, shape: Shape, choices: Sequence[LayerPlan]) -> None:
         times = self.stopwatch.layers_ms(*shape, [DENSE, *choices])
@@ -132,10 +148,23 @@ class LatencyTable:
             if isinstance(next(iter(times)), int):
                 total += _interpolated(times, ranks)
                 continue
-            values = grid(lowering_named(name), shape, self.step, self.step)
-            table = np.array([times[rank] for rank in product(*values)]).reshape([len(v) for v in values])
-            total += [_between(values, table, self._stepped(values, sides(rank))) for rank in ranks]
+            total += self._on_grids(sides(lowering_named(name).full_rank(shape[0])), times, ranks)
         return total
+
+    def _on_grids(self, full: Ints, times: Mapping[Rank, float], ranks: Sequence[Rank]) -> list[float]:
+        """[n ranks] of several sides: multiples of `FINE` on the grid of steps, the others on their own, where that was measured."""
+        known = {}
+        for fine in (True, False):
+            values = grid(full, self.step, fine)
+            cells = list(product(*values))
+            if all(rank in times for rank in cells):
+                known[fine] = values, np.array([times[rank] for rank in cells]).reshape([len(v) for v in values])
+        found = []
+        for rank in map(sides, ranks):
+            fine = False not in known or all(side % FINE == 0 for side in rank)
+            values, table = known[fine]
+            found.append(_between(values, table, self._stepped(values, rank) if fine else rank))
+        return found
 
     def _stepped(self, values: tuple[Ints, ...], rank: Ints) -> Ints:
         """Each side at the upper end of its step."""
