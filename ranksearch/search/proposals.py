@@ -165,7 +165,7 @@ class Proposals:
     def give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:
         """Ends a trial without a result, and enqueues its parameters, plan and seed once more."""
         if enqueue:
-            names = ("allocator", "given", "seed", "workers_lost")
+            names = ("allocator", "given", "seed", "workers_lost", "nodes_lost")
             kept = {name: frozen.user_attrs[name] for name in names if name in frozen.user_attrs}
             if (candidate := frozen.user_attrs.get("candidate")) is not None:
                 kept |= {"allocator": candidate["allocator"], "given": candidate["plan"], "seed": candidate["seed"]}
