@@ -1,7 +1,7 @@
 """A real Ray cluster of several nodes on this machine: nodes that join, leave by notice, or lose their power. For drills and tests.
 
-Every node is a `ray start --block` of its own with its processes below it; token authentication is on, the token is this cluster's alone.
-Linux alone.
+Every node is a `ray start --block` of its own with its processes below it; token authentication is on. Ray listens on this
+machine's interfaces, whatever address a node is given. Linux alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 
 START_SECONDS = 90
 OBJECT_STORE_BYTES = 100_000_000
+TOKEN = secrets.token_hex(32)
+"""Of the clusters of this process; no other one can talk to them."""
 TRAINS = "ray::ImplicitFunc"
 """How the title of a process begins that runs trials."""
 
@@ -60,7 +62,7 @@ class LoopbackCluster:
         self._folder = folder
         self.port = free_ports(1)[0]
         self.environment = {
-            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         """What a driver on this cluster needs in its environment."""
         self.nodes: list[Node] = []
@@ -92,12 +94,17 @@ class LoopbackCluster:
         return node
 
     def drain(self, node: Node, seconds: int) -> None:
-        """A preemption notice, as a cloud's spot handler sends it: the node is going to be taken away after so many seconds."""
-        command = [
-            "ray", "drain-node", "--address", self.address, "--node-id", node.id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message", "spot instance reclaimed", "--deadline-remaining-seconds", str(seconds),
-        ]  # fmt: skip
-        subprocess.run(command, env=os.environ | self.environment, check=True, capture_output=True, timeout=60)
+        """A preemption notice, as `ray drain-node` or a cloud's spot handler sends it: the node is taken away after so many seconds."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        os.environ["RAY_AUTH_TOKEN"] = TOKEN
+        reason, deadline_ms = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, int(1000 * (time.time() + seconds))
+        accepted, why_not = GcsClient(address=self.address).drain_node(
+            node.id, reason, "spot instance reclaimed", deadline_ms
+        )
+        if not accepted:
+            raise RuntimeError(f"the node is not drained: {why_not}")
 
     def stop(self) -> None:
         """Kills what is left of every node."""

@@ -48,9 +48,8 @@ def connect(address: str | None) -> None:
     if address is None:
         # Ray's token authentication is on; a token for this cluster alone needs no file in a home that may be read-only
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # on one machine a control store that does not answer is dead, not far away. Once this is over Ray ends the process outright: on a
-    # cluster `head.py` says before that what was lost
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15" if address is None else "120")
+        # on one machine a control store that does not answer is dead, not far away; without it Ray ends this process
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     local = {
         "address": "local",

@@ -14,10 +14,11 @@ import ray
 from ranksearch.cluster.nodes import GCS_ERRORS, answers
 
 LOOK_SECONDS, ANSWER_SECONDS = 3.0, 5.0
-PATIENCE_SECONDS = 45.0
-"""A control store that comes back within so long (Ray's fault tolerance restarts it) was not lost."""
-END_SECONDS = 30.0
+RAY_ENDS_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112  Ray spells it so
+"""A control store that comes back within so long (its fault tolerance restarts it) was not lost; after it Ray ends the process outright."""
+END_SECONDS = 10.0
 """How long a driver that waits for a lost head may take to notice; then it is ended with the sentence that it could not say."""
+PATIENCE_SECONDS = max(LOOK_SECONDS, RAY_ENDS_SECONDS - 2 * END_SECONDS)
 
 
 class HeadWatch:

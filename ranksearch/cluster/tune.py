@@ -7,6 +7,7 @@ Tune's own snapshot can lag behind the study or run ahead of it, so nothing is e
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -39,6 +40,8 @@ from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State
 
+# "Trials did not complete" is said of those that went on elsewhere, too
+logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
 METRIC, ENTRY, RESULT = "val_accuracy", "entry", "result"
 RESTARTS = 3
 """How often a Ray of our own that lost its head is started again before the study ends."""
