@@ -299,7 +299,8 @@ def _fit(tuner: tune.Tuner, searcher: AskTell) -> type[KeyboardInterrupt] | None
 
     if callable(on_term):
         signal.signal(signal.SIGTERM, on_sigterm)
-    searcher.interrupted = terminated.is_set
+    # Tune itself does not look while it waits for a proposal, minutes long
+    searcher.interrupted = lambda: signal.getsignal(signal.SIGINT) is before
     try:
         tuner.fit()
     except KeyboardInterrupt:  # before Tune had taken the signal for itself
