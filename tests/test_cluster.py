@@ -66,13 +66,13 @@ def test_a_node_that_does_not_answer_is_gone_before_ray_says_so():
 
 
 def test_a_lost_node_is_not_counted_as_a_loss_of_the_trials_own(make, bench):
-    study = make(settings=["resources.worker_losses=1", "search.parametrization=direct"])  # opens with nothing
+    study = make(settings=["resources.worker_losses=1"])
     for _ in range(NODE_LOSSES):
         assert study.retry(study.ask(bench).number, blameless=True)
     candidate = study.ask(bench)
     assert study.retry(candidate.number)  # its own process, for the first time
     again = study.ask(bench)
-    assert (again.plan, again.seed) == (candidate.plan, candidate.seed)
+    assert (again.plan, again.seed) == (candidate.plan, candidate.seed)  # before the classics that were never begun
     assert not study.retry(again.number)
     assert not study.retry(again.number, blameless=True)  # it may be what takes the nodes down
 
