@@ -143,7 +143,7 @@ def search(
     if not inline:
         from ranksearch.cluster.connection import join
 
-        join(space.resources, address)  # a cluster that is not there must not leave an empty study behind
+        join(space.resources, address, observer.log)  # a cluster that is not there must not leave an empty study behind
     study = Study.create(runs, space, bench, _dense_accuracy(bench.dense_model(), bench.task))
     known.save()
     if table is not None:

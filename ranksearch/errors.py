@@ -21,6 +21,10 @@ class StudyError(RanksearchError, RuntimeError):
     """The study could not be finished. What was finished is on disk."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the process is being stopped from outside, by a batch system, a cluster or a spot market. Ends what Ctrl-C ends."""
+
+
 class NonFiniteError(RanksearchError, ValueError):
     """Weights hold NaN or infinite values, so they have no SVD; in a trial this is divergence."""
 

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from loopback_cluster import descendants
 from report import Report, arguments
 
 from ranksearch.search.study import Study
@@ -193,30 +194,6 @@ class Drill:
         client = MlflowClient(tracking_uri=store_uri(self.folder / "runs", None))
         experiment = client.get_experiment_by_name(NAME)
         return len(client.search_runs([experiment.experiment_id], "tags.`ranksearch.kind` = 'trial'"))
-
-
-def descendants(root: int) -> dict[int, str]:
-    """pid -> command line of the processes below `root`."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except (OSError, IndexError):
-                continue  # it ended meanwhile
-    found: dict[int, str] = {}
-    for pid in parents:
-        above = pid
-        while above in parents and above != root:
-            above = parents[above]
-        if above == root and pid != root:
-            try:
-                found[pid] = (
-                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                )
-            except OSError:
-                continue
-    return found
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def test_a_restarted_trial_ends_as_if_it_had_not_stopped(bench, tmp_path, stop, 
         assert one["removed_energy"] == pytest.approx(other["removed_energy"], rel=1e-3, abs=1e-7)
     assert resumed.epochs == whole.epochs
     assert len(reports) == (4 if stop <= 17 else 1)  # phases that were scored before the stop are not scored again
-    assert not path.exists()
+    assert path.exists()  # its result may be lost on the way to the study, which removes it
 
 
 def test_a_checkpoint_of_another_kind_of_device_starts_the_trial_anew(bench, tmp_path):
@@ -317,4 +317,3 @@ def test_a_checkpoint_that_cannot_be_read_starts_the_trial_anew(bench, tmp_path)
     path.write_bytes(b"half a file")
     result, _ = run(bench, steps=4, checkpoint=CheckpointFile(path, 60))
     assert result.status == "complete"
-    assert not path.exists()

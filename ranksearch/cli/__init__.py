@@ -1,6 +1,7 @@
 """The command line: verbs, results on stdout, logs and progress on stderr.
 
-Exit codes: 0 done, 1 the study failed, 2 bad usage or configuration, 130 interrupted. A user's mistake is one message, never a traceback.
+Exit codes: 0 done, 1 the study failed, 2 bad usage or configuration, 130 interrupted (Ctrl-C), 143 stopped by SIGTERM. A user's mistake is
+one message, never a traceback.
 Heavy packages are imported inside the verbs: `ranksearch --help` loads neither torch nor ray nor mlflow.
 """
 

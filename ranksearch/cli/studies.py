@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,12 @@ from ranksearch.cli.options import (
     print_json,
     runs_option,
 )
-from ranksearch.errors import StudyError
+from ranksearch.errors import StudyError, Terminated
+
+
+def _terminate(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what ends the study takes seconds
+    raise Terminated
 
 
 def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
@@ -31,14 +37,16 @@ def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
     from ranksearch.console import Terminal, front_table
 
     terminal = Terminal()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         study = run(terminal)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         terminal.stop()
         started = (runs / name / "study.json").is_file() or (Path(name) / "study.json").is_file()
         kept = f" What is finished is kept: `ranksearch resume {name}{runs_option(runs)}` goes on." if started else ""
-        print(f"ranksearch: interrupted.{kept}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        stopped = isinstance(interruption, Terminated)
+        print(f"ranksearch: {'stopped by SIGTERM' if stopped else 'interrupted'}.{kept}", file=sys.stderr)
+        raise typer.Exit(128 + (signal.SIGTERM if stopped else signal.SIGINT)) from None
     front = study.front_record()
     if as_json:
         print_json(front)

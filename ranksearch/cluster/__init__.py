@@ -1,6 +1,7 @@
 """Ray: the cluster that a study's trials run on. Nothing outside this folder imports it.
 
-`connection.py` joins or starts one, `pack.py` sends the task to its workers, `tune.py` runs the trials.
+`connection.py` joins or starts one, `nodes.py` knows how many trials it holds at a moment, `pack.py` sends the task to its workers,
+`tune.py` runs the trials; `losses.py` says whose doing it was that one was lost, `head.py` notices that the cluster is.
 """
 
 import os
@@ -11,6 +12,8 @@ for _name, _value in {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial without a GPU share sees none
+    "TUNE_MAX_PENDING_TRIALS_PG": "1024",  # the study's own searcher says how many wait, by what the cluster holds at that moment
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a lost trial is told of in a sentence
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }.items():
     os.environ.setdefault(_name, _value)

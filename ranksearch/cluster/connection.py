@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from ranksearch.cluster.nodes import room_at_most, room_now
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.space import ResourcesSpace
 
 HEAD = ("gcs_server", "raylet")
+SAY_AGAIN_SECONDS, LOOK_SECONDS = 60.0, 1.0
+"""How often a wait for room is told of, and looked at."""
 
 
 class HeadLost(StudyError):
@@ -51,7 +59,8 @@ def connect(address: str | None) -> None:
     }
     for tries_left in (1, 0):
         try:
-            ray.init(**quiet, **(local if address is None else {"address": address}))
+            with own_sigterm():
+                ray.init(**quiet, **(local if address is None else {"address": address}))
             return
         except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
             # on a busy machine a node start can miss Ray's own time limit: once more, then it is a real failure
@@ -61,39 +70,68 @@ def connect(address: str | None) -> None:
             ray.shutdown()
 
 
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Keeps this process's own answer to SIGTERM, if it has one: `ray.init` puts an exit in its place."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if before not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
 def head_is_gone() -> bool:
     """Whether a Ray that this process started has lost one of its own processes; of a cluster's head nothing is known here."""
     node = ray._private.worker._global_node
     return node is not None and node.head and any(name in HEAD for name, _ in node.dead_processes())
 
 
-def trials_at_once(cpus: float, gpus: float, available: dict[str, float]) -> int:
-    """How many trials the cluster holds at once.
-
-    Raises:
-        UsageError: not even one.
-    """
-    fits = available.get("CPU", 0) / cpus
-    if gpus:
-        fits = min(fits, available.get("GPU", 0) / gpus)
-    if fits < 1:
-        raise UsageError(
-            f"resources: a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, but the cluster has "
-            f"{available.get('CPU', 0):g} and {available.get('GPU', 0):g}: lower resources.cpus_per_trial or gpus_per_trial."
-        )
-    return int(fits)
-
-
-def join(resources: ResourcesSpace, address: str | None) -> tuple[float, int]:
-    """Connects, and returns (GPUs per trial, trials at once) of the cluster for what one trial takes.
+def join(resources: ResourcesSpace, address: str | None, log: Callable[[str], None]) -> float:
+    """Connects, and returns the GPUs per trial; waits for a cluster without room for a trial, whose nodes may still be coming.
 
     Raises:
         StudyError: Ray does not start or cannot be reached.
-        UsageError: one trial asks for more than the cluster has.
+        UsageError: one trial asks for more than this machine has, or than the cluster has, or may grow to, after the wait.
     """
     connect(address)
-    available = ray.cluster_resources()
     gpus = resources.gpus_per_trial
     if gpus is None:
-        gpus = float(available.get("GPU", 0) > 0)
-    return gpus, trials_at_once(resources.cpus_per_trial, gpus, available)
+        gpus = float(ray.cluster_resources().get("GPU", 0) > 0)
+    wait_for_room(resources.cpus_per_trial, gpus, 0.0 if address is None else resources.wait_seconds, log)
+    return gpus
+
+
+def wait_for_room(cpus: float, gpus: float, seconds: float, log: Callable[[str], None]) -> None:
+    """Returns once the cluster holds a trial, or its autoscaler waits to be asked for a node that does.
+
+    Raises:
+        UsageError: it does not, after so many seconds; or at once where the autoscaler has no such node to start.
+    """
+    started, said_at = time.monotonic(), float("-inf")
+    while not room_now(cpus, gpus):
+        at_most, waited = room_at_most(cpus, gpus), time.monotonic() - started
+        if at_most:
+            log(f"no node has room for a trial ({asked(cpus, gpus)}) yet: the cluster's autoscaler is asked for some")
+            return
+        if at_most == 0 or waited >= seconds:
+            raise UsageError(
+                f"resources: a trial asks for {asked(cpus, gpus)}, but the cluster has {held()}"
+                f"{f' after {waited:.0f} s' if seconds else ''}: lower resources.cpus_per_trial or gpus_per_trial"
+                f"{', or wait longer for nodes (resources.wait_seconds)' if seconds else ''}."
+            )
+        if time.monotonic() > said_at + SAY_AGAIN_SECONDS:
+            said_at = time.monotonic()
+            log(
+                f"no node has room for a trial ({asked(cpus, gpus)}; the cluster has {held()}): waiting for nodes, "
+                f"{seconds - waited:.0f} s more (resources.wait_seconds)"
+            )
+        time.sleep(LOOK_SECONDS)
+
+
+def asked(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPUs and {gpus:g} GPUs"
+
+
+def held() -> str:
+    """What the cluster's nodes have together."""
+    available = ray.cluster_resources()
+    return f"{available.get('CPU', 0):g} CPUs and {available.get('GPU', 0):g} GPUs on {len(ray.nodes())} nodes"

@@ -7,8 +7,11 @@ Tune's own snapshot can lag behind the study or run ahead of it, so nothing is e
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,19 +23,25 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ranksearch.cluster.connection import HEAD, HeadLost, head_is_gone, join
+from ranksearch.cluster.head import HeadWatch, watched_head
+from ranksearch.cluster.losses import Losses
+from ranksearch.cluster.nodes import LeaveWatch, Room
 from ranksearch.cluster.pack import Packed, pack, unpack
 from ranksearch.compress import Net, RankPlan
 from ranksearch.compress.stopwatch import LatencySetting
-from ranksearch.errors import StudyError
+from ranksearch.errors import StudyError, Terminated
+from ranksearch.search.checkpoint import Leaving
 from ranksearch.search.metric import Metric
 from ranksearch.search.proposals import Candidate
 from ranksearch.search.recipe import Recipe
 from ranksearch.search.run import Driver, Log, OnRow, attempt, stop_reason
-from ranksearch.search.study import Study
+from ranksearch.search.study import NODE_LOSSES, Study
 from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State
 
+# "Trials did not complete" is said of those that went on elsewhere, too
+logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
 METRIC, ENTRY, RESULT = "val_accuracy", "entry", "result"
 RESTARTS = 3
 """How often a Ray of our own that lost its head is started again before the study ends."""
@@ -41,7 +50,14 @@ RESTARTS = 3
 def _trainable(
     config: dict[str, Any], packed: Packed, dense: State, net: Net, threads: int, checkpoint_seconds: float
 ) -> None:
-    """A trial on a Ray worker; entries and the result travel as JSON texts, because Tune flattens nested metrics."""
+    """A trial on a Ray worker; entries and the result travel as JSON texts, because Tune flattens nested metrics.
+
+    Raises:
+        Leaving: this node is going to be taken away. Tune drops the worker then, where one that ends well is given the next trial.
+    """
+    watch = LeaveWatch()
+    if watch.leaves():
+        raise Leaving
     torch.set_num_threads(threads)
     task = unpack(packed)
     candidate = Candidate(
@@ -54,16 +70,26 @@ def _trainable(
         # returns where the trial goes on; where it does not, Tune ends this thread here
         tune.report({METRIC: entry[METRIC], ENTRY: json.dumps(entry), RESULT: ""})
 
-    result = attempt(task, dense, net, candidate, checkpoint_seconds=checkpoint_seconds, report=report)
+    try:
+        result = attempt(
+            task, dense, net, candidate, checkpoint_seconds=checkpoint_seconds, report=report, leaving=watch.leaves
+        )
+    finally:
+        watch.stop()
     tune.report({METRIC: result.val_accuracy or 0.0, ENTRY: "", RESULT: json.dumps(result.to_dict())})
 
 
 class AskTell(Searcher):
     """Tune's searcher over the study's own ask and tell. The study is on disk: there is nothing to save or restore here."""
 
-    def __init__(self, study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
+    def __init__(
+        self, study: Study, bench: Workbench, on_row: OnRow, log: Log, *, room: Room, head: HeadWatch | None
+    ) -> None:
         super().__init__(metric=METRIC, mode="max")
         self._study, self._driver = study, Driver(study, bench, on_row, log)
+        self._room, self._head, self._log = room, head, log
+        self.losses = Losses(log)
+        self.interrupted: Callable[[], bool] = lambda: False
         self._numbers: dict[str, int] = {}
         self._seeds: dict[str, int] = {}
         self._history: dict[str, list[dict[str, Any]]] = {}
@@ -71,8 +97,10 @@ class AskTell(Searcher):
         self.error: BaseException | None = None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self.error is not None or self._lost_head():
+        if self.error is not None or self._lost_head() or self.interrupted() or self._without_room():
             return Searcher.FINISHED
+        if len(self._numbers) >= self._room():  # nodes come and go
+            return None
         try:
             candidate = self._driver.ask()
         except Exception as error:
@@ -93,7 +121,20 @@ class AskTell(Searcher):
         if head_is_gone():
             kept = f"{self._study.finished} finished trials are kept: `ranksearch resume {self._study.space.name}` goes on."
             self.error = self.error or HeadLost(f"Ray's own processes ({' or '.join(HEAD)}) died. {kept}")
+        elif self._head is not None and self._head.lost:
+            self.error = self.error or HeadLost(head_lost(self._study))
         return isinstance(self.error, HeadLost)
+
+    def _without_room(self) -> bool:
+        """Whether the cluster has had no node for a trial for longer than it may."""
+        self._room()
+        seconds, most = self._room.seconds_without, self._study.space.resources.wait_seconds
+        if seconds and seconds >= most:
+            self.error = StudyError(
+                f"The cluster has had no room for a trial for {seconds:.0f} s (resources.wait_seconds). {self._study.finished} finished "
+                f"trials are kept: `ranksearch resume {self._study.space.name}` goes on."
+            )
+        return self.error is not None
 
     def goes_on(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Takes up what a running trial reports; False where it is to be stopped."""
@@ -117,13 +158,16 @@ class AskTell(Searcher):
                 found = _stopped_result(seed, history, self._study.metric)
             elif payload:
                 found = TrialResult(**json.loads(payload))
-            elif self._lost_head() or self._study.retry(number):
+            elif self._lost_head():
                 return
             else:
-                losses = self._study.space.resources.worker_losses + 1
-                found = TrialResult(
-                    "failed", seed, 0.0, reason=f"its worker died {losses} times: out of memory, or killed"
-                )
+                loss = self.losses.explain(trial_id)
+                if self._study.retry(number, blameless=loss.blameless):
+                    self._log(f"trial {number:03d}: {loss.text}; it goes on elsewhere from its last state")
+                    return
+                losses = NODE_LOSSES if loss.blameless else self._study.space.resources.worker_losses
+                why = "it takes its nodes down" if loss.blameless else "out of memory, or killed"
+                found = TrialResult("failed", seed, 0.0, reason=f"lost {losses + 1} times: {why}; at last, {loss.text}")
             self._driver.settle(number, found)
         except Exception as caught:  # Tune would log it and go on: kept, and raised once the running trials have ended
             self.error = self.error or caught
@@ -146,8 +190,19 @@ class StopBehind(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         return TrialScheduler.CONTINUE if self._searcher.goes_on(trial.trial_id, result) else TrialScheduler.STOP
 
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self._searcher.losses.note(trial)
+
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+
+def head_lost(study: Study) -> str:
+    """What is said where a cluster's head no longer answers."""
+    return (
+        f"The cluster's head (its control store, gcs_server) no longer answers. {study.finished} finished trials are kept: "
+        f"`ranksearch resume {study.space.name} --address HOST:PORT` goes on, on this cluster once it is back, or on another."
+    )
 
 
 def _stopped_result(seed: int, history: list[dict[str, Any]], metric: Metric) -> TrialResult:
@@ -159,14 +214,14 @@ def _stopped_result(seed: int, history: list[dict[str, Any]], metric: Metric) ->
 
 
 def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: str | None) -> None:
-    """Runs what is left of the study, as many trials at once as the cluster's CPUs and GPUs hold.
+    """Runs what is left of the study, as many trials at once as the cluster's CPUs and GPUs hold at each moment.
 
-    A trial whose worker dies is run again, from its state.
+    A trial whose worker or node is lost is run again, from its state.
 
     Raises:
         StudyError: Ray does not start, too many trials fail, or the disk is full.
         UsageError: one trial asks for more than the cluster has.
-        KeyboardInterrupt: Ctrl-C; what is finished is told.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM (`Terminated`); what is finished is told.
     """
     for restarts_left in range(RESTARTS, -1, -1):
         if study.finished >= study.planned:
@@ -185,8 +240,13 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, addre
 def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: str | None) -> None:
     """One Tuner over what is left of the study."""
     cpus = study.space.resources.cpus_per_trial
-    gpus, at_once = join(study.space.resources, address)
-    searcher = AskTell(study, bench, on_row, log)
+    gpus = join(study.space.resources, address, log)
+    # a Ray of this machine is looked at by its processes
+    with nullcontext() if address is None else watched_head(head_lost(study)) as head:
+        _fit_all(AskTell(study, bench, on_row, log, room=Room(cpus, gpus), head=head), study, bench, cpus, gpus)
+
+
+def _fit_all(searcher: AskTell, study: Study, bench: Workbench, cpus: int, gpus: float) -> None:
     trainable = tune.with_parameters(
         _trainable, packed=pack(bench.task, study.space.kind().own), dense=bench.dense, net=bench.net, threads=cpus,
         checkpoint_seconds=study.space.resources.checkpoint_seconds,
@@ -197,7 +257,6 @@ def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: st
             search_alg=searcher,
             scheduler=StopBehind(searcher),
             num_samples=-1,  # the study says when it is done
-            max_concurrent_trials=at_once,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
         ),
@@ -205,30 +264,49 @@ def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: st
             name="ray",
             storage_path=str(study.folder.absolute()),
             verbose=0,
+            callbacks=[searcher.losses],
             # Tune counts one death of a reused actor twice, so the study does the retrying
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
-    interrupted = _fit(tuner)
+    ended_by = _fit(tuner, searcher)
     if searcher.error is not None:
         raise searcher.error
-    if interrupted or study.running:
-        raise KeyboardInterrupt  # what was cut off stays RUNNING in the journal
+    if ended_by is not None or study.running:
+        raise ended_by or KeyboardInterrupt  # what was cut off stays RUNNING in the journal
     if study.finished < study.planned and not study.exhausted:
         raise StudyError(
             f"Ray Tune ended after {study.finished} of {study.planned} trials: `ranksearch resume` goes on."
         )
 
 
-def _fit(tuner: tune.Tuner) -> bool:
-    """Runs the tuner; whether it was interrupted.
+def _fit(tuner: tune.Tuner, searcher: AskTell) -> type[KeyboardInterrupt] | None:
+    """Runs the tuner; what it was interrupted by, if it was.
 
-    Tune takes SIGINT for itself, returns as if all were well, and gives the signal back then alone.
+    Tune takes SIGINT for itself, returns as if all were well, and gives the signal back then alone. SIGTERM is made the same of it, where
+    the process has an answer to SIGTERM of its own.
     """
-    before = signal.getsignal(signal.SIGINT)
-    tuner.fit()
-    interrupted = signal.getsignal(signal.SIGINT) is before
     if threading.current_thread() is not threading.main_thread():
-        return False  # a thread that gets no signals
-    signal.signal(signal.SIGINT, before)
-    return interrupted
+        tuner.fit()
+        return None  # a thread that gets no signals
+    before, on_term = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    terminated = threading.Event()
+
+    def on_sigterm(number: int, frame: Any) -> None:
+        terminated.set()
+        signal.signal(signal.SIGTERM, on_term)  # a second one ends the process at once
+        signal.raise_signal(signal.SIGINT)
+
+    if callable(on_term):
+        signal.signal(signal.SIGTERM, on_sigterm)
+    # Tune itself does not look while it waits for a proposal, minutes long
+    searcher.interrupted = lambda: signal.getsignal(signal.SIGINT) is before
+    try:
+        tuner.fit()
+    except KeyboardInterrupt:  # before Tune had taken the signal for itself
+        raise (Terminated if terminated.is_set() else KeyboardInterrupt) from None
+    finally:
+        interrupted = signal.getsignal(signal.SIGINT) is before
+        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, on_term)
+    return Terminated if terminated.is_set() else KeyboardInterrupt if interrupted else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -12,19 +13,35 @@ from zipfile import is_zipfile
 import torch
 
 
-class CheckpointFile:
-    """Where one trial's state is kept: `path` belongs to its plan, recipe and seed alone. `path` None keeps nothing."""
+class Leaving(Exception):
+    """The trial's state is written, and the trial has to go on elsewhere: its machine is going to be taken away."""
 
-    def __init__(self, path: Path | None, every_seconds: float) -> None:
-        self._path, self._every = path, every_seconds
+
+def stays() -> bool:
+    """Of a machine that nobody takes away."""
+    return False
+
+
+class CheckpointFile:
+    """Where one trial's state is kept: `path` belongs to its plan, recipe and seed alone. `path` None keeps nothing.
+
+    Once `leaving` says so the state is due at once, and its `save` is the trial's last act here: it raises `Leaving`.
+    """
+
+    def __init__(self, path: Path | None, every_seconds: float, leaving: Callable[[], bool] = stays) -> None:
+        self._path, self._every, self._leaving = path, every_seconds, leaving
         self._written = time.monotonic()
 
     @property
     def due(self) -> bool:
-        return self._path is not None and time.monotonic() - self._written >= self._every
+        return self._path is not None and (time.monotonic() - self._written >= self._every or self._leaving())
 
     def save(self, state: dict[str, Any]) -> None:
-        """Writes `state` (tensors, numbers, texts and containers of them) beside the old file, then in its place."""
+        """Writes `state` (tensors, numbers, texts and containers of them) beside the old file, then in its place.
+
+        Raises:
+            Leaving: written, and the machine is going to be taken away.
+        """
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +49,8 @@ class CheckpointFile:
         torch.save(state, unfinished)
         os.replace(unfinished, self._path)
         self._written = time.monotonic()
+        if self._leaving():
+            raise Leaving
 
     def load(self) -> dict[str, Any] | None:
         """The last state; None where there is none, or none that can be read (no code is run by reading it)."""

@@ -65,6 +65,8 @@ class Proposals:
         self._dense, self._metric = dense, metric
         self._searched: Searched | None = None
         self.why_exhausted = ""
+        self._may_hold_returned = True
+        """Whether a trial may wait that was under way before."""
         trials = study.get_trials(deepcopy=False)
         self.keys = {t.user_attrs["candidate"]["key"] for t in trials if "candidate" in t.user_attrs}
         """Plan and recipe of every trial so far, by which a duplicate is recognised."""
@@ -82,7 +84,7 @@ class Proposals:
         """
         searched, known = self._search(bench), False
         for _ in range(MAX_REJECTED):
-            trial = self._study.ask()
+            trial = self._returned() or self._study.ask()
             try:
                 found = searched.suggest(trial)
             except UsageError as error:
@@ -101,6 +103,17 @@ class Proposals:
             if known
             else f"none of {MAX_REJECTED} proposals was within the budgets"
         )
+        return None
+
+    def _returned(self) -> optuna.Trial | None:
+        """The next trial that was under way before; it goes before new ones, since part of its training is done."""
+        if not self._may_hold_returned:
+            return None
+        storage = self._study._storage
+        for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            if "retry_of" in frozen.user_attrs and storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING):
+                return optuna.Trial(self._study, frozen._trial_id)
+        self._may_hold_returned = False
         return None
 
     def _search(self, bench: Workbench) -> Searched:
@@ -164,8 +177,9 @@ class Proposals:
 
     def give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:
         """Ends a trial without a result, and enqueues its parameters, plan and seed once more."""
+        self._may_hold_returned |= enqueue
         if enqueue:
-            names = ("allocator", "given", "seed", "workers_lost")
+            names = ("allocator", "given", "seed", "workers_lost", "nodes_lost")
             kept = {name: frozen.user_attrs[name] for name in names if name in frozen.user_attrs}
             if (candidate := frozen.user_attrs.get("candidate")) is not None:
                 kept |= {"allocator": candidate["allocator"], "given": candidate["plan"], "seed": candidate["seed"]}

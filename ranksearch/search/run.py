@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ranksearch.compress import Net
 from ranksearch.errors import StudyError
-from ranksearch.search.checkpoint import CheckpointFile
+from ranksearch.search.checkpoint import CheckpointFile, Leaving, stays
 from ranksearch.search.front import Row
 from ranksearch.search.metric import Metric
 from ranksearch.search.proposals import Candidate
@@ -37,15 +37,22 @@ PATIENCE_SECONDS, LOOK_SECONDS = 600.0, 5.0
 
 
 def attempt(
-    task: Task, dense: State, net: Net, candidate: Candidate, *, report: Report, checkpoint_seconds: float
-) -> TrialResult:
-    """Runs a trial; an exception becomes a result with its reason, so that one bad trial does not end a study."""
-    checkpoint = CheckpointFile(candidate.checkpoint, checkpoint_seconds)
+    task: Task, dense: State, net: Net, candidate: Candidate, *, report: Report, checkpoint_seconds: float,
+    leaving: Callable[[], bool] = stays,
+) -> TrialResult:  # fmt: skip
+    """Runs a trial; an exception becomes a result with its reason, so that one bad trial does not end a study.
+
+    Raises:
+        Leaving: the machine is going to be taken away, as `leaving` said; the trial's state is written.
+    """
+    checkpoint = CheckpointFile(candidate.checkpoint, checkpoint_seconds, leaving)
     try:
         return run_trial(
             task, dense, net, candidate.plan, candidate.recipe, seed=candidate.seed, report=report, save_to=candidate.save_to,
             checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency,
         )  # fmt: skip
+    except Leaving:
+        raise
     except Exception as error:
         lines = traceback.format_exc().strip().splitlines()[-6:]
         status = NO_SPACE if isinstance(error, OSError) and error.errno in FULL else "failed"

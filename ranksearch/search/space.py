@@ -101,7 +101,10 @@ class ResourcesSpace(Strict):
     checkpoint_seconds: float = Field(default=60, gt=0)
     """How often a running trial writes its state, from which a lost worker's or a killed study's trial goes on."""
     worker_losses: int = Field(default=2, ge=0)
-    """How often a trial whose worker died is run again, from its state; one more loss is taken for its own doing (out of memory, say)."""
+    """How often a trial whose worker died is run again, from its state; one more loss is taken for its own doing (out of memory, say).
+    A node that is lost or taken away is not: its trials are run again without being counted."""
+    wait_seconds: float = Field(default=600, ge=0)
+    """How long a cluster (`--address`) may have no room for a single trial, at the start or later, while its nodes are still coming."""
 
     @field_validator("gpus_per_trial")
     @classmethod

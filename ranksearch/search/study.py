@@ -61,6 +61,9 @@ from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks import is_own
 
+NODE_LOSSES = 20
+"""How many nodes a trial may lose: one that takes down every node it is put on ends there."""
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # the study's own progress is shown, not Optuna's
 
 
@@ -287,14 +290,19 @@ class Study:
         self._orphans = False
         return again
 
-    def retry(self, number: int) -> bool:
-        """Proposes a trial again whose worker was lost, under the same plan, recipe and seed; False where that was its last attempt."""
+    def retry(self, number: int, *, blameless: bool = False) -> bool:
+        """Proposes a trial again whose worker was lost, under the same plan, recipe and seed; False where that was its last attempt.
+
+        Args:
+            blameless: its whole node was lost or taken away. A trial survives `NODE_LOSSES` of those: it may be what kills them.
+        """
         frozen = self._study.get_trials(deepcopy=False)[number]
-        lost = frozen.user_attrs.get("workers_lost", 0) + 1
-        if lost > self.space.resources.worker_losses:
+        name, most = ("nodes_lost", NODE_LOSSES) if blameless else ("workers_lost", self.space.resources.worker_losses)
+        lost = frozen.user_attrs.get(name, 0) + 1
+        if lost > most:
             return False
         del self._running[number]
-        self._give_back(frozen, enqueue=True, workers_lost=lost)
+        self._give_back(frozen, enqueue=True, **{name: lost})
         return True
 
     def _give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:

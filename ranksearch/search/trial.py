@@ -289,8 +289,9 @@ def run_trial(
 
     `report` is called with the metrics of each phase, and at `rungs` (shares of the steps) with those of a copy that is projected
     there; it may raise `Stopped`. With `latency` the net is timed so, in turn with the dense one. From `checkpoint`, which must be this
-    trial's own, it goes on where it stopped; there it keeps its state meanwhile, and nothing once it has ended. Divergence is a
-    result: a loss or weights that are not finite end the trial with status "diverged" and the metrics so far.
+    trial's own, it goes on where it stopped; there it keeps its state, also once it has ended: whoever
+    takes its result removes that, for a result that is lost on the way is found again from it. Divergence is a result: a loss or weights
+    that are not finite end the trial with status "diverged" and the metrics so far.
     """
     cost = plan_cost(net, plan)
     status, reason, measured = "complete", None, (None, None)
@@ -308,7 +309,6 @@ def run_trial(
         if latency is not None:
             own, of_dense = Stopwatch(latency).nets_ms([small, session.dense_net()], session.task.example_input)
             measured = own, own / of_dense
-    checkpoint.remove()
     last, seconds = session.history[-1] if session.history else {}, session.seconds
     return TrialResult(
         status, seed, session.images / len(task.train), reason=reason,

@@ -1,0 +1,68 @@
+"""Whether the head of a cluster still answers. Where it does not, Ray's calls wait without end, and at last Ray ends the process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from ranksearch.cluster.nodes import GCS_ERRORS, answers
+
+LOOK_SECONDS, ANSWER_SECONDS = 3.0, 5.0
+RAY_ENDS_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112  Ray spells it so
+"""A control store that comes back within so long (its fault tolerance restarts it) was not lost; after it Ray ends the process outright."""
+END_SECONDS = 10.0
+"""How long a driver that waits for a lost head may take to notice; then it is ended with the sentence that it could not say."""
+PATIENCE_SECONDS = max(LOOK_SECONDS, RAY_ENDS_SECONDS - 2 * END_SECONDS)
+
+
+class HeadWatch:
+    """Looks after the control store in a thread, since the driver's own may be waiting for it."""
+
+    def __init__(self, says: str) -> None:
+        self._says = says
+        self._address = ray.get_runtime_context().gcs_address
+        self._client = ray._private.worker.global_worker.gcs_client
+        self.lost = False
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="head-watch").start()
+
+    def _answers(self) -> bool:
+        host, _, port = self._address.rpartition(":")
+        if not answers(host, int(port), ANSWER_SECONDS):
+            return False
+        try:
+            self._client.internal_kv_exists(b"ranksearch", None, timeout=ANSWER_SECONDS)
+        except GCS_ERRORS:
+            return False
+        return True
+
+    def _watch(self) -> None:
+        heard = time.monotonic()
+        while not self._over.wait(LOOK_SECONDS):
+            if self._answers():
+                heard = time.monotonic()
+            elif time.monotonic() > heard + PATIENCE_SECONDS:
+                self.lost = True
+                break
+        if self.lost and not self._over.wait(END_SECONDS):
+            print(f"ranksearch: {self._says}", file=sys.stderr, flush=True)
+            os._exit(1)  # the driver's thread waits within Ray, where no exception reaches it
+
+    def stop(self) -> None:
+        self._over.set()
+
+
+@contextmanager
+def watched_head(says: str) -> Iterator[HeadWatch]:
+    """A watch for as long as the block runs; `says` is what is printed where the process has to be ended."""
+    watch = HeadWatch(says)
+    try:
+        yield watch
+    finally:
+        watch.stop()

@@ -1,0 +1,153 @@
+"""A cluster's nodes as they are at this moment: how many trials they hold, which are gone, which are going to be taken away."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+POLL_SECONDS = 2.0
+"""How often a worker asks whether its node is going to be taken away: under a millisecond each time, in a thread of its own."""
+ANSWER_SECONDS = 3.0
+"""A node that does not answer on its port within so long is gone; Ray itself takes ten seconds or more to say so."""
+AHEAD = 8
+"""Trials that an autoscaling cluster is asked for beyond what it holds; with more nodes as many as it holds."""
+GCS_ERRORS = (RayError, RuntimeError, ConnectionError)
+"""What Ray raises where its control store does not answer."""
+
+
+class NodeState(Enum):
+    ALIVE = "alive"
+    LEAVING = "is being taken away"
+    GONE = "is gone"
+
+
+def fits(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """How many trials a node with these resources holds."""
+    by_cpu = int(resources.get("CPU", 0) / cpus)
+    if not gpus:
+        return by_cpu
+    has = resources.get("GPU", 0)
+    # a part of a GPU lies on one of them
+    return min(by_cpu, int(has) * int(1 / gpus) if gpus < 1 else int(has / gpus))
+
+
+def usable_nodes() -> list[dict[str, Any]]:
+    """Ray's records of the nodes that are alive and stay."""
+    leaving = leaving_nodes()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+
+
+def leaving_nodes() -> dict[str, int]:
+    """Ids of the nodes that are going to be taken away (by `ray drain-node`, an autoscaler, a spot handler, SIGTERM to `ray start --block`)
+    -> when, in ms of the epoch, 0 where that is not known."""
+    found: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return found
+
+
+def room_now(cpus: float, gpus: float) -> int:
+    """How many trials the cluster's nodes hold."""
+    return sum(fits(node["Resources"], cpus, gpus) for node in usable_nodes())
+
+
+def room_at_most(cpus: float, gpus: float) -> int | None:
+    """How many trials the nodes would hold that the cluster's autoscaler may start; None where there is no autoscaler."""
+    config = ray._private.state.state.get_cluster_config()
+    if config is None or not config.node_group_configs:
+        return None
+    endless = 2**31
+    groups = [(g.max_count if g.max_count >= 0 else endless, dict(g.resources)) for g in config.node_group_configs]
+    return sum(count * fits(resources, cpus, gpus) for count, resources in groups)
+
+
+def wanted(now: int, at_most: int | None) -> int:
+    """How many trials may be under way: as many as there is room for, and some that wait where only demand makes a cluster grow."""
+    return now if at_most is None else max(now, min(at_most, now + max(AHEAD, now)))
+
+
+def node_of_actor(actor_id: str) -> str | None:
+    """The id of the node that an actor is on, also of one that has died; None where Ray does not know."""
+    found = ray._private.state.actors(actor_id)
+    return (found or {}).get("Address", {}).get("NodeID") or None
+
+
+def find_node(node_id: str | None) -> dict[str, Any] | None:
+    """Ray's record of a node."""
+    return next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
+
+
+def state_of(node: Mapping[str, Any] | None) -> NodeState:
+    """Whether a node, by its record, is there still. Asks the node itself: Ray notices late that it has died."""
+    if node is None or not node["Alive"]:
+        return NodeState.GONE
+    if not answers(node["NodeManagerAddress"], node["NodeManagerPort"], ANSWER_SECONDS):
+        return NodeState.GONE
+    return NodeState.LEAVING if node["NodeID"] in leaving_nodes() else NodeState.ALIVE
+
+
+def answers(host: str, port: int, seconds: float) -> bool:
+    """Whether something listens at a TCP port."""
+    try:
+        socket.create_connection((host, port), timeout=seconds).close()
+    except OSError:
+        return False
+    return True
+
+
+class LeaveWatch:
+    """Whether the node of this process is going to be taken away; asked in a thread, so that no training step waits for an answer."""
+
+    def __init__(self) -> None:
+        self._own = ray.get_runtime_context().get_node_id()
+        self._leaves, self._over = threading.Event(), threading.Event()
+        self._ask()
+        threading.Thread(target=self._watch, daemon=True, name="leave-watch").start()
+
+    def _ask(self) -> None:
+        try:
+            if self._own in leaving_nodes():
+                self._leaves.set()
+        except GCS_ERRORS:
+            return  # the cluster's head is away: that is not this node's end
+
+    def _watch(self) -> None:
+        while not self._over.wait(POLL_SECONDS) and not self._leaves.is_set():
+            self._ask()
+
+    def leaves(self) -> bool:
+        return self._leaves.is_set()
+
+    def stop(self) -> None:
+        self._over.set()
+
+
+class Room:
+    """How many trials may be under way at this moment; asked of the cluster at most once a second."""
+
+    def __init__(self, cpus: float, gpus: float) -> None:
+        self._cpus, self._gpus = cpus, gpus
+        self._known, self._asked_at = 0, float("-inf")
+        self._none_since: float | None = None
+
+    def __call__(self) -> int:
+        now = time.monotonic()
+        if now > self._asked_at + 1.0:
+            try:
+                room = room_now(self._cpus, self._gpus)
+                self._known = wanted(room, room_at_most(self._cpus, self._gpus))
+            except GCS_ERRORS:
+                room = self._known  # the head is away; whether it is lost is watched elsewhere
+            self._asked_at = time.monotonic()
+            self._none_since = None if room else self._none_since or now
+        return self._known
+
+    @property
+    def seconds_without(self) -> float:
+        """For how long no node has had room for a trial."""
+        return 0.0 if self._none_since is None else time.monotonic() - self._none_since
