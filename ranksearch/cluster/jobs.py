@@ -37,7 +37,8 @@ def job_server(address: str) -> str:
     url = address if "://" in address else f"http://{address}"
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        usual = {"http": 80, "https": 443} if "://" in address else {}
+        host, port = parts.hostname, parts.port or usual.get(parts.scheme)
     except ValueError:
         host = port = None
     if not host or not port or parts.scheme not in ("http", "https"):
@@ -54,12 +55,23 @@ def job_server(address: str) -> str:
     return url.rstrip("/")
 
 
-def _has_token() -> bool:
-    """Whether a token of a cluster is set here, in one of the places that Ray looks at."""
-    return (
-        bool(os.environ.get(TOKEN) or os.environ.get("RAY_AUTH_TOKEN_PATH"))
-        or Path("~/.ray/auth_token").expanduser().is_file()
-    )
+def token() -> str | None:
+    """The token that clusters ask for, from the places that Ray looks at, in its order; None where there is none, or where it is off.
+
+    Raises:
+        UsageError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return None
+    if given := os.environ.get(TOKEN):
+        return given
+    named, usual = os.environ.get("RAY_AUTH_TOKEN_PATH"), Path("~/.ray/auth_token").expanduser()
+    if not named and not usual.is_file():
+        return None
+    try:
+        return Path(named or usual).read_text().strip() or None
+    except OSError as error:
+        raise UsageError(f"RAY_AUTH_TOKEN_PATH={named}: it cannot be read ({error}).") from error
 
 
 @contextmanager
@@ -76,9 +88,7 @@ def _told(address: str, job: str | None = None) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         what = (
-            "takes another token than the one that is set here"
-            if _has_token()
-            else "asks for a token, and none is set here"
+            "takes another token than the one that is set here" if token() else "asks for a token, and none is set here"
         )
         raise UsageError(
             f"The cluster at {address} {what}: set {TOKEN} (or RAY_AUTH_TOKEN_PATH=FILE) to the head's; "
@@ -105,8 +115,8 @@ class Jobs:
             raise UsageError(
                 f"Ray's jobs need {' and '.join(missing)}, of the extra `cluster`: pip install -c constraints.txt 'ranksearch[cluster]'."
             )
-        if _has_token():
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it at import, and sends no token without it
+        # given as a header: Ray itself decides at its import whether it sends one
+        headers = {"authorization": f"Bearer {given}"} if (given := token()) else None
         before = os.environ.get("RAY_API_SERVER_ADDRESS")
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # which Ray would prefer to what it is told
         try:
@@ -119,7 +129,7 @@ class Jobs:
                     "_private.runtime_env.packaging",
                 ):
                     logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
-                self._client = JobSubmissionClient(self.address)
+                self._client = JobSubmissionClient(self.address, headers=headers)
         finally:
             if before is None:
                 del os.environ["RAY_API_SERVER_ADDRESS"]
