@@ -40,6 +40,7 @@ what_a_node_has=(--num-cpus="${SLURM_CPUS_PER_TASK:-1}" --num-gpus="${SLURM_GPUS
 
 # USR1: time is nearly up. TERM: stopped or preempted, after which Slurm itself queues the job again where it is to go on.
 driver='' interrupted=''
+# shellcheck disable=SC2329  # the traps call it
 interrupt() {
   interrupted=$1
   if [ -n "$driver" ]; then kill -INT "$driver" 2>/dev/null || true; fi
