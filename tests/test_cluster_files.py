@@ -324,6 +324,14 @@ STAND_INS = {
 }  # fmt: skip
 
 
+def runs(pid: str) -> bool:
+    """Whether a process is there, and not only waits to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 class Slurm:
     """A Slurm of stand-ins on PATH: every call of the script is written to a log."""
 
@@ -357,11 +365,9 @@ class Slurm:
         """Exit code and what was said; nothing that the script started is left."""
         said = script.communicate(timeout=30)[1]
         end = time.monotonic() + 10
-        while left := [
-            pid for pid in (self.log.parent / "log.pids").read_text().split() if Path(f"/proc/{pid}").exists()
-        ]:
+        while left := [pid for pid in (self.log.parent / "log.pids").read_text().split() if runs(pid)]:
             assert time.monotonic() < end, left
-            time.sleep(0.05)
+            time.sleep(0.02)
         return script.returncode, said
 
 

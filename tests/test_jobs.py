@@ -126,7 +126,7 @@ def test_a_task_of_ones_own_is_submitted_followed_listed_and_another_job_stopped
         path, space, runs=str(runs), passed={}, now=datetime.now(UTC),
         options=["--name", "long", "--trials", "50", "--set", "recipe.steps=2000"],
     )  # fmt: skip
-    assert jobs.submit(long, ship=True, driver_gpus=0) > 0
+    jobs.submit(long, ship=True, driver_gpus=0)
 
     done = subprocess.run(
         [sys.executable, "-m", "ranksearch", "submit", "mine.yaml", "--runs", str(runs), "--env", "OMP_NUM_THREADS=1", "--no-check"],

@@ -219,7 +219,7 @@ def test_a_study_of_the_cluster_goes_on(project):
         (["submit", "SPACE", "--runs", "/r"], "no job server answers there"),
         (["submit", "SPACE", "--runs", "/r", "--resume", "digits"], "one of them"),
         (["submit", "--runs", "/r"], "one of them"),
-        (["submit", "--resume", "a", "--runs", "/r", "--budget", "flops=1%"], "keeps its space"),
+        (["submit", "--resume", "a", "--runs", "/r", "--budget", "flops=1%"], "a study keeps its space"),
         (["status", "--address", "nowhere"], "expected http://HOST:PORT"),
         (["status", "--address", "http://127.0.0.1:99999"], "expected http://HOST:PORT"),
         (["status", "--logs"], "go with the ID of a job"),

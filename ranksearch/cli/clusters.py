@@ -15,6 +15,7 @@ from ranksearch.cli.options import Budgets, Json, Settings, app, print_json
 from ranksearch.errors import StudyError, UsageError
 
 if TYPE_CHECKING:
+    from ranksearch.cluster.submission import Submission
     from ranksearch.search.space import Space
 
 PANEL = "Clusters"
@@ -108,46 +109,44 @@ def submit(
 
     Example: ranksearch submit search_spaces/own_task.yaml --runs /shared/runs --address http://127.0.0.1:8265
     """
-    from ranksearch.cluster.submission import check_runs, continued, describe_variables, new_study, variables
+    from ranksearch.cluster.submission import check_runs, continued, new_study, variables
 
-    where, now = check_runs(runs), datetime.now(UTC)
-    passed = variables(env or (), os.environ)
-    places = {"working_dir": working_dir, "exclude": exclude or (), "include": include or ()}
     if (space is None) == (resume is None):
         raise UsageError("Name a search-space file, or a study to go on with by --resume NAME: one of them.")
-    if resume is not None:
+    places = {"working_dir": working_dir, "exclude": exclude or (), "include": include or ()}
+    common = {"runs": check_runs(runs), "passed": variables(env or (), os.environ), "now": datetime.now(UTC), **places}
+    if space is None:
         if budget or setting or name or warm_start:
-            raise UsageError(
-                "--resume: a study keeps its space; of --budget, --set, --name, --warm-start and --trials only --trials goes with it."
-            )
-        job = continued(resume, runs=where, trials=trials, passed=passed, now=now, **places)
+            raise UsageError("--resume: a study keeps its space and its name; --trials alone may change.")
+        job = continued(resume or "", trials=trials, **common)
     else:
-        assert space is not None
         from ranksearch.search.space_file import read_space
 
-        read = read_space(
+        resolved = read_space(
             space, budgets=budget or (), settings=setting or (), trials=trials, name=name, warm_start=warm_start or ()
         )
         if check:
-            _say(_checked(read))
-        given = {
-            "--budget": budget or [],
-            "--set": setting or [],
-            "--trials": [trials] * (trials is not None),
-            "--name": [name] * (name is not None),
-        }
-        options = [part for option, values in given.items() for value in values for part in (option, str(value))]
-        job = new_study(space, read, runs=where, options=options, passed=passed, now=now, **places)
+            _say(_checked(resolved))
+        options = [("--budget", value) for value in budget or ()] + [("--set", value) for value in setting or ()]
+        options += [(option, str(value)) for option, value in {"--trials": trials, "--name": name}.items() if value]
+        job = new_study(space, resolved, options=[part for option in options for part in option], **common)
+    _launch(job, address, ship=not installed, driver_gpus=driver_gpus, detach=detach, as_json=as_json)
+
+
+def _launch(job: Submission, address: str, *, ship: bool, driver_gpus: float, detach: bool, as_json: bool) -> None:
+    """Says what is sent, sends it, and follows the job's log to its end, unless it is to be left alone."""
     from ranksearch.cluster.jobs import Jobs
-    from ranksearch.cluster.upload import size_text
+    from ranksearch.cluster.submission import STOPPING, describe_variables
 
     cluster = Jobs(address)
-    size = cluster.submit(job, ship=not installed, driver_gpus=driver_gpus)
-    whose = "the cluster's own ranksearch" if installed else "with this ranksearch's source"
-    _say(f"files      {len(job.files)}, {size_text(size)} packed, {whose}")
+    _say(
+        f"files      {len(job.files)}, {'and this source of ranksearch' if ship else 'and the ranksearch of the cluster'}"
+    )
+    passed = {variable: value for variable, value in job.variables.items() if variable not in STOPPING}
     for line in describe_variables(passed) or ["none"]:
         _say(f"variables  {line}")
-    _say(f"study      {job.study} in {where} of the cluster, which every node must see")
+    _say(f"study      {job.study} in {job.runs} of the cluster, which every node must see")
+    cluster.submit(job, ship=ship, driver_gpus=driver_gpus)
     if not as_json:
         print(job.id, flush=True)
     try:

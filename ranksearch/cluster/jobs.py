@@ -136,19 +136,18 @@ class Jobs:
             else:
                 os.environ["RAY_API_SERVER_ADDRESS"] = before
 
-    def submit(self, job: Submission, *, ship: bool, driver_gpus: float) -> int:
-        """Uploads what the job takes along and starts it; bytes of its files, packed.
+    def submit(self, job: Submission, *, ship: bool, driver_gpus: float) -> None:
+        """Uploads what the job takes along and starts it.
 
         Args:
             ship: this installation's source of ranksearch travels along; else the cluster's own is used.
             driver_gpus: share of a GPU that the driver holds, which trains the dense net and measures sensitivities.
         """
         environment: dict[str, Any] = {"env_vars": dict(job.variables)}
-        size = 0
         with tempfile.TemporaryDirectory() as folder:
             if job.files:
                 archive = Path(folder) / f"{job.study}.zip"
-                size = write_archive(job.files, archive)
+                write_archive(job.files, archive)
                 environment["working_dir"] = str(archive)
             if ship:
                 import ranksearch
@@ -159,7 +158,6 @@ class Jobs:
                     entrypoint=job.entrypoint, submission_id=job.id, runtime_env=environment, metadata=job.metadata,
                     entrypoint_num_gpus=driver_gpus or None,
                 )  # fmt: skip
-        return size
 
     def all(self) -> list[dict[str, Any]]:
         """Every submitted job of the cluster, the latest first."""
