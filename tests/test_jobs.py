@@ -62,7 +62,7 @@ def free_ports(count):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """The job server's address, of a Ray head with two CPUs that asks for a token; the variables that reach it are set."""
+    """The job server's address, of a Ray head with three CPUs that asks for a token; the variables that reach it are set."""
     gcs, dashboard, client = free_ports(3)
     address = f"http://127.0.0.1:{dashboard}"
     ours = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_API_SERVER_ADDRESS": address}
@@ -70,7 +70,7 @@ def cluster():
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     head = subprocess.Popen(
         [
-            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=3", "--node-ip-address=127.0.0.1",
             f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
             "--dashboard-agent-listen-port=0", "--disable-usage-stats",
         ],
@@ -119,12 +119,12 @@ def test_a_task_of_ones_own_is_submitted_followed_listed_and_another_job_stopped
     for name, text in {"mine.yaml": SPACE, "mine.py": TASK, "helper.py": HELPER, ".env": "SECRET=1"}.items():
         (project / name).write_text(text)
 
-    # one that would go on for long is on the cluster already, put there as `submit --detach` does it
+    # one that would go on for long is on the cluster already, put there as `submit --detach` does it; it leaves a CPU to the next
     jobs, path = Jobs(cluster), project / "mine.yaml"
     space = read_space(path, name="long")
     long = new_study(
         path, space, runs=str(runs), passed={}, now=datetime.now(UTC),
-        options=["--name", "long", "--trials", "50", "--set", "recipe.steps=2000"],
+        options=["--name", "long", "--trials", "50", "--set", "recipe.steps=2000", "--set", "resources.cpus_per_trial=2"],
     )  # fmt: skip
     jobs.submit(long, ship=True, driver_gpus=0)
 
@@ -142,7 +142,8 @@ def test_a_task_of_ones_own_is_submitted_followed_listed_and_another_job_stopped
     assert f"the study is in {runs}/mine of the cluster" in done.stderr
     # the task ran from what was packed, with the ranksearch that was sent along
     (told,) = {line for line in done.stderr.splitlines() if line.startswith("FILES")}
-    assert "['helper.py', 'mine.py', 'mine.yaml']" in told
+    assert "'helper.py', 'mine.py', 'mine.yaml']" in told
+    assert ".env" not in told
     assert "py_modules_files" in told
     front = json.loads((runs / "mine" / "front.json").read_text())
     assert front["trials"]
