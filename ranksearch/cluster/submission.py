@@ -1,0 +1,198 @@
+"""`Submission`: a study as a job for a Ray cluster, before any cluster is asked: its command, the files and variables that it takes along.
+
+On the cluster, paths are the cluster's. What is named by a relative path and lies here travels along: the space, a task file of the
+user's own with what lies beside it, a checkpoint, fronts to begin with. Absolute paths are left as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from ranksearch.cluster.upload import Files, folder_files
+from ranksearch.errors import UsageError
+from ranksearch.search.space import Space
+from ranksearch.search.study_folder import FRONT, INFO
+from ranksearch.tasks import is_own
+
+PASSED = ("MLFLOW_TRACKING_URI", "RANKSEARCH_DATA")
+"""Variables that a job gets from here where they are set."""
+STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+"""A job that is stopped is interrupted as by Ctrl-C: it closes MLflow's runs and says how to go on."""
+STUDY, RUNS, VERB = "ranksearch.study", "ranksearch.runs", "ranksearch.verb"
+"""Keys of a job's metadata."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job: what is run, with which files and variables, and the study that it is about."""
+
+    id: str
+    study: str
+    runs: str
+    command: tuple[str, ...]
+    files: Files = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def entrypoint(self) -> str:
+        """The command as a shell reads it."""
+        return shlex.join(self.command)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {STUDY: self.study, RUNS: self.runs, VERB: self.command[3]}
+
+
+def check_runs(runs: str | None) -> str:
+    """Where the study lives on the cluster: a URI, or an absolute folder.
+
+    Raises:
+        UsageError: none is given, or a relative folder, which would lie in the job's own and go with it.
+    """
+    needed = "the folder of the studies on the cluster, on storage that every node sees, such as /shared/runs"
+    if not runs:
+        raise UsageError(f"--runs is missing: {needed}.")
+    if "://" not in runs and not runs.startswith("/"):
+        raise UsageError(
+            f"--runs {runs}: a relative folder would lie on one node and end with the job: expected {needed}."
+        )
+    return runs
+
+
+def variables(given: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a job: those of `PASSED` that are set here, then `given`: "NAME=VALUE", or "NAME" with the value it has here.
+
+    Raises:
+        UsageError: no name, or a variable without a value that is not set here.
+    """
+    passed = {name: environment[name] for name in PASSED if environment.get(name)}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise UsageError(f"--env {text}: expected NAME=VALUE, or the NAME of a variable that is set here.")
+        if not sign and name not in environment:
+            raise UsageError(f"--env {name}: it is not set here; write --env {name}=VALUE.")
+        passed[name] = value if sign else environment[name]
+    return passed
+
+
+def masked(name: str, value: str) -> str:
+    """A variable's value as it may be shown: no password of a URI, and nothing of a variable that is called a secret."""
+    if re.search(r"(?i)token|secret|password|passwd|credential|_key$|^key$", name):
+        return "***"
+    try:
+        found = urlsplit(value)
+        return value.replace(f":{found.password}@", ":***@") if found.password else value
+    except ValueError:
+        return value
+
+
+def describe_variables(passed: Mapping[str, str]) -> list[str]:
+    """What is said of a job's variables before it is submitted: every one by name, and what may be wrong with it."""
+    lines = [f"{name}={masked(name, value)}" for name, value in passed.items()]
+    if hidden := [name for name, value in passed.items() if masked(name, value) != value]:
+        lines.append(f"note: who may read the cluster's jobs can read {', '.join(hidden)}")
+    for name, value in passed.items():
+        if "://" in value and urlsplit(value).hostname in ("localhost", "127.0.0.1", "::1"):
+            lines.append(f"note: {name} names this machine; on the cluster that is the node that the job runs on")
+    return lines
+
+
+def submission_id(study: str, now: datetime) -> str:
+    """Such as `digits_resnet8-20260131-235959`, in UTC."""
+    return f"{study}-{now.astimezone(UTC):%Y%m%d-%H%M%S}"
+
+
+def _root(space: Path, own: Path | None, working_dir: Path | None) -> Path:
+    """The folder that travels: the one given, else the smallest that holds the space and the task's file.
+
+    Raises:
+        UsageError: the given one is no folder or does not hold both.
+    """
+    needed = [path.resolve() for path in (space, own) if path is not None]
+    if working_dir is None:
+        return Path(os.path.commonpath([path.parent for path in needed]))
+    root = working_dir.resolve()
+    if not root.is_dir():
+        raise UsageError(f"--working-dir {working_dir}: there is no such folder.")
+    for path in needed:
+        if not path.is_relative_to(root):
+            raise UsageError(f"--working-dir {working_dir}: {path} lies outside it; name a folder above both.")
+    return root
+
+
+def _warm_start(where: str, files: dict[str, Path]) -> str:
+    """An earlier study or front as the job names it; one that lies here under a relative path is added to `files`."""
+    here = Path(where).expanduser()
+    front = here / FRONT if (here / INFO).is_file() else here
+    if here.is_absolute() or not front.is_file():
+        return where
+    name = f"fronts/{sum(known.startswith('fronts/') for known in files)}.json"
+    files[name] = front
+    return name
+
+
+def new_study(
+    path: Path, space: Space, *, runs: str, options: Sequence[str], passed: Mapping[str, str], now: datetime,
+    working_dir: Path | None = None, exclude: Sequence[str] = (), include: Sequence[str] = (),
+) -> Submission:  # fmt: skip
+    """A job that runs `ranksearch search` on a space that was read and found good.
+
+    Args:
+        options: `--budget`, `--set`, `--trials` and `--name` as they were given.
+        working_dir: the folder that travels; None is the space's file alone, or, for a task of the user's own, the smallest folder that
+            holds both.
+
+    Raises:
+        UsageError: something that the job needs cannot travel.
+    """
+    own = Path(space.task.rpartition(":")[0]) if is_own(space.task) else None
+    root = _root(path, own, working_dir)
+    whole = own is not None or working_dir is not None
+    files = folder_files(root, exclude=exclude, include=include) if whole or include else {}
+    settings = []
+    for needed in (path.resolve(), own and own.resolve()):
+        if needed is not None:  # whatever git ignores
+            files[needed.relative_to(root).as_posix()] = needed
+    if own is not None:
+        function = space.task.rpartition(":")[2]
+        settings.append(f"task={own.resolve().relative_to(root).as_posix()}:{function}")
+    if space.data is not None and not PurePosixPath(space.data).is_absolute():
+        raise UsageError(
+            f"data: {space.data!r} is relative, and data do not travel: name the cluster's folder by --set data=/…."
+        )
+    checkpoint = Path(space.checkpoint).expanduser()
+    if not checkpoint.is_absolute() and checkpoint.is_file():
+        files[f"checkpoint/{checkpoint.name}"] = checkpoint
+        settings.append(f"checkpoint=checkpoint/{checkpoint.name}")
+    fronts = [_warm_start(where, files) for where in space.search.warm_start]
+    command = ["python", "-m", "ranksearch", "search", path.resolve().relative_to(root).as_posix(), *options]
+    command += [part for setting in settings for part in ("--set", setting)]
+    command += [part for front in fronts for part in ("--warm-start", front)]
+    command += ["--runs", runs, "--address", "auto"]
+    return Submission(submission_id(space.name, now), space.name, runs, tuple(command), files, STOPPING | dict(passed))
+
+
+def continued(
+    study: str, *, runs: str, trials: int | None, passed: Mapping[str, str], now: datetime,
+    working_dir: Path | None = None, exclude: Sequence[str] = (), include: Sequence[str] = (),
+) -> Submission:  # fmt: skip
+    """A job that runs `ranksearch resume` on a study of the cluster; `working_dir` travels for what a task of the user's own imports."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", study):
+        raise UsageError(f"--resume {study}: expected the name of a study in {runs}.")
+    files: dict[str, Path] = {}
+    if working_dir is not None:
+        if not working_dir.is_dir():
+            raise UsageError(f"--working-dir {working_dir}: there is no such folder.")
+        files = folder_files(working_dir.resolve(), exclude=exclude, include=include)
+    command = ["python", "-m", "ranksearch", "resume", study]
+    command += ["--trials", str(trials)] if trials is not None else []
+    command += ["--runs", runs, "--address", "auto"]
+    return Submission(submission_id(study, now), study, runs, tuple(command), files, STOPPING | dict(passed))

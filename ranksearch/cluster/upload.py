@@ -1,0 +1,165 @@
+"""The files that a job takes along to a cluster: which of a folder's, and the one archive that they travel in. Ray is not known here."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import subprocess
+import zipfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from ranksearch.errors import UsageError
+
+Files = Mapping[str, Path]
+"""Name in the archive, with forward slashes -> the file here."""
+
+LIMIT = 100 * 1024**2
+"""Bytes that Ray's job server takes in one upload (its `DASHBOARD_CLIENT_MAX_SIZE`)."""
+SEEN_LIMIT = 10 * LIMIT
+"""Bytes of files that are not even tried to be compressed below the limit."""
+
+LEFT_OUT = (
+    ".git", ".hg", ".svn", "__pycache__", "*.py[cod]", ".venv", "venv", ".tox", ".nox", "node_modules", "*.egg-info", ".ipynb_checkpoints",
+    ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".idea", ".vscode", ".DS_Store", "mlruns", "mlartifacts", "mlflow.db",
+    "wandb", "lightning_logs",
+)  # fmt: skip
+"""Names of files and folders that a job does not need: version control, environments, caches."""
+DATA = ("data", "datasets", "runs")
+"""Names of folders that are left out too, unless Python files lie in them: then they are code."""
+SECRETS = (
+    ".env",
+    ".env.*",
+    "*.pem",
+    "*.key",
+    ".netrc",
+    ".aws",
+    ".ssh",
+    ".kube",
+    ".ray",
+    "id_rsa*",
+    "id_ed25519*",
+    "*credentials*.json",
+)
+"""Names that look like secrets: everybody who may use a cluster can read what is uploaded to it."""
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a path, one of its folders or a single name of it matches a shell pattern."""
+    parts = name.split("/")
+    candidates = [*parts, *("/".join(parts[: i + 1]) for i in range(len(parts)))]
+    return any(fnmatch.fnmatchcase(candidate, pattern.rstrip("/")) for candidate in candidates for pattern in patterns)
+
+
+@cache
+def _holds_no_code(folder: Path) -> bool:
+    """Whether a folder holds data or studies, or is a virtual or conda environment, whatever that is called."""
+    if folder.name in DATA:
+        return not any(folder.glob("*.py"))
+    return (folder / "pyvenv.cfg").is_file() or (folder / "conda-meta").is_dir()
+
+
+def _walk(root: Path, patterns: Sequence[str]) -> list[str]:
+    """Names of the files below `root`; folders that match are not entered."""
+    found = []
+    for place, folders, files in os.walk(root):
+        inside = Path(place).relative_to(root)
+        folders[:] = [name for name in folders if not _matches((inside / name).as_posix(), patterns)]
+        found += [(inside / name).as_posix() for name in files]
+    return found
+
+
+def _travels(root: Path, name: str, patterns: Sequence[str]) -> bool:
+    """Whether the file `name` below `root` is of use to a job: neither its name nor a folder on the way to it says otherwise."""
+    folders = [root.joinpath(*name.split("/")[:depth]) for depth in range(1, name.count("/") + 1)]
+    return not _matches(name, patterns) and not any(map(_holds_no_code, folders))
+
+
+def _known_to_git(root: Path) -> list[str] | None:
+    """Names of the files below `root` that git does not ignore; None where git does not know the folder."""
+    git = ["git", "-C", str(root)]
+    try:
+        if subprocess.run([*git, "check-ignore", "-q", "."], capture_output=True, timeout=60).returncode != 1:
+            return None  # no checkout, or a folder that is ignored as a whole
+        listed = subprocess.run(
+            [*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"], capture_output=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return [os.fsdecode(name) for name in listed.stdout.split(b"\0") if name] if listed.returncode == 0 else None
+
+
+def folder_files(root: Path, *, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> dict[str, Path]:
+    """The files of a folder that travel: those that git does not ignore (all, where it is no checkout), less what no job needs.
+
+    Args:
+        exclude: shell patterns of names or paths that stay here, too.
+        include: files or folders below `root` that travel whatever the rules say.
+
+    Raises:
+        UsageError: something to be included is not there.
+    """
+    patterns = [*LEFT_OUT, *SECRETS, *exclude]
+    listed = _known_to_git(root)
+    names = _walk(root, patterns) if listed is None else listed
+    for name in list(names):
+        if (root / name).is_dir() and not (root / name).is_symlink():  # git names a submodule as one entry
+            names += [f"{name.rstrip('/')}/{inner}" for inner in _walk(root / name, patterns)]
+    names = [name for name in names if _travels(root, name, patterns)]
+    for wanted in include:
+        place = root / wanted
+        if not place.exists():
+            raise UsageError(f"--include {wanted}: there is no such file or folder in {root}.")
+        within = place.resolve().relative_to(root.resolve()) if place.resolve().is_relative_to(root.resolve()) else None
+        if within is None:
+            raise UsageError(f"--include {wanted}: it lies outside {root}; name a folder above both by --working-dir.")
+        names += [(within / name).as_posix() for name in _walk(place, ())] if place.is_dir() else [within.as_posix()]
+    return {name: root / name for name in sorted(set(names)) if (root / name).is_file()}
+
+
+def size_text(size: float) -> str:
+    """Bytes for people: `3 KiB`, `1.2 GiB`."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 10 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def largest(files: Files, count: int = 5) -> str:
+    """What takes most room: large files by name, small ones by their folder."""
+    sizes: Counter[str] = Counter()
+    for name, path in files.items():
+        size = path.stat().st_size
+        folder, slash, _ = name.rpartition("/")
+        sizes[name if size >= LIMIT // 20 or not slash else f"{folder}/"] += size
+    return ", ".join(f"{name} ({size_text(size)})" for name, size in sizes.most_common(count))
+
+
+def write_archive(files: Files, path: Path) -> int:
+    """Packs the files as a zip, the same bytes for the same files, so that a cluster that has it already gets it once; its size in bytes.
+
+    Raises:
+        UsageError: it is larger than Ray takes, or a file cannot be read; the text names the largest things.
+    """
+    total = sum(file.stat().st_size for file in files.values())
+    if total <= SEEN_LIMIT:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, file in sorted(files.items()):
+                entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+                entry.external_attr = (file.stat().st_mode & 0o777) << 16
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                try:
+                    content = file.read_bytes()
+                except OSError as error:
+                    raise UsageError(f"{file} cannot be packed ({error}): leave it out by --exclude {name}.") from error
+                archive.writestr(entry, content)
+        if (size := path.stat().st_size) <= LIMIT:
+            return size
+        total = size
+    raise UsageError(
+        f"What the job takes along is {size_text(total)}; Ray's job server takes {size_text(LIMIT)}. The largest: {largest(files)}. "
+        f"Leave out what the job does not need by --exclude PATTERN, and put data and weights on the cluster's shared storage."
+    )
