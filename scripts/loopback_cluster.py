@@ -6,6 +6,7 @@ machine's interfaces, whatever address a node is given. Linux alone.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import signal
@@ -62,7 +63,8 @@ class LoopbackCluster:
         self._folder = folder
         self.port = free_ports(1)[0]
         self.environment = {
-            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         """What a driver on this cluster needs in its environment."""
         self.nodes: list[Node] = []
@@ -87,6 +89,7 @@ class LoopbackCluster:
             process = subprocess.Popen(
                 ["ray", "start", "--block", f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", *arguments],
                 stdout=out, stderr=out, env=os.environ | self.environment, cwd=self._folder, start_new_session=True,
+                preexec_fn=_end_with_parent,
             )  # fmt: skip
         node = Node(process, log)
         self.nodes.append(node)
@@ -110,6 +113,11 @@ class LoopbackCluster:
         """Kills what is left of every node."""
         for node in self.nodes:
             node.lose_power()
+
+
+def _end_with_parent() -> None:
+    """SIGTERM for a node where the process that started it is killed: no cluster is left behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def free_ports(count: int) -> list[int]:
