@@ -10,7 +10,6 @@ import json
 import signal
 import threading
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,6 +24,7 @@ from ranksearch.compress import Net, RankPlan
 from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.errors import StudyError
 from ranksearch.search.metric import Metric
+from ranksearch.search.place import place_at, text_of
 from ranksearch.search.proposals import Candidate
 from ranksearch.search.recipe import Recipe
 from ranksearch.search.run import Driver, Log, OnRow, attempt, stop_reason
@@ -46,7 +46,7 @@ def _trainable(
     task = unpack(packed)
     candidate = Candidate(
         config["number"], RankPlan.from_dict(config["plan"]), Recipe.from_dict(config["recipe"]), config["seed"],
-        Path(config["save_to"]), Path(config["checkpoint"]), rungs=tuple(config["rungs"]),
+        place_at(config["save_to"]), place_at(config["checkpoint"]), rungs=tuple(config["rungs"]),
         latency=LatencySetting(**config["latency"]) if config["latency"] is not None else None,
     )  # fmt: skip
 
@@ -84,8 +84,8 @@ class AskTell(Searcher):
         self._history[trial_id] = []
         return {
             "number": candidate.number, "plan": candidate.plan.to_dict(), "recipe": candidate.recipe.to_dict(),
-            "seed": candidate.seed, "save_to": str(candidate.save_to.absolute()),
-            "checkpoint": str(candidate.checkpoint.absolute()), "rungs": list(candidate.rungs), 
+            "seed": candidate.seed, "save_to": text_of(candidate.save_to),
+            "checkpoint": text_of(candidate.checkpoint), "rungs": list(candidate.rungs),
             "latency": asdict(candidate.latency) if candidate.latency is not None else None,
         }  # fmt: skip
 
@@ -124,7 +124,7 @@ class AskTell(Searcher):
                 found = TrialResult(
                     "failed", seed, 0.0, reason=f"its worker died {losses} times: out of memory, or killed"
                 )
-            self._driver.settle(number, found)
+            self._driver.settle(number, found, node=_node(result))
         except Exception as caught:  # Tune would log it and go on: kept, and raised once the running trials have ended
             self.error = self.error or caught
 
@@ -148,6 +148,12 @@ class StopBehind(FIFOScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+
+def _node(result: dict[str, Any] | None) -> str:
+    """Where a trial ran, as Tune notes it."""
+    found = result or {}
+    return f"{found.get('hostname', 'another node')} ({found.get('node_ip', 'address unknown')})"
 
 
 def _stopped_result(seed: int, history: list[dict[str, Any]], metric: Metric) -> TrialResult:

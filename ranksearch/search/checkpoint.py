@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import time
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
 
+from ranksearch.search.place import Place, PlaceError, Remote
+
 
 class CheckpointFile:
     """Where one trial's state is kept: `path` belongs to its plan, recipe and seed alone. `path` None keeps nothing."""
 
-    def __init__(self, path: Path | None, every_seconds: float) -> None:
+    def __init__(self, path: Place | None, every_seconds: float) -> None:
         self._path, self._every = path, every_seconds
         self._written = time.monotonic()
 
@@ -24,8 +27,18 @@ class CheckpointFile:
         return self._path is not None and time.monotonic() - self._written >= self._every
 
     def save(self, state: dict[str, Any]) -> None:
-        """Writes `state` (tensors, numbers, texts and containers of them) beside the old file, then in its place."""
+        """Writes `state` (tensors, numbers, texts and containers of them) beside the old file, then in its place.
+
+        A store that refuses it is tried again when the next one is due: what a state spares is time, and the trial goes on.
+        """
         if self._path is None:
+            return
+        if isinstance(self._path, Remote):
+            held = io.BytesIO()
+            torch.save(state, held)
+            with suppress(PlaceError):
+                self._path.write(held.getbuffer())
+            self._written = time.monotonic()
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._path.with_name(f"{self._path.name}.{os.getpid()}")
@@ -34,16 +47,26 @@ class CheckpointFile:
         self._written = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """The last state; None where there is none, or none that can be read (no code is run by reading it)."""
-        if self._path is None or not is_zipfile(self._path):  # a torch file that is whole is a zip file
+        """The last state; None where there is none, or none that can be read (no code is run by reading it).
+
+        Raises:
+            PlaceError: the store that holds it does not answer.
+        """
+        if self._path is None:
+            return None
+        held = io.BytesIO(self._path.read() or b"") if isinstance(self._path, Remote) else self._path
+        if not is_zipfile(held):  # a torch file that is whole is a zip file
             return None
         try:
-            return torch.load(self._path, map_location="cpu", weights_only=True)
+            return torch.load(held, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError):
             return None
 
     def remove(self) -> None:
         """Removes the state, and what a process that was killed while writing left behind."""
-        if self._path is not None:
+        if isinstance(self._path, Remote):
+            with suppress(PlaceError):  # what stays does no harm: it is this plan's, recipe's and seed's alone
+                self._path.remove()
+        elif self._path is not None:
             for file in (self._path, *self._path.parent.glob(f"{self._path.name}.*")):
                 file.unlink(missing_ok=True)
