@@ -19,6 +19,7 @@ from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.cli import studies  # noqa: F401  # isort: skip
 from ranksearch.cli import spaces  # noqa: F401  # isort: skip
 from ranksearch.cli import results  # noqa: F401  # isort: skip
+from ranksearch.cli import doctor  # noqa: F401  # isort: skip
 
 
 @app.callback(invoke_without_command=True)

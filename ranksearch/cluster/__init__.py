@@ -1,6 +1,7 @@
 """Ray: the cluster that a study's trials run on. Nothing outside this folder imports it.
 
-`connection.py` joins or starts one, `pack.py` sends the task to its workers, `tune.py` runs the trials.
+`connection.py` joins or starts one, `pack.py` sends the task to its workers, `tune.py` runs the trials; `doctor.py` looks whether a
+cluster is ready (`facts.py` on every node, judged by `findings.py`).
 """
 
 import os

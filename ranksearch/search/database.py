@@ -12,6 +12,7 @@ from ranksearch.errors import UsageError, nearest
 FROM_ENVIRONMENT = "env:"
 DATABASES = ("postgresql", "mysql", "sqlite")
 DRIVER_HINT = "install the database's Python driver (of PostgreSQL: pip install 'ranksearch[postgres]')"
+CONNECT_SECONDS = 10
 SECRETS = re.compile("pass|secret|token", re.IGNORECASE)
 
 

@@ -102,6 +102,16 @@ class Remote:
                 for left in Path(path).parent.glob(f"{Path(path).name}.*"):
                     left.unlink(missing_ok=True)
 
+    def remove_folder(self) -> None:
+        """Removes the folder and what is in it; a folder that is not there is none to remove.
+
+        Raises:
+            PlaceError: it is still there.
+        """
+        with _told(self, "removed"), suppress(FileNotFoundError):
+            store, path = _opened(self.uri)
+            store.delete_dir(path)
+
 
 Place = Path | Remote
 

@@ -13,12 +13,10 @@ import optuna
 from optuna.storages import BaseStorage
 
 from ranksearch.errors import StudyError, UsageError
-from ranksearch.search.database import DRIVER_HINT, database_url, shown
+from ranksearch.search.database import CONNECT_SECONDS, DRIVER_HINT, database_url, shown
 from ranksearch.search.journal import open_journal
 from ranksearch.search.space import Space
 from ranksearch.search.study_folder import JOURNAL
-
-CONNECT_SECONDS = 10
 
 
 def open_storage(where: str | None, folder: Path) -> BaseStorage:
