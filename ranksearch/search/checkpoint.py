@@ -57,6 +57,8 @@ class CheckpointFile:
         held = io.BytesIO(self._path.read() or b"") if isinstance(self._path, Remote) else self._path
         if not is_zipfile(held):  # a torch file that is whole is a zip file
             return None
+        if isinstance(held, io.BytesIO):
+            held.seek(0)
         try:
             return torch.load(held, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError):
