@@ -24,6 +24,7 @@ from ranksearch.search.front import Row
 from ranksearch.search.latency import measure_front, open_table
 from ranksearch.search.metric import Metric
 from ranksearch.search.opening import WARM
+from ranksearch.search.place import check_place
 from ranksearch.search.preview import (
     DEFAULT_ALLOCATORS,
     LEVELS,
@@ -349,7 +350,9 @@ def export(
 
 
 def _preflight(space: Space, runs: Path, observer: Observer, *, address: str | None, inline: bool) -> None:
-    """Looks whether a cluster is ready, before anything is spent on it; UsageError where it is not."""
+    """Looks whether a cluster, and the place of results, is ready before anything is spent; UsageError where it is not."""
+    if space.storage.results is not None:
+        check_place(space.storage.results)
     if address is None or inline:
         return
     from ranksearch.cluster.connection import connect

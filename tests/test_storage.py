@@ -53,6 +53,15 @@ def test_nets_are_brought_home_and_a_state_is_taken_up_from_where_results_live(
     assert Study.open(study.folder).front_record() == study.front_record()
 
 
+def test_a_place_that_refuses_is_told_before_anything_is_trained(tmp_path, digits_yaml):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"storage.results: .*file/there.* cannot be written"):
+        ranksearch.search(
+            digits_yaml, settings=[f"storage.results={tmp_path / 'file' / 'there'}"], runs=tmp_path / "runs"
+        )
+    assert not (tmp_path / "runs" / "digits_resnet8").exists()
+
+
 def test_a_net_that_another_node_did_not_share_fails_its_trial_and_says_so(make, bench, monkeypatch):
     monkeypatch.setattr(runner, "LOOKS", 1)
     study = make(trials=4)

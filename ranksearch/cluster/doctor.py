@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ranksearch.cluster.facts import TOKEN, clock, missing, node_facts, read_token, write_token
 from ranksearch.cluster.findings import ERROR, OK, WARNING, Finding, Report, judge
 from ranksearch.errors import RanksearchError, UsageError
-from ranksearch.search.database import CONNECT_SECONDS, DRIVER_HINT, FROM_ENVIRONMENT, database_url, shown
+from ranksearch.search.database import CONNECT_SECONDS, DATABASES, DRIVER_HINT, FROM_ENVIRONMENT, database_url, shown
 from ranksearch.search.place import Place, PlaceError, Remote, text_of
 from ranksearch.tasks.folder import data_folder
 from ranksearch.tracking.store import is_server, store_uri
@@ -96,12 +96,14 @@ def _ask_nodes(question: Mapping[str, Any]) -> list[dict[str, Any]]:
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def on(node: Mapping[str, Any], function: Callable[..., Any]) -> Any:
+    facts_of, clock_of = ray.remote(node_facts), ray.remote(clock)
+
+    def on(node: Mapping[str, Any], function: Any) -> Any:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        return ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=place)
+        return function.options(num_cpus=0, max_retries=0, scheduling_strategy=place)
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    asked = [on(node, node_facts).remote({**question, "answer": node["NodeID"]}) for node in alive]
+    asked = [on(node, facts_of).remote({**question, "answer": node["NodeID"]}) for node in alive]
     answered, _ = ray.wait(asked, num_returns=len(asked), timeout=NODE_SECONDS)
     found = []
     for name, node, task in zip(_names(alive), alive, asked, strict=True):
@@ -112,7 +114,7 @@ def _ask_nodes(question: Mapping[str, Any]) -> list[dict[str, Any]]:
                 raise TimeoutError(f"not within {NODE_SECONDS:.0f} s")
             facts |= ray.get(task, timeout=NODE_SECONDS)
             started = time.time()  # the worker runs by now: what is left is the way there and back
-            there = ray.get(on(node, clock).remote(), timeout=NODE_SECONDS)
+            there = ray.get(on(node, clock_of).remote(), timeout=NODE_SECONDS)
             ended = time.time()
             facts |= {"offset_s": there - (started + ended) / 2, "round_trip_s": ended - started}
         except (RayError, RuntimeError, TimeoutError, ImportError) as error:
@@ -184,7 +186,8 @@ def _mlflow(space: Space | None, runs: Path) -> str | None:
         except (OSError, ValueError) as error:
             return f"{uri.rpartition('@')[2]}: {getattr(error, 'reason', error)}"
         return None
-    return None if uri.startswith("sqlite") else _unreachable(uri)
+    kind = uri.partition(":")[0].partition("+")[0]
+    return _unreachable(uri) if kind in DATABASES and kind != "sqlite" else None
 
 
 def _optuna(space: Space | None) -> str | None:

@@ -137,6 +137,20 @@ def as_uri(text: str) -> str:
     return text.rstrip("/")
 
 
+def check_place(uri: str) -> None:
+    """Writes and removes a small file in a folder that trials will write to.
+
+    Raises:
+        UsageError: it refuses.
+    """
+    probe = Remote(uri) / f".probe-{os.uname().nodename}-{os.getpid()}"
+    try:
+        probe.write(b"")
+        probe.remove()
+    except PlaceError as error:
+        raise UsageError(f"storage.results: {error}.") from error
+
+
 def text_of(place: Place) -> str:
     """A place as it travels to a worker."""
     return place.uri if isinstance(place, Remote) else str(place.absolute())
