@@ -47,7 +47,7 @@ def test_nets_are_brought_home_and_a_state_is_taken_up_from_where_results_live(
     assert not list(elsewhere.glob("*/checkpoints/*"))
     assert not (study.folder / "checkpoints").exists()
     assert not (study.folder / "optuna.journal").exists()
-    net = ranksearch.load(study.folder / "trials" / "000")
+    net = ranksearch.load(study.trial_folder(study.front[0]["trial"]))
     assert sum(p.numel() for p in net.parameters()) == study.front[0]["params"]
     assert export("digits_resnet8", "best", format="state_dict", runs=runs)["study_id"] == study.info["id"]
     assert Study.open(study.folder).front_record() == study.front_record()
