@@ -24,6 +24,7 @@ from ranksearch.search.front import Row
 from ranksearch.search.latency import measure_front, open_table
 from ranksearch.search.metric import Metric
 from ranksearch.search.opening import WARM
+from ranksearch.search.place import check_place
 from ranksearch.search.preview import (
     DEFAULT_ALLOCATORS,
     LEVELS,
@@ -137,6 +138,7 @@ def search(
         raise UsageError(
             f"The folder of studies {runs} cannot be written ({error}): name another one by --runs."
         ) from error
+    _preflight(space, runs, observer, address=address, inline=inline)
     known = CurveCache(runs / space.name / CURVES)
     table = open_table(space, None)
     bench = prepare(space, fallback=runs / ".dense", log=observer.log, known=known, table=table)
@@ -180,6 +182,7 @@ def resume(
         if Study.mend(folder):
             observer.log("the journal ended in half a line, which its driver was killed in; it was cut off")
         study = Study.open(folder)
+        _preflight(study.space, folder.parent, observer, address=address, inline=inline)
         if trials is not None:
             study.plan_for(trials)
         again = study.requeue_interrupted()
@@ -344,6 +347,19 @@ def export(
         f"exporting trial {row['trial']} of {study.space.name!r} as {form.name}, and holding it against the net"
     )
     return {"folder": str(folder)} | export_trial(study, row, folder, form, build=study.space.build, fold_bn=fold_bn)
+
+
+def _preflight(space: Space, runs: Path, observer: Observer, *, address: str | None, inline: bool) -> None:
+    """Looks whether a cluster, and the place of results, is ready before anything is spent; UsageError where it is not."""
+    if space.storage.results is not None:
+        check_place(space.storage.results)
+    if address is None or inline:
+        return
+    from ranksearch.cluster.connection import connect
+    from ranksearch.cluster.doctor import preflight
+
+    connect(address)
+    preflight(space, runs, observer.log)
 
 
 def _accuracy(model: nn.Module, split: Source, task: Task) -> float:

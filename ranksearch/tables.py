@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from ranksearch.allocate.budget import NS_PER_MS, cost_value, shown
 from ranksearch.allocate.curves import Curves, cost_curves
 from ranksearch.allocate.damage import MEASURES, Damage
+from ranksearch.cluster.findings import Finding
 from ranksearch.compress import RankPlan, dense_cost
 from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.compress.stopwatch import Stopwatch
@@ -299,3 +305,32 @@ def print_export(record: dict[str, Any]) -> None:
         f"{record['macs']:,} MACs, {record['params']:,} params\n"
         f"  open it   {opened}"
     )
+
+
+def print_findings(report: Mapping[str, Any], found: Sequence[Finding]) -> None:
+    """What `doctor` found: the nodes, then the checks, the worst first."""
+    nodes = [
+        [
+            node["name"], *(["–"] * 5 if "silent" in node else _node_cells(node)),
+        ]
+        for node in report["nodes"]
+    ]  # fmt: skip
+    columns = {"node": "left", "CPUs": "right", "GPUs": "right", "memory free, MiB": "right", "torch": "left"}
+    table(f"results: {report['results']}", columns | {"clock, s": "right"}, nodes)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    made = Table(show_lines=any(finding.mend for finding in found))
+    for heading in ("", "check", "where"):
+        made.add_column(heading, no_wrap=heading != "where")
+    made.add_column("what", overflow="fold", ratio=1)
+    for finding in found:
+        what = f"{finding.what}.\n{finding.mend}" if finding.mend else finding.what
+        made.add_row(finding.level, finding.check, finding.where, escape(what))
+    console.print(made, highlight=False)
+
+
+def _node_cells(node: Mapping[str, Any]) -> list[str]:
+    offers = node.get("offers", {})
+    return [
+        f"{offers.get('CPU', node['cores']):g}", f"{offers.get('GPU', len(node['gpus'])):g}", number(node["memory_mib"]),
+        node["versions"]["torch"] or "–", number(node.get("offset_s"), "+.2f"),
+    ]  # fmt: skip

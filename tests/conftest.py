@@ -15,7 +15,9 @@ from ranksearch.search.study import Study
 from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import prepare
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: a thread each, here and in what the tests start
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # several processes share the cores: a thread each, here and in what the tests start
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "2")

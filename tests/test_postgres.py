@@ -1,4 +1,5 @@
-"""A study mirrored in PostgreSQL, without a server of MLflow's in between: a real database on a free port of this machine."""
+"""A study mirrored in PostgreSQL, without a server of MLflow's in between, and one that Optuna keeps there: a real database on a free port
+of this machine."""
 
 import os
 import shutil
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ranksearch.api import search, sync
+from ranksearch.api import export, resume, search, sync
+from ranksearch.search.study import Study
 from ranksearch.tracking.ui import find_store
 from tests.test_mirror import dump, runs_of
 
@@ -84,3 +86,19 @@ def test_a_study_is_mirrored_in_postgresql_as_in_sqlite(database, tmp_path, digi
     sync("digits_resnet8", runs=tmp_path / "runs")
     assert dump(database) == before
     assert client.get_experiment_by_name("digits_resnet8").artifact_location.endswith("/files")
+
+
+def test_optunas_study_in_postgresql_is_resumed_and_read(database, tmp_path, digits_yaml, short_settings, monkeypatch):
+    """Two studies of one name, one of them named by a variable: each is continued from its folder and the database alone."""
+    monkeypatch.setenv("OPTUNA_URL", database.replace("ranksearch@", "ranksearch:not-asked-for@"))
+    for runs, where in ((tmp_path / "one", database), (tmp_path / "two", "env:OPTUNA_URL")):
+        settings = [*short_settings, "search.trials=2", f"storage.optuna={where}"]
+        study = search(digits_yaml, settings=settings, runs=runs, inline=True)
+        assert not (study.folder / "optuna.journal").exists()
+    more = resume("digits_resnet8", trials=3, runs=tmp_path / "two", inline=True)
+    assert more.finished == 3
+    assert Study.open(more.folder).front_record() == more.front_record()
+    assert Study.open(tmp_path / "one" / "digits_resnet8").finished == 2
+    assert export("digits_resnet8", 2, format="state_dict", runs=tmp_path / "two")["trial"] == 2
+    written = [path for path in (tmp_path / "two").rglob("*") if path.is_file()]
+    assert not [path for path in written if b"not-asked-for" in path.read_bytes()]

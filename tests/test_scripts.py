@@ -109,3 +109,9 @@ def test_a_study_that_is_shot_at_finishes_every_trial_once():
     assert figures["kills"] == 3, "the study ended before the shots"
     assert figures["planned"] == figures["finished"] == figures["nets"] == figures["mlflow_runs"]
     assert (figures["lost"], figures["doubled"]) == (0, 0)
+
+
+def test_the_storage_bench_times_the_journal_and_sqlite():
+    found = call("bench_storage", "--trials", "3")
+    assert [row["storage"] for row in found["rows"]] == ["journal", "sqlite"]
+    assert all(found["figures"][f"ms_per_trial_{row['storage']}"] == row["median ms"] > 0 for row in found["rows"])

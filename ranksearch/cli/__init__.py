@@ -21,6 +21,7 @@ from ranksearch.cli import studies  # noqa: F401  # isort: skip
 from ranksearch.cli import spaces  # noqa: F401  # isort: skip
 from ranksearch.cli import results  # noqa: F401  # isort: skip
 from ranksearch.cli import clusters  # noqa: F401  # isort: skip
+from ranksearch.cli import doctor  # noqa: F401  # isort: skip
 
 
 @app.callback(invoke_without_command=True)

@@ -1,7 +1,8 @@
 """Ray: the cluster that a study's trials run on. Nothing outside this folder imports it.
 
 `connection.py` joins or starts one, `nodes.py` knows how many trials it holds at a moment, `pack.py` sends the task to its workers,
-`tune.py` runs the trials; `losses.py` says whose doing it was that one was lost, `head.py` notices that the cluster is.
+`tune.py` runs the trials; `losses.py` says whose doing it was that one was lost, `head.py` notices that the cluster is; `doctor.py` looks
+whether a cluster is ready (`facts.py` on every node, judged by `findings.py`).
 """
 
 import os

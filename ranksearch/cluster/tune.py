@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,6 +31,7 @@ from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.errors import StudyError, Terminated
 from ranksearch.search.checkpoint import Leaving
 from ranksearch.search.metric import Metric
+from ranksearch.search.place import place_at, text_of
 from ranksearch.search.proposals import Candidate
 from ranksearch.search.recipe import Recipe
 from ranksearch.search.run import Driver, Log, OnRow, attempt, stop_reason
@@ -62,7 +62,7 @@ def _trainable(
     task = unpack(packed)
     candidate = Candidate(
         config["number"], RankPlan.from_dict(config["plan"]), Recipe.from_dict(config["recipe"]), config["seed"],
-        Path(config["save_to"]), Path(config["checkpoint"]), rungs=tuple(config["rungs"]),
+        place_at(config["save_to"]), place_at(config["checkpoint"]), rungs=tuple(config["rungs"]),
         latency=LatencySetting(**config["latency"]) if config["latency"] is not None else None,
     )  # fmt: skip
 
@@ -112,8 +112,8 @@ class AskTell(Searcher):
         self._history[trial_id] = []
         return {
             "number": candidate.number, "plan": candidate.plan.to_dict(), "recipe": candidate.recipe.to_dict(),
-            "seed": candidate.seed, "save_to": str(candidate.save_to.absolute()),
-            "checkpoint": str(candidate.checkpoint.absolute()), "rungs": list(candidate.rungs), 
+            "seed": candidate.seed, "save_to": text_of(candidate.save_to),
+            "checkpoint": text_of(candidate.checkpoint), "rungs": list(candidate.rungs),
             "latency": asdict(candidate.latency) if candidate.latency is not None else None,
         }  # fmt: skip
 
@@ -168,7 +168,7 @@ class AskTell(Searcher):
                 losses = NODE_LOSSES if loss.blameless else self._study.space.resources.worker_losses
                 why = "it takes its nodes down" if loss.blameless else "out of memory, or killed"
                 found = TrialResult("failed", seed, 0.0, reason=f"lost {losses + 1} times: {why}; at last, {loss.text}")
-            self._driver.settle(number, found)
+            self._driver.settle(number, found, node=_node(result))
         except Exception as caught:  # Tune would log it and go on: kept, and raised once the running trials have ended
             self.error = self.error or caught
 
@@ -203,6 +203,12 @@ def head_lost(study: Study) -> str:
         f"The cluster's head (its control store, gcs_server) no longer answers. {study.finished} finished trials are kept: "
         f"`ranksearch resume {study.space.name} --address HOST:PORT` goes on, on this cluster once it is back, or on another."
     )
+
+
+def _node(result: dict[str, Any] | None) -> str:
+    """Where a trial ran, as Tune notes it."""
+    found = result or {}
+    return f"{found.get('hostname', 'another node')} ({found.get('node_ip', 'address unknown')})"
 
 
 def _stopped_result(seed: int, history: list[dict[str, Any]], metric: Metric) -> TrialResult:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
+
+from ranksearch.search.place import Place, PlaceError, Remote
 
 
 class Leaving(Exception):
@@ -28,7 +32,7 @@ class CheckpointFile:
     Once `leaving` says so the state is due at once, and its `save` is the trial's last act here: it raises `Leaving`.
     """
 
-    def __init__(self, path: Path | None, every_seconds: float, leaving: Callable[[], bool] = stays) -> None:
+    def __init__(self, path: Place | None, every_seconds: float, leaving: Callable[[], bool] = stays) -> None:
         self._path, self._every, self._leaving = path, every_seconds, leaving
         self._written = time.monotonic()
 
@@ -39,30 +43,54 @@ class CheckpointFile:
     def save(self, state: dict[str, Any]) -> None:
         """Writes `state` (tensors, numbers, texts and containers of them) beside the old file, then in its place.
 
+        A store that refuses it is tried again when the next one is due: what a state spares is time, and the trial goes on.
+
         Raises:
             Leaving: written, and the machine is going to be taken away.
         """
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        torch.save(state, unfinished)
-        os.replace(unfinished, self._path)
+        if isinstance(self._path, Remote):
+            held = io.BytesIO()
+            torch.save(state, held)
+            with suppress(PlaceError):
+                self._path.write(held.getbuffer())
+        else:
+            self._write_beside(self._path, state)
         self._written = time.monotonic()
         if self._leaving():
             raise Leaving
 
+    @staticmethod
+    def _write_beside(path: Path, state: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        torch.save(state, unfinished)
+        os.replace(unfinished, path)
+
     def load(self) -> dict[str, Any] | None:
-        """The last state; None where there is none, or none that can be read (no code is run by reading it)."""
-        if self._path is None or not is_zipfile(self._path):  # a torch file that is whole is a zip file
+        """The last state; None where there is none, or none that can be read (no code is run by reading it).
+
+        Raises:
+            PlaceError: the store that holds it does not answer.
+        """
+        if self._path is None:
             return None
+        held = io.BytesIO(self._path.read() or b"") if isinstance(self._path, Remote) else self._path
+        if not is_zipfile(held):  # a torch file that is whole is a zip file
+            return None
+        if isinstance(held, io.BytesIO):
+            held.seek(0)
         try:
-            return torch.load(self._path, map_location="cpu", weights_only=True)
+            return torch.load(held, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError):
             return None
 
     def remove(self) -> None:
         """Removes the state, and what a process that was killed while writing left behind."""
-        if self._path is not None:
+        if isinstance(self._path, Remote):
+            with suppress(PlaceError):  # what stays does no harm: it is this plan's, recipe's and seed's alone
+                self._path.remove()
+        elif self._path is not None:
             for file in (self._path, *self._path.parent.glob(f"{self._path.name}.*")):
                 file.unlink(missing_ok=True)

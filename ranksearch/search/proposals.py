@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -25,6 +24,7 @@ from ranksearch.search.front import cost_ratio
 from ranksearch.search.local_tpe import INTERRUPTED
 from ranksearch.search.metric import Metric
 from ranksearch.search.parametrize import Form, Searched, Suggestion
+from ranksearch.search.place import Place
 from ranksearch.search.recipe import Recipe
 from ranksearch.search.samplers import make_sampler
 from ranksearch.search.space import Space
@@ -43,8 +43,8 @@ class Candidate:
     plan: RankPlan
     recipe: Recipe
     seed: int
-    save_to: Path
-    checkpoint: Path
+    save_to: Place
+    checkpoint: Place
     """Where the trial keeps its state while it runs; the same file for the same plan, recipe and seed."""
     rungs: tuple[float, ...] = ()
     """Shares of the steps after which it is scored for early stopping."""
@@ -60,8 +60,8 @@ def form_of(space: Space, curves: Curves, damage: Damage) -> Form:
 class Proposals:
     """Asks Optuna's study for candidates."""
 
-    def __init__(self, study: optuna.Study, space: Space, folder: Path, dense: Cost, metric: Metric) -> None:
-        self._study, self._space, self._folder = study, space, folder
+    def __init__(self, study: optuna.Study, space: Space, results: Place, dense: Cost, metric: Metric) -> None:
+        self._study, self._space, self._results = study, space, results
         self._dense, self._metric = dense, metric
         self._searched: Searched | None = None
         self.why_exhausted = ""
@@ -167,13 +167,13 @@ class Proposals:
         rungs = self._space.search.early_stopping
         latency = self._space.latency.as_setting() if self._space.has_latency else None
         return Candidate(
-            trial.number, found.plan, found.recipe, seed, trial_folder(self._folder, trial.number), self.checkpoint(key, seed),
+            trial.number, found.plan, found.recipe, seed, trial_folder(self._results, trial.number), self.checkpoint(key, seed),
             rungs=tuple(rungs.rungs) if rungs is not None else (), latency=latency,
         )  # fmt: skip
 
-    def checkpoint(self, key: str, seed: int) -> Path:
+    def checkpoint(self, key: str, seed: int) -> Place:
         """The file of a plan, recipe and seed: a trial that is proposed again finds the state that it had."""
-        return self._folder / CHECKPOINTS / f"{hashlib.sha256(f'{key} {seed}'.encode()).hexdigest()[:16]}.pt"
+        return self._results / CHECKPOINTS / f"{hashlib.sha256(f'{key} {seed}'.encode()).hexdigest()[:16]}.pt"
 
     def give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:
         """Ends a trial without a result, and enqueues its parameters, plan and seed once more."""

@@ -9,13 +9,17 @@ import errno
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
+
+from optuna.exceptions import StorageInternalError
 
 from ranksearch.compress import Net
 from ranksearch.errors import StudyError
 from ranksearch.search.checkpoint import CheckpointFile, Leaving, stays
 from ranksearch.search.front import Row
 from ranksearch.search.metric import Metric
+from ranksearch.search.place import PlaceError
 from ranksearch.search.proposals import Candidate
 from ranksearch.search.study import Study
 from ranksearch.search.trial import RUNG, Report, Stopped, TrialResult, run_trial
@@ -30,10 +34,13 @@ GIVE_UP_AFTER = 3
 """A study stops where its first trials, this many, all failed: the rest would fail too."""
 JUDGED_FROM = 10
 """Trials from which on the share of failures counts."""
-NO_SPACE = "no space"
+NO_SPACE, NO_PLACE = "no space", "no place"
+"""What ends a trial that could not write its net or state: a full disk, or a place of results that refuses. It is run again."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE_SECONDS, LOOK_SECONDS = 600.0, 5.0
 """How long a result that the disk has no room for is held until somebody makes some, and how often that is tried."""
+LOOKS = 4
+"""How often, a second apart, a net is looked for that another node has written."""
 
 
 def attempt(
@@ -55,7 +62,8 @@ def attempt(
         raise
     except Exception as error:
         lines = traceback.format_exc().strip().splitlines()[-6:]
-        status = NO_SPACE if isinstance(error, OSError) and error.errno in FULL else "failed"
+        full = isinstance(error, OSError) and error.errno in FULL
+        status = NO_SPACE if full else NO_PLACE if isinstance(error, PlaceError) else "failed"
         return TrialResult(status, candidate.seed, 0.0, reason="\n".join([f"{type(error).__name__}: {error}", *lines]))
 
 
@@ -74,36 +82,70 @@ class Driver:
         """
         return self._patiently(lambda: self._study.ask(self._bench), "no trial is begun")
 
-    def settle(self, number: int, result: TrialResult) -> None:
-        """Records a result; where the disk is full it waits for room before it gives up.
+    def settle(self, number: int, result: TrialResult, node: str | None = None) -> None:
+        """Records a result, its net at home; where the disk is full it waits for room before it gives up.
+
+        Args:
+            node: where the trial ran, if that was another process, which may not see the folder that the driver sees.
 
         Raises:
-            StudyError: too large a share of the trials failed, or the disk is full.
+            StudyError: too large a share of the trials failed, the disk is full, or the place of results is away.
         """
         if result.status == NO_SPACE:
             raise StudyError(
                 f"No space is left for trial {number}'s net or state; it is run again. {self._resume_hint()}"
             )
+        if result.status == NO_PLACE:
+            first = (result.reason or "").splitlines()[0]
+            raise StudyError(
+                f"Trial {number}{f' on {node}' if node else ''} could not keep its net or state: {first}. It is run again: "
+                f"`ranksearch resume {self._study.space.name}` goes on."
+            )
+        remote = self._study.results != self._study.folder
+        if result.status == "complete" and (remote or node is not None) and not self._brought_home(number):
+            result = replace(result, status="failed", reason=self._lost_net(node))
         self._on_row(self._patiently(lambda: self._study.tell(number, result), f"the result of trial {number} is held"))
         self._check_failures()
 
+    def _brought_home(self, number: int) -> bool:
+        """Whether a trial's net is in the study's folder now; a shared disk may take a moment to show what another node wrote."""
+        for _ in range(LOOKS):
+            if self._patiently(lambda: self._study.bring_home(number), f"the net of trial {number} is not fetched"):
+                return True
+            time.sleep(1.0)
+        return False
+
+    def _lost_net(self, node: str | None) -> str:
+        return (
+            f"{node or 'its process'} wrote its net to {self._study.results}, where the driver does not find it: that node does not share "
+            f"this place. Put the studies on shared storage (--runs), or set storage.results"
+        )
+
     def _patiently(self, action: Callable[[], T], meanwhile: str) -> T:
-        """Does what writes to the study's folder, again and again where that cannot be written."""
+        """Does what writes to the study's folder, database or place of results, again and again where that refuses."""
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
                 return action()
-            except OSError as error:
+            except (OSError, StorageInternalError) as error:
+                what, mend = self._refusal(error)
                 if time.monotonic() > until:
-                    raise StudyError(
-                        f"{self._study.folder} cannot be written ({error}). {self._resume_hint()}"
-                    ) from error
-                self._log(f"{self._study.folder} cannot be written ({error.strerror}): make room; {meanwhile}")
+                    raise StudyError(f"{what}. {self._resume_hint(mend)}") from error
+                self._log(f"{what}: {mend}; {meanwhile}")
                 time.sleep(LOOK_SECONDS)
 
-    def _resume_hint(self) -> str:
+    def _refusal(self, error: Exception) -> tuple[str, str]:
+        """What refuses, and what is to be done about it."""
+        if isinstance(error, PlaceError):
+            return str(error), "it is tried again"
+        if isinstance(error, StorageInternalError):
+            first = str(error.__cause__ or error).splitlines()[0]
+            return f"Optuna's database does not answer ({first})", "start it"
+        return f"{self._study.folder} cannot be written ({error})", "make room"
+
+    def _resume_hint(self, mend: str = "make room") -> str:
         done = self._study.finished
-        return f"{done} finished trials are kept: make room, then `ranksearch resume {self._study.space.name}` goes on."
+        return f"{done} finished trials are kept: {mend}, then `ranksearch resume {self._study.space.name}` goes on."
 
     def _check_failures(self) -> None:
         counts = {status: n - self._before.get(status, 0) for status, n in self._study.counts.items()}

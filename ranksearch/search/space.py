@@ -1,5 +1,5 @@
-"""The schema of a search space and its defaults, stated here and nowhere else; its groups `recipe` and `search` have files of their own
-(`space_recipe.py`, `space_search.py`). `space_file.py` reads one from a file.
+"""The schema of a search space and its defaults, stated here and nowhere else; its groups `recipe`, `search` and `storage` have files of
+their own (`space_recipe.py`, `space_search.py`, `space_storage.py`). `space_file.py` reads one from a file.
 
 A value marked searchable is either fixed (`lr: 0.05`) or a distribution: `{low: 0.01, high: 0.1, log: true}` or
 `{choices: [10, 20, 50]}`; `default` is what the first points use (left out: the middle of a range, the first choice).
@@ -29,6 +29,7 @@ from ranksearch.lowering import default_lowerings, expand_families
 from ranksearch.search.settings import Strict
 from ranksearch.search.space_recipe import RecipeSpace
 from ranksearch.search.space_search import SearchSpace
+from ranksearch.search.space_storage import StorageSpace
 from ranksearch.tasks import TASKS, TaskKind, build_reference, is_own, task_kind
 
 
@@ -155,6 +156,7 @@ class Space(Strict):
     recipe: RecipeSpace
     search: SearchSpace = Field(default_factory=SearchSpace)
     resources: ResourcesSpace = Field(default_factory=ResourcesSpace)
+    storage: StorageSpace = Field(default_factory=StorageSpace)
     tracking: TrackingSpace = Field(default_factory=TrackingSpace)
     _given: str | None = PrivateAttr(default=None)
     _own: dict[str, str] | None = PrivateAttr(default=None)

@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.allocate import parse_budget
 from ranksearch.compress import Cost
+from ranksearch.compress.export import PLAN, WEIGHTS, holds_net
 from ranksearch.compress.stopwatch import Stopwatch
 from ranksearch.errors import UsageError
 from ranksearch.files import write_atomically
@@ -31,16 +32,18 @@ from ranksearch.search.allocated import Allocated
 from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.front import Row, cost_ratio, directions_of, front_record, merit, objective_values, row_of
 from ranksearch.search.importance import importances
-from ranksearch.search.journal import mend_journal, open_journal
+from ranksearch.search.journal import mend_journal
 from ranksearch.search.ledger import Ledger
 from ranksearch.search.metric import Metric
 from ranksearch.search.opening import first_points
 from ranksearch.search.parametrize import Opening
+from ranksearch.search.place import Remote, fetch
 from ranksearch.search.proposals import Candidate, Proposals, form_of
 from ranksearch.search.provenance import provenance
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import parse_space
 from ranksearch.search.stopping import Rungs
+from ranksearch.search.storage import forget_study, make_study, open_study
 from ranksearch.search.study_folder import (
     DENSE_WEIGHTS,
     FRONT,
@@ -55,6 +58,7 @@ from ranksearch.search.study_folder import (
     keep_task_file,
     locked,
     new_folder,
+    place_of_results,
     trial_folder,
 )
 from ranksearch.search.trial import RUNG, TrialResult
@@ -72,6 +76,8 @@ class Study:
 
     def __init__(self, folder: Path, space: Space, info: dict[str, Any], study: optuna.Study) -> None:
         self.folder, self.space, self.info = folder, space, info
+        self.results = place_of_results(space, folder, info)
+        """Where workers write their nets and states."""
         self._study = study
         self._running: dict[int, Cost] = {}
         self.exhausted = ""
@@ -135,18 +141,18 @@ class Study:
             "opened_with": dict(Counter(point.allocator for point in opening)), "layers": bench.layer_facts(),
             "latency_key": Stopwatch(space.latency.as_setting()).key if space.has_latency else None,
         }  # fmt: skip
-        study = optuna.create_study(
-            storage=open_journal(folder / JOURNAL),
-            study_name=space.name,
-            directions=directions_of(space.search.objectives, metric),
-        )
-        made = cls(folder, space, info, study)
-        for point in opening:
-            made.enqueue(point)
-        made._write_space()
-        if space.given is not None:
-            write_atomically(folder / GIVEN, space.given)
-        made._note()  # last: a folder with it is a study
+        study = make_study(space, folder, info, directions_of(space.search.objectives, metric))
+        try:
+            made = cls(folder, space, info, study)
+            for point in opening:
+                made.enqueue(point)
+            made._write_space()
+            if space.given is not None:
+                write_atomically(folder / GIVEN, space.given)
+            made._note()  # last: a folder with it is a study
+        except BaseException:
+            forget_study(space, study)
+            raise
         (folder / UNFINISHED).unlink()
         return made
 
@@ -164,15 +170,13 @@ class Study:
 
         Raises:
             UsageError: the folder's files are missing or damaged.
+            StudyError: the study's database does not answer.
         """
         try:
             info = json.loads((folder / INFO).read_text())
             space = parse_space(yaml.safe_load((folder / SPACE).read_text()), str(folder / SPACE))
             space = space.kept_in(folder, info.get("task_file"))
-            if not (folder / JOURNAL).is_file():
-                raise FileNotFoundError(f"{JOURNAL} is missing")
-            study = optuna.load_study(storage=open_journal(folder / JOURNAL), study_name=info["study"])
-            return cls(folder, space, info, study)
+            return cls(folder, space, info, open_study(space, folder, info))
         except (OSError, ValueError, yaml.YAMLError, KeyError) as error:
             raise UsageError(f"{folder} is no readable study: {error}") from error
 
@@ -218,7 +222,7 @@ class Study:
         return self.finished >= self.planned or bool(self.info.get("done"))
 
     def _make_proposals(self) -> Proposals:
-        return Proposals(self._study, self.space, self.folder, self.dense, self.metric)
+        return Proposals(self._study, self.space, self.results, self.dense, self.metric)
 
     def _write_space(self) -> None:
         values = self.space.model_dump()
@@ -239,6 +243,17 @@ class Study:
     def trial_folder(self, number: int) -> Path:
         """Where a trial's net is: `plan.json` and `model.safetensors`."""
         return trial_folder(self.folder, number)
+
+    def bring_home(self, number: int) -> bool:
+        """Brings a complete trial's net from the place of results to the study's folder; False where it is not there.
+
+        Raises:
+            OSError: the place cannot be read, or the folder not be written.
+        """
+        home = self.trial_folder(number)
+        if isinstance(self.results, Remote):
+            return fetch(trial_folder(self.results, number), home, (WEIGHTS, PLAN))
+        return holds_net(home)
 
     def ask(self, bench: Workbench) -> Candidate | None:
         """The next trial, its plan within every budget.

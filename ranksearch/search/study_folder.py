@@ -7,6 +7,9 @@ runs/NAME/optuna.journal    Optuna's storage            runs/NAME/mlflow.json  w
 runs/NAME/FILE.py           the file of a task of the user's own, as it was when the study was made
 runs/NAME/latency.json      times of its layers         runs/NAME/latencies.json  of the front's nets, measured at the end
 runs/NAME/checkpoints/      states of running trials    runs/NAME/exports/     nets in the formats of other runtimes
+
+With `storage.results` workers write trials/ and checkpoints/ there, and finished nets are brought here; with `storage.optuna` a database
+holds what the journal would.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import filelock
 
 from ranksearch.errors import UsageError, nearest
+from ranksearch.search.place import Place, Remote
 from ranksearch.search.space import Space
 
 SPACE, GIVEN, INFO, JOURNAL = "space.yaml", "space.given.yaml", "study.json", "optuna.journal"
@@ -29,6 +34,7 @@ CURVES, PREVIEW, EXPORTS = "curves.safetensors", "preview", "exports"
 LATENCY, MEASURED = "latency.json", "latencies.json"
 LOCK, UNFINISHED = ".lock", ".unfinished"
 """Stands in a folder while a study is being made there."""
+AnyPlace = TypeVar("AnyPlace", Path, Remote, Place)
 
 
 def find_study(name: str, runs: Path) -> Path:
@@ -44,9 +50,15 @@ def find_study(name: str, runs: Path) -> Path:
     raise UsageError(f"There is no study {name!r}, neither as a folder nor in {runs}. {nearest(name, known)}")
 
 
-def trial_folder(folder: Path, number: int) -> Path:
+def trial_folder(folder: AnyPlace, number: int) -> AnyPlace:
     """Where a trial's net is: `plan.json` and `model.safetensors`."""
     return folder / TRIALS / f"{number:03d}"
+
+
+def place_of_results(space: Space, folder: Path, info: dict[str, Any]) -> Place:
+    """Where workers write nets and states: the study's folder, or a folder of this study alone in `storage.results`."""
+    where = space.storage.results
+    return folder if where is None else Remote(where) / f"{info['study']}-{info['id'][:8]}"
 
 
 def study_around(folder: Path) -> Path | None:

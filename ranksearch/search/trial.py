@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
 from ranksearch.compress.surgery import compress, restructure_
 from ranksearch.errors import NonFiniteError
 from ranksearch.search.checkpoint import CheckpointFile
+from ranksearch.search.place import Place, filling
 from ranksearch.search.projecting import Projecting
 from ranksearch.search.recipe import Recipe
 from ranksearch.tasks.batches import calibration_batches
@@ -280,7 +280,7 @@ def run_trial(
     *,
     seed: int,
     report: Report,
-    save_to: Path | None,
+    save_to: Place | None,
     checkpoint: CheckpointFile,
     rungs: Sequence[float] = (),
     latency: LatencySetting | None = None,
@@ -305,7 +305,8 @@ def run_trial(
         status, reason = "diverged", str(error)
     else:
         if save_to is not None:
-            save_net(small, plan, save_to)
+            with filling(save_to) as folder:
+                save_net(small, plan, folder)
         if latency is not None:
             own, of_dense = Stopwatch(latency).nets_ms([small, session.dense_net()], session.task.example_input)
             measured = own, own / of_dense

@@ -16,6 +16,7 @@ from typing import Any
 import sqlalchemy.exc
 
 from ranksearch.files import write_atomically
+from ranksearch.search.database import DRIVER_HINT
 from ranksearch.search.front import Row
 from ranksearch.search.study_folder import GIVEN, SPACE
 from ranksearch.tracking.draw_html import save_html
@@ -65,8 +66,7 @@ class Mirror:
         try:
             self.client = MlflowClient(tracking_uri=self.uri)
         except ModuleNotFoundError as error:
-            hint = "install the database's Python driver (of PostgreSQL: pip install 'ranksearch[postgres]')"
-            raise MlflowException(f"{error}: {hint}") from error
+            raise MlflowException(f"{error}: {DRIVER_HINT}") from error
         artifacts = artifact_root(runs, self.uri, view.space.tracking.artifacts)
         parent = self._find() or self._make(view, artifacts)
         self.experiment_id, self.parent_id = parent.info.experiment_id, parent.info.run_id

@@ -1,0 +1,55 @@
+"""The verb that looks at this machine, or a cluster, before a search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ranksearch.cli.options import DEFAULT_RUNS, Address, Json, Runs, Settings, app, print_json
+
+
+@app.command(rich_help_panel="Clusters")
+def doctor(
+    space: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[SPACE.yaml]", help="What a search of this space needs is looked at too: data, stores."
+        ),
+    ] = None,
+    setting: Settings = None,
+    address: Address = None,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Look for what would go wrong, on this machine or on every node of a cluster: versions, storage, data, clocks, memory, disks.
+
+    Exit code 0 where nothing is wrong, or warnings alone; 1 with errors.
+
+    Example: ranksearch doctor search_spaces/cifar10_resnet20.yaml --address auto
+    """
+    from ranksearch.cluster.address import check_address
+    from ranksearch.cluster.doctor import as_record, examine
+    from ranksearch.cluster.findings import ERROR, judge
+
+    resolved = None
+    if space is not None:
+        from ranksearch.search.space_file import read_space
+
+        resolved = read_space(space, settings=setting or ())
+    check_address(address)
+    if address is not None:
+        from ranksearch.cluster.connection import connect
+
+        connect(address)
+    report = examine(resolved, runs, cluster=address is not None)
+    found = judge(report)
+    if as_json:
+        print_json(as_record(report, found))
+    else:
+        from ranksearch.tables import print_findings
+
+        print_findings(report, found)
+    if any(finding.level == ERROR for finding in found):
+        raise typer.Exit(1)
