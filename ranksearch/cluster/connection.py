@@ -9,8 +9,9 @@ from typing import Any
 
 import ray
 
-from ranksearch.errors import StudyError, UsageError
-from ranksearch.search.space import ResourcesSpace
+from ranksearch.cluster.packing import Machine, trials_at_once
+from ranksearch.errors import StudyError
+from ranksearch.search.space import AUTO, ResourcesSpace
 
 HEAD = ("gcs_server", "raylet")
 
@@ -67,33 +68,24 @@ def head_is_gone() -> bool:
     return node is not None and node.head and any(name in HEAD for name, _ in node.dead_processes())
 
 
-def trials_at_once(cpus: float, gpus: float, available: dict[str, float]) -> int:
-    """How many trials the cluster holds at once.
-
-    Raises:
-        UsageError: not even one.
-    """
-    fits = available.get("CPU", 0) / cpus
-    if gpus:
-        fits = min(fits, available.get("GPU", 0) / gpus)
-    if fits < 1:
-        raise UsageError(
-            f"resources: a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, but the cluster has "
-            f"{available.get('CPU', 0):g} and {available.get('GPU', 0):g}: lower resources.cpus_per_trial or gpus_per_trial."
-        )
-    return int(fits)
+def nodes() -> list[dict[str, Any]]:
+    """The cluster's nodes that are alive, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def join(resources: ResourcesSpace, address: str | None) -> tuple[float, int]:
-    """Connects, and returns (GPUs per trial, trials at once) of the cluster for what one trial takes.
+    """Connects, and returns (GPUs per worker of a trial, trials at once) of the cluster for what one trial takes.
+
+    What `auto` packs onto a GPU is not known yet: it counts as one GPU.
 
     Raises:
         StudyError: Ray does not start or cannot be reached.
         UsageError: one trial asks for more than the cluster has.
     """
     connect(address)
-    available = ray.cluster_resources()
-    gpus = resources.gpus_per_trial
-    if gpus is None:
-        gpus = float(available.get("GPU", 0) > 0)
-    return gpus, trials_at_once(resources.cpus_per_trial, gpus, available)
+    machines = [Machine.of(node["Resources"]) for node in nodes()]
+    gpus, workers = resources.gpus_per_trial, resources.workers
+    if gpus is None or gpus == AUTO:
+        gpus = float(any(machine.gpus > 0 for machine in machines))
+    each = 1.0 if workers > 1 and gpus else float(gpus)
+    return each, trials_at_once(machines, cpus=resources.cpus_per_trial, gpus=each, workers=workers)

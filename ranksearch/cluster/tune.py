@@ -9,61 +9,49 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from ranksearch.cluster.connection import HEAD, HeadLost, head_is_gone, join
-from ranksearch.cluster.pack import Packed, pack, unpack
-from ranksearch.compress import Net, RankPlan
-from ranksearch.compress.stopwatch import LatencySetting
+from ranksearch.cluster.connection import HEAD, HeadLost, head_is_gone, join, nodes
+from ranksearch.cluster.group import parallel_trial
+from ranksearch.cluster.packing import Machine, trials_at_once
+from ranksearch.cluster.probe import auto_share
+from ranksearch.cluster.room import Room
+from ranksearch.cluster.shared import Shared, load_of, share
+from ranksearch.cluster.worker import ENTRY, METRIC, PLACE, RESULT, Terms, trial
 from ranksearch.errors import StudyError
 from ranksearch.search.metric import Metric
-from ranksearch.search.proposals import Candidate
-from ranksearch.search.recipe import Recipe
-from ranksearch.search.run import Driver, Log, OnRow, attempt, stop_reason
+from ranksearch.search.placement import Placement, note_load
+from ranksearch.search.run import Driver, Log, OnRow, stop_reason
+from ranksearch.search.space import AUTO, Space
 from ranksearch.search.study import Study
 from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
-from ranksearch.tasks.dense import State
+from ranksearch.tasks.folder import data_folder
+from ranksearch.tasks.loaded import loader_processes
+from ranksearch.tasks.stage import Staging
+from ranksearch.tasks.task import Task
 
-METRIC, ENTRY, RESULT = "val_accuracy", "entry", "result"
 RESTARTS = 3
 """How often a Ray of our own that lost its head is started again before the study ends."""
-
-
-def _trainable(
-    config: dict[str, Any], packed: Packed, dense: State, net: Net, threads: int, checkpoint_seconds: float
-) -> None:
-    """A trial on a Ray worker; entries and the result travel as JSON texts, because Tune flattens nested metrics."""
-    torch.set_num_threads(threads)
-    task = unpack(packed)
-    candidate = Candidate(
-        config["number"], RankPlan.from_dict(config["plan"]), Recipe.from_dict(config["recipe"]), config["seed"],
-        Path(config["save_to"]), Path(config["checkpoint"]), rungs=tuple(config["rungs"]),
-        latency=LatencySetting(**config["latency"]) if config["latency"] is not None else None,
-    )  # fmt: skip
-
-    def report(entry: dict[str, Any]) -> None:
-        # returns where the trial goes on; where it does not, Tune ends this thread here
-        tune.report({METRIC: entry[METRIC], ENTRY: json.dumps(entry), RESULT: ""})
-
-    result = attempt(task, dense, net, candidate, checkpoint_seconds=checkpoint_seconds, report=report)
-    tune.report({METRIC: result.val_accuracy or 0.0, ENTRY: "", RESULT: json.dumps(result.to_dict())})
+NEXT_TO_NOTHING = tune.PlacementGroupFactory([{"memory": 1}])
+"""What Tune keeps for a data-parallel trial, whose workers ask for cores and GPUs themselves; Tune takes no empty request."""
 
 
 class AskTell(Searcher):
     """Tune's searcher over the study's own ask and tell. The study is on disk: there is nothing to save or restore here."""
 
-    def __init__(self, study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
+    def __init__(self, study: Study, bench: Workbench, shared: Shared, room: Room, on_row: OnRow, log: Log) -> None:
         super().__init__(metric=METRIC, mode="max")
         self._study, self._driver = study, Driver(study, bench, on_row, log)
+        self._shared, self._room = shared, room
+        self._places: dict[str, dict[str, Any]] = {}
         self._numbers: dict[str, int] = {}
         self._seeds: dict[str, int] = {}
         self._history: dict[str, list[dict[str, Any]]] = {}
@@ -73,6 +61,8 @@ class AskTell(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.error is not None or self._lost_head():
             return Searcher.FINISHED
+        if len(self._numbers) >= self._room.at_once:
+            return None
         try:
             candidate = self._driver.ask()
         except Exception as error:
@@ -97,7 +87,10 @@ class AskTell(Searcher):
 
     def goes_on(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Takes up what a running trial reports; False where it is to be stopped."""
-        if trial_id not in self._numbers or not result.get(ENTRY):
+        if trial_id not in self._numbers:
+            return True
+        self._note_place(trial_id, result)
+        if not result.get(ENTRY):
             return True
         entry = json.loads(result[ENTRY])
         self._history[trial_id].append(entry)
@@ -106,11 +99,23 @@ class AskTell(Searcher):
         self._stopped.add(trial_id)
         return False
 
+    def _note_place(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Keeps where a trial runs, and at its first report what its processes loaded; at its last, what it took."""
+        place = json.loads(result[PLACE])
+        if trial_id not in self._places:
+            for worker in place["workers"] or [place]:
+                if worker["unpacked"]:
+                    note_load(self._study.folder, load_of(self._shared, Placement(**worker), self._numbers[trial_id]))
+        self._places[trial_id] = place
+        if not place["workers"]:
+            self._room.learn(place["peak_bytes"])
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers.pop(trial_id, None)
         if number is None:
             return
         seed, history = self._seeds.pop(trial_id), self._history.pop(trial_id)
+        place = self._places.pop(trial_id, None)
         payload = (result or {}).get(RESULT)
         try:
             if trial_id in self._stopped:
@@ -124,7 +129,7 @@ class AskTell(Searcher):
                 found = TrialResult(
                     "failed", seed, 0.0, reason=f"its worker died {losses} times: out of memory, or killed"
                 )
-            self._driver.settle(number, found)
+            self._driver.settle(number, replace(found, placement=place))
         except Exception as caught:  # Tune would log it and go on: kept, and raised once the running trials have ended
             self.error = self.error or caught
 
@@ -184,21 +189,30 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, addre
 
 def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: str | None) -> None:
     """One Tuner over what is left of the study."""
-    cpus = study.space.resources.cpus_per_trial
-    gpus, at_once = join(study.space.resources, address)
-    searcher = AskTell(study, bench, on_row, log)
-    trainable = tune.with_parameters(
-        _trainable, packed=pack(bench.task, study.space.kind().own), dense=bench.dense, net=bench.net, threads=cpus,
-        checkpoint_seconds=study.space.resources.checkpoint_seconds,
-    )  # fmt: skip
+    resources = study.space.resources
+    gpus, at_once = join(resources, address)
+    shared, load = share(bench, study.space.kind().own, staging_of(study.space))
+    note_load(study.folder, load)
+    machines = [Machine.of(node["Resources"]) for node in nodes()]
+    if resources.gpus_per_trial == AUTO:
+        gpus = auto_share(study, bench, shared, nodes(), log)
+        at_once = trials_at_once(machines, cpus=resources.cpus_per_trial, gpus=gpus, workers=1)
+    warn_of_loaders(bench.task, resources.cpus_per_trial, log)
+    terms = Terms(
+        resources.cpus_per_trial, gpus, resources.workers, resources.checkpoint_seconds, str(study.folder.absolute())
+    )
+    room = Room(machines, at_once, cpus=terms.cpus, gpus=gpus, log=log)
+    searcher = AskTell(study, bench, shared, room, on_row, log)
+    alone = terms.workers == 1
+    trainable = tune.with_parameters(trial if alone else parallel_trial, shared=shared, terms=terms)
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
+        tune.with_resources(trainable, {"cpu": terms.cpus, "gpu": gpus} if alone else NEXT_TO_NOTHING),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=StopBehind(searcher),
             num_samples=-1,  # the study says when it is done
             max_concurrent_trials=at_once,
-            reuse_actors=True,
+            reuse_actors=alone,  # with the actor of a data-parallel trial its workers end
             trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
         ),
         run_config=tune.RunConfig(
@@ -217,6 +231,24 @@ def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: st
     if study.finished < study.planned and not study.exhausted:
         raise StudyError(
             f"Ray Tune ended after {study.finished} of {study.planned} trials: `ranksearch resume` goes on."
+        )
+
+
+def staging_of(space: Space) -> Staging | None:
+    """Where the nodes copy the data folder to, if the space says so and its task reads files."""
+    folder = space.resources.stage
+    if folder is None or not space.kind().reads_files:
+        return None
+    return Staging(data_folder(space.data), Path(folder))
+
+
+def warn_of_loaders(task: Task, cpus: int, log: Log) -> None:
+    """Says where the processes that read a trial's data leave its training no core of its own."""
+    loaders = loader_processes(task)
+    if loaders >= cpus:
+        log(
+            f"resources: a trial has {cpus} CPUs for {loaders} processes that read its data and one that trains: more cpus_per_trial, or "
+            f"fewer data_workers"
         )
 
 

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 from ranksearch.compress import Net
 from ranksearch.errors import StudyError
 from ranksearch.search.checkpoint import CheckpointFile
@@ -21,6 +23,8 @@ from ranksearch.search.study import Study
 from ranksearch.search.trial import RUNG, Report, Stopped, TrialResult, run_trial
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State
+from ranksearch.tasks.device import out_of_memory
+from ranksearch.tasks.parallel import ALONE, Group, PeerLost
 from ranksearch.tasks.task import Task
 
 OnRow = Callable[[Row], None]
@@ -37,15 +41,30 @@ PATIENCE_SECONDS, LOOK_SECONDS = 600.0, 5.0
 
 
 def attempt(
-    task: Task, dense: State, net: Net, candidate: Candidate, *, report: Report, checkpoint_seconds: float
+    task: Task,
+    dense: State,
+    net: Net,
+    candidate: Candidate,
+    *,
+    report: Report,
+    checkpoint_seconds: float,
+    group: Group = ALONE,
 ) -> TrialResult:
-    """Runs a trial; an exception becomes a result with its reason, so that one bad trial does not end a study."""
+    """Runs a trial; an exception becomes a result with its reason, so that one bad trial does not end a study.
+
+    Raises:
+        PeerLost: another process of the group is gone; the trial is to be run again, from its state.
+    """
     checkpoint = CheckpointFile(candidate.checkpoint, checkpoint_seconds)
     try:
         return run_trial(
             task, dense, net, candidate.plan, candidate.recipe, seed=candidate.seed, report=report, save_to=candidate.save_to,
-            checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency,
+            checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency, group=group,
         )  # fmt: skip
+    except PeerLost:
+        raise
+    except torch.OutOfMemoryError as error:
+        return TrialResult("failed", candidate.seed, 0.0, reason=out_of_memory(error))
     except Exception as error:
         lines = traceback.format_exc().strip().splitlines()[-6:]
         status = NO_SPACE if isinstance(error, OSError) and error.errno in FULL else "failed"
