@@ -72,7 +72,7 @@ def test_data_reach_every_node_once_and_a_row_says_where_it_ran(cluster, tmp_pat
 
 def kill_a_worker_of(study_folder: Path, seen: list[int]) -> None:
     """Kills a process of a data-parallel trial that is not rank 0, as soon as one is known to have saved its state."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + 250
     while time.monotonic() < until:
         others = [load for load in loads_of(study_folder) if load.trial is not None]
         if len(others) >= 2 and list((study_folder / "checkpoints").glob("*.pt")):

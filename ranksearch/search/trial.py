@@ -159,14 +159,8 @@ class Session:
         share = self.recipe.factor_lr if phase == "factors" else 1.0
         settings = replace(self.settings, lr=share * self.settings.lr)
         training = Training(
-            model,
-            self.task,
-            settings,
-            steps,
-            generator=self._generator,
-            distillation=self._distillation,
-            group=self.group,
-        )
+            model, self.task, settings, steps, generator=self._generator, distillation=self._distillation, group=self.group
+        )  # fmt: skip
         if self._resumed is not None and self.resumes_at(phase):
             self._go_on(self._resumed, training, projecting)
             self._resumed = None
@@ -176,9 +170,8 @@ class Session:
                 projecting.after_step(training)
             if (rung := self._rungs.get(steps[training.done - 1] + 1)) is not None:
                 self._score_at_rung(rung, training, plan if projecting is not None else None)
-            if (
-                self.group.rank == 0 and self._checkpoint.due and training.done < len(steps)
-            ):  # what follows a phase needs its last batch
+            due = self.group.rank == 0 and self._checkpoint.due
+            if due and training.done < len(steps):  # what follows a phase needs its last batch
                 self._save(phase, training, projecting)
 
         try:
