@@ -1,7 +1,7 @@
 """Ray: the cluster that a study's trials run on. Nothing outside this folder imports it.
 
-`connection.py` joins or starts one, `packing.py`, `probe.py` and `room.py` say how many trials fit it, `shared.py` and `pack.py` bring the task
-to its workers, `tune.py` runs the trials, on a worker each (`worker.py`) or on several (`group.py`).
+`connection.py` joins or starts one, `packing.py`, `probe.py` and `room.py` say how many trials fit it, `shared.py` and `pack.py` bring the
+task to its workers, `tune.py` runs the trials, on a worker each (`worker.py`) or on several (`group.py`).
 """
 
 import os
