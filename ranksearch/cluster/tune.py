@@ -27,7 +27,7 @@ from ranksearch.cluster.shared import Shared, load_of, share
 from ranksearch.cluster.worker import ENTRY, METRIC, PLACE, RESULT, Terms, trial
 from ranksearch.errors import StudyError
 from ranksearch.search.metric import Metric
-from ranksearch.search.placement import Placement, note_load
+from ranksearch.search.placement import LOADS, Load, Placement, note_load
 from ranksearch.search.run import Driver, Log, OnRow, stop_reason
 from ranksearch.search.space import AUTO, Space
 from ranksearch.search.study import Study
@@ -50,7 +50,7 @@ class AskTell(Searcher):
     def __init__(self, study: Study, bench: Workbench, shared: Shared, room: Room, on_row: OnRow, log: Log) -> None:
         super().__init__(metric=METRIC, mode="max")
         self._study, self._driver = study, Driver(study, bench, on_row, log)
-        self._shared, self._room = shared, room
+        self._shared, self._room, self._log = shared, room, log
         self._places: dict[str, dict[str, Any]] = {}
         self._numbers: dict[str, int] = {}
         self._seeds: dict[str, int] = {}
@@ -105,7 +105,8 @@ class AskTell(Searcher):
         if trial_id not in self._places:
             for worker in place["workers"] or [place]:
                 if worker["unpacked"]:
-                    note_load(self._study.folder, load_of(self._shared, Placement(**worker), self._numbers[trial_id]))
+                    load = load_of(self._shared, Placement(**worker), self._numbers[trial_id])
+                    _note_load(self._study.folder, load, self._log)
         self._places[trial_id] = place
         if not place["workers"]:
             self._room.learn(place["peak_bytes"])
@@ -192,7 +193,7 @@ def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: st
     resources = study.space.resources
     gpus, at_once = join(resources, address)
     shared, load = share(bench, study.space.kind().own, staging_of(study.space))
-    note_load(study.folder, load)
+    _note_load(study.folder, load, log)
     machines = [Machine.of(node["Resources"]) for node in nodes()]
     if resources.gpus_per_trial == AUTO:
         gpus = auto_share(study, bench, shared, nodes(), log)
@@ -232,6 +233,14 @@ def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: st
         raise StudyError(
             f"Ray Tune ended after {study.finished} of {study.planned} trials: `ranksearch resume` goes on."
         )
+
+
+def _note_load(folder: Path, load: Load, log: Log) -> None:
+    """Adds a line to the study's record of loads; a disk without room for it must not end a study."""
+    try:
+        note_load(folder, load)
+    except OSError as error:
+        log(f"{folder / LOADS} cannot be written ({error.strerror}): a load of trial {load.trial} is not recorded")
 
 
 def staging_of(space: Space) -> Staging | None:
