@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from ranksearch.cluster.nodes import AHEAD, NodeState, fits, state_of, wanted
+from ranksearch.cluster.nodes import AHEAD, NodeState, state_of, wanted
+from ranksearch.cluster.packing import Machine, workers_on
 from ranksearch.search.checkpoint import CheckpointFile, Leaving
 from ranksearch.search.run import attempt
 from ranksearch.search.study import NODE_LOSSES, Study
@@ -41,11 +42,11 @@ def test_a_trial_goes_on_from_its_state_and_repeats_no_more_than_a_checkpoint_in
 
 
 def test_a_node_holds_what_fits_it_whole():
-    assert fits({"CPU": 7.0}, 2, 0) == 3
-    assert fits({"CPU": 16.0, "GPU": 2.0}, 4, 1) == 2
-    assert fits({"CPU": 16.0, "GPU": 2.0}, 1, 0.4) == 4  # two on each GPU: a fifth would lie on both
-    assert fits({"CPU": 16.0, "GPU": 7.0}, 1, 2) == 3
-    assert fits({"memory": 1e9}, 1, 0) == 0  # a head that is kept free of trials
+    assert workers_on(Machine.of({"CPU": 7.0}), 2, 0) == 3
+    assert workers_on(Machine.of({"CPU": 16.0, "GPU": 2.0}), 4, 1) == 2
+    assert workers_on(Machine.of({"CPU": 16.0, "GPU": 2.0}), 1, 0.4) == 4  # two on each GPU: a fifth would lie on both
+    assert workers_on(Machine.of({"CPU": 16.0, "GPU": 7.0}), 1, 2) == 3
+    assert workers_on(Machine.of({"memory": 1e9}), 1, 0) == 0  # a head that is kept free of trials
 
 
 def test_demand_runs_ahead_of_a_cluster_that_grows_by_demand_alone():

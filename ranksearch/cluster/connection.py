@@ -14,9 +14,10 @@ from typing import Any
 
 import ray
 
-from ranksearch.cluster.nodes import room_at_most, room_now
+from ranksearch.cluster.nodes import room_at_most, room_now, usable_nodes
+from ranksearch.cluster.packing import Needs
 from ranksearch.errors import StudyError, UsageError
-from ranksearch.search.space import ResourcesSpace
+from ranksearch.search.space import AUTO, ResourcesSpace
 
 HEAD = ("gcs_server", "raylet")
 SAY_AGAIN_SECONDS, LOOK_SECONDS = 60.0, 1.0
@@ -85,53 +86,52 @@ def head_is_gone() -> bool:
     return node is not None and node.head and any(name in HEAD for name, _ in node.dead_processes())
 
 
-def join(resources: ResourcesSpace, address: str | None, log: Callable[[str], None]) -> float:
-    """Connects, and returns the GPUs per trial; waits for a cluster without room for a trial, whose nodes may still be coming.
+def join(resources: ResourcesSpace, address: str | None, log: Callable[[str], None]) -> Needs:
+    """Connects, and returns what a trial takes; waits for a cluster without room for a trial, whose nodes may still be coming.
+
+    What `auto` packs onto a GPU is not known yet: it counts as one GPU.
 
     Raises:
         StudyError: Ray does not start or cannot be reached.
         UsageError: one trial asks for more than this machine has, or than the cluster has, or may grow to, after the wait.
     """
     connect(address)
-    gpus = resources.gpus_per_trial
-    if gpus is None:
-        gpus = float(ray.cluster_resources().get("GPU", 0) > 0)
-    wait_for_room(resources.cpus_per_trial, gpus, 0.0 if address is None else resources.wait_seconds, log)
-    return gpus
+    gpus, workers = resources.gpus_per_trial, resources.workers
+    if gpus is None or gpus == AUTO:
+        gpus = float(any(node["Resources"].get("GPU", 0) > 0 for node in usable_nodes()))
+    needs = Needs(resources.cpus_per_trial, 1.0 if workers > 1 and gpus else float(gpus), workers)
+    wait_for_room(needs, 0.0 if address is None else resources.wait_seconds, log)
+    return needs
 
 
-def wait_for_room(cpus: float, gpus: float, seconds: float, log: Callable[[str], None]) -> None:
+def wait_for_room(needs: Needs, seconds: float, log: Callable[[str], None]) -> None:
     """Returns once the cluster holds a trial, or its autoscaler waits to be asked for a node that does.
 
     Raises:
         UsageError: it does not, after so many seconds; or at once where the autoscaler has no such node to start.
     """
     started, said_at = time.monotonic(), float("-inf")
-    while not room_now(cpus, gpus):
-        at_most, waited = room_at_most(cpus, gpus), time.monotonic() - started
+    while not room_now(needs):
+        at_most, waited = room_at_most(needs), time.monotonic() - started
         if at_most:
-            log(f"no node has room for a trial ({asked(cpus, gpus)}) yet: the cluster's autoscaler is asked for some")
+            log(f"no node has room for a trial ({needs}) yet: the cluster's autoscaler is asked for some")
             return
         if at_most == 0 or waited >= seconds:
             raise UsageError(
-                f"resources: a trial asks for {asked(cpus, gpus)}, but the cluster has {held()}"
+                f"resources: a trial asks for {needs}, but the cluster has {held()}"
                 f"{f' after {waited:.0f} s' if seconds else ''}: lower resources.cpus_per_trial or gpus_per_trial"
                 f"{', or wait longer for nodes (resources.wait_seconds)' if seconds else ''}."
             )
         if time.monotonic() > said_at + SAY_AGAIN_SECONDS:
             said_at = time.monotonic()
             log(
-                f"no node has room for a trial ({asked(cpus, gpus)}; the cluster has {held()}): waiting for nodes, "
+                f"no node has room for a trial ({needs}; the cluster has {held()}): waiting for nodes, "
                 f"{seconds - waited:.0f} s more (resources.wait_seconds)"
             )
         time.sleep(LOOK_SECONDS)
 
 
-def asked(cpus: float, gpus: float) -> str:
-    return f"{cpus:g} CPUs and {gpus:g} GPUs"
-
-
 def held() -> str:
     """What the cluster's nodes have together."""
-    available = ray.cluster_resources()
-    return f"{available.get('CPU', 0):g} CPUs and {available.get('GPU', 0):g} GPUs on {len(ray.nodes())} nodes"
+    available, count = ray.cluster_resources(), len(usable_nodes())
+    return f"{available.get('CPU', 0):g} CPUs and {available.get('GPU', 0):g} GPUs on {count} {'node' if count == 1 else 'nodes'}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+
+from ranksearch.cluster.packing import Machine, Needs, trials_at_once, workers_on
 
 POLL_SECONDS = 2.0
 """How often a worker asks whether its node is going to be taken away: under a millisecond each time, in a thread of its own."""
@@ -28,16 +29,6 @@ class NodeState(Enum):
     GONE = "is gone"
 
 
-def fits(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """How many trials a node with these resources holds."""
-    by_cpu = int(resources.get("CPU", 0) / cpus)
-    if not gpus:
-        return by_cpu
-    has = resources.get("GPU", 0)
-    # a part of a GPU lies on one of them
-    return min(by_cpu, int(has) * int(1 / gpus) if gpus < 1 else int(has / gpus))
-
-
 def usable_nodes() -> list[dict[str, Any]]:
     """Ray's records of the nodes that are alive and stay."""
     leaving = leaving_nodes()
@@ -51,19 +42,24 @@ def leaving_nodes() -> dict[str, int]:
     return found
 
 
-def room_now(cpus: float, gpus: float) -> int:
-    """How many trials the cluster's nodes hold."""
-    return sum(fits(node["Resources"], cpus, gpus) for node in usable_nodes())
+def machines() -> list[Machine]:
+    """What the nodes that are alive and stay have."""
+    return [Machine.of(node["Resources"]) for node in usable_nodes()]
 
 
-def room_at_most(cpus: float, gpus: float) -> int | None:
+def room_now(needs: Needs, peak: int = 0) -> int:
+    """How many trials the cluster's nodes hold; `peak` as in `packing.trials_at_once`."""
+    return trials_at_once(machines(), needs, peak)
+
+
+def room_at_most(needs: Needs) -> int | None:
     """How many trials the nodes would hold that the cluster's autoscaler may start; None where there is no autoscaler."""
     config = ray._private.state.state.get_cluster_config()
     if config is None or not config.node_group_configs:
         return None
     endless = 2**31
     groups = [(g.max_count if g.max_count >= 0 else endless, dict(g.resources)) for g in config.node_group_configs]
-    return sum(count * fits(resources, cpus, gpus) for count, resources in groups)
+    return sum(count * workers_on(Machine.of(has), needs.cpus, needs.gpus) for count, has in groups) // needs.workers
 
 
 def wanted(now: int, at_most: int | None) -> int:
@@ -125,29 +121,3 @@ class LeaveWatch:
 
     def stop(self) -> None:
         self._over.set()
-
-
-class Room:
-    """How many trials may be under way at this moment; asked of the cluster at most once a second."""
-
-    def __init__(self, cpus: float, gpus: float) -> None:
-        self._cpus, self._gpus = cpus, gpus
-        self._known, self._asked_at = 0, float("-inf")
-        self._none_since: float | None = None
-
-    def __call__(self) -> int:
-        now = time.monotonic()
-        if now > self._asked_at + 1.0:
-            try:
-                room = room_now(self._cpus, self._gpus)
-                self._known = wanted(room, room_at_most(self._cpus, self._gpus))
-            except GCS_ERRORS:
-                room = self._known  # the head is away; whether it is lost is watched elsewhere
-            self._asked_at = time.monotonic()
-            self._none_since = None if room else self._none_since or now
-        return self._known
-
-    @property
-    def seconds_without(self) -> float:
-        """For how long no node has had room for a trial."""
-        return 0.0 if self._none_since is None else time.monotonic() - self._none_since

@@ -9,11 +9,32 @@ from dataclasses import dataclass, replace
 import numpy as np
 import ray
 import torch
+from torch import Tensor
 
 from ranksearch.errors import UsageError
 from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import TaskCode, TaskFile
+
+
+@dataclass(frozen=True)
+class Array:
+    """A tensor as Ray's object store hands it out without a copy."""
+
+    values: np.ndarray
+    dtype: torch.dtype
+    """The tensor's, of which numpy lacks some: `values` holds its bytes then."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Array:
+        values = tensor.detach().cpu().contiguous()
+        return cls((values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy(), values.dtype)
+
+    def tensor(self) -> Tensor:
+        """A view of the same memory, which may be read-only: nobody writes to a data set, or to the dense net's weights."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(self.values).view(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -26,8 +47,12 @@ class Packed:
 
     code: TaskCode | None
     rest: bytes
-    arrays: dict[str, tuple[np.ndarray, np.ndarray]]
+    arrays: dict[str, tuple[Array, Array]]
     """Split -> inputs, targets."""
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.rest) + sum(half.values.nbytes for pair in self.arrays.values() for half in pair)
 
 
 def pack(task: Task, own: TaskFile | None = None) -> Packed:
@@ -38,7 +63,7 @@ def pack(task: Task, own: TaskFile | None = None) -> Packed:
     """
     splits = {"train": task.train, "val": task.val}
     resident = {name: source for name, source in splits.items() if isinstance(source, Resident)}
-    arrays = {name: (source.inputs.numpy(), source.targets.numpy()) for name, source in resident.items()}
+    arrays = {name: (Array.of(source.inputs), Array.of(source.targets)) for name, source in resident.items()}
     nothing = torch.empty(0)
     hollow = {name: replace(source, inputs=nothing, targets=nothing) for name, source in resident.items()}
     try:
@@ -57,10 +82,8 @@ def unpack(packed: Packed) -> Task:
     if packed.code is not None:
         packed.code.module()
     task: Task = ray.cloudpickle.loads(packed.rest)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        whole = {
-            name: replace(getattr(task, name), inputs=torch.from_numpy(inputs), targets=torch.from_numpy(targets))
-            for name, (inputs, targets) in packed.arrays.items()
-        }
+    whole = {
+        name: replace(getattr(task, name), inputs=inputs.tensor(), targets=targets.tensor())
+        for name, (inputs, targets) in packed.arrays.items()
+    }
     return replace(task, **whole)

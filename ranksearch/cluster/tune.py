@@ -12,84 +12,58 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ranksearch.cluster.connection import HEAD, HeadLost, head_is_gone, join
+from ranksearch.cluster.group import parallel_trial
 from ranksearch.cluster.head import HeadWatch, watched_head
 from ranksearch.cluster.losses import Losses
-from ranksearch.cluster.nodes import LeaveWatch, Room
-from ranksearch.cluster.pack import Packed, pack, unpack
-from ranksearch.compress import Net, RankPlan
-from ranksearch.compress.stopwatch import LatencySetting
+from ranksearch.cluster.nodes import usable_nodes
+from ranksearch.cluster.probe import auto_share
+from ranksearch.cluster.room import Room
+from ranksearch.cluster.shared import Shared, load_of, share
+from ranksearch.cluster.worker import ENTRY, METRIC, PLACE, RESULT, Terms, trial
 from ranksearch.errors import StudyError, Terminated
-from ranksearch.search.checkpoint import Leaving
 from ranksearch.search.metric import Metric
-from ranksearch.search.place import place_at, text_of
-from ranksearch.search.proposals import Candidate
-from ranksearch.search.recipe import Recipe
-from ranksearch.search.run import Driver, Log, OnRow, attempt, stop_reason
+from ranksearch.search.place import text_of
+from ranksearch.search.placement import LOADS, Load, Placement, note_load
+from ranksearch.search.run import Driver, Log, OnRow, stop_reason
+from ranksearch.search.space import AUTO, Space
 from ranksearch.search.study import NODE_LOSSES, Study
 from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
-from ranksearch.tasks.dense import State
+from ranksearch.tasks.folder import data_folder
+from ranksearch.tasks.loaded import loader_processes
+from ranksearch.tasks.stage import Staging
+from ranksearch.tasks.task import Task
 
 # "Trials did not complete" is said of those that went on elsewhere, too
 logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
-METRIC, ENTRY, RESULT = "val_accuracy", "entry", "result"
 RESTARTS = 3
 """How often a Ray of our own that lost its head is started again before the study ends."""
-
-
-def _trainable(
-    config: dict[str, Any], packed: Packed, dense: State, net: Net, threads: int, checkpoint_seconds: float
-) -> None:
-    """A trial on a Ray worker; entries and the result travel as JSON texts, because Tune flattens nested metrics.
-
-    Raises:
-        Leaving: this node is going to be taken away. Tune drops the worker then, where one that ends well is given the next trial.
-    """
-    watch = LeaveWatch()
-    if watch.leaves():
-        raise Leaving
-    torch.set_num_threads(threads)
-    task = unpack(packed)
-    candidate = Candidate(
-        config["number"], RankPlan.from_dict(config["plan"]), Recipe.from_dict(config["recipe"]), config["seed"],
-        place_at(config["save_to"]), place_at(config["checkpoint"]), rungs=tuple(config["rungs"]),
-        latency=LatencySetting(**config["latency"]) if config["latency"] is not None else None,
-    )  # fmt: skip
-
-    def report(entry: dict[str, Any]) -> None:
-        # returns where the trial goes on; where it does not, Tune ends this thread here
-        tune.report({METRIC: entry[METRIC], ENTRY: json.dumps(entry), RESULT: ""})
-
-    try:
-        result = attempt(
-            task, dense, net, candidate, checkpoint_seconds=checkpoint_seconds, report=report, leaving=watch.leaves
-        )
-    finally:
-        watch.stop()
-    tune.report({METRIC: result.val_accuracy or 0.0, ENTRY: "", RESULT: json.dumps(result.to_dict())})
+NEXT_TO_NOTHING = tune.PlacementGroupFactory([{"memory": 1}])
+"""What Tune keeps for a data-parallel trial, whose workers ask for cores and GPUs themselves; Tune takes no empty request."""
 
 
 class AskTell(Searcher):
     """Tune's searcher over the study's own ask and tell. The study is on disk: there is nothing to save or restore here."""
 
     def __init__(
-        self, study: Study, bench: Workbench, on_row: OnRow, log: Log, *, room: Room, head: HeadWatch | None
-    ) -> None:
+        self, study: Study, bench: Workbench, on_row: OnRow, log: Log, *, shared: Shared, room: Room, head: HeadWatch | None
+    ) -> None:  # fmt: skip
         super().__init__(metric=METRIC, mode="max")
         self._study, self._driver = study, Driver(study, bench, on_row, log)
-        self._room, self._head, self._log = room, head, log
+        self._shared, self._room, self._head, self._log = shared, room, head, log
         self.losses = Losses(log)
         self.interrupted: Callable[[], bool] = lambda: False
+        self._places: dict[str, dict[str, Any]] = {}
         self._numbers: dict[str, int] = {}
         self._seeds: dict[str, int] = {}
         self._history: dict[str, list[dict[str, Any]]] = {}
@@ -138,7 +112,10 @@ class AskTell(Searcher):
 
     def goes_on(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Takes up what a running trial reports; False where it is to be stopped."""
-        if trial_id not in self._numbers or not result.get(ENTRY):
+        if trial_id not in self._numbers:
+            return True
+        self._note_place(trial_id, result)
+        if not result.get(ENTRY):
             return True
         entry = json.loads(result[ENTRY])
         self._history[trial_id].append(entry)
@@ -147,11 +124,24 @@ class AskTell(Searcher):
         self._stopped.add(trial_id)
         return False
 
+    def _note_place(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Keeps where a trial runs, and at its first report what its processes loaded; at its last, what it took."""
+        place = json.loads(result[PLACE])
+        if trial_id not in self._places:
+            for worker in place["workers"] or [place]:
+                if worker["unpacked"]:
+                    load = load_of(self._shared, Placement(**worker), self._numbers[trial_id])
+                    _note_load(self._study.folder, load, self._log)
+        self._places[trial_id] = place
+        if not place["workers"]:
+            self._room.learn(place["peak_bytes"])
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers.pop(trial_id, None)
         if number is None:
             return
         seed, history = self._seeds.pop(trial_id), self._history.pop(trial_id)
+        place = self._places.pop(trial_id, None)
         payload = (result or {}).get(RESULT)
         try:
             if trial_id in self._stopped:
@@ -168,7 +158,7 @@ class AskTell(Searcher):
                 losses = NODE_LOSSES if loss.blameless else self._study.space.resources.worker_losses
                 why = "it takes its nodes down" if loss.blameless else "out of memory, or killed"
                 found = TrialResult("failed", seed, 0.0, reason=f"lost {losses + 1} times: {why}; at last, {loss.text}")
-            self._driver.settle(number, found, node=_node(result))
+            self._driver.settle(number, replace(found, placement=place), node=_node(place))
         except Exception as caught:  # Tune would log it and go on: kept, and raised once the running trials have ended
             self.error = self.error or caught
 
@@ -205,10 +195,9 @@ def head_lost(study: Study) -> str:
     )
 
 
-def _node(result: dict[str, Any] | None) -> str:
-    """Where a trial ran, as Tune notes it."""
-    found = result or {}
-    return f"{found.get('hostname', 'another node')} ({found.get('node_ip', 'address unknown')})"
+def _node(place: dict[str, Any] | None) -> str:
+    """Where a trial ran, by its own account."""
+    return f"{place['node']} ({place['ip']})" if place else "its node"
 
 
 def _stopped_result(seed: int, history: list[dict[str, Any]], metric: Metric) -> TrialResult:
@@ -245,25 +234,30 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, addre
 
 def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: str | None) -> None:
     """One Tuner over what is left of the study."""
-    cpus = study.space.resources.cpus_per_trial
-    gpus = join(study.space.resources, address, log)
+    resources = study.space.resources
+    needs = join(resources, address, log)
+    shared, load = share(bench, study.space.kind().own, staging_of(study.space))
+    _note_load(study.folder, load, log)
+    if resources.gpus_per_trial == AUTO:
+        needs = replace(needs, gpus=auto_share(study, bench, shared, usable_nodes(), log))
+    warn_of_loaders(bench.task, needs.cpus, log)
+    terms = Terms(needs.cpus, needs.gpus, needs.workers, resources.checkpoint_seconds, str(study.folder.absolute()))
     # a Ray of this machine is looked at by its processes
     with nullcontext() if address is None else watched_head(head_lost(study)) as head:
-        _fit_all(AskTell(study, bench, on_row, log, room=Room(cpus, gpus), head=head), study, bench, cpus, gpus)
+        searcher = AskTell(study, bench, on_row, log, shared=shared, room=Room(needs, log), head=head)
+        _fit_all(searcher, study, shared, terms)
 
 
-def _fit_all(searcher: AskTell, study: Study, bench: Workbench, cpus: int, gpus: float) -> None:
-    trainable = tune.with_parameters(
-        _trainable, packed=pack(bench.task, study.space.kind().own), dense=bench.dense, net=bench.net, threads=cpus,
-        checkpoint_seconds=study.space.resources.checkpoint_seconds,
-    )  # fmt: skip
+def _fit_all(searcher: AskTell, study: Study, shared: Shared, terms: Terms) -> None:
+    alone = terms.workers == 1
+    trainable = tune.with_parameters(trial if alone else parallel_trial, shared=shared, terms=terms)
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
+        tune.with_resources(trainable, {"cpu": terms.cpus, "gpu": terms.gpus} if alone else NEXT_TO_NOTHING),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=StopBehind(searcher),
             num_samples=-1,  # the study says when it is done
-            reuse_actors=True,
+            reuse_actors=alone,  # with the actor of a data-parallel trial its workers end
             trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
         ),
         run_config=tune.RunConfig(
@@ -283,6 +277,32 @@ def _fit_all(searcher: AskTell, study: Study, bench: Workbench, cpus: int, gpus:
     if study.finished < study.planned and not study.exhausted:
         raise StudyError(
             f"Ray Tune ended after {study.finished} of {study.planned} trials: `ranksearch resume` goes on."
+        )
+
+
+def _note_load(folder: Path, load: Load, log: Log) -> None:
+    """Adds a line to the study's record of loads; a disk without room for it must not end a study."""
+    try:
+        note_load(folder, load)
+    except OSError as error:
+        log(f"{folder / LOADS} cannot be written ({error.strerror}): a load of trial {load.trial} is not recorded")
+
+
+def staging_of(space: Space) -> Staging | None:
+    """Where the nodes copy the data folder to, if the space says so and its task reads files."""
+    folder = space.resources.stage
+    if folder is None or not space.kind().reads_files:
+        return None
+    return Staging(data_folder(space.data), Path(folder))
+
+
+def warn_of_loaders(task: Task, cpus: int, log: Log) -> None:
+    """Says where the processes that read a trial's data leave its training no core of its own."""
+    loaders = loader_processes(task)
+    if loaders >= cpus:
+        log(
+            f"resources: a trial has {cpus} CPUs for {loaders} processes that read its data and one that trains: more cpus_per_trial, or "
+            f"fewer data_workers"
         )
 
 

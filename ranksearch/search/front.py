@@ -50,6 +50,7 @@ def row_of(trial: FrozenTrial, dense: Mapping[str, Any], metric: Metric) -> Row:
         "allocator": attrs.get("allocator"),
         "seed": attrs.get("seed"),
         "reason": result.get("reason"),
+        "placement": result.get("placement"),
         "history": result.get("history", []),
         "projections": result.get("projections", []),
         "losses": result.get("losses", []),

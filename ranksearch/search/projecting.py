@@ -80,7 +80,9 @@ class Projecting:
         before = training.probe() if recorded else None
         device = next(training.model.parameters()).device
         started = clock(device)
-        removed = self.projector(training.model, self._plan_at(step))
+        # rank 0's projection is everybody's: whatever the hardware, all go on from the same bits
+        removed = training.group.together(lambda: self.projector(training.model, self._plan_at(step)))
+        training.group.broadcast_([*training.model.parameters(), *training.model.buffers()])
         self.seconds += clock(device) - started
         self.count += 1
         if recorded:

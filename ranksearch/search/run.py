@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from optuna.exceptions import StorageInternalError
 
 from ranksearch.compress import Net
@@ -25,6 +26,8 @@ from ranksearch.search.study import Study
 from ranksearch.search.trial import RUNG, Report, Stopped, TrialResult, run_trial
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State
+from ranksearch.tasks.device import out_of_memory
+from ranksearch.tasks.parallel import ALONE, Group, PeerLost
 from ranksearch.tasks.task import Task
 
 OnRow = Callable[[Row], None]
@@ -44,22 +47,32 @@ LOOKS = 4
 
 
 def attempt(
-    task: Task, dense: State, net: Net, candidate: Candidate, *, report: Report, checkpoint_seconds: float,
+    task: Task,
+    dense: State,
+    net: Net,
+    candidate: Candidate,
+    *,
+    report: Report,
+    checkpoint_seconds: float,
     leaving: Callable[[], bool] = stays,
-) -> TrialResult:  # fmt: skip
+    group: Group = ALONE,
+) -> TrialResult:
     """Runs a trial; an exception becomes a result with its reason, so that one bad trial does not end a study.
 
     Raises:
         Leaving: the machine is going to be taken away, as `leaving` said; the trial's state is written.
+        PeerLost: another process of the group is gone; the trial is to be run again, from its state.
     """
     checkpoint = CheckpointFile(candidate.checkpoint, checkpoint_seconds, leaving)
     try:
         return run_trial(
             task, dense, net, candidate.plan, candidate.recipe, seed=candidate.seed, report=report, save_to=candidate.save_to,
-            checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency,
+            checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency, group=group,
         )  # fmt: skip
-    except Leaving:
+    except (Leaving, PeerLost):
         raise
+    except torch.OutOfMemoryError as error:
+        return TrialResult("failed", candidate.seed, 0.0, reason=out_of_memory(error))
     except Exception as error:
         lines = traceback.format_exc().strip().splitlines()[-6:]
         full = isinstance(error, OSError) and error.errno in FULL

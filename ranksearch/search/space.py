@@ -32,6 +32,8 @@ from ranksearch.search.space_search import SearchSpace
 from ranksearch.search.space_storage import StorageSpace
 from ranksearch.tasks import TASKS, TaskKind, build_reference, is_own, task_kind
 
+AUTO = "auto"
+
 
 class LayerRuleSpace(Strict):
     match: str
@@ -91,14 +93,38 @@ class LatencySpace(Strict):
         return LatencySetting(self.runtime, self.batch, self.threads)
 
 
+SPELLINGS = {"gpus": "gpus_per_trial", "cpus": "cpus_per_trial"}
+"""Other spelling -> key of `resources`."""
+
+
+def one_spelling(resources: Any) -> Any:
+    """`resources` as it was given, under the schema's own keys.
+
+    Raises:
+        ValueError: a key is given under both of its spellings.
+    """
+    if not isinstance(resources, dict):
+        return resources
+    for other, key in SPELLINGS.items():
+        if other in resources and key in resources:
+            raise ValueError(f"{other} and {key} are two spellings of one key: leave one of them out")
+    return {SPELLINGS.get(key, key): value for key, value in resources.items()}
+
+
 class ResourcesSpace(Strict):
     """What one trial takes of the cluster; as many trials run at once as fit."""
 
     cpus_per_trial: int = Field(default=1, ge=1)
-    gpus_per_trial: float | None = Field(default=None, ge=0)
-    """A fraction lets trials share a GPU; left out, a trial takes one GPU where the cluster has any."""
+    """Of each worker, where a trial has several; `cpus` is another spelling. PyTorch computes with as many threads, less `data_workers`."""
+    gpus_per_trial: float | Literal["auto"] | None = None
+    """A fraction lets trials share a GPU; `auto` measures a trial's memory and packs as many onto a GPU as fit; more than one makes the
+    trial data-parallel, a worker per GPU. Left out, a trial takes one GPU where the cluster has any. `gpus` is another spelling."""
+    workers_per_trial: int = Field(default=1, ge=1)
+    """Processes that train one trial together, each on its part of every batch; `gpus_per_trial: 4` means four."""
     data_workers: int = Field(default=2, ge=0)
     """Processes per trial that read and prepare the images of an `imagefolder`."""
+    stage: str | None = None
+    """A folder of each node's own disk, to which the data folder of an `imagefolder` is copied once per node and read from there."""
     checkpoint_seconds: float = Field(default=60, gt=0)
     """How often a running trial writes its state, from which a lost worker's or a killed study's trial goes on."""
     worker_losses: int = Field(default=2, ge=0)
@@ -107,12 +133,41 @@ class ResourcesSpace(Strict):
     wait_seconds: float = Field(default=600, ge=0)
     """How long a cluster (`--address`) may have no room for a single trial, at the start or later, while its nodes are still coming."""
 
-    @field_validator("gpus_per_trial")
+    @model_validator(mode="before")
     @classmethod
-    def _shareable(cls, gpus: float | None) -> float | None:
-        if gpus is not None and gpus > 1 and gpus != int(gpus):
+    def _spelt(cls, given: Any) -> Any:
+        return one_spelling(given)
+
+    @field_validator("gpus_per_trial", mode="before")
+    @classmethod
+    def _shareable(cls, gpus: Any) -> Any:
+        if gpus is None or gpus == AUTO:
+            return gpus
+        if isinstance(gpus, bool) or not isinstance(gpus, int | float):
+            raise ValueError(
+                f"{gpus!r} is not possible: expected a fraction of one GPU, a whole number of them, or {AUTO}"
+            )
+        if gpus < 0:
+            raise ValueError(f"{gpus:g} is below 0")
+        if gpus > 1 and gpus != int(gpus):
             raise ValueError(f"{gpus:g} is neither a fraction of one GPU nor a whole number of them")
-        return gpus
+        return float(gpus)
+
+    @model_validator(mode="after")
+    def _one_gpu_each(self) -> ResourcesSpace:
+        workers, gpus = self.workers_per_trial, self.gpus_per_trial
+        if workers > 1 and gpus not in (None, 0, workers):
+            raise ValueError(
+                f"workers_per_trial: {workers} with gpus_per_trial: {gpus}: every worker of a data-parallel trial has one GPU, or none: "
+                f"write gpus_per_trial: {workers}, or 0"
+            )
+        return self
+
+    @property
+    def workers(self) -> int:
+        """Processes that train one trial."""
+        gpus = self.gpus_per_trial
+        return int(gpus) if isinstance(gpus, float) and gpus > 1 else self.workers_per_trial
 
 
 with warnings.catch_warnings():
@@ -183,6 +238,17 @@ class Space(Strict):
     def _bounded(self) -> Space:
         if self.search.objectives == ["accuracy"] and not self.budgets:
             raise ValueError("accuracy alone as the objective needs a budget, such as budgets: {flops: 50%}")
+        return self
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Space:
+        size, workers = self.recipe.batch_size, self.resources.workers
+        if size % workers:
+            near = max(1, round(size / workers)) * workers
+            raise ValueError(
+                f"recipe.batch_size {size} cannot be split over the {workers} workers of a trial (resources): the nearest that can "
+                f"is {near}"
+            )
         return self
 
     @model_validator(mode="after")

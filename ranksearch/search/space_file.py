@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ranksearch.errors import UsageError, nearest
-from ranksearch.search.space import Space
+from ranksearch.search.space import SPELLINGS, Space, one_spelling
 from ranksearch.tasks import is_own
 
 
@@ -69,6 +69,7 @@ def _set(data: dict[str, Any], assignment: str) -> None:
     if not sign or not key:
         raise UsageError(f"--set {assignment}: expected key=value, such as recipe.steps=200.")
     *parents, last = key.split(".")
+    last = SPELLINGS.get(last, last) if parents == ["resources"] else last
     for parent in parents:
         if data.get(parent) is None:  # missing, or left empty in the file
             data[parent] = {}
@@ -122,6 +123,10 @@ def read_space(
         raise UsageError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a search space is a mapping of keys, got {type(data).__name__}.")
+    try:
+        data |= {"resources": one_spelling(data["resources"])} if "resources" in data else {}
+    except ValueError as error:
+        raise UsageError(f"{path}: resources: {error}") from error
     for assignment in settings:
         _set(data, assignment)
     for assignment in budgets:

@@ -212,6 +212,10 @@ class Study:
         """Notes in the study's folder that it is done, also where it had nothing more to propose."""
         self._note(done=True)
 
+    def note_probe(self, found: Mapping[str, Any]) -> None:
+        """Keeps what a trial took of a GPU (`device`, `peak_bytes`), so that a resumed study need not measure it again."""
+        self._note(gpu_probe=dict(found))
+
     def _note(self, **facts: Any) -> None:
         self.info = self.info | facts
         write_atomically(self.folder / INFO, json.dumps(self.info, indent=2))

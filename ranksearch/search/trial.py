@@ -26,7 +26,8 @@ from ranksearch.search.recipe import Recipe
 from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import pick_device, use_bf16
-from ranksearch.tasks.evaluate import evaluate
+from ranksearch.tasks.evaluate import Evaluation, evaluate
+from ranksearch.tasks.parallel import ALONE, Group, synchronised
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training, TrainStats
 
@@ -60,6 +61,8 @@ class TrialResult:
     projection_share: float | None = None
     """Share of the training time that projections took."""
     reason: str | None = None
+    placement: dict[str, Any] | None = None
+    """Where it ran (`placement.py`); None of a trial in the driver's own process."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per phase: its name, the step, validation accuracy and loss, what else was found."""
     losses: list[dict[str, float]] = field(default_factory=list)
@@ -85,11 +88,15 @@ class Session:
         report: Report,
         checkpoint: CheckpointFile,
         rungs: Sequence[float],
+        group: Group,
     ) -> None:
         device = pick_device()
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # on every rank: they draw the same batches
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed + group.rank)  # and drop out other units
         self.task, self.net, self.recipe = task.to(device), net, recipe
         self._device, self._dense, self._report, self._checkpoint = device, dense, report, checkpoint
+        self.group = group
         self._generator = torch.Generator(device).manual_seed(seed)
         self._rungs = {round(share * recipe.steps): number for number, share in enumerate(rungs)}
         self.settings = Optimisation(
@@ -108,7 +115,7 @@ class Session:
         self.projections: list[dict[str, Any]] = []
         self.losses: list[dict[str, float]] = []
         self.images, self.seconds, self.projecting_seconds = 0, 0.0, 0.0
-        state = checkpoint.load()
+        state = group.together(checkpoint.load)
         # another kind of device has other random numbers: there the trial starts anew
         self._resumed = state if state is not None and state["device"] == device.type else None
         if self._resumed is not None:
@@ -124,7 +131,11 @@ class Session:
         """Reports again what a checkpoint knows of rungs: a driver that is another one now has not heard of it."""
         for entry in self.history:
             if entry["phase"] == RUNG:
-                self._report(entry)
+                self._tell(entry)
+
+    def _tell(self, entry: dict[str, Any]) -> None:
+        """Reports on every rank; where rank 0 is to stop, all do."""
+        self.group.decided(lambda: self._report(entry))
 
     @property
     def elapsed(self) -> float:
@@ -148,8 +159,8 @@ class Session:
         share = self.recipe.factor_lr if phase == "factors" else 1.0
         settings = replace(self.settings, lr=share * self.settings.lr)
         training = Training(
-            model, self.task, settings, steps, generator=self._generator, distillation=self._distillation
-        )
+            model, self.task, settings, steps, generator=self._generator, distillation=self._distillation, group=self.group
+        )  # fmt: skip
         if self._resumed is not None and self.resumes_at(phase):
             self._go_on(self._resumed, training, projecting)
             self._resumed = None
@@ -159,11 +170,13 @@ class Session:
                 projecting.after_step(training)
             if (rung := self._rungs.get(steps[training.done - 1] + 1)) is not None:
                 self._score_at_rung(rung, training, plan if projecting is not None else None)
-            if self._checkpoint.due and training.done < len(steps):  # what follows a phase needs its last batch
+            due = self.group.rank == 0 and self._checkpoint.due
+            if due and training.done < len(steps):  # what follows a phase needs its last batch
                 self._save(phase, training, projecting)
 
         try:
-            return training, training.run(after_step)
+            with synchronised(model, self.group):
+                return training, training.run(after_step)
         finally:  # where it diverged, what was seen until then counts too
             self.images, self.seconds = self.images + training.images, self.seconds + training.seconds
             self.losses += training.losses
@@ -218,7 +231,7 @@ class Session:
             projecting.load_state_dict(state["projector"])
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
-        if state["cuda_rng"] is not None:
+        if state["cuda_rng"] is not None and self.group.rank == 0:
             torch.cuda.set_rng_state(state["cuda_rng"])
 
     def reestimate_bn_(self, model: nn.Module) -> None:
@@ -227,14 +240,29 @@ class Session:
 
     def score(self, phase: str, model: nn.Module, step: int, **metrics: float | None) -> None:
         """Evaluates `model` on the validation set, adds it to the history and reports it."""
-        found = evaluate(model, self.task.val, self.task)
+        found = self.group.together(lambda: self._evaluate(model))
         for name, value in (("loss", found.loss), (self.task.metric_name, found.accuracy)):
             if not isfinite(value):
                 raise Diverged(f"the validation {name} of the {phase} net is {value}")
         known = {name: value for name, value in metrics.items() if value is not None}
         entry = {"phase": phase, "step": step, "val_accuracy": found.accuracy, "val_loss": found.loss, **known}
         self.history.append(entry)
-        self._report(entry)
+        self._tell(entry)
+
+    def _evaluate(self, model: nn.Module) -> Evaluation:
+        """On rank 0 alone, since a metric may be any function of the whole split; its random numbers stay those of the others."""
+        with torch.random.fork_rng(devices=[], enabled=self.group.world > 1):
+            return evaluate(model, self.task.val, self.task)
+
+    def time(self, model: nn.Module, latency: LatencySetting) -> tuple[float, float]:
+        """(milliseconds, ratio of the dense net, timed in turn with it)."""
+        own, of_dense = Stopwatch(latency).nets_ms([model, self.dense_net()], self.task.example_input)
+        return own, own / of_dense
+
+    def same_(self, model: nn.Module) -> nn.Module:
+        """The model with rank 0's weights on every rank."""
+        self.group.broadcast_([*model.parameters(), *model.buffers()])
+        return model
 
 
 def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
@@ -255,7 +283,7 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     """Trains the dense net under projections, ends on one, so that decomposing changes nothing, and decomposes."""
     recipe, model, steps = session.recipe, session.dense_net(), range(session.recipe.dense_steps)
     if not steps:  # decomposed first: the dense net as it is has no score of its own
-        small = compress(model, plan)
+        small = session.same_(compress(model, plan))
         session.reestimate_bn_(small)
         session.score("decomposed", small, 0)
         return small
@@ -266,7 +294,8 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     session.project_at_last_(projecting, training)
     session.reestimate_bn_(model)
     session.score("projected", model, len(steps), projections=projecting.count, **projecting.summary())
-    small = compress(model, plan, warm=projecting.projector.warm)  # computes the same, so BN's fresh statistics fit
+    # computes the same, so BN's fresh statistics fit
+    small = session.same_(compress(model, plan, warm=projecting.projector.warm))
     session.score("decomposed", small, len(steps))
     return small
 
@@ -284,6 +313,7 @@ def run_trial(
     checkpoint: CheckpointFile,
     rungs: Sequence[float] = (),
     latency: LatencySetting | None = None,
+    group: Group = ALONE,
 ) -> TrialResult:
     """Runs the method under `plan` and returns its validation score and costs; the compressed net is written to `save_to`.
 
@@ -292,10 +322,14 @@ def run_trial(
     trial's own, it goes on where it stopped; there it keeps its state, also once it has ended: whoever
     takes its result removes that, for a result that is lost on the way is found again from it. Divergence is a result: a loss or weights
     that are not finite end the trial with status "diverged" and the metrics so far.
+
+    Of a `group` every process runs the trial, each on its part of every batch; rank 0 alone evaluates and writes, and all report alike.
     """
     cost = plan_cost(net, plan)
     status, reason, measured = "complete", None, (None, None)
-    session = Session(task, dense, net, recipe, seed=seed, report=report, checkpoint=checkpoint, rungs=rungs)
+    session = Session(
+        task, dense, net, recipe, seed=seed, report=report, checkpoint=checkpoint, rungs=rungs, group=group
+    )
     try:
         session.report_rungs()
         small = learn_low_rank(session, plan)
@@ -305,11 +339,9 @@ def run_trial(
         status, reason = "diverged", str(error)
     else:
         if save_to is not None:
-            with filling(save_to) as folder:
-                save_net(small, plan, folder)
+            group.together(lambda: _write_net(small, plan, save_to))
         if latency is not None:
-            own, of_dense = Stopwatch(latency).nets_ms([small, session.dense_net()], session.task.example_input)
-            measured = own, own / of_dense
+            measured = group.together(lambda: session.time(small, latency))
     last, seconds = session.history[-1] if session.history else {}, session.seconds
     return TrialResult(
         status, seed, session.images / len(task.train), reason=reason,
@@ -320,3 +352,8 @@ def run_trial(
         projection_share=session.projecting_seconds / seconds if session.images else None,
         seconds=session.elapsed,
     )  # fmt: skip
+
+
+def _write_net(model: nn.Module, plan: RankPlan, save_to: Place) -> None:
+    with filling(save_to) as folder:
+        save_net(model, plan, folder)

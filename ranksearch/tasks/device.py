@@ -1,8 +1,10 @@
-"""Where and in which arithmetic a net is trained."""
+"""Where and in which arithmetic a net is trained, and how much memory it may take there."""
 
 from __future__ import annotations
 
+import gc
 import time
+from typing import Protocol
 
 import torch
 
@@ -32,3 +34,77 @@ def use_bf16(precision: str, device: torch.device, macs: int) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() and macs >= BF16_FROM_MACS
+
+
+CONTEXT_BYTES = 512 * 2**20
+"""Of a process's own on a GPU beside what PyTorch allocates (CUDA context, kernels); an estimate, used where none was measured."""
+
+
+class DeviceMemory(Protocol):
+    """The memory of one device, as far as a trial's place on it depends on that."""
+
+    kind: str
+    """The device's name."""
+    total: int
+    """Bytes."""
+
+    def reset(self) -> None:
+        """From here on a peak is looked for."""
+
+    def peak(self) -> int:
+        """Bytes that this process held at most since then, all included."""
+
+    def limit(self, share: float) -> None:
+        """From here on this process runs out of memory once it wants more than `share` of the device."""
+
+
+class CudaMemory:
+    """The memory of the current CUDA device."""
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.kind, self.total = properties.name, properties.total_memory
+
+    def reset(self) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        free, total = torch.cuda.mem_get_info()
+        # what is used and was not allocated by PyTorch: the context, and what other processes hold, which a trial would find there too
+        context = max(0, total - free - torch.cuda.memory_reserved())
+        return int(torch.cuda.max_memory_reserved() + context)
+
+    def limit(self, share: float) -> None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allocatable(share, self.total)))
+
+
+def allocatable(share: float, total: int) -> float:
+    """What PyTorch may allocate, as a fraction of the device, so that a process stays within its `share` with its context.
+
+    A share too small for that is left half: it runs out of memory at once, which says more than an error of the allocator's.
+    """
+    return max(share / 2, share - CONTEXT_BYTES / total)
+
+
+def device_memory() -> DeviceMemory | None:
+    """That of the current device; None on a CPU."""
+    return CudaMemory() if torch.cuda.is_available() else None
+
+
+def limit_share(gpus: float, memory: DeviceMemory | None) -> None:
+    """Keeps this process within its part of a GPU that it shares, so that one trial's lack of memory is not its neighbours'."""
+    if memory is not None and 0 < gpus < 1:
+        memory.limit(gpus)
+
+
+def out_of_memory(error: torch.OutOfMemoryError) -> str:
+    """What a trial's record says of a GPU that was too small; what the trial held is given back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    first = str(error).splitlines()[0] if str(error) else "CUDA out of memory"
+    return (
+        f"out of GPU memory: a smaller recipe.batch_size needs less, a larger resources.gpus_per_trial gives a trial more of the GPU "
+        f"({first})"
+    )

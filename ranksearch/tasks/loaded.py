@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -13,11 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 
 from ranksearch.errors import UsageError
+from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.scores import moved
 from ranksearch.tasks.source import Batch, Source, Stream
 
 CPU = torch.device("cpu")
+RANK_SEEDS = 1_000_003
+"""Between the seeds of two ranks."""
 WANTED = (
     "expected a pair of tensors (inputs, targets), a Dataset of (input, target) pairs, or a DataLoader or another iterable of "
     "(inputs, targets) batches"
@@ -108,15 +110,15 @@ class Loaded:
         if empty:
             raise UsageError(f"Task: {self.split} gives no batch.")
 
-    def stream(self, batch_size: int, generator: torch.Generator) -> Stream:
-        return LoaderStream(self, batch_size)
+    def stream(self, batch_size: int, generator: torch.Generator, group: Group = ALONE) -> Stream:
+        return LoaderStream(self, batch_size, group)
 
 
 class LoaderStream(Iterator[Batch]):
     """A loader's batches, epoch after epoch."""
 
-    def __init__(self, source: Loaded, batch_size: int) -> None:
-        self._source, self._size = source, batch_size
+    def __init__(self, source: Loaded, batch_size: int, group: Group) -> None:
+        self._source, self._size, self._group = source, batch_size, group
         self._epoch: Iterator[Batch] = iter(())
 
     def __next__(self) -> Batch:
@@ -124,7 +126,7 @@ class LoaderStream(Iterator[Batch]):
         if batch is None:
             self._epoch = self._source.in_order(self._size)
             batch = next(self._epoch)
-        return batch
+        return self._group.part(batch)  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -157,37 +159,42 @@ class LoadedDataset:
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         return map(self.on_device, DataLoader(self.dataset, batch_size, num_workers=self.workers))
 
-    def stream(self, batch_size: int, generator: torch.Generator) -> Stream:
-        return DatasetStream(self, min(batch_size, len(self)), generator)
+    def stream(self, batch_size: int, generator: torch.Generator, group: Group = ALONE) -> Stream:
+        return DatasetStream(self, min(batch_size, len(self)), generator, group)
 
     def on_device(self, found: Any) -> Batch:
         return _batch(found, self.split, self.device)
 
 
 class _Order(Sampler[int]):
-    """The order of an epoch, decided by seed and number alone; `skip` samples of the next one are left out."""
+    """A rank's part of every batch of an epoch, whose order is decided by seed and number alone; `skip` samples are left out."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, batch_size: int, group: Group) -> None:
         self._count, self.seed, self.epoch, self.skip = count, 0, 0, 0
+        self._batch_size, self._group = batch_size, group
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return islice(iter(torch.randperm(self._count, generator=generator).tolist()), self.skip, None)
+        order = torch.randperm(self._count, generator=generator)[self.skip :]
+        whole = len(order) // self._batch_size * self._batch_size
+        for batch in order[:whole].split(self._batch_size):
+            yield from self._group.part(batch).tolist()
 
     def __len__(self) -> int:
-        return self._count - self.skip
+        return (self._count - self.skip) // self._group.world
 
 
 class DatasetStream(Iterator[Batch]):
     """Endless shuffled batches of a Dataset; taken up again from its state, it goes on in the same order."""
 
-    def __init__(self, source: LoadedDataset, batch_size: int, generator: torch.Generator) -> None:
-        self._source, self._size, self._order = source, batch_size, _Order(len(source))
+    def __init__(self, source: LoadedDataset, batch_size: int, generator: torch.Generator, group: Group) -> None:
+        self._source, self._size, self._group = source, batch_size, group
+        self._order = _Order(len(source), batch_size, group)
         self._order.seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         self._randomness = torch.Generator()
         self._loader = DataLoader(
-            source.dataset, batch_size, sampler=self._order, drop_last=True, num_workers=source.workers, generator=self._randomness,
-            persistent_workers=source.workers > 0, pin_memory=source.device.type == "cuda",
+            source.dataset, max(1, batch_size // group.world), sampler=self._order, drop_last=True, num_workers=source.workers,
+            generator=self._randomness, persistent_workers=source.workers > 0, pin_memory=source.device.type == "cuda",
         )  # fmt: skip
         self._epoch: Iterator[Any] | None = None
         self._taken = 0
@@ -204,7 +211,8 @@ class DatasetStream(Iterator[Batch]):
         return self._source.on_device(found)
 
     def _begin(self) -> None:
-        self._randomness.manual_seed(self._order.seed + self._order.epoch)  # of the workers
+        seed = self._order.seed + self._order.epoch + RANK_SEEDS * self._group.rank
+        self._randomness.manual_seed(seed)  # of the loader's processes, which augment: other crops on other ranks
         self._epoch = iter(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,3 +221,13 @@ class DatasetStream(Iterator[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._order.seed, self._order.epoch, self._taken = state["seed"], state["epoch"], state["taken"]
         self._order.skip, self._epoch = self._taken * self._size, None
+
+
+def loader_processes(task: Any) -> int:
+    """Processes that read and prepare a task's training batches while it trains, beside the one that trains."""
+    source = task.train
+    return (
+        source.workers
+        if isinstance(source, LoadedDataset)
+        else getattr(getattr(source, "loader", None), "num_workers", 0)
+    )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ranksearch.tasks.batches import Batches
+from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.source import Batch
 
 
@@ -86,9 +87,9 @@ class Resident:
         for start in range(0, len(self), batch_size):
             yield self._made(self.inputs[start : start + batch_size]), self.targets[start : start + batch_size]
 
-    def stream(self, batch_size: int, generator: torch.Generator) -> ResidentStream:
+    def stream(self, batch_size: int, generator: torch.Generator, group: Group = ALONE) -> ResidentStream:
         """Endless training batches; the generator, on the data's device, draws their order and their augmentation."""
-        return ResidentStream(self, batch_size, generator)
+        return ResidentStream(self, batch_size, generator, group)
 
     def training_batch(self, index: Tensor, generator: torch.Generator) -> Batch:
         inputs = self.inputs[index]
@@ -103,12 +104,13 @@ class Resident:
 class ResidentStream(Iterator[Batch]):
     """Endless shuffled, augmented batches of a resident source; taken up again from its state, it goes on as if it had not stopped."""
 
-    def __init__(self, source: Resident, batch_size: int, generator: torch.Generator) -> None:
-        self._source, self._generator = source, generator
+    def __init__(self, source: Resident, batch_size: int, generator: torch.Generator, group: Group) -> None:
+        self._source, self._generator, self._group = source, generator, group
         self._batches = Batches(len(source), batch_size, generator)
 
     def __next__(self) -> Batch:
-        return self._source.training_batch(next(self._batches), self._generator)
+        # augmented whole and cut then: every rank draws what a single process would
+        return self._group.part(self._source.training_batch(next(self._batches), self._generator))  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, object]:
         return self._batches.state_dict()

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ranksearch.tasks.parallel import ALONE, Group
+
 Batch = tuple[Tensor, Any]
 """(inputs [N, ...] as the model takes them, targets as the loss takes them)."""
 
@@ -37,5 +39,5 @@ class Source(Protocol):
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Every sample once, as it is; batches that a loader of the user's makes keep their size."""
 
-    def stream(self, batch_size: int, generator: torch.Generator) -> Stream:
-        """Training batches without end."""
+    def stream(self, batch_size: int, generator: torch.Generator, group: Group = ALONE) -> Stream:
+        """Training batches of `batch_size` without end; of several workers each draws the same ones and takes its part of them."""

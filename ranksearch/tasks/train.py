@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ranksearch.errors import RanksearchError
+from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.schedule import learning_rate
 from ranksearch.tasks.scores import in_fp32
 from ranksearch.tasks.task import Task
@@ -118,12 +119,17 @@ class Training:
         *,
         generator: torch.Generator,
         distillation: Distillation | None = None,
+        group: Group = ALONE,
     ) -> None:
+        """
+        Args:
+            group: with others each trains on its part of a batch, with the mean of the gradients; losses are the whole batch's.
+        """
         self.model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.settings, self.steps, self.done = settings, steps, 0
-        self._task, self._distillation = task, distillation
+        self._task, self._distillation, self.group = task, distillation, group
         self.optimizer = OPTIMIZERS[settings.optimizer](model, settings)
-        self._stream = task.train.stream(settings.batch_size, generator)
+        self._stream = task.train.stream(settings.batch_size, generator, group)
         self._average = None
         if settings.ema > 0:
             self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
@@ -189,12 +195,14 @@ class Training:
         loss = self._loss(self._forward, *self._last)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        loss = loss.detach()
+        self.group.average_([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])
         if self.settings.clip_norm > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self.optimizer.step()
         if self._average is not None:
             self._average.update_parameters(self.model)
-        self.images += len(inputs)
+        self.images += len(inputs) * self.group.world
         return loss
 
     def _loss(self, forward: Callable[[Tensor], Any], x: Tensor, targets: Any) -> Tensor:
@@ -221,6 +229,7 @@ class Training:
             loss = self._loss(self.model, *self._last)
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
+        self.group.average_([loss])
         return loss.item() if isfinite(loss.item()) else None
 
     @torch.no_grad()

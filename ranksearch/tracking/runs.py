@@ -69,6 +69,7 @@ def trial_tags(row: Row, info: Mapping[str, Any], space: Space, *, on_front: boo
         **_provenance(info, space),
         **({"lowerings": RankPlan.from_dict(plan).summary(), "plan": plan_line(plan)[:TAG_LENGTH]} if plan else {}),
         **({"reason": row["reason"][:TAG_LENGTH]} if row["reason"] else {}),
+        **({name: row["placement"][name] for name in ("node", "node_id")} if row["placement"] else {}),
     }
 
 

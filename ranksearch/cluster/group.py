@@ -1,0 +1,104 @@
+"""A data-parallel trial: Ray Train starts its workers, a GPU or some cores each, and their process group; Tune sees one trial.
+
+The Tune trial itself takes nothing of the cluster. A worker that dies ends the group, and the study runs the trial again from its state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import replace
+from typing import Any
+
+import ray.train
+from ray import tune
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from ranksearch.cluster.shared import Shared, take, with_peak
+from ranksearch.cluster.worker import Terms, candidate_of, message, settle_in, watched_leave
+from ranksearch.search.placement import Placement
+from ranksearch.search.run import NO_PLACE, NO_SPACE, attempt
+from ranksearch.search.trial import TrialResult
+from ranksearch.tasks.parallel import Distributed
+
+PATIENCE = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # Ray's 60 s are short for importing PyTorch on a busy machine
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how often reports are fetched
+}
+COLLECTIVE_SECONDS = 1800
+"""How long a worker waits for the others: rank 0 alone evaluates, which may take a while."""
+FAILED = "the trial failed on one of its workers: "
+
+
+class TrialFailed(Exception):
+    """The trial itself raised on one rank: its result, as JSON. The others wait for that rank in vain, and are ended."""
+
+
+def parallel_trial(config: dict[str, Any], shared: Shared, terms: Terms) -> None:
+    """A trial of several workers, as Tune runs it.
+
+    Raises:
+        TrainingFailedError: a worker was lost; the trial is to be run again.
+    """
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+    resources = {"CPU": terms.cpus} | ({"GPU": terms.gpus} if terms.gpus else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"trial": config, "shared": shared, "terms": terms},
+        torch_config=TorchConfig(backend="nccl" if terms.gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
+        scaling_config=ScalingConfig(num_workers=terms.workers, use_gpu=terms.gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=f"{config['number']:03d}-{uuid.uuid4().hex[:8]}",  # a run of the same name would be taken up by Train
+            storage_path=os.path.join(terms.folder, "ray", "workers"),
+            failure_config=FailureConfig(max_failures=0),  # the study does the retrying
+            callbacks=[TuneReportCallback()],
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        if (result := own_failure(error)) is None:
+            raise
+        tune.report(message(Placement(**result["placement"]), result=result))
+
+
+def own_failure(error: TrainingFailedError) -> dict[str, Any] | None:
+    """The result of a trial that failed by its own doing on some rank; None where a worker was lost."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        text = str(failure)
+        if FAILED in text:
+            found, _ = json.JSONDecoder().raw_decode(text[text.index(FAILED) + len(FAILED) :])
+            return dict(found)
+    return None
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One of the workers. Train's report is a meeting: every rank makes each, and rank 0's counts."""
+    shared, terms = config["shared"], config["terms"]
+    group = Distributed()
+    work, own = take(shared)
+    settle_in(terms, work.task)
+    placement = _placed(group, own)
+    ray.train.report(message(placement))
+    with watched_leave() as watch:  # rank 0's counts, which writes the state
+        result = attempt(
+            work.task, work.dense, work.net, candidate_of(config["trial"]), checkpoint_seconds=terms.checkpoint_seconds, group=group,
+            report=lambda entry: ray.train.report(message(placement, entry)), leaving=watch.leaves,
+        )  # fmt: skip
+    if result.status in ("failed", NO_SPACE, NO_PLACE):
+        raise TrialFailed(FAILED + json.dumps(_with(result, placement)))
+    ray.train.report(message(with_peak(placement), result=result.to_dict()))
+
+
+def _placed(group: Distributed, own: Placement) -> Placement:
+    """The trial's placement: rank 0's, with all workers'."""
+    workers = group.gathered(own.to_dict())
+    return replace(own, workers=workers, data_loaded=any(w["data_loaded"] for w in workers))
+
+
+def _with(result: TrialResult, placement: Placement) -> dict[str, Any]:
+    return replace(result, placement=placement.to_dict()).to_dict()

@@ -1,0 +1,120 @@
+"""A trial on a Ray worker: its threads and its share of a GPU, what it reads, what it reports."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import threadpoolctl
+import torch
+from ray import tune
+
+from ranksearch.cluster.nodes import LeaveWatch
+from ranksearch.cluster.shared import Shared, take, with_peak
+from ranksearch.compress import RankPlan
+from ranksearch.compress.stopwatch import LatencySetting
+from ranksearch.search.checkpoint import Leaving
+from ranksearch.search.place import place_at
+from ranksearch.search.placement import Placement
+from ranksearch.search.proposals import Candidate
+from ranksearch.search.recipe import Recipe
+from ranksearch.search.run import attempt
+from ranksearch.tasks.device import device_memory, limit_share
+from ranksearch.tasks.loaded import loader_processes
+from ranksearch.tasks.task import Task
+
+METRIC, ENTRY, RESULT, PLACE = "val_accuracy", "entry", "result", "placement"
+"""Keys of a report; all but the first are JSON texts, because Tune flattens nested metrics. Empty: not of this report."""
+Send = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What every trial of a study runs under; cores and GPUs are those of one process."""
+
+    cpus: int
+    gpus: float
+    workers: int
+    checkpoint_seconds: float
+    folder: str
+    """The study's, absolute."""
+
+
+def candidate_of(config: dict[str, Any]) -> Candidate:
+    """The trial that Tune hands out, as the study asked for it (`tune.py` packs it)."""
+    return Candidate(
+        config["number"], RankPlan.from_dict(config["plan"]), Recipe.from_dict(config["recipe"]), config["seed"],
+        place_at(config["save_to"]), place_at(config["checkpoint"]), rungs=tuple(config["rungs"]),
+        latency=LatencySetting(**config["latency"]) if config["latency"] is not None else None,
+    )  # fmt: skip
+
+
+def message(
+    placement: Placement, entry: dict[str, Any] | None = None, result: dict[str, Any] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """A report as Tune takes it."""
+    scored = (entry or result or {}).get(METRIC)
+    return {
+        METRIC: scored if scored is not None else 0.0,
+        ENTRY: json.dumps(entry) if entry is not None else "",
+        RESULT: json.dumps(result) if result is not None else "",
+        PLACE: json.dumps(placement.to_dict()),
+    }
+
+
+def compute_threads(cpus: int, task: Task) -> int:
+    """Threads that a process computes with: its cores, less those that the processes of its loaders keep busy; at least one."""
+    return max(1, cpus - loader_processes(task))
+
+
+def settle_in(terms: Terms, task: Task) -> None:
+    """Keeps this process, and those that it starts, within its cores, and within its share of a GPU."""
+    threads = compute_threads(terms.cpus, task)
+    torch.set_num_threads(threads)
+    threadpoolctl.threadpool_limits(threads)  # of BLAS and OpenMP, which were loaded before
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    limit_share(terms.gpus, device_memory())
+
+
+def trial(config: dict[str, Any], shared: Shared, terms: Terms) -> None:
+    """A trial in this process, as Tune runs it.
+
+    Raises:
+        Leaving: this node is going to be taken away. Tune drops the worker then, where one that ends well is given the next trial.
+    """
+    with watched_leave() as watch:
+        work, placement = take(shared)
+        settle_in(terms, work.task)
+        if placement.unpacked:
+            tune.report(message(placement))  # at once: should this process die, it is known what it loaded
+
+        def report(entry: dict[str, Any]) -> None:
+            # returns where the trial goes on; where it does not, Tune ends this thread here
+            tune.report(message(placement, entry))
+
+        result = attempt(
+            work.task, work.dense, work.net, candidate_of(config), checkpoint_seconds=terms.checkpoint_seconds, report=report,
+            leaving=watch.leaves,
+        )  # fmt: skip
+    tune.report(message(with_peak(placement), result=result.to_dict()))
+
+
+@contextmanager
+def watched_leave() -> Iterator[LeaveWatch]:
+    """Asks for as long as the block runs whether this process's node is going to be taken away.
+
+    Raises:
+        Leaving: it is already.
+    """
+    watch = LeaveWatch()
+    try:
+        if watch.leaves():
+            raise Leaving
+        yield watch
+    finally:
+        watch.stop()
