@@ -31,7 +31,7 @@ def cluster():
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     made.add_node(num_cpus=1, num_gpus=1)
-    made.wait_for_usable_nodes()
+    made.wait_for_nodes()
     yield made
     ray.shutdown()
     made.shutdown()

@@ -1,9 +1,9 @@
 """Ray: the cluster that a study's trials run on. Nothing outside this folder imports it.
 
-`connection.py` joins or starts one; `nodes.py`, `packing.py`, `probe.py`, `room.py` say how many trials it holds at a moment; `shared.py`
-and `pack.py` bring the task to its workers; `tune.py` runs the trials, on a worker each (`worker.py`) or on several (`group.py`); `losses.py`
-says whose doing it was that one was lost, `head.py` notices that the cluster is; `doctor.py` looks whether a cluster is ready (`facts.py`
-on every node, judged by `findings.py`); `jobs.py`, `submission.py` and `upload.py` run a study as a job of one.
+`connection.py` joins or starts one. `nodes.py`, `packing.py`, `probe.py` and `room.py` say how many trials it holds at a moment.
+`shared.py` and `pack.py` bring the task to its workers; `tune.py` runs the trials, on one worker (`worker.py`) or on several (`group.py`).
+`losses.py` says whose doing it was that one was lost, `head.py` notices that the cluster is. `doctor.py` looks whether a cluster is ready
+(`facts.py` on every node, judged by `findings.py`). `jobs.py`, `submission.py` and `upload.py` run a study as a job of one.
 """
 
 import os
