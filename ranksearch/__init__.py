@@ -5,6 +5,7 @@
     ranksearch.allocate(model, x, {"flops": "50%"})  a plan within a budget, without a study
     ranksearch.compress(model, plan)               the compressed net
     ranksearch.project_(model, plan)               projection, once; Projector(plan) in a training loop of your own
+    ranksearch.project_every(model, optimizer, plan, period=100)  the same in any loop that calls optimizer.step()
     ranksearch.Task(model=net, train=…, val=…)     your own net and data, for `task: FILE.py:FUNCTION`
     ranksearch.load("runs/NAME/trials/007")        a net of a study
     ranksearch.export("NAME", "best", format="onnx")  that net for another runtime, checked against it
@@ -31,6 +32,7 @@ _HOMES = {
     "report": "ranksearch.api:report",
     "project_": "ranksearch.compress:project_",
     "Projector": "ranksearch.compress:Projector",
+    "project_every": "ranksearch.compress:project_every",
     "reestimate_bn_": "ranksearch.compress:reestimate_bn_",
     "trace": "ranksearch.compress:trace",
     "plan_cost": "ranksearch.compress:plan_cost",
