@@ -1,6 +1,6 @@
 """ranksearch: give it a PyTorch net, data and a budget; get back the Pareto front of low-rank nets you can deploy.
 
-    ranksearch.search("space.yaml").front          run a study
+    ranksearch.search("space.yaml").front          run a study; observer=Terminal() prints a line per trial
     ranksearch.preview("space.yaml")               the front that allocation alone gives, before any training
     ranksearch.allocate(model, x, {"flops": "50%"})  a plan within a budget, without a study
     ranksearch.compress(model, plan)               the compressed net
@@ -41,6 +41,7 @@ _HOMES = {
     "LayerRule": "ranksearch.allocate:LayerRule",
     "Task": "ranksearch.tasks.task:Task",
     "Study": "ranksearch.search.study:Study",
+    "Terminal": "ranksearch.console:Terminal",
     "RanksearchError": "ranksearch.errors:RanksearchError",
     "UsageError": "ranksearch.errors:UsageError",
     "StudyError": "ranksearch.errors:StudyError",

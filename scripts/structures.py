@@ -1,9 +1,11 @@
 """Small nets with the structures of the known architectures, for checks where torchvision and timm do not load.
 
-Every net takes a map [N, 3, 32, 32] and returns [N, 10] (`UNet`: [N, 4, 32, 32]); weights are random.
+Every net takes a map [N, 3, 32, 32] and returns logits (`UNet`: [N, 4, 32, 32]); weights are random.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +171,7 @@ class UNet(nn.Module):
 
 
 STRUCTURES = {
-    "resnet18": resnet18,
+    "resnet18": partial(resnet18, width=16),
     "mobile": mobile,
     "densenet": densenet,
     "convnext": convnext,
