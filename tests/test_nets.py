@@ -58,10 +58,9 @@ def test_every_structure_keeps_the_laws_from_the_trace_to_the_export(name):
 @pytest.mark.parametrize("name", LIBRARY_NETS)
 def test_a_known_architecture_keeps_the_laws_from_the_trace_to_the_export(name):
     try:
-        build_named(f"{name.partition(':')[0]}:no such net", 10)
+        build_named(name, 10)
     except UsageError as error:
-        if "has no net" not in str(error):
-            pytest.skip(str(error))
+        pytest.skip(str(error))
     row = lawful(name)
     assert all(LIBRARY_UNTOUCHED.get(name, "nothing else") in reason for reason in row["skipped"].values())
     assert bool(row["skipped"]) == (name in LIBRARY_UNTOUCHED)
@@ -75,7 +74,9 @@ def test_the_laws_would_notice_a_layer_that_computes_something_else(monkeypatch)
     monkeypatch.setattr(
         type(lowering), "decompose", lambda self, *a, **k: tuple(1.001 * factor for factor in decompose(*a, **k))
     )
-    assert {fault.split()[0] for fault in faults(check_net("vit", ()))} == {"full_rank_error", "projected_error"}
+    assert {fault.split()[0] for fault in faults(check_net("vit", ()))} == {
+        "full_rank_error", "full_rank_fp64", "projected_error",
+    }  # fmt: skip
 
 
 def test_a_layer_that_cannot_become_cheaper_is_named_with_the_reason():
@@ -88,9 +89,9 @@ def test_a_layer_that_cannot_become_cheaper_is_named_with_the_reason():
     found = dict(untouched(trace(thin, torch.zeros(1, 3, 8, 8))))
     assert found.keys() == {"1", "4"}
     assert found["4"] == "no rank of svd costs less than the dense layer."
-    assert found["1"].startswith("no rank of im2col, channel, spatial")
+    assert found["1"].startswith("no rank of channel, im2col, spatial")
 
 
 def test_nets_are_built_for_the_input_that_is_stated():
     for name in STRUCTURES:
-        assert build(name)(torch.zeros(1, 3, 32, 32)).shape[0] == 1
+        assert build(name).eval()(torch.zeros(1, 3, 32, 32)).shape[0] == 1
