@@ -1,10 +1,11 @@
 """ranksearch: give it a PyTorch net, data and a budget; get back the Pareto front of low-rank nets you can deploy.
 
-    ranksearch.search("space.yaml").front          run a study
+    ranksearch.search("space.yaml").front          run a study; observer=Terminal() prints a line per trial
     ranksearch.preview("space.yaml")               the front that allocation alone gives, before any training
     ranksearch.allocate(model, x, {"flops": "50%"})  a plan within a budget, without a study
     ranksearch.compress(model, plan)               the compressed net
     ranksearch.project_(model, plan)               projection, once; Projector(plan) in a training loop of your own
+    ranksearch.project_every(model, optimizer, plan, period=100)  the same in any loop that calls optimizer.step()
     ranksearch.Task(model=net, train=…, val=…)     your own net and data, for `task: FILE.py:FUNCTION`
     ranksearch.load("runs/NAME/trials/007")        a net of a study
     ranksearch.export("NAME", "best", format="onnx")  that net for another runtime, checked against it
@@ -31,6 +32,7 @@ _HOMES = {
     "report": "ranksearch.api:report",
     "project_": "ranksearch.compress:project_",
     "Projector": "ranksearch.compress:Projector",
+    "project_every": "ranksearch.compress:project_every",
     "reestimate_bn_": "ranksearch.compress:reestimate_bn_",
     "trace": "ranksearch.compress:trace",
     "plan_cost": "ranksearch.compress:plan_cost",
@@ -39,6 +41,7 @@ _HOMES = {
     "LayerRule": "ranksearch.allocate:LayerRule",
     "Task": "ranksearch.tasks.task:Task",
     "Study": "ranksearch.search.study:Study",
+    "Terminal": "ranksearch.console:Terminal",
     "RanksearchError": "ranksearch.errors:RanksearchError",
     "UsageError": "ranksearch.errors:UsageError",
     "StudyError": "ranksearch.errors:StudyError",

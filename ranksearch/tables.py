@@ -37,7 +37,8 @@ from ranksearch.tasks.folder import data_folder
 
 
 def layer_rows(space: Space) -> dict[str, Any]:
-    """Every layer with its shape, costs and break-even rank per lowering and cost; null where a lowering refuses it."""
+    """Every layer with its shape, costs and break-even rank per lowering and cost (null where a lowering refuses it), and why it
+    stays dense where it does; what is no layer to us is listed with its reason."""
     _, net = open_net(space)
     rules = space.layers.as_rules()
     rows = []
@@ -66,6 +67,7 @@ def layer_rows(space: Space) -> dict[str, Any]:
                 "macs": layer.macs,
                 "params": layer.spec.params,
                 "lowerings": [name for name in allowed if LOWERINGS[name].supports(layer.spec)],
+                "stays_dense": rules.why_dense(layer),
                 "break_even_rank": even,
             }
         )
@@ -98,7 +100,7 @@ def print_layers(record: dict[str, Any]) -> None:
             number(row["macs"]),
             number(row["params"]),
             *(_rank(row["break_even_rank"][name]["macs"]) for name in names),
-            " ".join(row["lowerings"]) or "dense alone",
+            "dense alone" if row["stays_dense"] else " ".join(row["lowerings"]),
         ]
         for row in record["layers"]
     ]
@@ -113,6 +115,8 @@ def print_layers(record: dict[str, Any]) -> None:
     for row in record["layers"]:
         if row["shared_with"]:
             print(f"one weight: {row['name']} and {', '.join(row['shared_with'])}")
+        if row["stays_dense"]:
+            print(f"stays dense: {row['name']}: {row['stays_dense']}")
     for entry in record["skipped"]:
         print(f"not lowered: {entry['name']}: {entry['reason']}")
 

@@ -30,11 +30,11 @@ class Block(nn.Module):
         return torch.relu(self.convs[-1](out) + self.shortcut(x))
 
 
-def _resnet(counts: tuple[int, ...], expansion: int, *, bottleneck: bool) -> nn.Module:
-    layers: list[nn.Module] = [_conv(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    inputs = 64
+def _resnet(counts: tuple[int, ...], expansion: int, *, bottleneck: bool, first: int = 64) -> nn.Module:
+    layers: list[nn.Module] = [_conv(3, first, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    inputs = first
     for stage, count in enumerate(counts):
-        width = 64 * 2**stage
+        width = first * 2**stage
         for number in range(count):
             stride = 2 if stage > 0 and number == 0 else 1
             layers.append(Block(inputs, expansion * width, stride, width if bottleneck else None))
@@ -42,9 +42,9 @@ def _resnet(counts: tuple[int, ...], expansion: int, *, bottleneck: bool) -> nn.
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000))
 
 
-def resnet18() -> nn.Module:
-    """11.7 million parameters, 1.8 GMACs at 224 x 224."""
-    return _resnet((2, 2, 2, 2), 1, bottleneck=False)
+def resnet18(width: int = 64) -> nn.Module:
+    """11.7 million parameters, 1.8 GMACs at 224 x 224; thinner where its first stage has another width."""
+    return _resnet((2, 2, 2, 2), 1, bottleneck=False, first=width)
 
 
 def resnet50() -> nn.Module:

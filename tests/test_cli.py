@@ -278,6 +278,8 @@ def test_layers_and_check_in_json(tmp_path, digits_yaml):
     assert by_name["layer3.0.conv2"]["break_even_rank"]["im2col"] == {"macs": 57, "params": 57, "size": 57}
     assert by_name["linear"]["break_even_rank"]["im2col"] == {"macs": None, "params": None, "size": None}
     assert by_name["layer3.0.conv2"]["break_even_rank"]["tucker2"]["macs"] == [57, 57]
+    stay = {row["name"]: row["stays_dense"] for row in layers["layers"] if row["stays_dense"]}
+    assert stay == {"linear": "layers.exclude names it."}
     record = json.loads(call("check", digits_yaml, "--json", "--budget", "params=30%", cwd=tmp_path).stdout)
     assert record["costs"]["params"]["limit"] == int(0.3 * 75_002)
     assert "digits_resnet8" in call("check", digits_yaml, cwd=tmp_path).stdout

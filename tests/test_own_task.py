@@ -180,6 +180,8 @@ GOOD = "ranksearch.Task(model=net, train=(x, y), val=(x, y){})"
         (GOOD.format(", metric=lambda o, t: o"), r"returned a tensor \[2, 3\]: expected one number"),
         (GOOD.format(", metric=lambda o, t: 1.0, direction='max'"), "Did you mean 'maximize'"),
         (GOOD.format(", direction='minimize'"), "'minimize' needs a metric"),
+        (GOOD.format(", example_input={'x': x[:1]}"), r"example_input is one tensor \[1, \.\.\.\], got a dict"),
+        ("ranksearch.Task(model=net, train=[({'a': x}, y)], val=(x, y))", r"a batch of train is \['dict', 'Tensor'\]"),
         (GOOD.format(", example_input=x[0, :2]"), r"the model on example_input \[2\]"),
         (
             "ranksearch.Task(model=nn.Sequential(net, nn.Linear(3, 1)), train=(x, y.float()), val=(x, y.float()), loss=nn.MSELoss(), "

@@ -133,6 +133,27 @@ def test_a_computed_weight_is_refused_with_the_reason(computed):
             change(model, RankPlan({"0": LayerPlan("im2col", 2)}))
 
 
+@pytest.mark.parametrize("given", [{"x": torch.zeros(1, 4)}, [], [1, 2], torch.zeros(())], ids=str)
+def test_an_example_without_a_batched_tensor_is_refused_in_a_sentence(given):
+    with pytest.raises(UsageError, match=r"batched tensor \[N, \.\.\.\].*got a (dict|list|Tensor)"):
+        trace(nn.Linear(4, 4), given)
+
+
+def test_integer_inputs_beside_a_mask_are_traced():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(9, 8), nn.Linear(8, 4)
+
+        def forward(self, ids, mask):
+            return self.mix(self.embed(ids) * mask[..., None])
+
+    given = torch.randint(9, (2, 5)), torch.ones(2, 5)
+    net = trace(Tokens(), given)
+    assert [(layer.name, layer.in_sizes) for layer in net.layers] == [("mix", ((5,),))]
+    assert ranksearch.allocate(Tokens(), given, {"params": "95%"}).layers
+
+
 def test_a_layer_with_hooks_is_refused_rather_than_its_hooks_lost():
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     model[0].register_forward_hook(lambda *args: None)

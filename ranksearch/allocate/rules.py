@@ -83,6 +83,29 @@ class LayerRules:
                     why = f" {lowering.refusal(layers[0].spec)}" if layers else ""
                     raise UsageError(f"layers.rules.{i}: {lowering.name} takes no layer of {rule.match!r}.{why}")
 
+    def why_dense(self, layer: Layer) -> str | None:
+        """Why no allowed lowering makes the layer cheaper, as a sentence; None where one does."""
+        if not _matches(layer.name, self.include):
+            return "layers.include does not name it."
+        if _matches(layer.name, self.exclude):
+            return "layers.exclude names it."
+        rule = self.for_layer(layer.name)
+        allowed = [lowering_named(name) for name in rule.lowerings or () if lowering_named(name).has_rank]
+        takers = [lowering.name for lowering in allowed if lowering.supports(layer.spec)]
+        if not takers:
+            refusals = list(dict.fromkeys(lowering.refusal(layer.spec) or "" for lowering in allowed))
+            return (
+                f"no lowering that is allowed here takes it: {refusals[0]}" if refusals else "no lowering is allowed."
+            )
+        largest, smallest = self._largest_useful_rank(layer), max(rule.min_rank or 1, rule.rank_multiple or 1)
+        if largest >= smallest:
+            return None
+        if largest == 0:
+            return f"no rank of {', '.join(takers)} costs less than the dense layer."
+        return (
+            f"the largest rank that costs less than the dense layer is {largest}; the rules ask for {smallest} or more."
+        )
+
     def _largest_useful_rank(self, layer: Layer) -> int:
         """The largest rank of any allowed lowering that costs less than dense in MACs or params."""
         allowed = [lowering_named(name) for name in self.for_layer(layer.name).lowerings or ()]

@@ -7,6 +7,7 @@ from ranksearch._callable import make_callable
 from ranksearch.compress.batchnorm import reestimate_bn_
 from ranksearch.compress.cost import Cost, dense_cost, layer_cost, plan_cost
 from ranksearch.compress.export import load_net, save_net
+from ranksearch.compress.periodic import PeriodicProjection, project_every
 from ranksearch.compress.plan import DENSE, LayerPlan, RankPlan
 from ranksearch.compress.projection import Projector, project_
 from ranksearch.compress.surgery import restructure_
@@ -20,6 +21,7 @@ __all__ = [
     "Layer",
     "LayerPlan",
     "Net",
+    "PeriodicProjection",
     "Projector",
     "RankPlan",
     "dense_cost",
@@ -27,6 +29,7 @@ __all__ = [
     "load_net",
     "plan_cost",
     "project_",
+    "project_every",
     "reestimate_bn_",
     "restructure_",
     "save_net",

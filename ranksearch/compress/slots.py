@@ -139,6 +139,9 @@ def _refusal(module: Any) -> str | None:
     if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor):
         return "its weight is computed (weight norm, spectral norm, pruning or another parametrization); remove that first."
     if LayerSpec.of(module) is None:
+        own = [name for name, p in module._parameters.items() if p is not None and p.dim() > 1]
+        if own and next(module.children(), None) is not None:
+            return f"{type(module).__name__} computes with {', '.join(own)} itself; the layers in it are treated one by one."
         return f"{type(module).__name__} is no plain {KINDS}."
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}, not floating point."

@@ -140,10 +140,15 @@ def trace(model: nn.Module, example_input: Any) -> Net:
     convs) is in `other_macs` and no cost is missed.
 
     Raises:
-        UsageError: the model has no layer that can be lowered.
+        UsageError: the model has no layer that can be lowered, or the example holds no batched tensor.
     """
     inputs = _tuple(example_input)
-    batch = next(x.shape[0] for x in inputs if isinstance(x, Tensor))
+    batch = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()), None)
+    if batch is None:
+        raise UsageError(
+            f"An example input is a batched tensor [N, ...], or a tuple of what the model takes with such a tensor in it; got a "
+            f"{type(example_input).__name__}. A model that takes a dict needs a small module around it that takes tensors."
+        )
     with _recording(model, batch) as recorder, torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*inputs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Annotated, Any
@@ -107,14 +107,17 @@ class Within:
         return setting
 
 
-def _one_of(names: Sequence[Scalar]) -> Any:
-    def check(setting: Any) -> Any:
-        for value in values_of(setting):
-            if value not in names or isinstance(value, bool) is not isinstance(names[0], bool):
-                raise ValueError(f"{value!r} is not possible. {nearest(str(value), map(str, names))}")
-        return setting
+@dataclass(frozen=True)
+class OneOf:
+    """What a choice may be: one of `names`."""
 
-    return check
+    names: tuple[Scalar, ...]
+
+    def __call__(self, setting: Any) -> Any:
+        for value in values_of(setting):
+            if value not in self.names or isinstance(value, bool) is not isinstance(self.names[0], bool):
+                raise ValueError(f"{value!r} is not possible. {nearest(str(value), map(str, self.names))}")
+        return setting
 
 
 def searchable(low: float, high: float, *, whole: bool = False) -> Any:
@@ -130,7 +133,7 @@ def is_whole(field: FieldInfo) -> bool:
 
 def searchable_choice(*names: Scalar) -> Any:
     """The type of a setting that is one of `names`, fixed or searched (`{choices: [...]}`)."""
-    return Annotated[Scalar | Choices, BeforeValidator(_pick_choice), AfterValidator(_one_of(names))]
+    return Annotated[Scalar | Choices, BeforeValidator(_pick_choice), AfterValidator(OneOf(names))]
 
 
 SWITCH = searchable_choice(False, True)

@@ -36,10 +36,16 @@ AUTO = "auto"
 
 
 class LayerRuleSpace(Strict):
+    """What holds for the layers whose names match a pattern; what is left out stays as it is for the others."""
+
     match: str
+    """Name pattern of layers."""
     lowerings: list[str] | None = None
+    """Names of lowerings, or of a family of them, that these layers may take."""
     min_rank: int | None = Field(default=None, ge=1)
+    """Smallest rank."""
     rank_multiple: int | None = Field(default=None, ge=1)
+    """Every rank is a multiple of this."""
     share_ratio: bool = False
     """These layers take one lowering at one ratio of its largest useful rank."""
 
@@ -53,7 +59,9 @@ class LayersSpace(Strict):
     """Which layers may be lowered, and how. Patterns match names as the shell matches files (`layer1.*`)."""
 
     include: list[str] = Field(default=["*"])
+    """Name patterns of layers that may be lowered."""
     exclude: list[str] = Field(default=[])
+    """Name patterns of layers that stay dense."""
     lowerings: list[str] = Field(default_factory=lambda: list(default_lowerings()), min_length=1)
     """Names of lowerings, or of a family of them (`tiled`); left out, all but those that have to be asked for (`cp`, square tiles)."""
     rank_multiple: int = Field(default=1, ge=1)
@@ -193,6 +201,7 @@ class Space(Strict):
     """A search-space file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the study, and of its folder."""
     task: str
     """The name of a task, or a function of your own that returns a `ranksearch.Task`: FILE.py:FUNCTION, the file beside the space's, or in
     the working directory."""
@@ -205,7 +214,10 @@ class Space(Strict):
     validation: int | None = Field(default=None, ge=1, validate_default=True)
     """Images carved from the training set to choose by; left out where the task brings a validation split of its own."""
     split_seed: int = 0
+    """Which images those are."""
     budgets: dict[str, str | int | float] = Field(default={})
+    """Cost (`flops`, `macs`, `params`, `size`, `latency`) -> upper bound: a share of the dense net's (`50%`) or absolute (`20M`, `1.2MiB`,
+    `3.5ms`). Several hold at once."""
     latency: LatencySpace = LatencySpace()
     layers: LayersSpace = Field(default_factory=LayersSpace)
     recipe: RecipeSpace

@@ -47,6 +47,8 @@ class ProjectionSpace(Strict):
 
 
 class DistillationSpace(Strict):
+    """The dense net as the teacher."""
+
     weight: searchable(0, 1) = 0.0  # type: ignore[valid-type]
     """Share of the loss that comes from the dense net's outputs; 0 does without, and saves a quarter of the time."""
     temperature: searchable(0.1, 100) = 8.0  # type: ignore[valid-type]
@@ -59,6 +61,7 @@ class RecipeSpace(Strict):
     steps: int = Field(ge=0)
     """Optimizer steps of a trial, over both phases."""
     batch_size: int = Field(default=128, ge=1)
+    """Samples of a step; a loader of your own goes before it."""
     optimizer: searchable_choice(*OPTIMIZERS) = "sgd"  # type: ignore[valid-type]
     """SGD with Nesterov momentum, or AdamW, which wants a learning rate of its own (about 0.001)."""
     schedule: searchable_choice(*SCHEDULES) = "cosine"  # type: ignore[valid-type]
@@ -70,7 +73,9 @@ class RecipeSpace(Strict):
     momentum: searchable(0.01, 0.9999) = 0.9  # type: ignore[valid-type]
     """SGD's momentum, or AdamW's first beta."""
     weight_decay: searchable(0, 1) = 5e-4  # type: ignore[valid-type]
+    """The optimizer's, on all weights."""
     label_smoothing: searchable(0, 0.9) = 0.0  # type: ignore[valid-type]
+    """Share of the target that is spread over all classes."""
     clip_norm: searchable(0, 1e9) = 0.0  # type: ignore[valid-type]
     """Largest norm of the gradient; 0 does without clipping."""
     ema: searchable(0, 0.999999) = 0.0  # type: ignore[valid-type]

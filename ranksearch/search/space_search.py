@@ -50,11 +50,13 @@ class SearchSpace(Strict):
     """How plans are proposed."""
 
     trials: int = Field(default=16, ge=1)
+    """Planned number of trials."""
     parametrization: Literal["allocated", "direct"] = "allocated"
     """`allocated` searches corrections around the solver's optimum; `direct` a lowering and a rank ratio per group of layers."""
     sampler: Literal["tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "tpe"
     """`tpe` around an allocation is our own use of Optuna's (`local_tpe.py`); `gp` takes seconds per trial from a few dozen on."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the proposals and of every trial."""
     objectives: list[Literal["accuracy", "macs", "flops", "params", "size", "latency"]] = Field(
         default=["accuracy", "macs"]
     )

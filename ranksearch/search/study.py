@@ -98,6 +98,10 @@ class Study:
         """Whether the front was changed since it was written."""
         self._rungs = self._recorded_rungs()
 
+    def __repr__(self) -> str:
+        done = f"{self.finished} of {self.planned} trials done, {len(self.front)} on the front"
+        return f"<Study {self.space.name!r} in {self.folder}: {done}>"
+
     # Making and opening ------------------------------------------------------------------------------------------
 
     @classmethod

@@ -67,6 +67,11 @@ class Task:
             raise UsageError(
                 f"Task: direction {self.direction!r} is not possible. {nearest(self.direction, DIRECTIONS)}"
             )
+        if self.example_input is not None and not isinstance(self.example_input, Tensor):
+            raise UsageError(
+                f"Task: example_input is one tensor [1, ...], got {_kind(self.example_input)}: nets of several inputs, or of a dict of "
+                f"them, need a small module around them that takes one tensor apart."
+            )
         for name, value in (("loss", self.loss), ("metric", self.metric)):
             if value is not None and not callable(value) and not (name == "metric" and is_accumulator(value)):
                 raise UsageError(f"Task: {name} is a function of (outputs, targets), got {_kind(value)}.")

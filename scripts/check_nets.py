@@ -1,0 +1,229 @@
+"""Checks nets as a whole: traced, planned at half the FLOPs, decomposed, exported, with what is not lowered listed by name and reason.
+
+Nets of torchvision and timm with random weights, where they load, and small nets with the same structures (`structures.py`), which
+need neither. BN statistics are those of random inputs, BN and layer scales are drawn, so that a wrong layer shows in the outputs. For
+every net (errors are max |a - b| / max |a|, batches of random inputs):
+
+  counted     MACs and params of the dense net and of the decomposed one are torch's own (`flop_counter`, parameters)
+  full rank   every layer lowered, in turn by each lowering that takes it, at full rank: the outputs are the net's. Where a net is so
+              deep that rounding alone passes the limit, it is settled in fp64: 1e-9, and in fp32 ten times the net's own rounding
+  projected   the net projected onto its plan and the decomposed net compute the same
+  pt2, onnx   what was exported, opened again, computes what the decomposed net does, at three batch sizes
+
+Exit code 1 where an error is above 1e-4, a count is wrong or the plan is above its budget.
+
+    python scripts/check_nets.py                    all nets, ten minutes on two cores
+    python scripts/check_nets.py --quick            the small nets
+    python scripts/check_nets.py --only vit,timm:vit_small_patch16_224 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import Report, arguments
+from structures import INPUT, STRUCTURES
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import ranksearch
+from ranksearch.allocate.rules import LayerRules
+from ranksearch.compress import LayerPlan, Net, RankPlan, dense_cost, plan_cost, project_, reestimate_bn_, trace
+from ranksearch.compress.exported import TOLERANCE, export_net
+from ranksearch.compress.formats import format_named
+from ranksearch.errors import RanksearchError
+from ranksearch.lowering import default_lowerings, lowering_named
+
+BUDGET = 0.5
+EXACT = 1e-9
+"""Largest error of a full-rank net in fp64."""
+ROUNDINGS = 10
+"""Times the net's own rounding (fp32 against fp64) that a full-rank net may be off in fp32, where that is more than the tolerance."""
+LIBRARY_NETS = {
+    "torchvision:resnet18": (3, 64, 64),
+    "torchvision:resnet50": (3, 64, 64),
+    "torchvision:vgg16_bn": (3, 64, 64),
+    "torchvision:mobilenet_v2": (3, 64, 64),
+    "torchvision:mobilenet_v3_large": (3, 64, 64),
+    "torchvision:densenet121": (3, 64, 64),
+    "torchvision:efficientnet_b0": (3, 64, 64),
+    "torchvision:convnext_tiny": (3, 64, 64),
+    "timm:vit_small_patch16_224": (3, 64, 64),
+    "timm:swin_tiny_patch4_window7_224": (3, 224, 224),
+}
+"""Name -> shape of one input."""
+NETS = {**dict.fromkeys(STRUCTURES, INPUT), **LIBRARY_NETS}
+FORMS = ("pt2", "onnx")
+
+
+def build(name: str) -> nn.Module:
+    """A net by name, random weights; ViTs are built for the input that `NETS` states."""
+    if name in STRUCTURES:
+        return STRUCTURES[name]()
+    if name.startswith("timm:vit"):
+        import timm
+
+        return timm.create_model(name.partition(":")[2], pretrained=False, num_classes=100, img_size=NETS[name][-1])
+    from ranksearch.tasks.nets import build_named
+
+    return build_named(name, 100)
+
+
+@torch.no_grad()
+def lively_(model: nn.Module, x: Tensor) -> nn.Module:
+    """Draws scales and shifts of norms and layer scales, then takes BN statistics from `x`: no layer is near to nothing or to identity."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("layer_scale"):
+            parameter.uniform_(0.3, 1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm) and module.weight is not None:
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(std=0.2)
+    reestimate_bn_(model, [x])
+    return model.eval()
+
+
+def counted(model: nn.Module, x: Tensor) -> tuple[int, int]:
+    """(MACs of one sample by torch's counter, parameters)"""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x[:1])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters())
+
+
+def full_plan(net: Net) -> RankPlan:
+    """Every layer at full rank; the lowerings that take a kind of layer have turns."""
+    turns: dict[tuple[str, ...], Any] = {}
+    layers = {}
+    for layer in net.layers:
+        takers = tuple(name for name in default_lowerings() if lowering_named(name).supports(layer.spec))
+        if takers:
+            name = next(turns.setdefault(takers, cycle(takers)))
+            layers[layer.name] = LayerPlan(name, lowering_named(name).full_rank(layer.spec))
+    return RankPlan(layers)
+
+
+@torch.inference_mode()
+def difference(found: nn.Module, wanted: nn.Module, x: Tensor) -> float:
+    a, b = wanted(x), found(x.to(next(found.parameters()).dtype))
+    return float((a - b).abs().max() / a.abs().max())
+
+
+def untouched(net: Net) -> list[tuple[str, str]]:
+    """(name, why) of everything with a weight that cannot become cheaper."""
+    rules = LayerRules(default_lowerings())
+    dense = [(layer.name, reason) for layer in net.layers if (reason := rules.why_dense(layer)) is not None]
+    return [*dense, *net.skipped]
+
+
+def check_net(name: str, forms: tuple[str, ...] = FORMS) -> dict[str, Any]:
+    """One row: what was found of the net `name`, its errors and the wrong counts by name."""
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    x = torch.randn(4, *NETS[name])
+    model = lively_(build(name), x)
+    net = trace(model, x[:1])
+    dense = dense_cost(net)
+    plan = ranksearch.allocate(model, x[:1], {"flops": f"{100 * BUDGET:g}%"})
+    small, cost = ranksearch.compress(model, plan), plan_cost(net, plan)
+    projected = copy.deepcopy(model)
+    project_(projected, plan)
+    whole = full_plan(net)
+    row = {
+        "net": name, "layers": len(net.layers), "lowered": len(list(plan.lowered())), "params": dense.params, "macs": dense.macs,
+        "macs_ratio": cost.macs / dense.macs, "params_ratio": cost.params / dense.params,
+        "full_rank_error": difference(ranksearch.compress(model, whole), model, x),
+        "projected_error": difference(small, projected, x),
+    }  # fmt: skip
+    if row["full_rank_error"] > TOLERANCE:
+        double = copy.deepcopy(model).double()
+        row["own_rounding"] = difference(model, double, x.double())
+        row["full_rank_fp64"] = difference(ranksearch.compress(double, whole), double, x.double())
+    for form in forms:
+        with tempfile.TemporaryDirectory() as folder:
+            made = export_net(
+                small, plan, x[:1], Path(folder), form=format_named(form), build=lambda _: build(name), fold_bn=False
+            )
+        row[f"{form}_error"] = made.max_rel_error
+    right = {
+        "dense": counted(model, x) == (dense.macs, dense.params),
+        "decomposed": counted(small, x) == (cost.macs, cost.params),
+    }
+    skipped = [{"name": layer, "reason": reason} for layer, reason in untouched(net)]
+    row |= {"untouched": len(skipped), "wrong_counts": [what for what, same in right.items() if not same]}
+    return row | {
+        "seconds": round(time.perf_counter() - started, 1),
+        "skipped": {e["name"]: e["reason"] for e in skipped},
+    }
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row, in words."""
+    limits = {key: TOLERANCE for key in row if key.endswith("_error")}
+    if "full_rank_fp64" in row:
+        limits |= {"full_rank_fp64": EXACT, "full_rank_error": max(TOLERANCE, ROUNDINGS * row["own_rounding"])}
+    found = [f"{key} {row[key]:.2g}" for key, limit in limits.items() if not row[key] <= limit]
+    found += [f"counts of the {what} net" for what in row["wrong_counts"]]
+    return found + [f"macs_ratio {row['macs_ratio']:.4f}"] * (row["macs_ratio"] > BUDGET)
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    names = list(STRUCTURES if options.quick else NETS)
+    names = options.only.split(",") if options.only else names
+    if unknown := [name for name in names if name not in NETS]:
+        sys.exit(f"check_nets: there is no net {unknown[0]!r} here; known: {', '.join(NETS)}")
+    return names
+
+
+def main() -> int:
+    options = arguments(__doc__, only="").parse_args()
+    report = Report("check_nets", options)
+    for package in ("torchvision", "timm", "onnx", "onnxruntime"):
+        try:
+            report.versions[package] = version(package)
+        except PackageNotFoundError:
+            report.versions[package] = "not installed"
+    left_out, wrong = [], []
+    for name in chosen(options):
+        try:
+            row = check_net(name)
+        except RanksearchError as error:
+            (left_out if "does not load" in str(error) or "not installed" in str(error) else wrong).append(
+                f"{name}: {error}"
+            )
+            continue
+        report.rows.append(row)
+        wrong += [f"{name}: {fault}" for fault in faults(row)]
+        report.say(f"{name}: {', '.join(faults(row)) or 'right'}")
+    errors = [row[key] for row in report.rows for key in row if key.endswith("_error")]
+    figures = {
+        "nets": len(report.rows),
+        "left_out": len(left_out),
+        "wrong": len(wrong),
+        "max_rel_error": max(errors, default=0.0),
+    }
+    notes = [f"left out: {text}" for text in left_out] + [f"WRONG: {text}" for text in wrong]
+    notes += [
+        f"{row['net']}: not lowered: {layer}: {reason}"
+        for row in report.rows
+        for layer, reason in row["skipped"].items()
+    ]
+    report.finish(figures, notes)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
