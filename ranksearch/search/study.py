@@ -29,27 +29,28 @@ from ranksearch.errors import UsageError
 from ranksearch.files import write_atomically
 from ranksearch.search.allocated import Allocated
 from ranksearch.search.checkpoint import CheckpointFile
-from ranksearch.search.front import Row, cost_ratio, directions_of, front_record, merit, objective_values, row_of
+from ranksearch.search.folded import unfolded
+from ranksearch.search.front import Row, directions_of, front_record, merit, objective_values, row_of
 from ranksearch.search.importance import importances
-from ranksearch.search.journal import mend_journal, open_journal
+from ranksearch.search.journal import mend_journal, open_journal, together
+from ranksearch.search.late import DENSE, Late
 from ranksearch.search.ledger import Ledger
 from ranksearch.search.metric import Metric
 from ranksearch.search.opening import first_points
+from ranksearch.search.orphans import settle_orphans
 from ranksearch.search.parametrize import Opening
 from ranksearch.search.proposals import Candidate, Proposals, form_of
 from ranksearch.search.provenance import provenance
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import parse_space
-from ranksearch.search.stopping import Rungs
+from ranksearch.search.stopping import recorded_rungs, rung_point
 from ranksearch.search.study_folder import (
     DENSE_WEIGHTS,
     FRONT,
     GIVEN,
     INFO,
     JOURNAL,
-    MEASURED,
     SPACE,
-    TEST,
     UNFINISHED,
     clear,
     keep_task_file,
@@ -57,7 +58,7 @@ from ranksearch.search.study_folder import (
     new_folder,
     trial_folder,
 )
-from ranksearch.search.trial import RUNG, TrialResult
+from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks import is_own
 
@@ -82,12 +83,13 @@ class Study:
         trials = study.get_trials(deepcopy=False)
         done = (t for t in trials if t.state.is_finished() and "result" in t.user_attrs)
         rows = (row_of(t, info["dense"], self.metric) for t in done)
+        self._late = Late(folder)
         self._ledger = Ledger(self._objectives, rows, faster=space.has_latency)
-        self._ledger.score(self.test_accuracies())
-        self._ledger.time(self._latencies())
+        self._ledger.score(self._late.test_accuracies())
+        self._ledger.time(self._late.latencies())
         self._front_changed = False
         """Whether the front was changed since it was written."""
-        self._rungs = self._recorded_rungs()
+        self._rungs = recorded_rungs(space.search.early_stopping, self._ledger.rows, self._rung_point)
 
     # Making and opening ------------------------------------------------------------------------------------------
 
@@ -138,8 +140,9 @@ class Study:
             directions=directions_of(space.search.objectives, metric),
         )
         made = cls(folder, space, info, study)
-        for point in opening:
-            made.enqueue(point)
+        with together(study._storage):
+            for point in opening:
+                made.enqueue(point)
         made._write_space()
         if space.given is not None:
             write_atomically(folder / GIVEN, space.given)
@@ -274,16 +277,10 @@ class Study:
 
     def _settle_orphans(self) -> int:
         """The same for trials that are running in the journal and that nobody runs."""
-        again = 0
-        trials = self._study.get_trials(deepcopy=False)
-        retried = {t.user_attrs.get("retry_of") for t in trials}
-        for frozen in [t for t in trials if t.state == TrialState.RUNNING and t.number not in self._running]:
-            if "result" in frozen.user_attrs:
-                self._finish(frozen._trial_id)
-                continue
-            wanted = "candidate" in frozen.user_attrs or "fixed_params" in frozen.system_attrs
-            self._give_back(frozen, enqueue=wanted and frozen.number not in retried)
-            again += wanted
+        again = settle_orphans(
+            self._study.get_trials(deepcopy=False), self._running, finish=lambda frozen: self._finish(frozen._trial_id),
+            give_back=lambda frozen, enqueue: self._give_back(frozen, enqueue=enqueue),
+        )  # fmt: skip
         self._orphans = False
         return again
 
@@ -312,23 +309,7 @@ class Study:
         return self._rungs.goes_on(number, rung, self._rung_point(val_accuracy, self._running[number]))
 
     def _rung_point(self, val_accuracy: float, cost: Cost) -> list[float]:
-        # a trial's latency is as predicted; where no table is at hand, its MACs stand in for it
-        unknown = "latency" if cost.latency_ms is None else ""
-        costs = ["macs" if name == unknown else name for name in self._objectives if name != "accuracy"]
-        return [1 - self.metric.share(val_accuracy), *(cost_ratio(name, cost, self.dense) for name in costs)]
-
-    def _recorded_rungs(self) -> Rungs | None:
-        """The rungs, with what the finished trials reached."""
-        stopping = self.space.search.early_stopping
-        if stopping is None:
-            return None
-        rungs = Rungs(len(stopping.rungs), stopping.reduction)
-        for row in self._ledger.rows:
-            for entry in row["history"]:
-                if entry["phase"] == RUNG:
-                    cost = Cost(row["macs"], row["params"], row["size_bytes"], row["latency_predicted_ms"])
-                    rungs.record(row["trial"], entry["rung"], self._rung_point(entry["val_accuracy"], cost))
-        return rungs
+        return rung_point(val_accuracy, cost, self.dense, self.metric, self._objectives)
 
     def tell(self, number: int, result: TrialResult) -> Row:
         """Records a trial's result and returns its row. Only a complete trial with finite values becomes an objective.
@@ -342,28 +323,38 @@ class Study:
         cost = self._running[number]  # known of trials that did not end, too
         costs = {"macs": cost.macs, "params": cost.params, "size_bytes": cost.size_bytes}
         costs["latency_predicted_ms"] = cost.latency_ms
-        trial = self._study.get_trials(deepcopy=False)[number]
-        if "result" not in trial.user_attrs:
-            record = {**result.to_dict(), "status": status, **costs}
-            self._study._storage.set_trial_user_attr(trial._trial_id, "result", record)
-        row = self._finish(trial._trial_id)
+        trial, storage = self._study.get_trials(deepcopy=False)[number], self._study._storage
+        with together(storage):
+            if "result" not in trial.user_attrs:
+                storage.set_trial_user_attr(trial._trial_id, "result", {**result.to_dict(), "status": status, **costs})
+            self._tell_optuna(trial._trial_id)
+        row = self._take_up(trial._trial_id)
         del self._running[number]
-        return row
+        return unfolded(row)
 
-    def _finish(self, trial_id: int) -> Row:
+    def _finish(self, trial_id: int) -> None:
         """Tells Optuna the result that stands in the trial's attributes already, so that a crash in between loses nothing."""
+        with together(self._study._storage):
+            self._tell_optuna(trial_id)
+        self._take_up(trial_id)
+
+    def _tell_optuna(self, trial_id: int) -> None:
         trial = self._study._storage.get_trial(trial_id)
-        number, row = trial.number, row_of(trial, self.info["dense"], self.metric)
-        if trial.state == TrialState.RUNNING:
-            if row["status"] == "complete":
-                trial = self._study.tell(number, objective_values(row, self._objectives))
-            else:
-                state = TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL
-                trial = self._study.tell(number, state=state)
-            row = row_of(trial, self.info["dense"], self.metric)  # knows when it ended, too
-        candidate = trial.user_attrs["candidate"]
+        if trial.state != TrialState.RUNNING:
+            return
+        row = row_of(trial, self.info["dense"], self.metric)
+        if row["status"] == "complete":
+            self._study.tell(trial.number, objective_values(row, self._objectives))
+        else:
+            state = TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL
+            self._study.tell(trial.number, state=state)
+
+    def _take_up(self, trial_id: int) -> Row:
+        """A trial that was told, into the ledger and, where that changed, the front."""
+        trial = self._study._storage.get_trial(trial_id)
+        row, candidate = row_of(trial, self.info["dense"], self.metric), trial.user_attrs["candidate"]
         CheckpointFile(self._proposals.checkpoint(candidate["key"], candidate["seed"]), 0.0).remove()
-        if number not in self._ledger:
+        if trial.number not in self._ledger:
             self._front_changed |= self._ledger.add(row)
         if self._front_changed or not (self.folder / FRONT).is_file():
             self.write_front()
@@ -378,6 +369,11 @@ class Study:
     @property
     def trials(self) -> list[Row]:
         """A row per finished trial, in their order."""
+        return [unfolded(row) for row in self._ledger.rows]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The same as the study holds them, their curves folded; not to be changed."""
         return self._ledger.rows
 
     @property
@@ -388,19 +384,24 @@ class Study:
     @property
     def front(self) -> list[Row]:
         """The nondominated complete trials, the best metric first."""
-        return self._ledger.front
+        return [unfolded(row) for row in self._ledger.front]
+
+    @property
+    def on_front(self) -> set[int]:
+        """Numbers of the trials on the front."""
+        return self._ledger.on_front
 
     @property
     def steps_saved(self) -> float:
         """Share of the finished trials' training steps that early stopping spared."""
-        planned = sum(row["recipe"]["steps"] for row in self.trials)
-        stopped = [row for row in self.trials if row["status"] == "stopped"]
+        planned = sum(row["recipe"]["steps"] for row in self.rows)
+        stopped = [row for row in self.rows if row["status"] == "stopped"]
         spared = sum(row["recipe"]["steps"] - row["history"][-1]["step"] for row in stopped)
         return spared / planned if planned else 0.0
 
     def importances(self) -> dict[str, dict[str, float]]:
         """Target -> searched parameter -> share of what it explains; empty with too few trials."""
-        return importances(self._study, self.trials, self._objectives)
+        return importances(self._study, self.rows, self._objectives)
 
     def progress(self) -> dict[str, float]:
         """How far the study is, in numbers."""
@@ -419,7 +420,7 @@ class Study:
     def status(self, number: int) -> str | None:
         """How a trial ended, else "running", "waiting" or "given back" (run again under another number); None where there is none."""
         if number in self._ledger:
-            return next(row["status"] for row in self.trials if row["trial"] == number)
+            return self._ledger[number]["status"]
         trials = self._study.get_trials(deepcopy=False)
         if not 0 <= number < len(trials):
             return None
@@ -432,55 +433,38 @@ class Study:
         Raises:
             UsageError: no trial lies within it.
         """
-        rows = [row for row in self.trials if row["status"] == "complete"]
+        rows = [row for row in self.rows if row["status"] == "complete"]
         if budget is not None:
             limit = parse_budget(*budget.partition("=")[::2])
             rows = [row for row in rows if limit.allows(_cost_of(row, limit.cost), self.dense)]
         if not rows:
             raise UsageError(f"No finished trial of {self.space.name!r} lies within {budget or 'the budgets'}.")
-        return max(rows, key=merit)
+        return unfolded(max(rows, key=merit))
 
     # Latencies, test set and front file --------------------------------------------------------------------------
 
-    def _latencies(self) -> dict[str, list[float]]:
-        """Trial number -> (milliseconds, ratio of dense) of the nets that were timed at the end."""
-        path = self.folder / MEASURED
-        return json.loads(path.read_text()) if path.is_file() else {}
-
     def is_timed(self, number: int) -> bool:
         """Whether a trial's net was timed at the end of the study."""
-        return str(number) in self._latencies()
+        return str(number) in self._late.latencies()
 
     def note_latencies(self, found: Mapping[int, tuple[float, float]]) -> None:
         """Keeps what was measured at the end, trial number -> (milliseconds, ratio of dense); the front is made anew."""
-        known = self._latencies() | {str(number): list(times) for number, times in found.items()}
-        write_atomically(self.folder / MEASURED, json.dumps(known, indent=2))
-        self._ledger.time(known)
+        self._ledger.time(self._late.note_latencies(found))
         self.write_front()
 
     def test_accuracies(self) -> dict[str, float]:
         """Trial number (or "dense") -> the metric on the test set, of the nets that were scored at the end."""
-        path = self.folder / TEST
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return self._late.test_accuracies()
 
     def score_test(self, evaluate: Callable[[Row | None], float], log: Callable[[str], None]) -> None:
         """Scores the dense net and the front on the test set, once each: `evaluate(row)`, or None for the dense net."""
-        known = self.test_accuracies()
-        for row in [None, *self.front]:
-            key = "dense" if row is None else str(row["trial"])
-            if key not in known:
-                known[key] = evaluate(row)
-                log(
-                    f"test {self.metric.name} of {'the dense net' if row is None else f'trial {key}'}: {self.metric.text(known[key])}"
-                )
-                write_atomically(self.folder / TEST, json.dumps(known, indent=2))
-        self._ledger.score(known)
+        self._ledger.score(self._late.score(self._ledger.front, self.metric, evaluate, log))
         self.write_front()
 
     def front_record(self) -> dict[str, Any]:
         """What `front.json` holds."""
-        dense = {**self.info["dense"], "test_accuracy": self.test_accuracies().get("dense")}
-        return front_record(self.space, dense, self.metric, self.front, self._ledger.hypervolume)
+        dense = {**self.info["dense"], "test_accuracy": self._late.test_accuracies().get(DENSE)}
+        return front_record(self.space, dense, self.metric, self._ledger.front, self._ledger.hypervolume)
 
     def write_front(self) -> None:
         write_atomically(self.folder / FRONT, json.dumps(self.front_record(), allow_nan=False))
