@@ -47,6 +47,7 @@ from mlflow import MlflowClient  # isort: skip  (after tracking, which quiets it
 
 BLOCK = 10
 """Trials of one study before it is the other's turn."""
+PROJECTIONS = 20
 
 
 def main() -> None:
@@ -123,7 +124,7 @@ class Driven:
         candidate = self.study.ask(self.bench)
         asked = time.perf_counter() - started
         assert candidate is not None
-        result = simulated(self.bench, candidate, self.rng)
+        result = simulated(self.bench, candidate, self.rng, projections=PROJECTIONS)
         started = time.perf_counter()
         row = self.study.tell(candidate.number, result)
         told = time.perf_counter()

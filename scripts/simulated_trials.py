@@ -44,8 +44,10 @@ def workbench(space: Space) -> Workbench:
     return Workbench(task, model.state_dict(), net, curves, damage)
 
 
-def simulated(bench: Workbench, candidate: Candidate, rng: random.Random) -> TrialResult:
-    """A result as a real trial's is made up: 50 losses, 3 phases, 10 projections, final metrics; more accurate where it costs more."""
+def simulated(
+    bench: Workbench, candidate: Candidate, rng: random.Random, *, projections: int = PROJECTIONS
+) -> TrialResult:
+    """A result as a real trial's is made up: 50 losses, 3 phases, projections, final metrics; more accurate where it costs more."""
     cost, names = plan_cost(bench.net, candidate.plan), [name for name, _ in candidate.plan.lowered()]
     accuracy = min(99.9, 80 + 18 * (cost.macs / dense_cost(bench.net).macs) ** 0.3 + rng.gauss(0, 1))
     total = candidate.recipe.steps
@@ -58,10 +60,10 @@ def simulated(bench: Workbench, candidate: Candidate, rng: random.Random) -> Tri
         history=[{"phase": p, "step": s, "val_accuracy": accuracy - rng.random(), "val_loss": rng.random()} for p, s in phases],
         projections=[
             {
-                "step": total * (i + 1) // PROJECTIONS, "loss_before": rng.random(), "loss_after": rng.random(),
+                "step": total * (i + 1) // projections, "loss_before": rng.random(), "loss_after": rng.random(),
                 "removed_energy": {name: rng.random() for name in names},
             }
-            for i in range(PROJECTIONS)
+            for i in range(projections)
         ],
     )  # fmt: skip
 

@@ -7,45 +7,35 @@ opened again from its folder. Ray and MLflow are not known here.
 from __future__ import annotations
 
 import json
-import uuid
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import optuna
-import safetensors.torch
 import yaml
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from ranksearch.allocate import parse_budget
 from ranksearch.compress import Cost
-from ranksearch.compress.stopwatch import Stopwatch
 from ranksearch.errors import UsageError
 from ranksearch.files import write_atomically
-from ranksearch.search.allocated import Allocated
+from ranksearch.search.best import best_row, steps_saved
 from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.folded import unfolded
-from ranksearch.search.front import Row, directions_of, front_record, merit, objective_values, row_of
+from ranksearch.search.front import Row, front_record, row_of
 from ranksearch.search.importance import importances
 from ranksearch.search.journal import mend_journal, open_journal, together
 from ranksearch.search.late import DENSE, Late
 from ranksearch.search.ledger import Ledger
+from ranksearch.search.making import begin, read_folder, space_text
 from ranksearch.search.metric import Metric
-from ranksearch.search.opening import first_points
 from ranksearch.search.orphans import settle_orphans
 from ranksearch.search.parametrize import Opening
-from ranksearch.search.proposals import Candidate, Proposals, form_of
-from ranksearch.search.provenance import provenance
+from ranksearch.search.proposals import Candidate, Proposals
 from ranksearch.search.space import Space
-from ranksearch.search.space_file import parse_space
 from ranksearch.search.stopping import recorded_rungs, rung_point
-from ranksearch.search.study_folder import (
-    DENSE_WEIGHTS,
+from ranksearch.search.study_folder import (  # fmt: skip
     FRONT,
     GIVEN,
     INFO,
@@ -53,14 +43,13 @@ from ranksearch.search.study_folder import (
     SPACE,
     UNFINISHED,
     clear,
-    keep_task_file,
     locked,
     new_folder,
     trial_folder,
 )
+from ranksearch.search.telling import record_of, tell_optuna
 from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import Workbench
-from ranksearch.tasks import is_own
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # the study's own progress is shown, not Optuna's
 
@@ -94,13 +83,7 @@ class Study:
     # Making and opening ------------------------------------------------------------------------------------------
 
     @classmethod
-    def create(
-        cls,
-        runs: Path,
-        space: Space,
-        bench: Workbench,
-        dense_val_accuracy: float,
-    ) -> Study:
+    def create(cls, runs: Path, space: Space, bench: Workbench, dense_val_accuracy: float) -> Study:
         """A new study in `runs`/NAME with its first points enqueued; `dense_val_accuracy` is the dense net's metric.
 
         Raises:
@@ -117,28 +100,7 @@ class Study:
 
     @classmethod
     def _fill(cls, folder: Path, space: Space, bench: Workbench, val_accuracy: float) -> Study:
-        if space.data is not None:  # the study is opened from other working directories too
-            space = space.model_copy(update={"data": str(Path(space.data).expanduser().resolve())})
-        (folder / UNFINISHED).touch()
-        own = keep_task_file(space, folder)
-        space = space.kept_in(folder, own)
-        safetensors.torch.save_file({k: v.contiguous().clone() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
-        dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(bench.curves.dense)
-        metric = Metric.of(bench.task, val_accuracy)
-        form = form_of(space, bench.curves, bench.damage)
-        known = form if isinstance(form, Allocated) else Allocated(space, bench.curves, bench.damage)
-        opening = first_points(space, bench.curves, form, known)
-        info = {
-            "study": space.name, "id": uuid.uuid4().hex, "metric": metric.to_dict(), "task_file": own, "dense": dense,
-            "seed": space.search.seed, "provenance": provenance(folder),
-            "opened_with": dict(Counter(point.allocator for point in opening)), "layers": bench.layer_facts(),
-            "latency_key": Stopwatch(space.latency.as_setting()).key if space.has_latency else None,
-        }  # fmt: skip
-        study = optuna.create_study(
-            storage=open_journal(folder / JOURNAL),
-            study_name=space.name,
-            directions=directions_of(space.search.objectives, metric),
-        )
+        space, info, study, opening = begin(folder, space, bench, val_accuracy)
         made = cls(folder, space, info, study)
         with together(study._storage):
             for point in opening:
@@ -166,11 +128,7 @@ class Study:
             UsageError: the folder's files are missing or damaged.
         """
         try:
-            info = json.loads((folder / INFO).read_text())
-            space = parse_space(yaml.safe_load((folder / SPACE).read_text()), str(folder / SPACE))
-            space = space.kept_in(folder, info.get("task_file"))
-            if not (folder / JOURNAL).is_file():
-                raise FileNotFoundError(f"{JOURNAL} is missing")
+            space, info = read_folder(folder)
             study = optuna.load_study(storage=open_journal(folder / JOURNAL), study_name=info["study"])
             return cls(folder, space, info, study)
         except (OSError, ValueError, yaml.YAMLError, KeyError) as error:
@@ -221,10 +179,7 @@ class Study:
         return Proposals(self._study, self.space, self.folder, self.dense, self.metric)
 
     def _write_space(self) -> None:
-        values = self.space.model_dump()
-        if is_own(self.space.task):  # of the copy in this folder, wherever that is moved
-            values["task"] = Path(self.space.task).name
-        write_atomically(self.folder / SPACE, yaml.safe_dump(values, sort_keys=False))
+        write_atomically(self.folder / SPACE, space_text(self.space))
 
     @property
     def finished(self) -> int:
@@ -317,37 +272,23 @@ class Study:
         Raises:
             OSError: not all of it could be written; the same may be told again, which writes what is missing.
         """
-        accuracy = result.val_accuracy
-        finite = accuracy is not None and isfinite(accuracy)
-        status = "diverged" if result.status == "complete" and not finite else result.status
-        cost = self._running[number]  # known of trials that did not end, too
-        costs = {"macs": cost.macs, "params": cost.params, "size_bytes": cost.size_bytes}
-        costs["latency_predicted_ms"] = cost.latency_ms
-        trial, storage = self._study.get_trials(deepcopy=False)[number], self._study._storage
-        with together(storage):
+        trial, cost = self._study.get_trials(deepcopy=False)[number], self._running[number]
+        with together(self._study._storage):
             if "result" not in trial.user_attrs:
-                storage.set_trial_user_attr(trial._trial_id, "result", {**result.to_dict(), "status": status, **costs})
+                self._study._storage.set_trial_user_attr(trial._trial_id, "result", record_of(result, cost))
             self._tell_optuna(trial._trial_id)
         row = self._take_up(trial._trial_id)
         del self._running[number]
         return unfolded(row)
 
     def _finish(self, trial_id: int) -> None:
-        """Tells Optuna the result that stands in the trial's attributes already, so that a crash in between loses nothing."""
+        """Takes up a result that stands in the trial's attributes already: a crash before it was told has lost nothing."""
         with together(self._study._storage):
             self._tell_optuna(trial_id)
         self._take_up(trial_id)
 
     def _tell_optuna(self, trial_id: int) -> None:
-        trial = self._study._storage.get_trial(trial_id)
-        if trial.state != TrialState.RUNNING:
-            return
-        row = row_of(trial, self.info["dense"], self.metric)
-        if row["status"] == "complete":
-            self._study.tell(trial.number, objective_values(row, self._objectives))
-        else:
-            state = TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL
-            self._study.tell(trial.number, state=state)
+        tell_optuna(self._study, trial_id, self.info["dense"], self.metric, self._objectives)
 
     def _take_up(self, trial_id: int) -> Row:
         """A trial that was told, into the ledger and, where that changed, the front."""
@@ -394,10 +335,7 @@ class Study:
     @property
     def steps_saved(self) -> float:
         """Share of the finished trials' training steps that early stopping spared."""
-        planned = sum(row["recipe"]["steps"] for row in self.rows)
-        stopped = [row for row in self.rows if row["status"] == "stopped"]
-        spared = sum(row["recipe"]["steps"] - row["history"][-1]["step"] for row in stopped)
-        return spared / planned if planned else 0.0
+        return steps_saved(self.rows)
 
     def importances(self) -> dict[str, dict[str, float]]:
         """Target -> searched parameter -> share of what it explains; empty with too few trials."""
@@ -433,13 +371,7 @@ class Study:
         Raises:
             UsageError: no trial lies within it.
         """
-        rows = [row for row in self.rows if row["status"] == "complete"]
-        if budget is not None:
-            limit = parse_budget(*budget.partition("=")[::2])
-            rows = [row for row in rows if limit.allows(_cost_of(row, limit.cost), self.dense)]
-        if not rows:
-            raise UsageError(f"No finished trial of {self.space.name!r} lies within {budget or 'the budgets'}.")
-        return unfolded(max(rows, key=merit))
+        return unfolded(best_row(self.rows, self.dense, self.space.name, budget))
 
     # Latencies, test set and front file --------------------------------------------------------------------------
 
@@ -469,11 +401,3 @@ class Study:
     def write_front(self) -> None:
         write_atomically(self.folder / FRONT, json.dumps(self.front_record(), allow_nan=False))
         self._front_changed = False
-
-
-def _cost_of(row: Row, budget: str) -> Cost:
-    """A row's costs, its latency as measured; the prediction keeps the budget where it was not."""
-    latency = row["latency_ms"] if row["latency_ms"] is not None else row["latency_predicted_ms"]
-    if budget == "latency" and latency is None:
-        raise UsageError("Latency is neither a budget nor an objective of this study: it was not measured.")
-    return Cost(row["macs"], row["params"], row["size_bytes"], latency)
