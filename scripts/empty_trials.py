@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -30,7 +31,7 @@ def tune(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs the study; CPU time of the loop's thread per trial, without what the study's own ask and tell took."""
     from functools import partial
 
-    from simulate_cluster import new_study, rss_mib
+    from simulated_trials import new_study, rss_mib
 
     from ranksearch.cluster import tune as ours
     from ranksearch.search.run import Driver
@@ -60,7 +61,7 @@ def tune(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         ours.Driver = Timed  # type: ignore[misc]
         ours.run_on_ray(at.study, at.bench, lambda row: None, lambda text: None, address=None)
         folder = sum(file.stat().st_size for file in (at.study.folder / "ray").rglob("*") if file.is_file())
-    per_trial = [1000 * (b - a) for a, b in zip(loop_cpu, loop_cpu[1:], strict=False)]
+    per_trial = [1000 * (b - a) for a, b in itertools.pairwise(loop_cpu)]
     around = {n: per_trial[max(0, n - WINDOW) : n + WINDOW] for n in MARKS if n <= trials}
     figures: dict[str, Any] = {f"tune_ms_{n}": round(sum(part) / len(part), 2) for n, part in around.items()}
     figures |= {f"tune_ms_median_{n}": round(median(part), 2) for n, part in around.items()}

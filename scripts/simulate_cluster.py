@@ -6,16 +6,18 @@ disk, so that other work on the machine does not count), plus `--tune-ms` for wh
 trial ended waits until the driver has settled it and asked for the next.
 
     python scripts/simulate_cluster.py --json           about half an hour on two cores
-    python scripts/simulate_cluster.py --only growth --trials 2000 --profile
-    python scripts/simulate_cluster.py --quick          within a minute: ResNet-8, 8 and 64 at once, 250 trials in the long study, no Tune
+    python scripts/simulate_cluster.py --only driven --driven-trials 2000 --profile
+    python scripts/simulate_cluster.py --quick          within a minute: ResNet-8, 8 and 64 at once, a study of 250, no Tune
 
 Parts, each in a process of its own (but under --quick):
 workers   8, 64 and 512 at once, `--waves` trials a worker (at least 300).
     idle_share_N            of the workers' time from the start until the last trial is given out, what they waited for the driver
-growth    one study of `--trials` trials, 64 at once, mirrored in MLflow (SQLite); the mirror catches up after each trial, off the clock.
+grown     a study of 150 driven trials, grown by copies of them in its journal to 1,000, 5,000 and `--trials`; there it is opened, as
+          `ranksearch front` and `resume` do, and a hundred trials are driven, 64 at once.
     driver_ms_N, suggest_ms_N   median of ask + tell + progress, and of ask alone, of the 100 trials around N
-    driver_rss_mib_max, driver_rss_mib_N, journal_mib, mlflow_mib, optuna_writes_per_trial (lines), optuna_syncs_per_trial
-    open_seconds            opening the study again and reading its front, as `ranksearch front` does
+    driver_rss_mib_N, driver_rss_mib_max, journal_mib_N, open_seconds_N
+driven    one study of `--driven-trials`, every trial driven, 64 at once, mirrored in MLflow (SQLite); the mirror catches up off the clock.
+    optuna_writes_per_trial (lines), optuna_syncs_per_trial, mirror_ms, mlflow_mib, driven_ms_N and driven_rss_mib_N as above
     finish_seconds          the mirror's last call: what was missed, figures, report (no nets: simulated trials have none)
 mirror    what MLflow's thread takes from a driver whose trials end as fast as 512 workers end them, every 117 ms of real time:
     driver_ms_mirrored, driver_ms_alone, mirror_ms, mlflow_values_per_second (of the thread's busy time)
@@ -31,7 +33,6 @@ import cProfile
 import heapq
 import os
 import pstats
-import random
 import sys
 import tempfile
 import time
@@ -47,45 +48,45 @@ from typing import Any
 
 from bench_mlflow import Busy
 from empty_trials import tune
+from grown_studies import MARKS, grown
 from report import Report, arguments
-from simulated_trials import RESTART_SECONDS, Fate, bytes_of, diverged, simulated, workbench
+from simulated_trials import RESTART_SECONDS, Clock, Fate, Setting, bytes_of, diverged, new_study, rss_mib
 
-from ranksearch.console import Terminal
 from ranksearch.search.proposals import Candidate
-from ranksearch.search.run import Driver
-from ranksearch.search.space import Space
-from ranksearch.search.space_file import read_space
-from ranksearch.search.study import Study
 from ranksearch.search.trial import TrialResult
-from ranksearch.search.workbench import Workbench
-from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.runs import trial_metrics
 
-SPACE = Path(__file__).parent.parent / "search_spaces" / "cifar10_resnet20.yaml"
-PARTS = ("workers", "growth", "mirror", "tune")
+PARTS = ("workers", "grown", "driven", "mirror", "tune")
 WORKERS = (8, 64, 512)
 FEWEST = 300
 WINDOW = 50
 """Trials on either side of a number over which a time is the median."""
-MARKS = (100, 1000, 5000, 10_000)
 END_EVERY = 0.117
 """Seconds between two ends of trials of a minute on 512 workers."""
 
 
 def main() -> None:
-    parser = arguments(__doc__, trials=10_000, waves=4, tune_trials=2000, tune_ms=10.0, mirror_trials=300)
+    parser = arguments(
+        __doc__, trials=10_000, driven_trials=1000, waves=4, tune_trials=2000, tune_ms=10.0, mirror_trials=300
+    )
     parser.add_argument("--only", default=",".join(PARTS), help="parts to measure (default: %(default)s)")
     parser.add_argument("--profile", action="store_true", help="print where the driver's time goes, on stderr")
-    parser.add_argument("--no-mirror", action="store_true", help="leave MLflow out of the part growth")
+    parser.add_argument("--no-mirror", action="store_true", help="leave MLflow out of the part driven")
     options = parser.parse_args()
     options.only, options.workers = options.only.split(","), WORKERS
     if unknown := set(options.only) - set(PARTS):
         parser.error(f"--only {','.join(unknown)}: the parts are {', '.join(PARTS)}")
     if options.quick:
-        options.trials, options.waves, options.workers, options.mirror_trials = 250, 1, WORKERS[:2], 30
+        options.trials, options.driven_trials, options.waves, options.workers, options.mirror_trials = (
+            1000,
+            120,
+            1,
+            WORKERS[:2],
+            30,
+        )
         options.only = [part for part in options.only if part != "tune"]
     report, figures = Report("simulate_cluster", options), {}
-    parts = {"growth": grow, "mirror": mirror, "tune": tune}
+    parts = {"grown": grown, "driven": grow, "mirror": mirror, "tune": tune}
     jobs = [(part, parts[part], (options,)) for part in options.only if part != "workers"]
     if "workers" in options.only:
         jobs = [("workers", serve, (options, count)) for count in options.workers] + jobs
@@ -127,44 +128,6 @@ class Driven:
 
     def suggest_ms(self, number: int) -> float:
         return round(1000 * median(self.asked[self.around(number)]), 2)
-
-
-@dataclass
-class Setting:
-    """A new study with its driver."""
-
-    study: Study
-    bench: Workbench
-    driver: Driver
-    make: Callable[[Candidate], TrialResult]
-    rng: random.Random
-    mirror: BackgroundMirror | None
-
-
-class Clock:
-    """What the driver takes for an action: CPU time of its thread, and its waiting for the disk; not what else the machine does."""
-
-    def __init__(self, profile: cProfile.Profile | None = None) -> None:
-        self._profile, self.syncs, self._waited, sync = profile, 0, 0.0, os.fsync
-
-        def timed_sync(descriptor: int) -> None:
-            started, cpu = time.perf_counter(), time.thread_time()
-            sync(descriptor)
-            self._waited += time.perf_counter() - started - (time.thread_time() - cpu)
-            self.syncs += 1
-
-        os.fsync = timed_sync
-
-    def __call__(self, action: Callable[..., Any], *given: Any) -> tuple[Any, float]:
-        """(what the action returns, seconds)"""
-        if self._profile is not None:
-            self._profile.enable()
-        cpu, waited = time.thread_time(), self._waited
-        value = action(*given)
-        seconds = time.thread_time() - cpu + self._waited - waited
-        if self._profile is not None:
-            self._profile.disable()
-        return value, seconds
 
 
 def drive(
@@ -209,39 +172,6 @@ def drive(
     return found
 
 
-def space_of(options: argparse.Namespace, trials: int, uri: str = "") -> Space:
-    """ResNet-20 as in its search space, on images of 8 x 8 that need no download; every searched setting as there."""
-    settings = [
-        "task=digits", "validation=360", f"search.seed={options.seed}", "tracking.models=false",
-        "resources.worker_losses=5", *([f"tracking.uri={uri}"] if uri else []),
-        *(["model=resnet8", "layers.lowerings=[im2col, channel, spatial]"] if options.quick else []),
-    ]  # fmt: skip
-    return read_space(SPACE, trials=trials, name="simulated", settings=settings)
-
-
-def new_study(options: argparse.Namespace, runs: Path, trials: int, *, mirrored: bool) -> Setting:
-    space = space_of(options, trials, f"sqlite:///{runs / 'mlflow.db'}" if mirrored else "")
-    bench, rng = workbench(space), random.Random(options.seed)
-    study = Study.create(runs, space, bench, 99.0)
-    terminal = Terminal()
-    mirror = BackgroundMirror(study, runs, lambda text: print(text, file=sys.__stderr__)) if mirrored else None
-
-    def on_row(row: Any) -> None:
-        terminal.row(study, row)
-        if mirror is not None:
-            mirror.log_trial(row)
-
-    terminal.start(study)
-    driver = Driver(study, bench, on_row, lambda text: None)
-    return Setting(study, bench, driver, lambda candidate: simulated(bench, candidate, rng), rng, mirror)
-
-
-def rss_mib() -> float:
-    """Memory of this process now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 # The parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -267,9 +197,9 @@ def grow(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     profile = cProfile.Profile() if options.profile else None
     with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as nowhere:
         with redirect_stderr(nowhere):
-            at = new_study(options, Path(scratch), options.trials, mirrored=not options.no_mirror)
+            at = new_study(options, Path(scratch), options.driven_trials, mirrored=not options.no_mirror)
             clock, busy = Clock(profile), Busy(at.mirror) if at.mirror is not None else None
-            marks = {min(mark, options.trials) for mark in MARKS}
+            marks = {min(mark, options.driven_trials) for mark in MARKS}
 
             def after(ended: int) -> None:
                 if busy is not None:
@@ -289,37 +219,26 @@ def grow(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
             started = time.perf_counter()
             if at.mirror is not None:
                 at.mirror.finish(complete=True)
-            finishing, memory[options.trials] = time.perf_counter() - started, rss_mib()
+            finishing, memory[options.driven_trials] = time.perf_counter() - started, rss_mib()
         if profile is not None:
             pstats.Stats(profile, stream=sys.__stderr__).sort_stats("cumulative").print_stats(60)
-        folder = at.study.folder
-        lines = (folder / "optuna.journal").read_bytes()
-        figures = {f"driver_ms_{n}": found.driver_ms(n) for n in MARKS if n <= options.trials}
-        figures |= {f"suggest_ms_{n}": found.suggest_ms(n) for n in MARKS if n <= options.trials}
-        figures |= {f"driver_rss_mib_{n}": round(memory[n]) for n in sorted(memory) if n in MARKS}
+        lines = (at.study.folder / "optuna.journal").read_bytes()
+        figures = {f"driven_ms_{n}": found.driver_ms(n) for n in MARKS if n <= options.driven_trials}
+        figures |= {f"driven_rss_mib_{n}": round(memory[n]) for n in sorted(memory) if n in MARKS}
         figures |= {
             "driver_rss_mib_max": round(max(memory.values())), "journal_mib": round(len(lines) / 2**20, 1),
-            "optuna_writes_per_trial": round(lines.count(b"\n") / options.trials, 2),
-            "optuna_syncs_per_trial": round(clock.syncs / options.trials, 2),
+            "optuna_writes_per_trial": round(lines.count(b"\n") / options.driven_trials, 2),
+            "optuna_syncs_per_trial": round(len(clock.waits) / options.driven_trials, 2),
             "result_bytes": sizes[0],
         }  # fmt: skip
         if busy is not None:
             figures |= {
-                "mirror_ms": round(1000 * busy.seconds / options.trials, 1),
+                "mirror_ms": round(1000 * busy.seconds / options.driven_trials, 1),
                 "finish_seconds": round(finishing, 1),
                 "mlflow_mib": round((Path(scratch) / "mlflow.db").stat().st_size / 2**20, 1),
             }
-        opening, opened = reopen(folder) if options.quick else apart(reopen, folder)
-        figures |= {"open_seconds": round(opening, 2), "reopened_rss_mib": round(opened)}
-    row = {"workers": 64, "trials": options.trials, "ends": dict(found.ends), "memory": {"mib": memory}}
+    row = {"workers": 64, "trials": options.driven_trials, "ends": dict(found.ends), "memory": {"mib": memory}}
     return row, figures
-
-
-def reopen(folder: Path) -> tuple[float, float]:
-    """(seconds, MiB) of opening a study and reading its front."""
-    started = time.perf_counter()
-    Study.open(folder).front_record()
-    return time.perf_counter() - started, rss_mib()
 
 
 def mirror(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,19 +6,34 @@ losses, the scores of the phases, about ten recorded projections with a value pe
 
 from __future__ import annotations
 
+import argparse
+import cProfile
 import json
 import math
+import os
 import random
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from ranksearch.allocate import MEASURES, Damage, rank_curves
 from ranksearch.compress import dense_cost, plan_cost
+from ranksearch.console import Terminal
 from ranksearch.search.proposals import Candidate
+from ranksearch.search.run import Driver
 from ranksearch.search.space import Space
+from ranksearch.search.space_file import read_space
+from ranksearch.search.study import Study
 from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import Workbench, open_net
+from ranksearch.tracking.background import BackgroundMirror
+
+SPACE = Path(__file__).parent.parent / "search_spaces" / "cifar10_resnet20.yaml"
 
 CURVE, PROJECTIONS = 50, 10
 """Points of a training curve, and recorded projections."""
@@ -92,3 +107,84 @@ class Fate:
         if luck < LOST + DIVERGED:
             return cls(rng.random() * seconds, "diverged")
         return cls(seconds, "complete")
+
+
+# Driving a study ---------------------------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """A study with its driver."""
+
+    study: Study
+    bench: Workbench
+    driver: Driver
+    make: Callable[[Candidate], TrialResult]
+    rng: random.Random
+    mirror: BackgroundMirror | None
+
+
+def space_of(options: argparse.Namespace, trials: int, uri: str = "") -> Space:
+    """ResNet-20 as in its search space, on images of 8 x 8 that need no download; every searched setting as there."""
+    settings = [
+        "task=digits", "validation=360", f"search.seed={options.seed}", "tracking.models=false",
+        "resources.worker_losses=5", *([f"tracking.uri={uri}"] if uri else []),
+        *(["model=resnet8", "layers.lowerings=[im2col, channel, spatial]"] if options.quick else []),
+    ]  # fmt: skip
+    return read_space(SPACE, trials=trials, name="simulated", settings=settings)
+
+
+def new_study(options: argparse.Namespace, runs: Path, trials: int, *, mirrored: bool) -> Setting:
+    space = space_of(options, trials, f"sqlite:///{runs / 'mlflow.db'}" if mirrored else "")
+    bench = workbench(space)
+    study = Study.create(runs, space, bench, 99.0)
+    mirror = BackgroundMirror(study, runs, lambda text: print(text, file=sys.__stderr__)) if mirrored else None
+    return follow(study, bench, random.Random(options.seed), mirror)
+
+
+def follow(study: Study, bench: Workbench, rng: random.Random, mirror: BackgroundMirror | None = None) -> Setting:
+    """A study that is driven as `ranksearch search` does it, with its line of progress per trial."""
+    terminal = Terminal()
+
+    def on_row(row: Any) -> None:
+        terminal.row(study, row)
+        if mirror is not None:
+            mirror.log_trial(row)
+
+    terminal.start(study)
+    driver = Driver(study, bench, on_row, lambda text: None)
+    return Setting(study, bench, driver, lambda candidate: simulated(bench, candidate, rng), rng, mirror)
+
+
+class Clock:
+    """What the driver takes for an action: CPU time of its thread, and its waiting for the disk; not what else the machine does."""
+
+    def __init__(self, profile: cProfile.Profile | None = None) -> None:
+        self._profile, self._waited, sync = profile, 0.0, os.fsync
+        self.waits: list[float] = []
+        """Seconds of every wait for the disk."""
+
+        def timed_sync(descriptor: int) -> None:
+            started, cpu = time.perf_counter(), time.thread_time()
+            sync(descriptor)
+            waited = time.perf_counter() - started - (time.thread_time() - cpu)
+            self._waited += waited
+            self.waits.append(waited)
+
+        os.fsync = timed_sync
+
+    def __call__(self, action: Callable[..., Any], *given: Any) -> tuple[Any, float]:
+        """(what the action returns, seconds)"""
+        if self._profile is not None:
+            self._profile.enable()
+        cpu, waited = time.thread_time(), self._waited
+        value = action(*given)
+        seconds = time.thread_time() - cpu + self._waited - waited
+        if self._profile is not None:
+            self._profile.disable()
+        return value, seconds
+
+
+def rss_mib() -> float:
+    """Memory of this process now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
