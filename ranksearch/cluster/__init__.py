@@ -12,5 +12,6 @@ for _name, _value in {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial without a GPU share sees none
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # its snapshot holds every trial, stops all workers while it is written, and is never read
 }.items():
     os.environ.setdefault(_name, _value)

@@ -150,6 +150,13 @@ class StopBehind(FIFOScheduler):
         return {}
 
 
+class Forget(tune.Callback):
+    """Tune keeps every trial to the end; what one that was told returned is in the study's journal, and Tune lets go of it."""
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        trial.run_metadata.last_result.pop(RESULT, None)
+
+
 def _stopped_result(seed: int, history: list[dict[str, Any]], metric: Metric) -> TrialResult:
     last = history[-1]
     return TrialResult(
@@ -203,6 +210,7 @@ def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: st
         ),
         run_config=tune.RunConfig(
             name="ray",
+            callbacks=[Forget()],
             storage_path=str(study.folder.absolute()),
             verbose=0,
             # Tune counts one death of a reused actor twice, so the study does the retrying
