@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 from contextlib import redirect_stderr
@@ -14,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-MARKS = (100, 500, 1000, 2000, 4000)
+MARKS = (100, 200, 500, 1000, 2000, 4000)
 WINDOW = 50
 
 
@@ -57,12 +58,16 @@ def tune(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
                 walls.append(time.perf_counter())
                 if ended in MARKS or ended == trials:
                     memory[ended] = rss_mib()
+                    spent = 1000 * (loop_cpu[-1] - loop_cpu[-2 * WINDOW]) / (2 * WINDOW)
+                    print(
+                        f"{ended} trials, {memory[ended]:.0f} MiB, {spent:.1f} ms each", file=sys.__stderr__, flush=True
+                    )
 
         ours.Driver = Timed  # type: ignore[misc]
         ours.run_on_ray(at.study, at.bench, lambda row: None, lambda text: None, address=None)
         folder = sum(file.stat().st_size for file in (at.study.folder / "ray").rglob("*") if file.is_file())
     per_trial = [1000 * (b - a) for a, b in itertools.pairwise(loop_cpu)]
-    around = {n: per_trial[max(0, n - WINDOW) : n + WINDOW] for n in MARKS if n <= trials}
+    around = {n: per_trial[max(0, n - 2 * WINDOW) : n] for n in MARKS if n <= trials}
     figures: dict[str, Any] = {f"tune_ms_{n}": round(sum(part) / len(part), 2) for n, part in around.items()}
     figures |= {f"tune_ms_median_{n}": round(median(part), 2) for n, part in around.items()}
     figures |= {f"tune_rss_mib_{n}": round(mib) for n, mib in memory.items()}

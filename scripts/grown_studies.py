@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 from collections import deque
@@ -50,6 +51,7 @@ def grown(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
             figures[f"driver_ms_{mark}"] = round(1000 * median(both), 2)
             figures[f"suggest_ms_{mark}"] = round(1000 * median(asked[-2 * AROUND :]), 2)
             figures[f"driver_rss_mib_{mark}"] = round(rss_mib())
+            print(f"{mark}: {figures}", file=sys.__stderr__, flush=True)
             figures[f"journal_mib_{mark}"] = round((folder / "optuna.journal").stat().st_size / 2**20, 1)
     figures["driver_rss_mib_max"] = max(value for name, value in figures.items() if name.startswith("driver_rss"))
     figures["sync_ms"] = round(1000 * median(clock.waits), 2)

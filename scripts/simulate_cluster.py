@@ -22,7 +22,7 @@ driven    one study of `--driven-trials`, every trial driven, 64 at once, mirror
 mirror    what MLflow's thread takes from a driver whose trials end as fast as 512 workers end them, every 117 ms of real time:
     driver_ms_mirrored, driver_ms_alone, mirror_ms, mlflow_values_per_second (of the thread's busy time)
 tune      `--tune-trials` empty trials on a Ray of this machine, through the searcher that real studies use:
-    tune_ms_N               CPU time of Tune's own loop per trial of the 100 around N, without the study's ask and tell
+    tune_ms_N               CPU time of Tune's own loop per trial of the 100 before N, without the study's ask and tell
     tune_rss_mib_N          memory of the driver's process after N
 """
 
