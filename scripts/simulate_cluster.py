@@ -12,6 +12,7 @@ trial ended waits until the driver has settled it and asked for the next.
 Parts, each in a process of its own (but under --quick):
 workers   8, 64 and 512 at once, `--waves` trials a worker (at least 300).
     idle_share_N            of the workers' time from the start until the last trial is given out, what they waited for the driver
+    idle_share_later_N      the same without the wait for their first trial, which a long study forgets
 grown     a study of 150 driven trials, grown by copies of them in its journal to 1,000, 5,000 and `--trials`; there it is opened, as
           `ranksearch front` and `resume` do, and a hundred trials are driven, 64 at once.
     driver_ms_N, suggest_ms_N   median of ask + tell + progress, and of ask alone, of the 100 trials around N
@@ -115,6 +116,8 @@ class Driven:
     told: list[float] = field(default_factory=list)
     idle: float = 0.0
     """Worker-seconds of waiting until the last trial was given out."""
+    starting: float = 0.0
+    """Of these the wait for a worker's first trial."""
     until: float = 0.0
     """When that was."""
     ends: Counter[str] = field(default_factory=Counter)
@@ -149,6 +152,7 @@ def drive(
             since, order = heapq.heappop(free), order + 1
             now = found.until = max(now, since) + spent + tune_seconds
             found.idle += now - since
+            found.starting += now if order <= workers else 0.0
             fate = Fate.draw(at.rng)
             heapq.heappush(running, (now + fate.seconds, order, candidate, fate, spent))
         if not running:
@@ -182,12 +186,13 @@ def serve(options: argparse.Namespace, workers: int) -> tuple[dict[str, Any], di
         at = new_study(options, Path(runs), trials, mirrored=False)
         found = drive(at, Clock(), at.make, workers=workers, tune_seconds=options.tune_ms / 1000)
     share = found.idle / (workers * found.until)
+    later = (found.idle - found.starting) / (workers * found.until - found.starting)
     both = [a + b for a, b in zip(found.asked, found.told, strict=True)]
     row = {
         "workers": workers, "trials": trials, "driver_ms": 1000 * median(both), "virtual_seconds": found.until,
         "driver_busy_share": (sum(both) + trials * options.tune_ms / 1000) / found.until, "ends": dict(found.ends),
     }  # fmt: skip
-    return row, {f"idle_share_{workers}": round(share, 5)}
+    return row, {f"idle_share_{workers}": round(share, 5), f"idle_share_later_{workers}": round(later, 5)}
 
 
 def grow(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
