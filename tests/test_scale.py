@@ -66,7 +66,7 @@ def test_on_a_full_disk_what_was_held_goes_before_the_next_write(study, tmp_path
     before = (tmp_path / "optuna.journal").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space"), together(study._storage):
+        with pytest.raises(OSError, match="No space"), together(study._storage):  # noqa: PT012
             trial = study.ask()
             trial.suggest_float("x", 0, 1)
     assert (tmp_path / "optuna.journal").read_bytes() == before
@@ -78,7 +78,7 @@ def test_on_a_full_disk_what_was_held_goes_before_the_next_write(study, tmp_path
 
 
 def test_a_second_writer_is_noticed_before_it_does_harm(study, tmp_path):
-    with pytest.raises(StudyError, match="written by another process"), together(study._storage):
+    with pytest.raises(StudyError, match="written by another process"), together(study._storage):  # noqa: PT012
         study.ask()
         reopened(tmp_path).ask()
 
