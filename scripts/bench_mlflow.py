@@ -17,7 +17,6 @@ finish_seconds        the end: front, figures, report (no models: simulated tria
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import random
 import signal
@@ -34,14 +33,12 @@ from statistics import median
 from typing import Any
 
 from report import Report, arguments
+from simulated_trials import simulated
 
-from ranksearch.compress import dense_cost, plan_cost
 from ranksearch.search.front import Row
-from ranksearch.search.proposals import Candidate
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import parse_space
 from ranksearch.search.study import Study
-from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.runs import PARENT_TAG, TRIAL_TAG, trial_metrics
@@ -50,8 +47,7 @@ from mlflow import MlflowClient  # isort: skip  (after tracking, which quiets it
 
 BLOCK = 10
 """Trials of one study before it is the other's turn."""
-CURVE, PROJECTIONS = 50, 20
-"""Points of a simulated training curve, and projections."""
+PROJECTIONS = 20
 
 
 def main() -> None:
@@ -107,24 +103,6 @@ def space_of(options: argparse.Namespace, name: str, uri: str) -> Space:
     }, "bench")  # fmt: skip
 
 
-def simulated(bench: Workbench, candidate: Candidate, rng: random.Random) -> TrialResult:
-    """A result as a real trial's is made up: 50 losses, 3 phases, 20 projections, final metrics."""
-    cost, names = plan_cost(bench.net, candidate.plan), [name for name, _ in candidate.plan.lowered()]
-    accuracy = min(99.9, 80 + 18 * (cost.macs / dense_cost(bench.net).macs) ** 0.3 + rng.gauss(0, 1))
-    steps = [100 * (i + 1) // CURVE for i in range(CURVE)]
-    phases = (("trained", 50), ("projected", 50), ("factors", 100))
-    return TrialResult(
-        "complete", candidate.seed, 4.0, val_accuracy=accuracy, val_loss=rng.random(), macs=cost.macs, params=cost.params,
-        size_bytes=cost.size_bytes, images_per_second=rng.uniform(1e3, 2e3), seconds=rng.uniform(1, 2), projection_share=rng.random(),
-        losses=[{"step": step, "train_loss": math.exp(-step / 50) + 0.1 * rng.random()} for step in steps],
-        history=[{"phase": p, "step": s, "val_accuracy": accuracy - rng.random(), "val_loss": rng.random()} for p, s in phases],
-        projections=[
-            {"step": 2 * i + 2, "loss_before": rng.random(), "loss_after": rng.random(), "removed_energy": {n: rng.random() for n in names}}
-            for i in range(PROJECTIONS)
-        ],
-    )  # fmt: skip
-
-
 class Driven:
     """A study that is driven trial by trial, and what that takes its driver."""
 
@@ -146,7 +124,7 @@ class Driven:
         candidate = self.study.ask(self.bench)
         asked = time.perf_counter() - started
         assert candidate is not None
-        result = simulated(self.bench, candidate, self.rng)
+        result = simulated(self.bench, candidate, self.rng, projections=PROJECTIONS)
         started = time.perf_counter()
         row = self.study.tell(candidate.number, result)
         told = time.perf_counter()

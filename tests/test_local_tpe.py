@@ -148,7 +148,7 @@ def test_staircase_is_the_front_by_rising_cost():
 
 
 def test_costs_beyond_those_seen_are_proportional():
-    levels, costs = _cost_of_level(np.array([[0.5, 0.2, 0.9], [np.nan, 0.3, 0.9]]), 0.25, 1.0)
+    levels, costs = _cost_of_level(np.array([[0.5, 0.2]]), 0.25, 1.0)
     assert levels.tolist() == [0.25, 0.5, 1.0]
     assert costs.tolist() == pytest.approx([0.1, 0.2, 0.4])
 

@@ -104,6 +104,19 @@ def test_the_search_bench_compares_the_search_with_its_controls(tmp_path):
     assert set(trials.values()) == {32, 64}
 
 
+def test_the_simulation_drives_studies_of_all_sizes():
+    found = call("simulate_cluster", "--only", "workers,grown")
+    figures = found["figures"]
+    assert 0 < figures["idle_share_8"] < figures["idle_share_64"] < 0.5
+    assert {"driver_ms_100", "driver_ms_1000", "suggest_ms_1000", "driver_rss_mib_max", "open_seconds_1000"} <= set(
+        figures
+    )
+    assert figures["driver_ms_1000"] > figures["suggest_ms_1000"] > 0
+    assert 5 < figures["journal_mib_1000"] / figures["journal_mib_100"] < 12  # copies are as long as what they copy
+    ends = [row["ends"] for row in found["rows"] if row["part"] == "workers"]
+    assert all(sum(end.values()) - end.get("lost", 0) == 100 for end in ends)
+
+
 def test_a_study_that_is_shot_at_finishes_every_trial_once():
     figures = call("drill_faults")["figures"]
     assert figures["kills"] == 3, "the study ended before the shots"

@@ -178,7 +178,7 @@ def test_a_result_that_was_written_but_not_told_is_not_lost(make, bench, tmp_pat
     def die(number):
         raise SystemExit
 
-    monkeypatch.setattr(study, "_finish", die)
+    monkeypatch.setattr(study, "_tell_optuna", die)
     with pytest.raises(SystemExit):
         study.tell(candidate.number, simulated(candidate, bench, accuracy=77.0))
     again = Study.open(tmp_path / "digits_resnet8")

@@ -17,5 +17,6 @@ for _name, _value in {
     "TUNE_MAX_PENDING_TRIALS_PG": "1024",  # the study's own searcher says how many wait, by what the cluster holds at that moment
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a lost trial is told of in a sentence
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # its snapshot holds every trial, stops all workers while it is written, and is never read
 }.items():
     os.environ.setdefault(_name, _value)

@@ -200,6 +200,13 @@ def _node(place: dict[str, Any] | None) -> str:
     return f"{place['node']} ({place['ip']})" if place else "its node"
 
 
+class Forget(tune.Callback):
+    """Tune keeps every trial to the end; what one that was told returned is in the study's journal, and Tune lets go of it."""
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        trial.run_metadata.last_result.pop(RESULT, None)
+
+
 def _stopped_result(seed: int, history: list[dict[str, Any]], metric: Metric) -> TrialResult:
     last = history[-1]
     return TrialResult(
@@ -264,7 +271,7 @@ def _fit_all(searcher: AskTell, study: Study, shared: Shared, terms: Terms) -> N
             name="ray",
             storage_path=str(study.folder.absolute()),
             verbose=0,
-            callbacks=[searcher.losses],
+            callbacks=[searcher.losses, Forget()],
             # Tune counts one death of a reused actor twice, so the study does the retrying
             failure_config=tune.FailureConfig(max_failures=0),
         ),

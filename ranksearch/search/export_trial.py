@@ -45,12 +45,12 @@ def pick_trial(study: Study, trial: int | str) -> Row:
         raise UsageError(f"Trial {number} of {study.space.name!r} is {status}, not complete. {_nearest(study, number)}")
     if not holds_net(study.trial_folder(number)):
         raise UsageError(f"The net of trial {number} is not in {study.trial_folder(number)}. {_nearest(study, number)}")
-    return next(row for row in study.trials if row["trial"] == number)
+    return next(row for row in study.rows if row["trial"] == number)
 
 
 def _nearest(study: Study, number: int, shown: int = 5) -> str:
     """A sentence that names the nearest trials that can be exported."""
-    complete = [row["trial"] for row in study.trials if row["status"] == "complete"]
+    complete = [row["trial"] for row in study.rows if row["status"] == "complete"]
     valid = sorted((n for n in complete if holds_net(study.trial_folder(n))), key=lambda n: (abs(n - number), n))
     if not valid:
         return "No trial of it can be exported yet."

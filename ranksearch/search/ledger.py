@@ -27,6 +27,9 @@ class Ledger:
     def __contains__(self, number: int) -> bool:
         return number in self._rows
 
+    def __getitem__(self, number: int) -> Row:
+        return self._rows[number]
+
     def add(self, row: Row) -> bool:
         """Takes up a finished trial, once; returns whether it is on the front now."""
         if row["trial"] in self._rows:
@@ -58,6 +61,11 @@ class Ledger:
     def front(self) -> list[Row]:
         """The nondominated complete trials, the best metric first."""
         return in_order(self._front)
+
+    @property
+    def on_front(self) -> set[int]:
+        """Numbers of the trials on the front."""
+        return {row["trial"] for row in self._front}
 
     @property
     def best(self) -> Row | None:

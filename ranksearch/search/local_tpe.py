@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from math import nan
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.search.parametrize import LEVEL
 
@@ -47,24 +47,36 @@ class Seen:
         self.params: list[Mapping[str, Any]] = []
         self.interrupted = 0
         """Trials that were cut off and are proposed again under another number: they count neither as tries nor as numbers."""
-        self._numbers: set[int] = set()
-        self._rows: list[tuple[float, float, float]] = []
+        self._rows = np.empty((64, 3))
+        # what a proposal of the level looks at, kept in order: sorting it anew would take time that grows with the study
+        self.by_level = np.empty((0, 2))
+        """(level, cost) [n] of the trials that have both, sorted."""
+        self.costs = np.empty(0)
+        """Costs [n] of the trials with an accuracy, sorted."""
+        self.stairs = np.empty((0, 2))
+        """(cost, accuracy) of the nondominated ones, by rising cost."""
+        self.in_vain: list[float] = []
+        """Levels of the trials without accuracy."""
 
-    def __contains__(self, number: int) -> bool:
-        return number in self._numbers
-
-    def add(self, number: int, params: Mapping[str, Any], cost: float = nan, accuracy: float = nan) -> None:
-        self._numbers.add(number)
+    def add(self, params: Mapping[str, Any], cost: float = nan, accuracy: float = nan) -> None:
+        if len(self.params) == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
+        level = params.get(LEVEL, nan)
+        self._rows[len(self.params)] = level, cost, accuracy
         self.params.append(params)
-        self._rows.append((params.get(LEVEL, nan), cost, accuracy))
-
-    def skip(self, number: int) -> None:
-        self._numbers.add(number)
-        self.interrupted += 1
+        if not isnan(level) and not isnan(cost):
+            first, last = (int(np.searchsorted(self.by_level[:, 0], level, side)) for side in ("left", "right"))
+            at = first + int(np.searchsorted(self.by_level[first:last, 1], cost))
+            self.by_level = np.insert(self.by_level, at, (level, cost), axis=0)
+        if not isnan(accuracy):
+            self.costs = np.insert(self.costs, int(np.searchsorted(self.costs, cost)), cost)
+            self.stairs = _staircase(np.vstack([self.stairs, [cost, accuracy]]))
+        elif not isnan(level):
+            self.in_vain.append(level)
 
     @property
     def table(self) -> np.ndarray:
-        return np.array(self._rows, dtype=float).reshape(-1, 3)
+        return self._rows[: len(self.params)]
 
 
 class LocalTPE(BaseSampler):
@@ -91,6 +103,9 @@ class LocalTPE(BaseSampler):
         self._distributions, self._seed = dict(distributions), seed
         self._accuracy_at, self._cost_at = accuracy_at, cost_at
         self._seen = Seen()
+        self._looked_at = 0
+        self._open: list[int] = []
+        """Of the trials that were looked at, those that had not ended."""
         self._independent = RandomSampler(seed=seed)
 
     def reseed_rng(self) -> None:
@@ -115,56 +130,64 @@ class LocalTPE(BaseSampler):
         table = self._seen.table
         if LEVEL not in search_space:
             chosen = _newest_and_best(table)
-            return self._by_tpe(chosen, table[chosen, 2], running, search_space, rng)
+            return self._by_tpe(chosen, table[chosen, 2], running[-NEIGHBOURS:], search_space, rng)
         bounds = search_space[LEVEL]
-        level = self._level(table, running, bounds.low, bounds.high, rng)  # type: ignore[attr-defined]
+        level = self._level(running, bounds.low, bounds.high, rng)  # type: ignore[attr-defined]
         others = {name: found for name, found in search_space.items() if name != LEVEL}
         if not others:
             return {LEVEL: level}
         near = _nearest(table, level)
-        return {LEVEL: level} | self._by_tpe(near, _residuals(table[near], level), running, others, rng)
+        beside = _beside(running, level)
+        return {LEVEL: level} | self._by_tpe(near, _residuals(table[near], level), beside, others, rng)
 
     def _observe(self, study: optuna.Study, own: int) -> list[Mapping[str, Any]]:
         """Takes up trials that ended since the last look; returns the parameters of those that run beside this one."""
-        running = []
-        for trial in study._get_trials(deepcopy=False, use_cache=True):
-            if trial.number in self._seen or trial.number == own:
-                continue
-            if trial.state == TrialState.RUNNING:
-                running.append(trial.params)
-            elif trial.state == TrialState.COMPLETE and trial.values is not None:
-                cost = trial.values[self._cost_at] if self._cost_at is not None else nan
-                self._seen.add(trial.number, trial.params, cost, self._share(trial.values[self._accuracy_at]))
-            elif trial.state.is_finished() and trial.user_attrs.get("outcome") == INTERRUPTED:
-                self._seen.skip(trial.number)
-            elif trial.state.is_finished():
-                self._seen.add(trial.number, trial.params)
+        trials = study._get_trials(deepcopy=False, use_cache=True)
+        looked_at, self._looked_at = self._looked_at, len(trials)
+        running, self._open = (
+            [],
+            [n for n in (*self._open, *range(looked_at, len(trials))) if not self._ended(trials[n])],
+        )
+        for number in self._open:
+            if number != own and trials[number].state == TrialState.RUNNING:
+                running.append(trials[number].params)
         return running
+
+    def _ended(self, trial: FrozenTrial) -> bool:
+        """Whether a trial has ended; one that has is taken up."""
+        if trial.state == TrialState.COMPLETE and trial.values is not None:
+            cost = trial.values[self._cost_at] if self._cost_at is not None else nan
+            self._seen.add(trial.params, cost, self._share(trial.values[self._accuracy_at]))
+        elif trial.state.is_finished() and trial.user_attrs.get("outcome") == INTERRUPTED:
+            self._seen.interrupted += 1
+        elif trial.state.is_finished():
+            self._seen.add(trial.params)
+        return trial.state.is_finished()
 
     # The level ---------------------------------------------------------------------------------------------------
 
-    def _level(
-        self, table: np.ndarray, running: Sequence[Mapping[str, Any]], low: float, high: float, rng: np.random.Generator
-    ) -> float:
+    def _level(self, running: Sequence[Mapping[str, Any]], low: float, high: float, rng: np.random.Generator) -> float:
         """The level at which the cost falls into the widest gap of the front: Δcost · Δaccuracy over the tries there so far."""
-        levels, costs = _cost_of_level(table, low, high)
+        levels, costs = _cost_of_level(self._seen.by_level, low, high)
         if len(levels) == 0:
             return float(rng.uniform(low, high))
         least, most = np.interp([low, high], levels, costs)
-        points = table[~np.isnan(table[:, 2]), 1:]
-        in_vain = table[np.isnan(table[:, 2]) & ~np.isnan(table[:, 0]), 0]
-        others = [*in_vain, *(params[LEVEL] for params in running if LEVEL in params)]
-        tried = np.sort(np.concatenate([points[:, 0], np.interp(others, levels, costs)]))
-        stairs = _staircase(points)
+        others = [*self._seen.in_vain, *(params[LEVEL] for params in running if LEVEL in params)]
+        tried = (self._seen.costs, np.sort(np.interp(others, levels, costs)))
+        stairs = self._seen.stairs
         start = stairs[stairs[:, 0] <= least, 1].max(initial=0.0)
         inside = stairs[(stairs[:, 0] > least) & (stairs[:, 0] < most)]
-        ceiling = max(self._ceiling, float(points[:, 1].max()))
+        ceiling = max(self._ceiling, float(stairs[-1, 1]))
         corners = np.vstack([[least, start], inside, [most, ceiling]])
         width, height = np.diff(corners, axis=0).T
-        tries = np.searchsorted(tried, corners[1:, 0], "left") - np.searchsorted(tried, corners[:-1, 0], "right")
+        tries = sum(
+            np.searchsorted(part, corners[1:, 0], "left") - np.searchsorted(part, corners[:-1, 0], "right")
+            for part in tried
+        )
         room = np.where(width > 1e-6, width * np.maximum(height, 0), -1.0) / (1 + tries)
         gap = int(np.argmax(room))
-        if _room_at_the_top(table, tried, corners[-2], most, high) > GAINED * room[gap]:
+        beyond = sum(len(part) - int(np.searchsorted(part, NEAR_THE_TOP * most)) for part in tried)
+        if _room_at_the_top(self._seen.table, beyond, corners[-2], high) > GAINED * room[gap]:
             return high
         cost = corners[gap, 0] + rng.uniform(*MIDDLE) * width[gap]
         return float(np.clip(np.interp(cost, *_rising(costs, levels)), low, high))
@@ -183,19 +206,27 @@ class LocalTPE(BaseSampler):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = TPESampler(multivariate=True, n_startup_trials=0, seed=int(rng.integers(2**31)))
-        inner = optuna.create_study(direction="maximize", sampler=sampler)
         known = [(self._seen.params[i], value) for i, value in zip(chosen, values.tolist(), strict=True)]
-        for params, value in [*known, *((params, None) for params in running)]:
-            if space.keys() <= params.keys():
-                inner.add_trial(_inner(params, space, value))
+        shown = [(params, value) for params, value in known if space.keys() <= params.keys()]
+        shown += [(params, None) for params in running if space.keys() <= params.keys()]
+        trials = [_inner(number, params, space, value) for number, (params, value) in enumerate(shown, 1)]
+        inner = optuna.create_study(direction="maximize", sampler=sampler)
+        # not `add_trials`: its copies took more time than all of TPE
+        inner._get_trials = lambda deepcopy=True, states=None, use_cache=False: [  # type: ignore[method-assign]
+            trial for trial in trials if states is None or trial.state in states
+        ]
         return inner.ask(dict(space)).params
 
 
-def _inner(params: Mapping[str, Any], space: Mapping[str, BaseDistribution], value: float | None) -> FrozenTrial:
+def _inner(
+    number: int, params: Mapping[str, Any], space: Mapping[str, BaseDistribution], value: float | None
+) -> FrozenTrial:
     """A trial of the inner study; without a value it is one that runs, which TPE keeps away from."""
-    state = TrialState.RUNNING if value is None else TrialState.COMPLETE
-    mine = {name: params[name] for name in space}
-    return create_trial(state=state, params=mine, distributions=dict(space), value=value)
+    return FrozenTrial(
+        number=number, trial_id=number, state=TrialState.RUNNING if value is None else TrialState.COMPLETE, value=value,
+        params={name: params[name] for name in space}, distributions=dict(space), datetime_start=None, datetime_complete=None,
+        user_attrs={}, system_attrs={}, intermediate_values={},
+    )  # fmt: skip
 
 
 def _newest_and_best(table: np.ndarray) -> np.ndarray:
@@ -207,8 +238,24 @@ def _newest_and_best(table: np.ndarray) -> np.ndarray:
 
 def _nearest(table: np.ndarray, level: float, count: int = NEIGHBOURS) -> np.ndarray:
     """Indices of the complete trials nearest in level, of those that have one (plans that were given do not)."""
-    done = np.flatnonzero(~np.isnan(table[:, [0, 2]]).any(axis=1))
-    return done[np.argsort(np.abs(np.log(table[done, 0] / level)), kind="stable")[:count]]
+    done = np.flatnonzero(~np.isnan(table[:, 0] + table[:, 2]))
+    return done[_least(np.abs(np.log(table[done, 0] / level)), count)]
+
+
+def _beside(running: Sequence[Mapping[str, Any]], level: float) -> list[Mapping[str, Any]]:
+    """Of the parameters of running trials those that TPE keeps away from: where hundreds run, the nearest in level."""
+    if len(running) <= NEIGHBOURS:
+        return list(running)
+    distances = [abs(np.log(params[LEVEL] / level)) if LEVEL in params else np.inf for params in running]
+    return [running[i] for i in sorted(_least(np.array(distances), NEIGHBOURS))]
+
+
+def _least(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the least values, in their order; of equal ones the first."""
+    if len(values) <= count:
+        return np.argsort(values, kind="stable")
+    candidates = np.flatnonzero(values <= np.partition(values, count - 1)[count - 1])
+    return candidates[np.argsort(values[candidates], kind="stable")[:count]]
 
 
 def _residuals(near: np.ndarray, level: float) -> np.ndarray:
@@ -223,24 +270,22 @@ def _residuals(near: np.ndarray, level: float) -> np.ndarray:
     return weight * (accuracy - np.polynomial.polynomial.polyval(x, fitted))
 
 
-def _room_at_the_top(table: np.ndarray, tried: np.ndarray, last: np.ndarray, most: float, high: float) -> float:
+def _room_at_the_top(table: np.ndarray, tries: int, last: np.ndarray, high: float) -> float:
     """What a net as large as the budget allows may gain: all costs from the `last` corner (cost, accuracy) to dense, times the rise.
 
-    There is no gap to fill at the front's end, but a better net there counts most. The rise to be hoped for is what a normal
-    deviation of the neighbours' spread gives on average, 0.4 of it.
+    There is no gap to fill at the front's end, but a better net there counts most, less for each of the `tries` near it. The rise to be
+    hoped for is what a normal deviation of the neighbours' spread gives on average, 0.4 of it.
     """
     near = _nearest(table, high, NEIGHBOURS // 2)
     spread = float(np.std(_residuals(table[near], high))) if len(near) >= 4 else 0.01
-    tries = len(tried) - np.searchsorted(tried, NEAR_THE_TOP * most)
     return max(0.0, 1 - last[0]) * min(0.4 * spread, 1 - last[1]) / (1 + tries)
 
 
-def _cost_of_level(table: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rising (levels, costs) from `low` to `high` as the trials had them; beyond those the cost is proportional to the level."""
-    known = table[~np.isnan(table[:, :2]).any(axis=1), :2]
+def _cost_of_level(known: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rising (levels, costs) from `low` to `high` as trials had them, `known` [n, (level, cost)] in order; beyond those the cost is
+    proportional to the level."""
     if len(known) == 0:
         return np.empty(0), np.empty(0)
-    known = known[np.lexsort(known.T[::-1])]
     (first, first_cost), (last, last_cost) = known[0], known[-1]
     below = [[low, first_cost * low / first]] if first > low else np.empty((0, 2))
     above = [[high, last_cost * high / last]] if last < high else np.empty((0, 2))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import optuna
@@ -21,6 +22,7 @@ from ranksearch.search.allocated import Allocated
 from ranksearch.search.budgets import violations
 from ranksearch.search.direct import Direct
 from ranksearch.search.front import cost_ratio
+from ranksearch.search.journal import together
 from ranksearch.search.local_tpe import INTERRUPTED
 from ranksearch.search.metric import Metric
 from ranksearch.search.parametrize import Form, Searched, Suggestion
@@ -84,18 +86,11 @@ class Proposals:
         """
         searched, known = self._search(bench), False
         for _ in range(MAX_REJECTED):
-            trial = self._returned() or self._study.ask()
-            try:
-                found = searched.suggest(trial)
-            except UsageError as error:
-                self._reject(trial, "infeasible", str(error))
-                continue
-            cost = bench.curves.cost(found.plan)
-            if not self._is_feasible(trial, cost):
-                continue
-            if self._is_new(trial, found):
-                return self._take(trial, found), cost
-            known = True
+            with together(self._study._storage):
+                candidate, cost = self._draw(searched, bench)
+            if candidate is not None:
+                return candidate, cost
+            known |= cost is not None
         if not self.keys:
             raise StudyError(f"None of {MAX_REJECTED} proposals was feasible: widen the space or the budgets.")
         self.why_exhausted = (
@@ -115,6 +110,19 @@ class Proposals:
                 return optuna.Trial(self._study, frozen._trial_id)
         self._may_hold_returned = False
         return None
+
+    def _draw(self, searched: Searched, bench: Workbench) -> tuple[Candidate, Cost] | tuple[None, Cost | None]:
+        """One proposal and its cost; no candidate where it was turned down, and no cost where that was for the budgets."""
+        trial = self._returned() or self._study.ask()
+        try:
+            found = searched.suggest(trial)
+        except UsageError as error:
+            self._reject(trial, "infeasible", str(error))
+            return None, None
+        cost = bench.curves.cost(found.plan)
+        if not self._is_feasible(trial, cost):
+            return None, None
+        return (self._take(trial, found) if self._is_new(trial, found) else None), cost
 
     def _search(self, bench: Workbench) -> Searched:
         """The form, and with it the sampler, made at the first proposal."""
@@ -178,16 +186,20 @@ class Proposals:
     def give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:
         """Ends a trial without a result, and enqueues its parameters, plan and seed once more."""
         self._may_hold_returned |= enqueue
-        if enqueue:
-            names = ("allocator", "given", "seed", "workers_lost", "nodes_lost")
-            kept = {name: frozen.user_attrs[name] for name in names if name in frozen.user_attrs}
-            if (candidate := frozen.user_attrs.get("candidate")) is not None:
-                kept |= {"allocator": candidate["allocator"], "given": candidate["plan"], "seed": candidate["seed"]}
-            params = {**frozen.system_attrs.get("fixed_params", {}), **frozen.params}
-            kept |= {"brings": sorted(params)} if "given" in kept else {}
-            self._study.enqueue_trial(params, user_attrs={**kept, **attrs, "retry_of": frozen.number})
-        self._study._storage.set_trial_user_attr(frozen._trial_id, "outcome", INTERRUPTED)
-        self._study.tell(frozen.number, state=TrialState.FAIL)
+        with together(self._study._storage):
+            if enqueue:
+                self._enqueue_again(frozen, attrs)
+            self._study._storage.set_trial_user_attr(frozen._trial_id, "outcome", INTERRUPTED)
+            self._study.tell(frozen.number, state=TrialState.FAIL)
+
+    def _enqueue_again(self, frozen: FrozenTrial, attrs: Mapping[str, int]) -> None:
+        names = ("allocator", "given", "seed", "workers_lost", "nodes_lost")
+        kept = {name: frozen.user_attrs[name] for name in names if name in frozen.user_attrs}
+        if (candidate := frozen.user_attrs.get("candidate")) is not None:
+            kept |= {"allocator": candidate["allocator"], "given": candidate["plan"], "seed": candidate["seed"]}
+        params = {**frozen.system_attrs.get("fixed_params", {}), **frozen.params}
+        kept |= {"brings": sorted(params)} if "given" in kept else {}
+        self._study.enqueue_trial(params, user_attrs={**kept, **attrs, "retry_of": frozen.number})
 
     def _reject(self, trial: optuna.Trial, outcome: str, reason: str, values: list[float] | None = None) -> None:
         trial.set_user_attr("outcome", outcome)

@@ -167,7 +167,7 @@ class Driver:
         early = total >= min(GIVE_UP_AFTER, self._study.planned) and counts.get("failed", 0) == total
         if not early and not (total >= JUDGED_FROM and failed > allowed * total):
             return
-        last = [row["reason"] for row in self._study.trials if row["status"] in ("failed", "diverged")][-1]
+        last = [row["reason"] for row in self._study.rows if row["status"] in ("failed", "diverged")][-1]
         what = (
             f"All of the first {total} trials failed"
             if early

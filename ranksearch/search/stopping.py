@@ -10,12 +10,17 @@ Reference: Li et al. 2020, arXiv 1810.05934 (ASHA); Schmucker, Donini, Zafar, Sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import floor
 
 import numpy as np
 
+from ranksearch.compress import Cost
 from ranksearch.pareto import nondominated
+from ranksearch.search.front import Row, cost_ratio
+from ranksearch.search.metric import Metric
+from ranksearch.search.space_search import EarlyStoppingSpace
+from ranksearch.search.trial import RUNG
 
 Point = Sequence[float]
 """A trial at a rung in minimisation form: 1 - accuracy, then its costs as ratios of dense."""
@@ -62,3 +67,28 @@ class Rungs:
         ranks = sorting_ranks(np.array(list(reached.values())))
         mine = ranks[list(reached).index(trial)]
         return bool(mine == 0 or (ranks < mine).sum() < floor(len(reached) / self._reduction))
+
+
+def rung_point(val_accuracy: float, cost: Cost, dense: Cost, metric: Metric, objectives: Sequence[str]) -> list[float]:
+    """A trial at a rung, from its metric there and its plan's cost.
+
+    Its latency is as predicted; where no table is at hand, its MACs stand in for it.
+    """
+    unknown = "latency" if cost.latency_ms is None else ""
+    costs = ["macs" if name == unknown else name for name in objectives if name != "accuracy"]
+    return [1 - metric.share(val_accuracy), *(cost_ratio(name, cost, dense) for name in costs)]
+
+
+def recorded_rungs(
+    stopping: EarlyStoppingSpace | None, rows: Iterable[Row], point: Callable[[float, Cost], Point]
+) -> Rungs | None:
+    """The rungs, with what the trials of `rows` reached; None without early stopping."""
+    if stopping is None:
+        return None
+    rungs = Rungs(len(stopping.rungs), stopping.reduction)
+    for row in rows:
+        for entry in row["history"]:
+            if entry["phase"] == RUNG:
+                cost = Cost(row["macs"], row["params"], row["size_bytes"], row["latency_predicted_ms"])
+                rungs.record(row["trial"], entry["rung"], point(entry["val_accuracy"], cost))
+    return rungs

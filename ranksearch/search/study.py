@@ -7,63 +7,53 @@ opened again from its folder. Ray and MLflow are not known here.
 from __future__ import annotations
 
 import json
-import uuid
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import optuna
-import safetensors.torch
 import yaml
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from ranksearch.allocate import parse_budget
 from ranksearch.compress import Cost
 from ranksearch.compress.export import PLAN, WEIGHTS, holds_net
-from ranksearch.compress.stopwatch import Stopwatch
 from ranksearch.errors import UsageError
 from ranksearch.files import write_atomically
-from ranksearch.search.allocated import Allocated
+from ranksearch.search.best import best_row, steps_saved
 from ranksearch.search.checkpoint import CheckpointFile
-from ranksearch.search.front import Row, cost_ratio, directions_of, front_record, merit, objective_values, row_of
+from ranksearch.search.folded import unfolded
+from ranksearch.search.front import Row, front_record, row_of
 from ranksearch.search.importance import importances
-from ranksearch.search.journal import mend_journal
+from ranksearch.search.journal import mend_journal, together
+from ranksearch.search.late import DENSE, Late
 from ranksearch.search.ledger import Ledger
+from ranksearch.search.making import begin, read_folder, space_text
 from ranksearch.search.metric import Metric
-from ranksearch.search.opening import first_points
+from ranksearch.search.orphans import settle_orphans
 from ranksearch.search.parametrize import Opening
 from ranksearch.search.place import Remote, fetch
-from ranksearch.search.proposals import Candidate, Proposals, form_of
-from ranksearch.search.provenance import provenance
+from ranksearch.search.proposals import Candidate, Proposals
 from ranksearch.search.space import Space
-from ranksearch.search.space_file import parse_space
-from ranksearch.search.stopping import Rungs
-from ranksearch.search.storage import forget_study, make_study, open_study
-from ranksearch.search.study_folder import (
-    DENSE_WEIGHTS,
+from ranksearch.search.stopping import recorded_rungs, rung_point
+from ranksearch.search.storage import forget_study, open_study
+from ranksearch.search.study_folder import (  # fmt: skip
     FRONT,
     GIVEN,
     INFO,
     JOURNAL,
-    MEASURED,
     SPACE,
-    TEST,
     UNFINISHED,
     clear,
-    keep_task_file,
     locked,
     new_folder,
     place_of_results,
     trial_folder,
 )
-from ranksearch.search.trial import RUNG, TrialResult
+from ranksearch.search.telling import record_of, tell_optuna
+from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import Workbench
-from ranksearch.tasks import is_own
 
 NODE_LOSSES = 20
 """How many nodes a trial may lose: one that takes down every node it is put on ends there."""
@@ -91,12 +81,13 @@ class Study:
         trials = study.get_trials(deepcopy=False)
         done = (t for t in trials if t.state.is_finished() and "result" in t.user_attrs)
         rows = (row_of(t, info["dense"], self.metric) for t in done)
+        self._late = Late(folder)
         self._ledger = Ledger(self._objectives, rows, faster=space.has_latency)
-        self._ledger.score(self.test_accuracies())
-        self._ledger.time(self._latencies())
+        self._ledger.score(self._late.test_accuracies())
+        self._ledger.time(self._late.latencies())
         self._front_changed = False
         """Whether the front was changed since it was written."""
-        self._rungs = self._recorded_rungs()
+        self._rungs = recorded_rungs(space.search.early_stopping, self._ledger.rows, self._rung_point)
 
     def __repr__(self) -> str:
         done = f"{self.finished} of {self.planned} trials done, {len(self.front)} on the front"
@@ -105,13 +96,7 @@ class Study:
     # Making and opening ------------------------------------------------------------------------------------------
 
     @classmethod
-    def create(
-        cls,
-        runs: Path,
-        space: Space,
-        bench: Workbench,
-        dense_val_accuracy: float,
-    ) -> Study:
+    def create(cls, runs: Path, space: Space, bench: Workbench, dense_val_accuracy: float) -> Study:
         """A new study in `runs`/NAME with its first points enqueued; `dense_val_accuracy` is the dense net's metric.
 
         Raises:
@@ -128,28 +113,12 @@ class Study:
 
     @classmethod
     def _fill(cls, folder: Path, space: Space, bench: Workbench, val_accuracy: float) -> Study:
-        if space.data is not None:  # the study is opened from other working directories too
-            space = space.model_copy(update={"data": str(Path(space.data).expanduser().resolve())})
-        (folder / UNFINISHED).touch()
-        own = keep_task_file(space, folder)
-        space = space.kept_in(folder, own)
-        safetensors.torch.save_file({k: v.contiguous().clone() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
-        dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(bench.curves.dense)
-        metric = Metric.of(bench.task, val_accuracy)
-        form = form_of(space, bench.curves, bench.damage)
-        known = form if isinstance(form, Allocated) else Allocated(space, bench.curves, bench.damage)
-        opening = first_points(space, bench.curves, form, known)
-        info = {
-            "study": space.name, "id": uuid.uuid4().hex, "metric": metric.to_dict(), "task_file": own, "dense": dense,
-            "seed": space.search.seed, "provenance": provenance(folder),
-            "opened_with": dict(Counter(point.allocator for point in opening)), "layers": bench.layer_facts(),
-            "latency_key": Stopwatch(space.latency.as_setting()).key if space.has_latency else None,
-        }  # fmt: skip
-        study = make_study(space, folder, info, directions_of(space.search.objectives, metric))
+        space, info, study, opening = begin(folder, space, bench, val_accuracy)
         try:
             made = cls(folder, space, info, study)
-            for point in opening:
-                made.enqueue(point)
+            with together(study._storage):
+                for point in opening:
+                    made.enqueue(point)
             made._write_space()
             if space.given is not None:
                 write_atomically(folder / GIVEN, space.given)
@@ -177,9 +146,7 @@ class Study:
             StudyError: the study's database does not answer.
         """
         try:
-            info = json.loads((folder / INFO).read_text())
-            space = parse_space(yaml.safe_load((folder / SPACE).read_text()), str(folder / SPACE))
-            space = space.kept_in(folder, info.get("task_file"))
+            space, info = read_folder(folder)
             return cls(folder, space, info, open_study(space, folder, info))
         except (OSError, ValueError, yaml.YAMLError, KeyError) as error:
             raise UsageError(f"{folder} is no readable study: {error}") from error
@@ -233,10 +200,7 @@ class Study:
         return Proposals(self._study, self.space, self.results, self.dense, self.metric)
 
     def _write_space(self) -> None:
-        values = self.space.model_dump()
-        if is_own(self.space.task):  # of the copy in this folder, wherever that is moved
-            values["task"] = Path(self.space.task).name
-        write_atomically(self.folder / SPACE, yaml.safe_dump(values, sort_keys=False))
+        write_atomically(self.folder / SPACE, space_text(self.space))
 
     @property
     def finished(self) -> int:
@@ -300,16 +264,10 @@ class Study:
 
     def _settle_orphans(self) -> int:
         """The same for trials that are running in the journal and that nobody runs."""
-        again = 0
-        trials = self._study.get_trials(deepcopy=False)
-        retried = {t.user_attrs.get("retry_of") for t in trials}
-        for frozen in [t for t in trials if t.state == TrialState.RUNNING and t.number not in self._running]:
-            if "result" in frozen.user_attrs:
-                self._finish(frozen._trial_id)
-                continue
-            wanted = "candidate" in frozen.user_attrs or "fixed_params" in frozen.system_attrs
-            self._give_back(frozen, enqueue=wanted and frozen.number not in retried)
-            again += wanted
+        again = settle_orphans(
+            self._study.get_trials(deepcopy=False), self._running, finish=lambda frozen: self._finish(frozen._trial_id),
+            give_back=lambda frozen, enqueue: self._give_back(frozen, enqueue=enqueue),
+        )  # fmt: skip
         self._orphans = False
         return again
 
@@ -343,23 +301,7 @@ class Study:
         return self._rungs.goes_on(number, rung, self._rung_point(val_accuracy, self._running[number]))
 
     def _rung_point(self, val_accuracy: float, cost: Cost) -> list[float]:
-        # a trial's latency is as predicted; where no table is at hand, its MACs stand in for it
-        unknown = "latency" if cost.latency_ms is None else ""
-        costs = ["macs" if name == unknown else name for name in self._objectives if name != "accuracy"]
-        return [1 - self.metric.share(val_accuracy), *(cost_ratio(name, cost, self.dense) for name in costs)]
-
-    def _recorded_rungs(self) -> Rungs | None:
-        """The rungs, with what the finished trials reached."""
-        stopping = self.space.search.early_stopping
-        if stopping is None:
-            return None
-        rungs = Rungs(len(stopping.rungs), stopping.reduction)
-        for row in self._ledger.rows:
-            for entry in row["history"]:
-                if entry["phase"] == RUNG:
-                    cost = Cost(row["macs"], row["params"], row["size_bytes"], row["latency_predicted_ms"])
-                    rungs.record(row["trial"], entry["rung"], self._rung_point(entry["val_accuracy"], cost))
-        return rungs
+        return rung_point(val_accuracy, cost, self.dense, self.metric, self._objectives)
 
     def tell(self, number: int, result: TrialResult) -> Row:
         """Records a trial's result and returns its row. Only a complete trial with finite values becomes an objective.
@@ -367,34 +309,30 @@ class Study:
         Raises:
             OSError: not all of it could be written; the same may be told again, which writes what is missing.
         """
-        accuracy = result.val_accuracy
-        finite = accuracy is not None and isfinite(accuracy)
-        status = "diverged" if result.status == "complete" and not finite else result.status
-        cost = self._running[number]  # known of trials that did not end, too
-        costs = {"macs": cost.macs, "params": cost.params, "size_bytes": cost.size_bytes}
-        costs["latency_predicted_ms"] = cost.latency_ms
-        trial = self._study.get_trials(deepcopy=False)[number]
-        if "result" not in trial.user_attrs:
-            record = {**result.to_dict(), "status": status, **costs}
-            self._study._storage.set_trial_user_attr(trial._trial_id, "result", record)
-        row = self._finish(trial._trial_id)
+        trial, cost = self._study.get_trials(deepcopy=False)[number], self._running[number]
+        with together(self._study._storage):
+            if "result" not in trial.user_attrs:
+                self._study._storage.set_trial_user_attr(trial._trial_id, "result", record_of(result, cost))
+            self._tell_optuna(trial._trial_id)
+        row = self._take_up(trial._trial_id)
         del self._running[number]
-        return row
+        return unfolded(row)
 
-    def _finish(self, trial_id: int) -> Row:
-        """Tells Optuna the result that stands in the trial's attributes already, so that a crash in between loses nothing."""
+    def _finish(self, trial_id: int) -> None:
+        """Takes up a result that stands in the trial's attributes already: a crash before it was told has lost nothing."""
+        with together(self._study._storage):
+            self._tell_optuna(trial_id)
+        self._take_up(trial_id)
+
+    def _tell_optuna(self, trial_id: int) -> None:
+        tell_optuna(self._study, trial_id, self.info["dense"], self.metric, self._objectives)
+
+    def _take_up(self, trial_id: int) -> Row:
+        """A trial that was told, into the ledger and, where that changed, the front."""
         trial = self._study._storage.get_trial(trial_id)
-        number, row = trial.number, row_of(trial, self.info["dense"], self.metric)
-        if trial.state == TrialState.RUNNING:
-            if row["status"] == "complete":
-                trial = self._study.tell(number, objective_values(row, self._objectives))
-            else:
-                state = TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL
-                trial = self._study.tell(number, state=state)
-            row = row_of(trial, self.info["dense"], self.metric)  # knows when it ended, too
-        candidate = trial.user_attrs["candidate"]
+        row, candidate = row_of(trial, self.info["dense"], self.metric), trial.user_attrs["candidate"]
         CheckpointFile(self._proposals.checkpoint(candidate["key"], candidate["seed"]), 0.0).remove()
-        if number not in self._ledger:
+        if trial.number not in self._ledger:
             self._front_changed |= self._ledger.add(row)
         if self._front_changed or not (self.folder / FRONT).is_file():
             self.write_front()
@@ -409,6 +347,11 @@ class Study:
     @property
     def trials(self) -> list[Row]:
         """A row per finished trial, in their order."""
+        return [unfolded(row) for row in self._ledger.rows]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The same as the study holds them, their curves folded; not to be changed."""
         return self._ledger.rows
 
     @property
@@ -419,19 +362,21 @@ class Study:
     @property
     def front(self) -> list[Row]:
         """The nondominated complete trials, the best metric first."""
-        return self._ledger.front
+        return [unfolded(row) for row in self._ledger.front]
+
+    @property
+    def on_front(self) -> set[int]:
+        """Numbers of the trials on the front."""
+        return self._ledger.on_front
 
     @property
     def steps_saved(self) -> float:
         """Share of the finished trials' training steps that early stopping spared."""
-        planned = sum(row["recipe"]["steps"] for row in self.trials)
-        stopped = [row for row in self.trials if row["status"] == "stopped"]
-        spared = sum(row["recipe"]["steps"] - row["history"][-1]["step"] for row in stopped)
-        return spared / planned if planned else 0.0
+        return steps_saved(self.rows)
 
     def importances(self) -> dict[str, dict[str, float]]:
         """Target -> searched parameter -> share of what it explains; empty with too few trials."""
-        return importances(self._study, self.trials, self._objectives)
+        return importances(self._study, self.rows, self._objectives)
 
     def progress(self) -> dict[str, float]:
         """How far the study is, in numbers."""
@@ -450,7 +395,7 @@ class Study:
     def status(self, number: int) -> str | None:
         """How a trial ended, else "running", "waiting" or "given back" (run again under another number); None where there is none."""
         if number in self._ledger:
-            return next(row["status"] for row in self.trials if row["trial"] == number)
+            return self._ledger[number]["status"]
         trials = self._study.get_trials(deepcopy=False)
         if not 0 <= number < len(trials):
             return None
@@ -463,64 +408,33 @@ class Study:
         Raises:
             UsageError: no trial lies within it.
         """
-        rows = [row for row in self.trials if row["status"] == "complete"]
-        if budget is not None:
-            limit = parse_budget(*budget.partition("=")[::2])
-            rows = [row for row in rows if limit.allows(_cost_of(row, limit.cost), self.dense)]
-        if not rows:
-            raise UsageError(f"No finished trial of {self.space.name!r} lies within {budget or 'the budgets'}.")
-        return max(rows, key=merit)
+        return unfolded(best_row(self.rows, self.dense, self.space.name, budget))
 
     # Latencies, test set and front file --------------------------------------------------------------------------
 
-    def _latencies(self) -> dict[str, list[float]]:
-        """Trial number -> (milliseconds, ratio of dense) of the nets that were timed at the end."""
-        path = self.folder / MEASURED
-        return json.loads(path.read_text()) if path.is_file() else {}
-
     def is_timed(self, number: int) -> bool:
         """Whether a trial's net was timed at the end of the study."""
-        return str(number) in self._latencies()
+        return str(number) in self._late.latencies()
 
     def note_latencies(self, found: Mapping[int, tuple[float, float]]) -> None:
         """Keeps what was measured at the end, trial number -> (milliseconds, ratio of dense); the front is made anew."""
-        known = self._latencies() | {str(number): list(times) for number, times in found.items()}
-        write_atomically(self.folder / MEASURED, json.dumps(known, indent=2))
-        self._ledger.time(known)
+        self._ledger.time(self._late.note_latencies(found))
         self.write_front()
 
     def test_accuracies(self) -> dict[str, float]:
         """Trial number (or "dense") -> the metric on the test set, of the nets that were scored at the end."""
-        path = self.folder / TEST
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return self._late.test_accuracies()
 
     def score_test(self, evaluate: Callable[[Row | None], float], log: Callable[[str], None]) -> None:
         """Scores the dense net and the front on the test set, once each: `evaluate(row)`, or None for the dense net."""
-        known = self.test_accuracies()
-        for row in [None, *self.front]:
-            key = "dense" if row is None else str(row["trial"])
-            if key not in known:
-                known[key] = evaluate(row)
-                log(
-                    f"test {self.metric.name} of {'the dense net' if row is None else f'trial {key}'}: {self.metric.text(known[key])}"
-                )
-                write_atomically(self.folder / TEST, json.dumps(known, indent=2))
-        self._ledger.score(known)
+        self._ledger.score(self._late.score(self._ledger.front, self.metric, evaluate, log))
         self.write_front()
 
     def front_record(self) -> dict[str, Any]:
         """What `front.json` holds."""
-        dense = {**self.info["dense"], "test_accuracy": self.test_accuracies().get("dense")}
-        return front_record(self.space, dense, self.metric, self.front, self._ledger.hypervolume)
+        dense = {**self.info["dense"], "test_accuracy": self._late.test_accuracies().get(DENSE)}
+        return front_record(self.space, dense, self.metric, self._ledger.front, self._ledger.hypervolume)
 
     def write_front(self) -> None:
         write_atomically(self.folder / FRONT, json.dumps(self.front_record(), allow_nan=False))
         self._front_changed = False
-
-
-def _cost_of(row: Row, budget: str) -> Cost:
-    """A row's costs, its latency as measured; the prediction keeps the budget where it was not."""
-    latency = row["latency_ms"] if row["latency_ms"] is not None else row["latency_predicted_ms"]
-    if budget == "latency" and latency is None:
-        raise UsageError("Latency is neither a budget nor an objective of this study: it was not measured.")
-    return Cost(row["macs"], row["params"], row["size_bytes"], latency)

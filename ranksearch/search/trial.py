@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from typing import Any
 
@@ -71,7 +71,8 @@ class TrialResult:
     """Recorded projections: step, loss on one training batch before and after, removed energy (share of ||W||²) per layer."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """By name; the lists are the result's own: copies of every point of its curves would take longer than writing them."""
+        return {found.name: getattr(self, found.name) for found in fields(self)}
 
 
 class Session:

@@ -38,7 +38,7 @@ class BackgroundMirror:
 
     def log_trial(self, row: Row) -> None:
         """Queues a trial; returns at once. What changes while the study goes on is looked at here, not in the thread."""
-        progress, on_front = self._study.progress(), {found["trial"] for found in self._study.front}
+        progress, on_front = self._study.progress(), self._study.on_front
         self._worker.submit(self._guarded, lambda mirror: mirror.log_trial(row, progress, on_front))
         if on_front != self._shown and time.monotonic() > self._shown_at + REFRESH_SECONDS:
             self._shown, self._shown_at, view = on_front, time.monotonic(), View.of(self._study)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ranksearch.compress import RankPlan
 from ranksearch.lowering.contract import sides
+from ranksearch.search.folded import unfolded
 from ranksearch.search.front import COST_RATIOS, Row
 from ranksearch.search.metric import Metric
 from ranksearch.search.settings import Choices, Range, Strict
@@ -111,7 +112,7 @@ def _projection(record: Mapping[str, Any]) -> dict[str, float]:
 def trial_file(row: Row) -> dict[str, Any]:
     """What `trial.json` holds beside the run's metrics: the whole recipe, scores, losses, removed energy per layer."""
     names = ("trial", "seed", "status", "reason", "recipe", "params_searched", "history", "losses", "projections")
-    return {name: row[name] for name in names}
+    return unfolded({name: row[name] for name in names})
 
 
 # A study -----------------------------------------------------------------------------------------------------------

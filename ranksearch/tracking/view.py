@@ -32,7 +32,7 @@ class View:
 
     @classmethod
     def of(cls, study: Study) -> View:
-        return cls(study.folder, study.space, study.info, study.front_record(), study.trials)
+        return cls(study.folder, study.space, study.info, study.front_record(), study.rows)
 
     @property
     def name(self) -> str:
