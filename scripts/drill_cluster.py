@@ -32,14 +32,10 @@ import torch
 from loopback_cluster import LoopbackCluster, Node
 from report import Report, arguments
 
+from ranksearch.search.placement import data_loads_per_node
 from ranksearch.search.study import Study
 from ranksearch.search.study_folder import CHECKPOINTS, INFO, find_study
 from ranksearch.tracking.store import quiet_mlflow, store_uri
-
-try:
-    from ranksearch.search.placement import data_loads_per_node
-except ImportError:  # a version that does not note where its trials ran
-    data_loads_per_node = None
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "digits_resnet8.yaml"
 NAME = "drill"
@@ -335,9 +331,7 @@ class Drill:
         rows = study.trials
         distinct = {json.dumps([row["plan"]["layers"], row["recipe"]], sort_keys=True) for row in rows}
         hits = [row for row in self.report.rows if row.get("seconds_lost") is not None]
-        loads = data_loads_per_node(study.folder) if data_loads_per_node is not None else None
-        if loads is None:
-            self.notes.append("data_loads_per_node: not measured, this version does not note where its trials ran")
+        loads = data_loads_per_node(study.folder)
         return {
             "planned": study.planned,
             "finished": sum(row["status"] == "complete" for row in rows),

@@ -22,6 +22,18 @@ if (
     torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 REPOSITORY = Path(__file__).parent.parent
+RAY_FILES = (
+    "cli", "cluster", "docs", "doctor", "image_tasks", "jobs", "mlflow_server", "object_store", "own_task", "placement_ray", "scripts",
+    "two_nodes",
+)  # fmt: skip
+"""Tests that start Ray: one after the other, since `--address auto` finds any cluster of the machine, and kills go by name."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests run in one process, those of all files that start Ray too."""
+    for item in items:
+        name = item.path.stem.removeprefix("test_")
+        item.add_marker(pytest.mark.xdist_group("ray" if name in RAY_FILES else name))
 
 
 class SmallNet(nn.Module):

@@ -321,7 +321,7 @@ def store(monkeypatch, tmp_path, digits_yaml):
     monkeypatch.setattr(background, "Mirror", Store)
 
     class Study:
-        folder, info, front, trials = tmp_path, {}, [], []
+        folder, info, front, trials, rows = tmp_path, {}, [], [], []
         space = read_space(digits_yaml)
 
         def progress(self):

@@ -1,7 +1,6 @@
 """Places for files by URI: on a disk in every run, and on a server that speaks S3 where one is installed."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +22,11 @@ from tests.two_nodes import free_port
 @pytest.fixture(scope="module")
 def s3():
     """The environment of a server that speaks S3 and has one bucket."""
-    program = os.environ.get("MOTO_SERVER") or shutil.which("moto_server")
+    program = os.environ.get("MOTO_SERVER")
     if program is None:
-        pytest.skip("no server that speaks S3 is installed: pip install 'moto[server]', or MOTO_SERVER=path")
+        pytest.skip(
+            "no server that speaks S3 is named: MOTO_SERVER=path of a recent moto_server (pip install 'moto[server]')"
+        )
     url = f"http://127.0.0.1:{free_port()}"
     command = [program, "-H", "127.0.0.1", "-p", url.rpartition(":")[2]]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

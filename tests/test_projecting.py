@@ -10,6 +10,7 @@ from ranksearch.compress import LayerPlan, RankPlan, trace
 from ranksearch.search.projecting import RECORDED, Projecting
 from ranksearch.search.recipe import Recipe, middle
 from ranksearch.search.space_recipe import RecipeSpace
+from ranksearch.tasks.parallel import ALONE
 
 PLAN = RankPlan({"body.0": LayerPlan("im2col", 3), "stem": LayerPlan("tucker2", (1, 4))})
 
@@ -32,7 +33,9 @@ def projected(net, image, *, steps=60, rates=None, **settings):
     recipe = Recipe.settled(RecipeSpace(steps=steps, projection={"period": 5} | settings), middle).projection
     projecting = Projecting(PLAN, trace(net, image), recipe, rates or [0.1] * steps)
     optimizer = SimpleNamespace(state={"momentum": 1})
-    training = FakeTraining(done=0, model=net, optimizer=optimizer, generator=torch.Generator().manual_seed(0))
+    training = FakeTraining(
+        group=ALONE, done=0, model=net, optimizer=optimizer, generator=torch.Generator().manual_seed(0)
+    )
     made, ranks = [], []
     projector = projecting.projector
 
@@ -111,7 +114,7 @@ def test_momentum_is_kept_unless_reset(small_net, image):
     projecting = Projecting(PLAN, trace(small_net, image), settings, [0.1] * 10)
     state = {"momentum": 1}
     training = FakeTraining(
-        done=1, model=small_net, optimizer=SimpleNamespace(state=state), generator=torch.Generator()
+        group=ALONE, done=1, model=small_net, optimizer=SimpleNamespace(state=state), generator=torch.Generator()
     )
     projecting.after_step(training)
     assert state  # no projection was due

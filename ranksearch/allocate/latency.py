@@ -3,9 +3,8 @@
 predicted = dense net, measured + Σ over the lowered layers of (c · time of the chain - a · time of the dense layer)
 
 The layers' times are a `LatencyTable`'s. The factors are what a millisecond of a layer by itself is worth inside this net: caches that
-others have used, work that a runtime fuses or spares. They are fitted to three of its plans that are measured whole, in turn with the
-dense net, once per net, where those are not predicted well enough without (a = c = 1): ResNet-20 at batch 1 in PyTorch on a CPU would be
-predicted 5 to 15 % too slow.
+others have used, work that a runtime fuses or spares. They are fitted to six of its plans that are measured whole, in turn with the
+dense net, once per net, and held near 1.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ from torch import Tensor, nn
 from ranksearch.allocate.budget import NS_PER_MS
 from ranksearch.allocate.curves import Curves, LayerOptions, Timing
 from ranksearch.compress import restructure_
-from ranksearch.compress.latency_table import LatencyTable
+from ranksearch.compress.latency_table import FINE, LatencyTable
 from ranksearch.compress.trace import Net
+from ranksearch.lowering.contract import sides
 
 FITTED_AT = (0.2, 0.5, 0.8)
-WELL_ENOUGH = 0.05
-"""Where all three plans are predicted to this share of their time without factors, a fit would follow nothing but noise."""
 PRIOR = 0.2
 """How firmly the factors are held at 1: an error of this in both weighs as one of this share of the layers' time in one plan."""
 FACTORS = (0.7, 1.5)
@@ -46,7 +44,7 @@ def timed(curves: Curves, model: nn.Module, example: Tensor, table: LatencyTable
     times = {o.layer.name: _times_ms(o, table) for o in curves.layers}
     key = net_key(curves.net)
     if key not in table.nets:
-        log("latency table: timing the whole net, and three plans of it")
+        log("latency table: timing the whole net, and six plans of it")
         table.nets[key] = _measured_net(curves, model, example, table, times)
         table.added += 1
     table.save()
@@ -86,27 +84,34 @@ def _measured_net(
     dense_ms, *found = table.stopwatch.nets_ms(nets, example)
     replaced = [sum(float(times[name][0]) for name, i in picks.items() if i) for picks in plans]
     chains = [sum(float(times[name][i]) for name, i in picks.items() if i) for picks in plans]
-    saved, whole = dense_ms - np.array(found), np.array(found)
-    off = np.abs(np.array(replaced) - np.array(chains) - saved)
-    well = bool((off <= WELL_ENOUGH * whole).all())
-    dense_factor, chain_factor = (1.0, 1.0) if well else fit_factors(np.array(replaced), np.array(chains), saved)
+    dense_factor, chain_factor = fit_factors(np.array(replaced), np.array(chains), dense_ms - np.array(found))
     return {"dense_ms": dense_ms, "dense_factor": dense_factor, "chain_factor": chain_factor}
 
 
 def _fitting_plans(curves: Curves) -> list[Picks]:
-    """Plans of every lowering at every layer in turn, at a fifth, half and four fifths of its ladder.
+    """Plans of every lowering at every layer in turn, at a fifth, half and four fifths of its ladder: among all its ranks, and among
+    multiples of 4, which some runtimes compute otherwise.
 
     Not the fastest or slowest options: those would be the ones whose times are most wrong.
     """
     plans: list[Picks] = []
-    for turn, share in enumerate(FITTED_AT):
-        picks = {}
-        for number, options in enumerate(curves.layers):
-            names = options.lowerings
-            ladder = options.ladder(names[(turn + number) % len(names)]) if names else [0]
-            picks[options.layer.name] = ladder[int(share * len(ladder))]
-        plans.append(curves.tied(picks))
+    for fine in (False, True):
+        for turn, share in enumerate(FITTED_AT):
+            picks = {}
+            for number, options in enumerate(curves.layers):
+                ladder = _ladder(options, turn + number, fine)
+                picks[options.layer.name] = ladder[int(share * len(ladder))]
+            plans.append(curves.tied(picks))
     return plans
+
+
+def _ladder(options: LayerOptions, turn: int, fine: bool) -> list[int]:
+    """The options of one of a layer's lowerings, of multiples of `FINE` alone where it has any."""
+    if not options.lowerings:
+        return [0]
+    ladder = list(options.ladder(options.lowerings[turn % len(options.lowerings)]))
+    kept = [index for index in ladder if all(side % FINE == 0 for side in sides(options.choices[index].rank))]
+    return kept if fine and kept else ladder
 
 
 def fit_factors(replaced: np.ndarray, chains: np.ndarray, saved: np.ndarray) -> tuple[float, float]:
