@@ -101,7 +101,7 @@ class LoopbackCluster:
         from ray._raylet import GcsClient
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-        os.environ["RAY_AUTH_TOKEN"] = TOKEN
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
         reason, deadline_ms = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, int(1000 * (time.time() + seconds))
         accepted, why_not = GcsClient(address=self.address).drain_node(
             node.id, reason, "spot instance reclaimed", deadline_ms

@@ -28,6 +28,11 @@ RAY_FILES = (
 )  # fmt: skip
 """Tests that start Ray: one after the other, since `--address auto` finds any cluster of the machine, and kills go by name."""
 
+DRILLS = pytest.mark.skipif(
+    "RANKSEARCH_DRILLS" not in os.environ, reason="minutes on two cores: set RANKSEARCH_DRILLS=1 to run it"
+)
+"""Drills on clusters of several nodes."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests run in one process, those of all files that start Ray too."""

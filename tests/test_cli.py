@@ -257,7 +257,7 @@ def test_too_many_resources_are_an_error_not_a_hang(tmp_path, digits_yaml):
 
 
 def test_no_cluster_to_join_leaves_no_study_behind(tmp_path, digits_yaml):
-    done = call("search", digits_yaml, "--address", "auto", cwd=tmp_path, code=1)
+    done = call("search", digits_yaml, "--address", "auto", cwd=tmp_path, code=1, RAY_TMPDIR=str(tmp_path))
     assert "Could not reach the Ray cluster at auto" in done.stderr
     assert not (tmp_path / "runs" / "digits_resnet8").exists()
 

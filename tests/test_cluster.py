@@ -13,6 +13,7 @@ from ranksearch.cluster.packing import Machine, workers_on
 from ranksearch.search.checkpoint import CheckpointFile, Leaving
 from ranksearch.search.run import attempt
 from ranksearch.search.study import NODE_LOSSES, Study
+from tests.conftest import DRILLS
 from tests.test_cli import start_search
 from tests.test_scripts import call as call_script
 
@@ -23,6 +24,7 @@ def drill():
     return call_script("drill_cluster")
 
 
+@DRILLS
 def test_every_planned_trial_finishes_once_whatever_nodes_do(drill):
     figures = drill["figures"]
     assert figures["planned"] == figures["finished"] == figures["mlflow_runs"] == 6
@@ -31,6 +33,7 @@ def test_every_planned_trial_finishes_once_whatever_nodes_do(drill):
     assert figures["data_loads_per_node"] in (None, 1)
 
 
+@DRILLS
 def test_a_trial_goes_on_from_its_state_and_repeats_no_more_than_a_checkpoint_interval(drill):
     killed, _, drained, stopped = drill["rows"]
     for row in (killed, drained, stopped):

@@ -324,6 +324,10 @@ def store(monkeypatch, tmp_path, digits_yaml):
         folder, info, front, trials, rows = tmp_path, {}, [], [], []
         space = read_space(digits_yaml)
 
+        @property
+        def on_front(self):
+            return frozenset(row["trial"] for row in self.front)
+
         def progress(self):
             return {"finished_trials": 1}
 

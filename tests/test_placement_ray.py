@@ -21,6 +21,7 @@ from ranksearch.errors import StudyError
 from ranksearch.search.placement import data_loads_per_node, loads_of
 from ranksearch.search.space_file import read_space
 from ranksearch.search.study import Study
+from tests.conftest import DRILLS
 
 SETTINGS = ["recipe.steps=20", "recipe.bn_batches=2", "tracking.models=false"]
 
@@ -82,6 +83,7 @@ def kill_a_worker_of(study_folder: Path, seen: list[int]) -> None:
         time.sleep(0.02)
 
 
+@DRILLS
 def test_two_workers_train_one_trial_and_a_killed_one_costs_a_restart_from_its_state(
     cluster, tmp_path, digits_yaml, bench
 ):

@@ -11,7 +11,15 @@ from tests.conftest import REPOSITORY
 
 def call(script, *options):
     """The object that a script prints under --json."""
-    command = [sys.executable, str(REPOSITORY / "scripts" / f"{script}.py"), "--quick", "--json", *options]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "scripts" / f"{script}.py"),
+        "--quick",
+        "--json",
+        "--threads",
+        "1",
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -15,6 +15,8 @@ from pathlib import Path
 import ranksearch
 from ranksearch import api
 from ranksearch.errors import UsageError
+from tests.conftest import DRILLS
+from tests.conftest import DRILLS
 
 space, address, runs, shared = sys.argv[1:]
 lines, found = [], {}
@@ -62,6 +64,7 @@ def run(nodes, folder, *command):
     )  # fmt: skip
 
 
+@DRILLS
 def test_doctor_asks_every_node_and_names_the_one_that_does_not_share(apart):
     folder, nodes = apart
     done = run(nodes, folder, "-m", "ranksearch", "doctor", "--address", nodes.address, "--json")
@@ -79,6 +82,7 @@ def test_doctor_asks_every_node_and_names_the_one_that_does_not_share(apart):
     assert not [path for path in (folder / "runs").iterdir() if path.name.startswith(".preflight")]
 
 
+@DRILLS
 def test_a_search_is_refused_runs_with_a_shared_place_and_loses_no_net_silently(apart, digits_yaml):
     folder, nodes = apart
     (folder / "script.py").write_text(SCRIPT)
