@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.conftest import DRILLS
 from tests.two_nodes import Nodes, skip_without_mounts
 
 SCRIPT = """
@@ -15,8 +16,6 @@ from pathlib import Path
 import ranksearch
 from ranksearch import api
 from ranksearch.errors import UsageError
-from tests.conftest import DRILLS
-from tests.conftest import DRILLS
 
 space, address, runs, shared = sys.argv[1:]
 lines, found = [], {}
