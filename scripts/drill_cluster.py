@@ -14,7 +14,6 @@ from the event on, or from the start of the next driver. Linux alone.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -29,13 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from drilled_study import DrilledStudy
 from loopback_cluster import LoopbackCluster, Node
 from report import Report, arguments
 
 from ranksearch.search.placement import data_loads_per_node
-from ranksearch.search.study import Study
-from ranksearch.search.study_folder import CHECKPOINTS, INFO, find_study
-from ranksearch.tracking.store import quiet_mlflow, store_uri
+from ranksearch.search.study_folder import CHECKPOINTS
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "digits_resnet8.yaml"
 NAME = "drill"
@@ -102,30 +100,14 @@ class Drill:
         self.states = States(self.runs / NAME / CHECKPOINTS)
         self.clusters: list[LoopbackCluster] = []
         self.log = folder / "driver.log"
-        self.seen: dict[int, str] = {}
-        self.lost = self.repeated = 0
+        self.drilled, self.repeated = DrilledStudy(self.runs, NAME), 0
         self.kills: dict[str, int] = {}
         self.notes: list[str] = []
         self.driver: subprocess.Popen[bytes] | None = None
 
-    # The study as it is on disk ----------------------------------------------------------------------------------
-
-    def study(self) -> Study | None:
-        return Study.open(find_study(NAME, self.runs)) if (self.runs / NAME / INFO).is_file() else None
-
-    def look(self) -> int:
-        """Compares finished results with those seen before; returns how many there are."""
-        study = self.study()
-        if study is None:
-            return 0
-        found = {row["trial"]: json.dumps([row["status"], row["val_accuracy"], row["plan"]]) for row in study.trials}
-        self.lost += sum(found.get(trial) != result for trial, result in self.seen.items())
-        self.seen |= found
-        return len(found)
-
     def running(self) -> dict[int, str]:
         """Trial number -> its state's file name, of those that run."""
-        study = self.study()
+        study = self.drilled.study()
         if study is None:
             return {}
         trials = study._study.get_trials(deepcopy=False)
@@ -148,7 +130,7 @@ class Drill:
 
     def start_driver(self) -> None:
         """A new search, or the study's continuation, on the cluster as it is."""
-        if self.study() is None:
+        if self.drilled.study() is None:
             settings = [
                 f"recipe.steps={self.options.steps}", f"resources.checkpoint_seconds={INTERVAL_SECONDS}", "resources.worker_losses=0",
                 "tracking.models=false",
@@ -217,7 +199,7 @@ class Drill:
                 self.driver_dies(nodes, signal.SIGKILL)
                 nodes = self.head_dies(nodes)
         code = self.ends()
-        self.look()
+        self.drilled.look()
         if code:
             self.notes.append(f"the driver ended with {code}: {self.text()[-2000:]}")
 
@@ -238,7 +220,7 @@ class Drill:
 
     def hit(self, event: str, strike: Callable[[], None], trials: int) -> None:
         """Strikes, waits until the driver has said which trials were lost by it and until they have written a further state."""
-        before, running, said = self.look(), self.running(), len(LOST.findall(self.text()))
+        before, running, said = self.drilled.look(), self.running(), len(LOST.findall(self.text()))
         strike()
         struck = time.time()
         self.kills[event] = self.kills.get(event, 0) + 1
@@ -280,7 +262,7 @@ class Drill:
     def driver_dies(self, nodes: list[Node], number: signal.Signals) -> None:
         """The driver is stopped or killed in mid-trial, and its study resumed on the same cluster."""
         self.in_mid_trial(*nodes)
-        before, running, event = self.look(), self.running(), f"driver {number.name}"
+        before, running, event = self.drilled.look(), self.running(), f"driver {number.name}"
         assert self.driver is not None
         self.driver.send_signal(number)
         struck = time.time()
@@ -298,7 +280,7 @@ class Drill:
     def head_dies(self, nodes: list[Node]) -> list[Node]:
         """The head loses its power; the driver ends, and the study goes on on a new cluster."""
         self.in_mid_trial(*nodes)
-        before, running = self.look(), self.running()
+        before, running = self.drilled.look(), self.running()
         self.cluster.head.lose_power()
         struck = time.time()
         self.kills["head killed"] = self.kills.get("head killed", 0) + 1
@@ -316,8 +298,8 @@ class Drill:
         return found
 
     def row(self, event: str, **found: Any) -> None:
-        finished = self.look()
-        self.report.rows.append({"event": event, **found, "finished": finished, "lost": self.lost})
+        finished = self.drilled.look()
+        self.report.rows.append({"event": event, **found, "finished": finished, "lost": self.drilled.lost})
         lost = found.get("seconds_lost")
         self.report.say(
             f"{event}; {finished} trials finished" + (f", {lost:.1f} s of training lost" if lost is not None else "")
@@ -326,18 +308,17 @@ class Drill:
     # What came of it ---------------------------------------------------------------------------------------------
 
     def figures(self) -> dict[str, Any]:
-        study = self.study()
+        study = self.drilled.study()
         assert study is not None
         rows = study.trials
-        distinct = {json.dumps([row["plan"]["layers"], row["recipe"]], sort_keys=True) for row in rows}
         hits = [row for row in self.report.rows if row.get("seconds_lost") is not None]
         loads = data_loads_per_node(study.folder)
         return {
             "planned": study.planned,
             "finished": sum(row["status"] == "complete" for row in rows),
-            "lost": self.lost,
-            "doubled": len(rows) - len(distinct),
-            "mlflow_runs": self.mlflow_runs(),
+            "lost": self.drilled.lost,
+            "doubled": self.drilled.doubled(study),
+            "mlflow_runs": self.drilled.mlflow_runs(),
             "data_loads_per_node": max(loads.values()) if loads else None,
             "seconds_lost_max": max((row["seconds_lost"] for row in hits), default=None),
             "restart_seconds_max": max((row["restart_seconds"] or 0.0 for row in hits), default=None),
@@ -353,15 +334,6 @@ class Drill:
             or figures["lost"] + figures["doubled"] + figures["went_back"]
             or any("ended with" in note for note in self.notes)
         )
-
-    def mlflow_runs(self) -> int:
-        """Trials' runs in MLflow."""
-        quiet_mlflow()
-        from mlflow import MlflowClient
-
-        client = MlflowClient(tracking_uri=store_uri(self.runs, None))
-        experiment = client.get_experiment_by_name(NAME)
-        return len(client.search_runs([experiment.experiment_id], "tags.`ranksearch.kind` = 'trial'"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ alone.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -24,12 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from drilled_study import DrilledStudy
 from loopback_cluster import descendants
 from report import Report, arguments
-
-from ranksearch.search.study import Study
-from ranksearch.search.study_folder import INFO, find_study
-from ranksearch.tracking.store import quiet_mlflow, store_uri
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "digits_resnet8.yaml"
 NAME = "drill"
@@ -60,31 +56,13 @@ class Drill:
         self.folder, self.options, self.report = folder, options, report
         self.random = random.Random(options.seed)
         self.kills: dict[str, int] = dict.fromkeys(VICTIMS, 0)
-        self.seen: dict[int, str] = {}
-        self.lost = 0
-        self.failed = False
-
-    # The study as it is on disk ----------------------------------------------------------------------------------
-
-    def study(self) -> Study | None:
-        runs = self.folder / "runs"
-        return Study.open(find_study(NAME, runs)) if (runs / NAME / INFO).is_file() else None
-
-    def look(self) -> int:
-        """Compares finished results with those seen before; returns how many there are."""
-        study = self.study()
-        if study is None:
-            return 0
-        found = {row["trial"]: json.dumps([row["status"], row["val_accuracy"], row["plan"]]) for row in study.trials}
-        self.lost += sum(found.get(trial) != result for trial, result in self.seen.items())
-        self.seen |= found
-        return len(found)
+        self.drilled, self.failed = DrilledStudy(self.folder / "runs", NAME), False
 
     # Drivers and shots -------------------------------------------------------------------------------------------
 
     def start(self) -> subprocess.Popen[bytes]:
         """A driver: a new search, or the study's continuation."""
-        if self.study() is None:
+        if self.drilled.study() is None:
             fast = [
                 f"recipe.steps={self.options.steps}",
                 "resources.checkpoint_seconds=0.5",
@@ -117,7 +95,7 @@ class Drill:
                 self.shoot(driver)
             elif time.monotonic() - started > LONGEST_SECONDS + 10 * self.options.trials:
                 raise RuntimeError("the driver hangs:\n" + self.tail())
-        self.look()
+        self.drilled.look()
 
     @staticmethod
     def wait(driver: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -141,9 +119,14 @@ class Drill:
         if victim == "driver":
             driver.wait()
         time.sleep(0.5)
-        self.report.say(f"kill {sum(self.kills.values())}: {victim}; {self.look()} trials finished")
+        self.report.say(f"kill {sum(self.kills.values())}: {victim}; {self.drilled.look()} trials finished")
         self.report.rows.append(
-            {"kill": sum(self.kills.values()), "victim": victim, "finished": len(self.seen), "lost": self.lost}
+            {
+                "kill": sum(self.kills.values()),
+                "victim": victim,
+                "finished": len(self.drilled.seen),
+                "lost": self.drilled.lost,
+            }
         )
 
     def find(self, root: int, victim: str) -> int | None:
@@ -161,19 +144,18 @@ class Drill:
     # What came of it ---------------------------------------------------------------------------------------------
 
     def figures(self) -> dict[str, Any]:
-        study = self.study()
+        study = self.drilled.study()
         assert study is not None
         rows = study.trials
         complete = [row for row in rows if row["status"] == "complete"]
-        distinct = {json.dumps([row["plan"]["layers"], row["recipe"]], sort_keys=True) for row in rows}
         found = {
             "kills": sum(self.kills.values()),
             **{f"kills_{victim}": count for victim, count in self.kills.items()},
             "planned": study.planned,
             "finished": len(complete),
-            "lost": self.lost,
-            "doubled": len(rows) - len(distinct),
-            "mlflow_runs": self.mlflow_runs(),
+            "lost": self.drilled.lost,
+            "doubled": self.drilled.doubled(study),
+            "mlflow_runs": self.drilled.mlflow_runs(),
             "nets": sum((study.trial_folder(row["trial"]) / "model.safetensors").is_file() for row in complete),
         }
         self.failed = found["finished"] != found["planned"] or found["lost"] > 0 or found["doubled"] > 0
@@ -185,15 +167,6 @@ class Drill:
                 + self.tail()
             )
         return found
-
-    def mlflow_runs(self) -> int:
-        """Trials' runs in MLflow."""
-        quiet_mlflow()
-        from mlflow import MlflowClient
-
-        client = MlflowClient(tracking_uri=store_uri(self.folder / "runs", None))
-        experiment = client.get_experiment_by_name(NAME)
-        return len(client.search_runs([experiment.experiment_id], "tags.`ranksearch.kind` = 'trial'"))
 
 
 if __name__ == "__main__":

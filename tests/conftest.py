@@ -14,6 +14,7 @@ from ranksearch.search.space_file import read_space
 from ranksearch.search.study import Study
 from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import prepare
+from ranksearch.tasks.train import Training
 
 if (
     "PYTEST_XDIST_WORKER" in os.environ
@@ -111,6 +112,22 @@ def make(bench, tmp_path, digits_yaml):
         return Study.create(tmp_path, read_space(digits_yaml, **options), bench, 99.0)
 
     return new
+
+
+@pytest.fixture
+def steps_made(bench, monkeypatch) -> list[int | None]:
+    """What every training step finds done; in place of the 16th there is a None, and an interruption. The dense net is trained before."""
+    made, step = [], Training._step
+
+    def counted(self):
+        if len(made) == 15:
+            made.append(None)
+            raise KeyboardInterrupt
+        made.append(self.done)
+        return step(self)
+
+    monkeypatch.setattr(Training, "_step", counted)
+    return made
 
 
 def simulated(candidate, bench, accuracy=None) -> TrialResult:

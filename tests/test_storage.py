@@ -13,25 +13,14 @@ from ranksearch.search.database import checked_url, database_url, shown
 from ranksearch.search.place import PlaceError
 from ranksearch.search.space_file import read_space
 from ranksearch.search.study import Study
-from ranksearch.tasks.train import Training
 from tests.conftest import drain, simulated
 
 SECRET = "hunter2"
 
 
 def test_nets_are_brought_home_and_a_state_is_taken_up_from_where_results_live(
-    tmp_path, digits_yaml, short_settings, monkeypatch
+    tmp_path, digits_yaml, short_settings, steps_made
 ):
-    made, step = [], Training._step
-
-    def counted(self):
-        if len(made) == 15:
-            made.append(None)
-            raise KeyboardInterrupt
-        made.append(self.done)
-        return step(self)
-
-    monkeypatch.setattr(Training, "_step", counted)
     elsewhere = tmp_path / "elsewhere"
     settings = [
         *short_settings, "search.trials=1", "resources.checkpoint_seconds=0.000001", f"storage.results={elsewhere}",
@@ -42,7 +31,7 @@ def test_nets_are_brought_home_and_a_state_is_taken_up_from_where_results_live(
         ranksearch.search(digits_yaml, settings=settings, runs=runs, inline=True)
     assert len(list(elsewhere.glob("*/checkpoints/*.pt"))) == 1
     study = resume("digits_resnet8", runs=runs, inline=True)
-    assert len([done for done in made if done is not None]) == 20  # not a step of the 20 was made twice
+    assert len([done for done in steps_made if done is not None]) == 20  # not a step of the 20 was made twice
     assert study.results.uri == f"{elsewhere.as_uri()}/digits_resnet8-{study.info['id'][:8]}"
     assert not list(elsewhere.glob("*/checkpoints/*"))
     assert not (study.folder / "checkpoints").exists()

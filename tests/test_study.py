@@ -17,7 +17,6 @@ from ranksearch.search.space_file import read_space
 from ranksearch.search.study import Study
 from ranksearch.search.study_folder import find_study
 from ranksearch.search.trial import TrialResult
-from ranksearch.tasks.train import Training
 from tests.conftest import drain, simulated
 
 
@@ -281,17 +280,7 @@ def test_a_study_whose_first_trials_all_fail_ends_with_the_reason(make, bench, m
     assert study.finished == 3
 
 
-def test_an_interrupted_trial_goes_on_from_its_checkpoint(tmp_path, digits_yaml, short_settings, monkeypatch):
-    made, step = [], Training._step
-
-    def counted(self):
-        if len(made) == 15:
-            made.append(None)
-            raise KeyboardInterrupt
-        made.append(self.done)
-        return step(self)
-
-    monkeypatch.setattr(Training, "_step", counted)
+def test_an_interrupted_trial_goes_on_from_its_checkpoint(tmp_path, digits_yaml, short_settings, steps_made):
     settings = [*short_settings, "search.trials=1", "resources.checkpoint_seconds=0.000001"]
     with pytest.raises(KeyboardInterrupt):
         ranksearch.search(digits_yaml, settings=settings, runs=tmp_path, inline=True)
@@ -299,7 +288,7 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint(tmp_path, digits_yaml,
     assert len(list((folder / "checkpoints").glob("*.pt"))) == 1
     study = resume("digits_resnet8", runs=tmp_path, inline=True)
     assert study.finished == 1
-    assert len([done for done in made if done is not None]) == 20  # not a step of the 20 was made twice
+    assert len([done for done in steps_made if done is not None]) == 20  # not a step of the 20 was made twice
     assert not list((folder / "checkpoints").iterdir())
     (row,) = study.trials
     assert row["epochs"] == pytest.approx(20 * 64 / (1797 - 360 - 360))

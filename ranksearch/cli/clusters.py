@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ranksearch.cli.options import Budgets, Json, Settings, app, print_json
+from ranksearch.cli.options import (
+    Budgets,
+    Json,
+    NewName,
+    Settings,
+    Trials,
+    app,
+    print_json,
+)
 from ranksearch.errors import StudyError, UsageError
 
 if TYPE_CHECKING:
@@ -40,8 +48,8 @@ def _say(text: str) -> None:
 def submit(
     space: Annotated[Path | None, typer.Argument(metavar="SPACE.yaml", help="Search-space file.")] = None,
     budget: Budgets = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the study; left out, the space's.")] = None,
+    trials: Trials = None,
+    name: NewName = None,
     setting: Settings = None,
     warm_start: Annotated[
         list[str] | None,

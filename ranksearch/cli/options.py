@@ -24,6 +24,8 @@ Budgets = Annotated[
         "--budget", metavar="COST=LIMIT", help="Upper bound, such as flops=50%, size=1MiB, latency=3.5ms; repeatable."
     ),
 ]
+Trials = Annotated[int | None, typer.Option(min=1, help="Number of trials.")]
+NewName = Annotated[str | None, typer.Option(help="Name of the study; left out, the space's.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

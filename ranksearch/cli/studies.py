@@ -16,10 +16,12 @@ from ranksearch.cli.options import (
     Budgets,
     Inline,
     Json,
+    NewName,
     Runs,
     Settings,
     SpaceFile,
     StudyName,
+    Trials,
     app,
     print_json,
     runs_option,
@@ -73,8 +75,8 @@ def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
 def search(
     space: SpaceFile,
     budget: Budgets = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the study; left out, the space's.")] = None,
+    trials: Trials = None,
+    name: NewName = None,
     setting: Settings = None,
     warm_start: Annotated[
         list[str] | None,

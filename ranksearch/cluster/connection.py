@@ -9,11 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
 
+from ranksearch.cluster.cores import usable_cores
 from ranksearch.cluster.nodes import room_at_most, room_now, usable_nodes
 from ranksearch.cluster.packing import Needs
 from ranksearch.errors import StudyError, UsageError
@@ -26,16 +26,6 @@ SAY_AGAIN_SECONDS, LOOK_SECONDS = 60.0, 1.0
 
 class HeadLost(StudyError):
     """Ray's own processes are gone: no trial can run, and none is to blame."""
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and a container's CPU quota where it has one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
 
 
 def connect(address: str | None) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ranksearch
+from ranksearch.cluster.cores import affinity_cores, quota_cores
 from ranksearch.search.place import Place, Remote, place_at
 
 PACKAGES = ("torch", "ray", "optuna", "numpy")
@@ -36,8 +37,8 @@ def node_facts(question: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "versions": _versions(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "quota": _quota(),
+        "cores": affinity_cores(),
+        "quota": quota_cores(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "memory_mib": _memory_mib(),
@@ -75,15 +76,6 @@ def _own_version() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return f"{ranksearch.__version__} ({digest.hexdigest()[:8]})"
-
-
-def _quota() -> float | None:
-    """Cores that a container's CPU quota allows; None where there is none."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
 
 
 def _memory_mib() -> int | None:
