@@ -27,7 +27,7 @@ def drill():
 @DRILLS
 def test_every_planned_trial_finishes_once_whatever_nodes_do(drill):
     figures = drill["figures"]
-    assert figures["planned"] == figures["finished"] == figures["mlflow_runs"] == 6
+    assert figures["planned"] == figures["finished"] == figures["mlflow_runs"] == 8
     assert (figures["lost"], figures["doubled"], figures["went_back"]) == (0, 0, 0)
     assert [row["event"] for row in drill["rows"]] == ["node killed", "node joins", "node drained", "driver SIGTERM"]
     assert figures["data_loads_per_node"] in (None, 1)
