@@ -49,6 +49,7 @@ from ranksearch.search.study_folder import (
     new_folder,
     study_around,
 )
+from ranksearch.search.urls import check_apart, database_url
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.tasks import build_reference
 from ranksearch.tasks.device import pick_device
@@ -60,6 +61,7 @@ from ranksearch.tracking.draw_html import save_html
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.preview_figures import preview_charts, preview_title
 from ranksearch.tracking.report import report_html
+from ranksearch.tracking.store import store_uri
 from ranksearch.tracking.view import View
 
 
@@ -350,7 +352,10 @@ def export(
 
 
 def _preflight(space: Space, runs: Path, observer: Observer, *, address: str | None, inline: bool) -> None:
-    """Looks whether a cluster, and the place of results, is ready before anything is spent; UsageError where it is not."""
+    """Looks whether a cluster, and every place that is written to, is ready before anything is spent; UsageError where it is not."""
+    store = store_uri(runs, space.tracking.uri)
+    if space.storage.optuna is not None:
+        check_apart(database_url(space.storage.optuna), store)
     if space.storage.results is not None:
         check_place(space.storage.results)
     if address is None or inline:

@@ -1,20 +1,23 @@
 """A study mirrored in PostgreSQL, without a server of MLflow's in between, and one that Optuna keeps there: a real database on a free port
 of this machine."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
+import uuid
 from pathlib import Path
 
 import pytest
 
 from ranksearch.api import export, resume, search, sync
+from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.study import Study
 from ranksearch.tracking.ui import find_store
 from tests.test_mirror import dump, runs_of
 
-pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'ranksearch[postgres]'")
+psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'ranksearch[postgres]'")
 
 
 def programs() -> Path | None:
@@ -26,8 +29,8 @@ def programs() -> Path | None:
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    """URI of an empty database."""
+def server(tmp_path_factory):
+    """URI of a server's first database."""
     found = programs()
     if found is None:
         pytest.skip("PostgreSQL's server is not installed")
@@ -66,6 +69,24 @@ def database(tmp_path_factory):
     run(found / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop", stdout=subprocess.DEVNULL)
 
 
+@pytest.fixture
+def new_database(server):
+    """Makes an empty database and returns its URI."""
+
+    def made(name: str) -> str:
+        name = f"{name}_{uuid.uuid4().hex[:8]}"
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        return server.replace("/postgres", f"/{name}")
+
+    return made
+
+
+@pytest.fixture
+def database(new_database):
+    return new_database("mlflow")
+
+
 def test_a_study_is_mirrored_in_postgresql_as_in_sqlite(database, tmp_path, digits_yaml, short_settings):
     settings = [
         *short_settings,
@@ -88,6 +109,31 @@ def test_a_study_is_mirrored_in_postgresql_as_in_sqlite(database, tmp_path, digi
     assert client.get_experiment_by_name("digits_resnet8").artifact_location.endswith("/files")
 
 
+def test_a_store_that_a_variable_names_leaves_no_password_anywhere(
+    database, tmp_path, digits_yaml, short_settings, monkeypatch
+):
+    secret = database.replace("ranksearch@", "ranksearch:not-asked-for@")
+    for name, set_in, settings in (
+        ("named", "MY_STORE", ["tracking.uri=env:MY_STORE"]),
+        ("ambient", "MLFLOW_TRACKING_URI", []),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(set_in, secret)
+            options = [
+                *short_settings,
+                "search.trials=1",
+                f"tracking.artifacts={(tmp_path / 'files').as_uri()}",
+                *settings,
+            ]
+            study = search(digits_yaml, name=name, settings=options, runs=tmp_path / "runs", inline=True)
+            assert find_store(name, tmp_path / "runs").uri == secret
+            sync(name, runs=tmp_path / "runs")
+        assert json.loads((study.folder / "mlflow.json").read_text())["uri"] == f"env:{set_in}"
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert written
+    assert not [path for path in written if b"not-asked-for" in path.read_bytes()]
+
+
 def test_optunas_study_in_postgresql_is_resumed_and_read(database, tmp_path, digits_yaml, short_settings, monkeypatch):
     """Two studies of one name, one of them named by a variable: each is continued from its folder and the database alone."""
     monkeypatch.setenv("OPTUNA_URL", database.replace("ranksearch@", "ranksearch:not-asked-for@"))
@@ -102,3 +148,24 @@ def test_optunas_study_in_postgresql_is_resumed_and_read(database, tmp_path, dig
     assert export("digits_resnet8", 2, format="state_dict", runs=tmp_path / "two")["trial"] == 2
     written = [path for path in (tmp_path / "two").rglob("*") if path.is_file()]
     assert not [path for path in written if b"not-asked-for" in path.read_bytes()]
+
+
+def test_optuna_and_mlflow_share_a_server_not_a_database(new_database, tmp_path, digits_yaml, short_settings):
+    """Each has a table `alembic_version`: one database is refused before anything is made, and where the other's tables are found."""
+    optunas, mlflows = new_database("optuna"), new_database("mlflow")
+
+    def found(optuna: str, mlflow: str, name: str) -> Study:
+        settings = [*short_settings, "search.trials=1", f"storage.optuna={optuna}", f"tracking.uri={mlflow}"]
+        settings.append(f"tracking.artifacts={(tmp_path / 'files').as_uri()}")
+        return search(digits_yaml, name=name, settings=settings, runs=tmp_path / "runs", inline=True)
+
+    study = found(optunas, mlflows, "apart")
+    assert study.finished == len(runs_of(mlflows, "apart")[2]) == 1
+    with pytest.raises(UsageError, match="is MLflow's database too: Optuna and MLflow each keep"):
+        found(mlflows, mlflows.replace("ranksearch@", "other@"), "one")
+    with pytest.raises(StudyError, match="cannot be opened: Optuna and MLflow each keep a table alembic_version"):
+        found(mlflows, new_database("mlflow"), "stale")
+    assert [path.parent.name for path in (tmp_path / "runs").glob("*/study.json")] == ["apart"]
+    with psycopg.connect(mlflows, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA optuna")
+    assert found(f"{mlflows}?options=-csearch_path%3Doptuna", mlflows, "schema").finished == 1

@@ -9,10 +9,10 @@ import ranksearch
 from ranksearch.api import export, resume
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.search import run as runner
-from ranksearch.search.database import checked_url, database_url, shown
 from ranksearch.search.place import PlaceError
 from ranksearch.search.space_file import read_space
 from ranksearch.search.study import Study
+from ranksearch.search.urls import checked_store, checked_url, database_url, shown, without_password
 from tests.conftest import drain, simulated
 
 SECRET = "hunter2"
@@ -133,6 +133,46 @@ def test_a_password_is_never_written_down(tmp_path, make, bench, monkeypatch, di
     with pytest.raises(StudyError, match="cannot be opened") as caught:
         Study.open(study.folder)
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://mlflow.example.org/",
+        "https://me@mlflow.example.org:5000/path",
+        "databricks://profile",
+        "env:MLFLOW_SECRET",
+        "postgresql+psycopg://me@host/db",
+        "mssql://me@host/db",
+    ],
+)
+def test_a_store_without_a_password_is_kept_as_it_is(uri):
+    assert checked_store(uri) == uri == without_password(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        (f"https://me:{SECRET}@host:5000/x", "https://me:***@host:5000/x"),
+        (f"https://:{SECRET}@host", "https://:***@host"),
+        (f"postgresql://me:{SECRET}@host/db", "postgresql://me:***@host/db"),
+        (f"mssql://me:{SECRET}@host/db", "mssql://me:***@host/db"),
+        (f"mysql+pymysql://me@host/db?ssl_password={SECRET}", "mysql+pymysql://me@host/db"),
+    ],
+)
+def test_a_store_with_a_password_is_refused_and_shown_without_it(uri, shown, digits_yaml):
+    with pytest.raises(UsageError, match=r"tracking\.uri.*holds a password") as caught:
+        read_space(digits_yaml, settings=[f"tracking.uri={uri}"])
+    assert SECRET not in str(caught.value)
+    assert without_password(uri) == shown
+
+
+@pytest.mark.parametrize("key", ["storage.optuna", "tracking.uri"])
+def test_a_variable_that_is_not_set_is_told_before_anything_is_made(key, tmp_path, digits_yaml, monkeypatch):
+    monkeypatch.delenv("MY_STORE", raising=False)
+    with pytest.raises(UsageError, match=f"{key}: env:MY_STORE: the environment variable MY_STORE is not set"):
+        ranksearch.search(digits_yaml, settings=[f"{key}=env:MY_STORE"], runs=tmp_path, inline=True)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(

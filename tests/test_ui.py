@@ -6,6 +6,7 @@ import os
 import pytest
 
 from ranksearch.errors import UsageError
+from ranksearch.tracking.store import written
 from ranksearch.tracking.ui import Opened, Page, find_store, say_pages
 
 
@@ -44,6 +45,22 @@ def test_a_study_opens_its_own_store(runs, by):
     say_pages(opened, opened.uri, said.append)
     assert said[0].endswith("https://mlflow.example.org/#/experiments/2/runs/run-served?workflowType=machine_learning")
     assert "https://mlflow.example.org/#/experiments/2/runs?viewStateShareKey=" in said[1]
+
+
+def test_a_store_with_a_password_is_noted_by_its_variable(runs, monkeypatch):
+    secret = "https://me:hunter2@mlflow.example.org/"
+    assert written(secret, None) == "env:MLFLOW_TRACKING_URI"
+    assert written(secret, "env:MY_STORE") == "env:MY_STORE"
+    assert written("https://mlflow.example.org/", None) == "https://mlflow.example.org/"
+    note = runs / "served" / "mlflow.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"uri": "env:MY_STORE"}))
+    monkeypatch.delenv("MY_STORE", raising=False)
+    with pytest.raises(UsageError, match="the environment variable MY_STORE is not set"):
+        find_store("served", runs)
+    assert [page.study for page in find_store(str(runs), runs).pages] == ["new", "old"]  # the others' are there still
+    monkeypatch.setenv("MY_STORE", secret)
+    opened = find_store("served", runs)
+    assert (opened.uri, [page.study for page in opened.pages]) == (secret, ["served"])
 
 
 def test_studies_that_were_moved_with_their_store_are_found_where_they_are(runs, tmp_path):

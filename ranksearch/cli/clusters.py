@@ -151,7 +151,7 @@ def _launch(job: Submission, address: str, *, ship: bool, driver_gpus: float, de
         f"files      {len(job.files)}, {'and this source of ranksearch' if ship else 'and the ranksearch of the cluster'}"
     )
     passed = {variable: value for variable, value in job.variables.items() if variable not in STOPPING}
-    for line in describe_variables(passed) or ["none"]:
+    for line in describe_variables(passed, job.reads) or ["none"]:
         _say(f"variables  {line}")
     _say(f"study      {job.study} in {job.runs} of the cluster, which every node must see")
     cluster.submit(job, ship=ship, driver_gpus=driver_gpus)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -97,7 +98,8 @@ def ui(
 
     opened = find_store(where, runs)
     if is_server(opened.uri):
-        say(f"The studies are on an MLflow server already: {opened.uri}")
-        say_pages(opened, opened.uri, say)
+        address = re.sub(r"(?<=://)[^/@]*@", "", opened.uri)  # a browser asks for user and password itself
+        say(f"The studies are on an MLflow server already: {address}")
+        say_pages(opened, address, say)
         return
     serve(opened, port, say)

@@ -18,8 +18,16 @@ from typing import TYPE_CHECKING, Any
 from ranksearch.cluster.facts import TOKEN, clock, missing, node_facts, read_token, write_token
 from ranksearch.cluster.findings import ERROR, OK, WARNING, Finding, Report, judge
 from ranksearch.errors import RanksearchError, UsageError
-from ranksearch.search.database import CONNECT_SECONDS, DATABASES, DRIVER_HINT, FROM_ENVIRONMENT, database_url, shown
 from ranksearch.search.place import Place, PlaceError, Remote, text_of
+from ranksearch.search.urls import (
+    CONNECT_SECONDS,
+    DATABASES,
+    DRIVER_HINT,
+    FROM_ENVIRONMENT,
+    database_url,
+    shown,
+    without_password,
+)
 from ranksearch.tasks.folder import data_folder
 from ranksearch.tracking.store import is_server, store_uri
 
@@ -175,7 +183,10 @@ def _data_of_nodes(space: Space | None) -> list[str]:
 
 def _mlflow(space: Space | None, runs: Path) -> str | None:
     """Why MLflow's store cannot be reached; None where it can, or is a file that will be made."""
-    uri = store_uri(runs, space.tracking.uri if space is not None else None)
+    try:
+        uri = store_uri(runs, space.tracking.uri if space is not None else None)
+    except UsageError as error:
+        return str(error)
     if is_server(uri):
         if not uri.startswith("http"):
             return None  # a hosted one, which has no page to ask
@@ -184,7 +195,7 @@ def _mlflow(space: Space | None, runs: Path) -> str | None:
         except urllib.error.HTTPError:
             return None  # it answers
         except (OSError, ValueError) as error:
-            return f"{uri.rpartition('@')[2]}: {getattr(error, 'reason', error)}"
+            return f"{without_password(uri)}: {getattr(error, 'reason', error)}"
         return None
     kind = uri.partition(":")[0].partition("+")[0]
     return _unreachable(uri) if kind in DATABASES and kind != "sqlite" else None

@@ -19,6 +19,7 @@ from ranksearch.cluster.upload import Files, folder_files
 from ranksearch.errors import UsageError
 from ranksearch.search.space import Space
 from ranksearch.search.study_folder import FRONT, INFO
+from ranksearch.search.urls import FROM_ENVIRONMENT, without_password
 from ranksearch.tasks import is_own
 
 PASSED = ("MLFLOW_TRACKING_URI", "RANKSEARCH_DATA")
@@ -39,6 +40,8 @@ class Submission:
     command: tuple[str, ...]
     files: Files = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    """Variables that the space names (`env:NAME`)."""
 
     @property
     def entrypoint(self) -> str:
@@ -87,21 +90,23 @@ def masked(name: str, value: str) -> str:
     """A variable's value as it may be shown: no password of a URI, and nothing of a variable that is called a secret."""
     if re.search(r"(?i)token|secret|password|passwd|credential|_key$|^key$", name):
         return "***"
-    try:
-        found = urlsplit(value)
-        return value.replace(f":{found.password}@", ":***@") if found.password else value
-    except ValueError:
-        return value
+    return without_password(value)
 
 
-def describe_variables(passed: Mapping[str, str]) -> list[str]:
-    """What is said of a job's variables before it is submitted: every one by name, and what may be wrong with it."""
+def describe_variables(passed: Mapping[str, str], reads: Sequence[str] = ()) -> list[str]:
+    """What is said of a job's variables before it is submitted: every one by name, and what may be wrong with it.
+
+    Args:
+        reads: variables that the space names.
+    """
     lines = [f"{name}={masked(name, value)}" for name, value in passed.items()]
     if hidden := [name for name, value in passed.items() if masked(name, value) != value]:
         lines.append(f"note: who may read the cluster's jobs can read {', '.join(hidden)}")
     for name, value in passed.items():
         if "://" in value and urlsplit(value).hostname in ("localhost", "127.0.0.1", "::1"):
             lines.append(f"note: {name} names this machine; on the cluster that is the node that the job runs on")
+    for name in sorted(set(reads) - set(passed)):
+        lines.append(f"note: the space reads {name}: set it on the cluster's nodes, or pass it by --env {name}")
     return lines
 
 
@@ -177,7 +182,13 @@ def new_study(
     command += [part for setting in settings for part in ("--set", setting)]
     command += [part for front in fronts for part in ("--warm-start", front)]
     command += ["--runs", runs, "--address", "auto"]
-    return Submission(submission_id(space.name, now), space.name, runs, tuple(command), files, STOPPING | dict(passed))
+    named = [
+        where for where in (space.storage.optuna, space.tracking.uri) if where and where.startswith(FROM_ENVIRONMENT)
+    ]
+    return Submission(
+        submission_id(space.name, now), space.name, runs, tuple(command), files, STOPPING | dict(passed),
+        reads=tuple(where.removeprefix(FROM_ENVIRONMENT) for where in named),
+    )  # fmt: skip
 
 
 def continued(

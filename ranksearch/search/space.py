@@ -1,5 +1,5 @@
-"""The schema of a search space and its defaults, stated here and nowhere else; its groups `recipe`, `search` and `storage` have files of
-their own (`space_recipe.py`, `space_search.py`, `space_storage.py`). `space_file.py` reads one from a file.
+"""The schema of a search space and its defaults, stated here and nowhere else; its groups `recipe`, `search`, `storage` and `tracking`
+have files of their own (`space_recipe.py`, `space_search.py`, ...). `space_file.py` reads one from a file.
 
 A value marked searchable is either fixed (`lr: 0.05`) or a distribution: `{low: 0.01, high: 0.1, log: true}` or
 `{choices: [10, 20, 50]}`; `default` is what the first points use (left out: the middle of a range, the first choice).
@@ -8,7 +8,6 @@ A value marked searchable is either fixed (`lr: 0.05`) or a distribution: `{low:
 from __future__ import annotations
 
 import hashlib
-import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from ranksearch.search.settings import Strict
 from ranksearch.search.space_recipe import RecipeSpace
 from ranksearch.search.space_search import SearchSpace
 from ranksearch.search.space_storage import StorageSpace
+from ranksearch.search.space_tracking import TrackingSpace
 from ranksearch.tasks import TASKS, TaskKind, build_reference, is_own, task_kind
 
 AUTO = "auto"
@@ -176,25 +176,6 @@ class ResourcesSpace(Strict):
         """Processes that train one trial."""
         gpus = self.gpus_per_trial
         return int(gpus) if isinstance(gpus, float) and gpus > 1 else self.workers_per_trial
-
-
-with warnings.catch_warnings():
-    # `register` is a method of abstract classes, which pydantic's models are, and which nobody calls here
-    warnings.filterwarnings("ignore", message='Field name "register"')
-
-    class TrackingSpace(Strict):
-        """Where a study is mirrored in MLflow, and what of it."""
-
-        uri: str | None = None
-        """MLflow store: a server or a database; left out, `MLFLOW_TRACKING_URI`, else a SQLite file beside the studies."""
-        artifacts: str | None = None
-        """Where a new experiment's files go, such as `s3://bucket/mlflow`; left out, the server's choice, or beside the studies."""
-        experiment: str | None = None
-        """MLflow experiment; left out, the study's name."""
-        models: bool = True
-        """Whether the nets of the front are logged as MLflow models, at the end of a study: some seconds and twice its weights each."""
-        register: bool = False
-        """Whether the most accurate net within the budgets is registered under the study's name, with the alias `champion`."""
 
 
 class Space(Strict):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import field_validator
 
-from ranksearch.search.database import checked_url
 from ranksearch.search.place import as_uri
 from ranksearch.search.settings import Strict
+from ranksearch.search.urls import checked_url
 
 
 class StorageSpace(Strict):

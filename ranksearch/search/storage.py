@@ -6,6 +6,7 @@ environment variable, or the database's own client finds it (`PGPASSWORD`, `~/.p
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import optuna
 from optuna.storages import BaseStorage
 
 from ranksearch.errors import StudyError, UsageError
-from ranksearch.search.database import CONNECT_SECONDS, DRIVER_HINT, database_url, shown
 from ranksearch.search.journal import open_journal
 from ranksearch.search.space import Space
 from ranksearch.search.study_folder import JOURNAL
+from ranksearch.search.urls import CONNECT_SECONDS, DRIVER_HINT, OWN_DATABASE, database_url, shown
 
 
 def open_storage(where: str | None, folder: Path) -> BaseStorage:
@@ -43,7 +44,22 @@ def open_storage(where: str | None, folder: Path) -> BaseStorage:
         raise UsageError(f"storage.optuna: {error.__cause__ or error}: {DRIVER_HINT}.") from error
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise StudyError(f"storage.optuna: {shown(url)} cannot be opened: {first}") from error
+        if _is_mlflows(url):
+            first = OWN_DATABASE
+        raise StudyError(f"storage.optuna: {shown(url)} cannot be opened: {first}.") from error
+
+
+def _is_mlflows(url: Any) -> bool:
+    """Whether a database that answers holds MLflow's tables."""
+    import sqlalchemy
+
+    with suppress(sqlalchemy.exc.SQLAlchemyError):
+        engine = sqlalchemy.create_engine(url)
+        try:
+            return "experiments" in sqlalchemy.inspect(engine).get_table_names()
+        finally:
+            engine.dispose()
+    return False
 
 
 def study_name(space: Space, info: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ranksearch.search.front import Row
 from ranksearch.search.study import Study
+from ranksearch.search.urls import without_password
 from ranksearch.tracking.mirror import MIRROR_ERRORS, Mirror
 from ranksearch.tracking.store import is_server, store_uri
 from ranksearch.tracking.view import View
@@ -62,7 +63,7 @@ class BackgroundMirror:
             self.failed = None
         except MIRROR_ERRORS as error:
             self._paused_until, first = time.monotonic() + PAUSE_SECONDS, self.failed is None
-            self.failed = (str(error) or repr(error)).splitlines()[0]
+            self.failed = without_password((str(error) or repr(error)).splitlines()[0])
             if first:
                 self._log(
                     f"MLflow: not logged ({self.failed}); the results are in {self._study.folder}, and "

@@ -16,9 +16,9 @@ from typing import Any
 import sqlalchemy.exc
 
 from ranksearch.files import write_atomically
-from ranksearch.search.database import DRIVER_HINT
 from ranksearch.search.front import Row
 from ranksearch.search.study_folder import GIVEN, SPACE
+from ranksearch.search.urls import DRIVER_HINT
 from ranksearch.tracking.draw_html import save_html
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.figures import study_charts
@@ -42,7 +42,7 @@ from ranksearch.tracking.runs import (
     trial_tags,
     trials_view,
 )
-from ranksearch.tracking.store import NOTED, artifact_root, quiet_mlflow, store_uri
+from ranksearch.tracking.store import NOTED, artifact_root, noted_uri, quiet_mlflow, store_uri, written
 from ranksearch.tracking.view import View, shown_costs
 
 quiet_mlflow()
@@ -85,14 +85,15 @@ class Mirror:
     # Finding and making runs -------------------------------------------------------------------------------------
 
     def _note(self) -> dict[str, str]:
-        return {"uri": self.uri, "experiment": self.experiment_id, "parent": self.parent_id}
+        uri = written(self.uri, self._space.tracking.uri)
+        return {"uri": uri, "experiment": self.experiment_id, "parent": self.parent_id}
 
     def _find(self) -> Run | None:
         """The study's run in this store: where it was, else by the study's tag."""
         noted = self._folder / NOTED
         known = json.loads(noted.read_text()) if noted.is_file() else {}
         tag = study_tags(self._info, self._space)[STUDY_TAG]
-        if known.get("uri") == self.uri:
+        if noted_uri(known.get("uri", "")) == self.uri:
             try:
                 run = self.client.get_run(known["parent"])
                 if run.info.lifecycle_stage == "active" and run.data.tags.get(STUDY_TAG) == tag:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ranksearch.errors import UsageError
+from ranksearch.search.urls import FROM_ENVIRONMENT, from_environment, without_password
+
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
+VARIABLE = "MLFLOW_TRACKING_URI"
 NOTED = "mlflow.json"
 """In a study's folder: which store, experiment and run mirror it."""
 
@@ -28,8 +32,29 @@ def quiet_mlflow() -> None:
 
 
 def store_uri(runs: Path, configured: str | None) -> str:
-    """URI of the store for studies in the folder `runs`."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs / DATABASE).absolute()}"
+    """URI of the store for studies in the folder `runs`; it may hold a password.
+
+    Raises:
+        UsageError: `configured` names an environment variable that is not set.
+    """
+    if configured is not None:
+        return from_environment(configured, "tracking.uri")
+    return os.environ.get(VARIABLE) or f"sqlite:///{(runs / DATABASE).absolute()}"
+
+
+def written(uri: str, configured: str | None) -> str:
+    """A store's URI as it is written down and shown: by the variable that holds it where it has a password."""
+    if configured is not None:
+        return configured
+    return uri if without_password(uri) == uri else f"{FROM_ENVIRONMENT}{VARIABLE}"
+
+
+def noted_uri(noted: str) -> str:
+    """URI of a store that was `written` down; where its variable is not set any more, as it was written."""
+    try:
+        return from_environment(noted, NOTED)
+    except UsageError:
+        return noted
 
 
 def is_server(uri: str) -> bool:

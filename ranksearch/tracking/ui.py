@@ -16,8 +16,18 @@ from pathlib import Path
 
 from ranksearch.errors import StudyError, UsageError, nearest
 from ranksearch.search.study_folder import INFO
+from ranksearch.search.urls import from_environment
 from ranksearch.tracking.runs import TRIALS_VIEW
-from ranksearch.tracking.store import DATABASE, NOTED, artifact_root, is_server, quiet_mlflow, store_uri
+from ranksearch.tracking.store import (
+    DATABASE,
+    NOTED,
+    VARIABLE,
+    artifact_root,
+    is_server,
+    noted_uri,
+    quiet_mlflow,
+    store_uri,
+)
 
 HOST, SQLITE = "127.0.0.1", "sqlite:///"
 WORKFLOW = "workflowType=machine_learning"
@@ -58,18 +68,19 @@ def find_store(where: str, runs: Path) -> Opened:
     """The store behind `where`: a folder of studies, a study's folder, or a study's name in `runs`.
 
     Raises:
-        UsageError: nothing of that kind is there; the text names the nearest study.
+        UsageError: nothing of that kind is there (the text names the nearest study), or the environment variable with the store's URI is
+            not set.
     """
     for folder in (Path(where), runs / where):
         if (folder / INFO).is_file():
             folder = folder.resolve()
             noted = _noted(folder)
-            uri = noted.get("uri") or store_uri(folder.parent, None)
+            uri = from_environment(noted["uri"], NOTED) if "uri" in noted else store_uri(folder.parent, None)
             return Opened(uri, folder.parent, _pages([folder], uri))
     folder = Path(where).resolve()
     studies = sorted((path.parent for path in folder.glob(f"*/{INFO}")), key=lambda p: -(p / INFO).stat().st_mtime)
     uri = store_uri(folder, None)
-    if not is_server(uri) and not (folder / DATABASE).is_file() and "MLFLOW_TRACKING_URI" not in os.environ:
+    if not is_server(uri) and not (folder / DATABASE).is_file() and VARIABLE not in os.environ:
         elsewhere = next((noted["uri"] for study in studies if (noted := _noted(study))), None)
         if elsewhere is None:
             known = sorted(path.parent.name for path in runs.glob(f"*/{INFO}"))
@@ -77,14 +88,16 @@ def find_store(where: str, runs: Path) -> Opened:
                 f"There is no MLflow store in {where}, and no study of that name: run `ranksearch search SPACE.yaml` first. "
                 f"{nearest(where, known)}"
             )
-        uri = elsewhere
+        uri = from_environment(elsewhere, NOTED)
     return Opened(uri, folder, _pages(studies, uri))
 
 
 def _noted(folder: Path) -> dict[str, str]:
     """Which store, experiment and run mirror a study; a store that was moved together with the studies is where they are."""
     known = json.loads((folder / NOTED).read_text()) if (folder / NOTED).is_file() else {}
-    uri = known.get("uri", "")
+    if not known:
+        return known
+    uri = known["uri"] = noted_uri(known["uri"])
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file() and (folder.parent / DATABASE).is_file():
         known["uri"] = store_uri(folder.parent, None)
     return known
@@ -109,8 +122,6 @@ def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
         "-m",
         "mlflow",
         "server",
-        "--backend-store-uri",
-        opened.uri,
         "--host",
         HOST,
         "--port",
@@ -119,7 +130,9 @@ def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
     if (root := artifact_root(opened.runs, opened.uri, None)) is not None:
         command += ["--default-artifact-root", root]
     address = f"http://{HOST}:{port}"
-    server = subprocess.Popen([*command, "--workers", "1"], stdout=sys.stderr)
+    # in the environment: who lists the machine's processes reads their command lines, and the URI may hold a password
+    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": opened.uri}
+    server = subprocess.Popen([*command, "--workers", "1"], stdout=sys.stderr, env=environment)
     try:
         _wait_until_it_answers(server, address)
         say(f"MLflow UI: {address} (Ctrl-C ends it)")

@@ -1,0 +1,164 @@
+"""URLs of databases and servers (`storage.optuna`, `tracking.uri`), which may be secrets: what of them is written down, and said."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ranksearch.errors import UsageError, nearest
+
+FROM_ENVIRONMENT = "env:"
+DATABASES = ("postgresql", "mysql", "sqlite")
+"""Those that Optuna takes."""
+MLFLOWS = (*DATABASES, "mssql")
+DRIVER_HINT = "install the database's Python driver (of PostgreSQL: pip install 'ranksearch[postgres]')"
+CONNECT_SECONDS = 10
+OWN_DATABASE = (
+    "Optuna and MLflow each keep a table alembic_version, and refuse the other's: give each a database (`createdb optuna`), or a schema "
+    "(`?options=-csearch_path%3Doptuna` at the URL's end)"
+)
+SECRETS = re.compile("pass|secret|token", re.IGNORECASE)
+SERVER_PASSWORD = re.compile(r"(?<=://)(?P<user>[^/@:]*):[^/@]*(?=@)")
+"""The user and the password of a server's URL."""
+
+
+def checked_url(text: str, databases: tuple[str, ...] = DATABASES) -> str:
+    """`storage.optuna` as it may be written down: `env:NAME`, or a URL without a password, a SQLite file by its absolute path.
+
+    Raises:
+        UsageError: it is none of these. The text never holds what was given, which may be a secret.
+    """
+    if text.startswith(FROM_ENVIRONMENT):
+        return _checked_name(text)
+    url = _parsed(text, databases)
+    if url.password is not None or any(SECRETS.search(key) for key in url.query):
+        raise UsageError(
+            "the URL holds a password, which would be written to space.yaml and MLflow: leave it out and set PGPASSWORD (or ~/.pgpass), "
+            "or put the whole URL into an environment variable and write env:NAME"
+        )
+    if url.get_backend_name() == "sqlite" and url.database:
+        url = url.set(database=str(Path(url.database).expanduser().absolute()))
+    return url.render_as_string(hide_password=True)
+
+
+def checked_store(text: str) -> str:
+    """`tracking.uri` as it may be written down: as `checked_url`, or the URL of a server of MLflow's without a password.
+
+    Raises:
+        UsageError: as `checked_url`.
+    """
+    if text.startswith(FROM_ENVIRONMENT):
+        return _checked_name(text)
+    if _is_database(text):
+        return checked_url(text, MLFLOWS)
+    if SERVER_PASSWORD.search(text):
+        raise UsageError(
+            "the URL holds a password, which would be written to space.yaml and MLflow: leave it out and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or put the whole URL into an environment variable and write env:NAME"
+        )
+    return text
+
+
+def without_password(text: str) -> str:
+    """A database's or server's URL, or a text that holds a server's, as it may be shown: `***` for a password, and no options that may hold
+    one."""
+    if not _is_database(text):
+        return SERVER_PASSWORD.sub(r"\g<user>:***", text)
+    import sqlalchemy
+
+    try:
+        url = sqlalchemy.make_url(text)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return SERVER_PASSWORD.sub(r"\g<user>:***", text)
+    if url.password is None and not any(SECRETS.search(key) for key in url.query):
+        return text
+    return shown(url)
+
+
+def from_environment(where: str, key: str) -> str:
+    """What `where` stands for: the value of the environment variable of `env:NAME`, else itself.
+
+    Raises:
+        UsageError: the variable is not set; `key` says where it was named.
+    """
+    if not where.startswith(FROM_ENVIRONMENT):
+        return where
+    name = where.removeprefix(FROM_ENVIRONMENT)
+    if not os.environ.get(name):
+        raise UsageError(f"{key}: {where}: the environment variable {name} is not set: set it to the URL.")
+    return os.environ[name]
+
+
+def database_url(where: str) -> Any:
+    """SQLAlchemy's URL of `storage.optuna`; printed, it hides its password.
+
+    Raises:
+        UsageError: the environment variable that it names is not set, or holds no URL.
+    """
+    text = from_environment(where, "storage.optuna")
+    try:
+        return _parsed(text)
+    except UsageError as error:
+        if text == where:
+            raise
+        raise UsageError(f"storage.optuna: {where}: {error}.") from None
+
+
+def check_apart(url: Any, store: str) -> None:
+    """Optuna and MLflow both keep their schema's version in the table `alembic_version`, so neither opens a database of the other's.
+
+    Args:
+        url: SQLAlchemy's, of `storage.optuna`.
+        store: URI of MLflow's store.
+
+    Raises:
+        UsageError: both are one database, and one schema of it.
+    """
+    if not _is_database(store):
+        return
+    other = _parsed(store, MLFLOWS)
+
+    def place(url: Any) -> tuple[Any, ...]:
+        return url.get_backend_name(), url.host, url.port, url.database, url.query.get("options")
+
+    if place(url) == place(other):
+        raise UsageError(f"storage.optuna: {shown(url)} is MLflow's database too: {OWN_DATABASE}.")
+
+
+def shown(url: Any) -> str:
+    """SQLAlchemy's URL without its password and options."""
+    return str(url.set(query={}).render_as_string(hide_password=True))
+
+
+def _checked_name(text: str) -> str:
+    name = text.removeprefix(FROM_ENVIRONMENT)
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise UsageError(f"{text!r} names no environment variable; expected {FROM_ENVIRONMENT}NAME")
+    return text
+
+
+def _is_database(text: str) -> bool:
+    return text.partition(":")[0].partition("+")[0] in MLFLOWS
+
+
+def _parsed(text: str, databases: tuple[str, ...] = DATABASES) -> Any:
+    """A database's URL.
+
+    Raises:
+        UsageError: it is none, or of another database.
+    """
+    import sqlalchemy  # a third of a second, which a study in its own folder does not need
+
+    try:
+        url = sqlalchemy.make_url(text)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        raise UsageError(
+            "expected a database's URL, such as postgresql://user@host/database, or env:NAME, a variable that holds one"
+        ) from None
+    if url.get_backend_name() not in databases:
+        raise UsageError(
+            f"there is no database {url.get_backend_name()!r} here. {nearest(url.get_backend_name(), databases)}"
+        )
+    return url
