@@ -8,7 +8,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from ranksearch.search.local_tpe import LocalTPE, _cost_of_level, _residuals, _staircase
+from ranksearch.search.local_tpe import LocalTPE, _cost_of_level, _nearest, _residuals, _staircase
 from ranksearch.search.parametrize import LEVEL
 
 SPACE = {
@@ -111,6 +111,12 @@ def test_draws_depend_on_seed_number_and_what_was_told_alone():
     again = make(3)
     again.add_trials(study.trials)
     assert drawn(study) == drawn(again)
+
+
+def test_of_equally_near_trials_the_newest_are_learnt_from():
+    table = np.array([[1.0, 0.5, 0.9]] * 40 + [[0.5, 0.2, 0.8]] * 10 + [[1.0, 0.5, np.nan]])
+    assert sorted(_nearest(table, 1.0)) == list(range(10, 40))
+    assert sorted(_nearest(table, 0.5)) == [*range(20, 40), *range(40, 50)]
 
 
 def test_the_time_of_a_draw_does_not_grow_with_the_study():
