@@ -28,36 +28,46 @@ from ranksearch.tracking.view import View
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 FIGURES = "figures"
 
 
 def log_front_nets(
-    client: MlflowClient, experiment_id: str, runs: Mapping[int, Run], view: View, log: Callable[[str], None]
-) -> None:
-    """Logs the figure of every trial on the front and, as the space says, its net as a model, and registers the best one."""
+    client: MlflowClient, experiment_id: str, runs: Mapping[int, str], models: dict[int, str], view: View, log: Callable[[str], None]
+) -> None:  # fmt: skip
+    """Logs the figure of every trial on the front and, as the space says, its net as a model, and registers the best one.
+
+    Args:
+        runs: trial -> the ID of its run.
+        models: trial -> the ID of its model, of those that have one; what is logged here joins them.
+    """
     tracking, rows = view.space.tracking, view.front_rows
     for i, row in enumerate(rows):
-        run = runs[row["trial"]]
-        _log_figure(client, run, row, view.metric)
-        if tracking.models and MODEL_TAG not in run.data.tags:
-            log(f"MLflow: model of trial {row['trial']} ({i + 1} of {len(rows)})")
-            _log_net(client, experiment_id, run, view, row, log)
-    if tracking.models and tracking.register and view.champion is not None:
-        _register(client, runs[view.champion["trial"]], view, view.champion)
+        number, run_id = row["trial"], runs[row["trial"]]
+        _log_figure(client, run_id, row, view.metric)
+        if tracking.models and number not in models:
+            log(f"MLflow: model of trial {number} ({i + 1} of {len(rows)})")
+            model_id = _log_net(client, experiment_id, run_id, view, row, log)
+            models |= {number: model_id} if model_id is not None else {}
+    best = view.champion
+    if tracking.models and tracking.register and best is not None and best["trial"] in models:
+        from ranksearch.tracking.models import register  # seconds of imports
+
+        description = f"Trial {best['trial']} of {view.name}: {run_name(best, view.costs[0], view.metric)}"
+        register(client, view.name, models[best["trial"]], runs[best["trial"]], description=description)
 
 
-def _log_figure(client: MlflowClient, run: Run, row: Row, metric: Metric) -> None:
+def _log_figure(client: MlflowClient, run_id: str, row: Row, metric: Metric) -> None:
     if charts := trial_charts(row, metric):
         with tempfile.TemporaryDirectory() as scratch:
             save_png(list(charts.values()), Path(scratch) / "training.png", stacked=True)
-            client.log_artifacts(run.info.run_id, scratch, FIGURES)
+            client.log_artifacts(run_id, scratch, FIGURES)
 
 
 def _log_net(
-    client: MlflowClient, experiment_id: str, run: Run, view: View, row: Row, log: Callable[[str], None]
-) -> None:
+    client: MlflowClient, experiment_id: str, run_id: str, view: View, row: Row, log: Callable[[str], None]
+) -> str | None:
+    """The ID of the model that a trial's net is logged as; None where it cannot be, which is said."""
     from ranksearch.tracking.models import log_model
 
     folder, name = trial_folder(view.folder, row["trial"]), f"{view.name}-t{row['trial']:03d}"
@@ -65,14 +75,14 @@ def _log_net(
     _forget_half_made(client, experiment_id, tags)
     try:
         model_id = log_model(
-            client, experiment_id, run.info.run_id, name, load_net(folder, view.space.build), folder, view.space.kind(),
+            client, experiment_id, run_id, name, load_net(folder, view.space.build), folder, view.space.kind(),
             tags=tags | {KIND_TAG: "net"}, params=trial_params(row), metrics=final_metrics(row), at_ms=int(1000 * (row["ended"] or 0.0)),
         )  # fmt: skip
     except StudyError as error:
         log(f"MLflow: {error} The trial's folder has the net; its run has no model.")
-        return
-    client.set_tag(run.info.run_id, MODEL_TAG, model_id)
-    run.data.tags[MODEL_TAG] = model_id
+        return None
+    client.set_tag(run_id, MODEL_TAG, model_id)
+    return model_id
 
 
 def _forget_half_made(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> None:
@@ -80,11 +90,3 @@ def _forget_half_made(client: MlflowClient, experiment_id: str, tags: Mapping[st
     wanted = " AND ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
     for model in client.search_logged_models([experiment_id], wanted):
         client.delete_logged_model(model.model_id)
-
-
-def _register(client: MlflowClient, run: Run, view: View, best: Row) -> None:
-    from ranksearch.tracking.models import register
-
-    if MODEL_TAG in run.data.tags:
-        description = f"Trial {best['trial']} of {view.name}: {run_name(best, view.costs[0], view.metric)}"
-        register(client, view.name, run.data.tags[MODEL_TAG], run.info.run_id, description=description)

@@ -27,6 +27,7 @@ from ranksearch.tracking.note import front_csv, front_table, note
 from ranksearch.tracking.report import report_html
 from ranksearch.tracking.runs import (
     ENDED,
+    MODEL_TAG,
     PARENT_TAG,
     STUDY_TAG,
     TRIAL_TAG,
@@ -71,8 +72,10 @@ class Mirror:
         parent = self._find() or self._make(view, artifacts)
         self.experiment_id, self.parent_id = parent.info.experiment_id, parent.info.run_id
         self._describe(view, parent)
-        self._runs: dict[int, Run] = {}
-        """Trial -> its run, as it was when it was made or found."""
+        self._runs: dict[int, str] = {}
+        """Trial -> the ID of its run."""
+        self._models: dict[int, str] = {}
+        """Trial -> the ID of its logged model."""
         self._logged: set[int] = set()
         """Trials whose runs hold everything."""
         self._on_front: set[int] = set()
@@ -146,7 +149,9 @@ class Mirror:
             )
             for run in found:
                 if (number := run.data.tags.get(TRIAL_TAG)) is not None:
-                    self._runs[int(number)] = run
+                    self._runs[int(number)] = run.info.run_id
+                    if MODEL_TAG in run.data.tags:
+                        self._models[int(number)] = run.data.tags[MODEL_TAG]
                     if run.info.status != "RUNNING":
                         self._logged.add(int(number))
                     if run.data.tags.get("on_front") == "true":
@@ -189,18 +194,17 @@ class Mirror:
         if number not in self._runs:
             tags = trial_tags(row, self._info, self._space, on_front=on_front) | {PARENT_TAG: self.parent_id}
             started = int(1000 * (ended - (row["seconds"] or 0.0)))
-            self._runs[number] = self.client.create_run(
-                self.experiment_id, started, tags, run_name(row, cost, self._metric)
-            )
+            run = self.client.create_run(self.experiment_id, started, tags, run_name(row, cost, self._metric))
+            self._runs[number] = run.info.run_id
             self._on_front |= {number} if on_front else set()
-        run = self._runs[number].info.run_id
-        self._batch(run, params=trial_params(row), metrics=trial_metrics(row), at=ended)
+        run_id = self._runs[number]
+        self._batch(run_id, params=trial_params(row), metrics=trial_metrics(row), at=ended)
         with tempfile.TemporaryDirectory() as scratch:
             for name, content in {"plan.json": row["plan"], "trial.json": trial_file(row)}.items():
                 if content is not None:
                     (Path(scratch) / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-            self.client.log_artifacts(run, scratch)
-        self.client.set_terminated(run, ENDED.get(row["status"], "FAILED"), end_time=int(1000 * ended))
+            self.client.log_artifacts(run_id, scratch)
+        self.client.set_terminated(run_id, ENDED.get(row["status"], "FAILED"), end_time=int(1000 * ended))
         self._logged.add(number)
 
     def _log_progress(self) -> None:
@@ -218,7 +222,7 @@ class Mirror:
         """The tag `on_front` of the trials that came to the front or left it."""
         for number in sorted(self._on_front ^ on_front):
             if number in self._runs:
-                self.client.set_tag(self._runs[number].info.run_id, "on_front", str(number in on_front).lower())
+                self.client.set_tag(self._runs[number], "on_front", str(number in on_front).lower())
                 self._on_front ^= {number}
 
     def show(self, view: View, importances: Mapping[str, Any], *, complete: bool) -> None:
@@ -253,12 +257,12 @@ class Mirror:
         for row in view.trials:
             if row["test_accuracy"] is not None:
                 score = {"test_accuracy": row["test_accuracy"]}
-                self._batch(self._runs[row["trial"]].info.run_id, metrics=[(0, score)], at=row["ended"] or 0.0)
+                self._batch(self._runs[row["trial"]], metrics=[(0, score)], at=row["ended"] or 0.0)
         self._batch(self.parent_id, metrics=[(0, dense_metrics(view))], at=created(self._info))
         self.show(view, importances, complete=complete)
         if complete:
             self.client.log_text(self.parent_id, report_html(view, importances), "report.html")
-            log_front_nets(self.client, self.experiment_id, self._runs, view, log)
+            log_front_nets(self.client, self.experiment_id, self._runs, self._models, view, log)
         self.client.set_terminated(self.parent_id, "FINISHED" if complete else "KILLED")
 
     def _catch_up(self, view: View) -> None:
