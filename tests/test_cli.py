@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import free_ports
 
 COMMAND = [sys.executable, "-m", "ranksearch"]
 QUICK = ["--set", "recipe.steps=20", "--set", "recipe.bn_batches=2"]
@@ -140,9 +141,7 @@ def test_resume_of_a_finished_study_changes_nothing(studied):
 
 def test_ui_serves_the_study_on_loopback(studied):
     folder, *_ = studied
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     server = subprocess.Popen(
         [*COMMAND, "ui", "runs", "--port", str(port)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True, start_new_session=True,

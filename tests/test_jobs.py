@@ -17,6 +17,7 @@ from ranksearch.cli import app
 from ranksearch.cluster.submission import new_study
 from ranksearch.errors import UsageError
 from ranksearch.search.space_file import read_space
+from tests.conftest import free_ports
 
 pytest.importorskip("opencensus", reason="Ray's job server needs the extra `cluster`")
 
@@ -50,14 +51,6 @@ def digits():
     net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
     return ranksearch.Task(model=net, train=(x[:1300], y[:1300]), val=(x[1300:], y[1300:]))
 """
-
-
-def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ of this machine."""
 import json
 import os
 import shutil
-import socket
 import subprocess
 import uuid
 from pathlib import Path
@@ -15,6 +14,7 @@ from ranksearch.api import export, resume, search, sync
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.search.study import Study
 from ranksearch.tracking.ui import find_store
+from tests.conftest import free_ports
 from tests.test_mirror import dump, runs_of
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'ranksearch[postgres]'")
@@ -44,9 +44,7 @@ def server(tmp_path_factory):
         for parent in folder.parents:
             if parent.stat().st_uid == 0 and parent.is_relative_to("/tmp") and parent != Path("/tmp"):
                 parent.chmod(parent.stat().st_mode | 0o011)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
 
     def run(*command, **options):
         return subprocess.run([*as_user, *map(str, command)], check=True, cwd=folder, **options)

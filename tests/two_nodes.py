@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import free_ports
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 STARTED = "Ray runtime started"
@@ -26,26 +27,20 @@ def mounts_of_its_own() -> bool:
         return False
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Nodes:
     """Ray's head and a second node with one CPU each; `hidden` are folders that are other, empty ones on the second node."""
 
     def __init__(self, folder: Path, hidden: Sequence[Path] = ()) -> None:
-        self.address = f"127.0.0.1:{free_port()}"
+        port, client = free_ports(2)
+        self.address = f"127.0.0.1:{port}"
         self.environment = {
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "OMP_NUM_THREADS": "1",
             "RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1",
         }  # fmt: skip
         self._folder, self._processes = folder, []
-        port = self.address.rpartition(":")[2]
         self._start(
             "head",
-            ["--head", "--port", port, "--include-dashboard", "false", "--ray-client-server-port", f"{free_port()}"],
+            ["--head", "--port", f"{port}", "--include-dashboard", "false", "--ray-client-server-port", f"{client}"],
             [],
         )
         mounts = "; ".join(f"mount -t tmpfs none {path}" for path in hidden)
