@@ -3,8 +3,10 @@
 Ranks are measured at every multiple of the device's step up to the largest rank that saves MACs or params, at half a step, and at that
 largest rank itself. Where other ranks may be chosen, two more are measured in each step: one just above its beginning and one amid it that
 is no multiple of 4; and the smallest rank of all. ONNX Runtime takes the whole step's time for multiples of 4 and up to a quarter more for
-others; PyTorch climbs evenly. So time is interpolated among multiples of 4, and among the others. A format with several ranks has a coarse
-grid of them: one of multiples of the step, and one of others where those may be chosen.
+others; PyTorch climbs evenly, but for cliffs where it changes to another kernel (for one image where the input exceeds 20,480 values). So
+time is interpolated among multiples of 4, and among the others, and where it changes much from one measured rank to the next, ranks between
+them are measured until it does not. A format with several ranks has a coarse grid of them: one of multiples of the step, and one of others
+where those may be chosen.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ FORMAT = 2
 """Counts up when a time comes to mean something else: older files are then not used any more."""
 FINE = 4
 """Multiples of this are as fast as a whole step in a runtime that computes in blocks; others are slower there."""
+STEEP = 0.1
+"""Times of neighbouring measured ranks differ by at most this share of the dense layer's time, unless no rank lies between them."""
 LEVELS = 5
 """Of each side of a rank that has several."""
 
@@ -51,6 +55,24 @@ def measured_ranks(lowering: Lowering, shape: Shape, step: int, multiple: int) -
     between = [start + FINE for start in range(0, most, step)] if multiple % step else []
     odd = [multiple, *_amid(step, most)] if multiple % FINE else []
     return sorted({*_multiples(step, most), *(rank for rank in between + odd if rank < most)})
+
+
+def amid_steep(times: Mapping[Rank, float], steep: float, multiple: int) -> list[Rank]:
+    """Of a format of one rank: amid neighbouring ranks of one kind (multiples of `FINE`, others) whose times differ by more than `steep`.
+
+    Args:
+        times: those that are known.
+        multiple: what every rank that is asked for is a multiple of.
+    """
+    found: set[Rank] = set()
+    known = sorted(rank for rank in times if isinstance(rank, int))
+    for fine in (True, False) if multiple % FINE else (True,):
+        kind = [rank for rank in known if (rank % FINE == 0) is fine]
+        for low, high in pairwise(kind):
+            between = [rank for rank in range(low + 1, high) if rank % multiple == 0 and (rank % FINE == 0) is fine]
+            if between and abs(times[high] - times[low]) > steep:
+                found.add(between[len(between) // 2])
+    return sorted(found, key=sides)
 
 
 def grid(full: Ints, step: int, fine: bool) -> tuple[Ints, ...]:
@@ -104,23 +126,30 @@ class LatencyTable:
 
     def measure(self, wanted: Iterable[tuple[Layer, Sequence[str], int]], log: Callable[[str], None]) -> None:
         """Times every layer under the ranks of its lowerings (names, rank multiple) that are not known yet; layers of one shape once."""
-        missing: dict[Shape, dict[LayerPlan, None]] = {}
+        asked: dict[Shape, dict[tuple[str, int], None]] = {}
         for layer, lowerings, multiple in wanted:
             for shape in _shapes(layer):
-                found = missing.setdefault(shape, {})
-                found |= dict.fromkeys(c for name in lowerings for c in self._missing(shape, name, multiple))
-        missing = {shape: choices for shape, choices in missing.items() if choices}
+                asked.setdefault(shape, {}).update(dict.fromkeys((name, multiple) for name in lowerings))
+        missing = {shape: found for shape, kinds in asked.items() if (found := self._missing(shape, kinds))}
         if not missing:
             return
         count = sum(map(len, missing.values()))
-        log(f"latency table: timing {count} forms of {len(missing)} layer shapes ({self.key})")
-        for number, (shape, choices) in enumerate(missing.items(), start=1):
-            self._fill(shape, list(choices))
+        log(f"latency table: timing {count} forms of {len(missing)} layer shapes, and more where time is steep ({self.key})")
+        for number, shape in enumerate(missing, start=1):
+            while found := self._missing(shape, asked[shape]):
+                self._fill(shape, found)
             log(f"latency table: {number} of {len(missing)} layer shapes")
 
-    def _missing(self, shape: Shape, name: str, multiple: int) -> list[LayerPlan]:
-        known = self._layers.get(_text(shape), {}).get(name, {})
-        return [LayerPlan(name, rank) for rank in self._measured(shape, name, multiple) if rank not in known]
+    def _missing(self, shape: Shape, kinds: Iterable[tuple[str, int]]) -> list[LayerPlan]:
+        """What is to be timed next of a shape, by lowering and rank multiple: what is always measured, then what lies where time is steep."""
+        found: dict[LayerPlan, None] = {}
+        for name, multiple in kinds:
+            known = self._layers.get(_text(shape), {}).get(name, {})
+            ranks = [rank for rank in self._measured(shape, name, multiple) if rank not in known]
+            if not ranks and known:
+                ranks = amid_steep(known, STEEP * self._layers[_text(shape)][DENSE.lowering][0], multiple)
+            found |= dict.fromkeys(LayerPlan(name, rank) for rank in ranks)
+        return list(found)
 
     def _measured(self, shape: Shape, name: str, multiple: int) -> list[Rank]:
         return measured_ranks(lowering_named(name), shape, self.step, multiple)
