@@ -24,7 +24,9 @@ from ranksearch.compress.latency_table import FINE, LatencyTable
 from ranksearch.compress.trace import Net
 from ranksearch.lowering.contract import sides
 
-FITTED_AT = (0.2, 0.5, 0.8)
+FITTED_AT = (0.1, 0.3, 0.5)
+"""Shares of the ladders of ranks: most of these plans are faster than the dense net, as those are that a budget asks for. Slower ones (1.2
+to 1.5 times the dense net's time at four fifths of the ladder) are dearer inside a net than these, and would decide the fit."""
 PRIOR = 0.2
 """How firmly the factors are held at 1: an error of this in both weighs as one of this share of the layers' time in one plan."""
 FACTORS = (0.7, 1.5)
@@ -89,8 +91,8 @@ def _measured_net(
 
 
 def _fitting_plans(curves: Curves) -> list[Picks]:
-    """Plans of every lowering at every layer in turn, at a fifth, half and four fifths of its ladder: among all its ranks, and among
-    multiples of 4, which some runtimes compute otherwise.
+    """Plans of every lowering at every layer in turn, at the shares `FITTED_AT` of its ladder: among all its ranks, and among multiples
+    of 4, which some runtimes compute otherwise.
 
     Not the fastest or slowest options: those would be the ones whose times are most wrong.
     """
