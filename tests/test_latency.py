@@ -152,7 +152,9 @@ def test_a_rank_with_two_sides_lies_between_its_neighbours():
     table.measure([(layer, ["tucker2"], 1)], silent)
     ranks = [(8, 8), (16, 40), (70, 30), (100, 96), (128, 96)]
     exact = [known_ms(layer.spec, (14, 14), LayerPlan("tucker2", rank)) for rank in ranks]
-    assert table.times_ms(layer, "tucker2", ranks) == pytest.approx(exact, rel=0.12, abs=STEEP / 2 * table.dense_ms(layer))
+    assert table.times_ms(layer, "tucker2", ranks) == pytest.approx(
+        exact, rel=0.12, abs=STEEP / 2 * table.dense_ms(layer)
+    )
 
 
 @pytest.mark.parametrize(("name", "cliff"), [("spatial", 21), ("spatial", 13), ("tucker2", 41)])
@@ -173,7 +175,9 @@ def test_a_cliff_between_measured_ranks_is_found(name, cliff):
     ranks = [rank for rank in lowering.ranks(layer.spec) if sides(rank) <= sides(values[-1])]
     exact = Cliff().layers_ms(layer.spec, (14, 14), [DENSE, *(LayerPlan(name, rank) for rank in ranks)])
     wrong = np.abs(table.times_ms(layer, name, ranks) - exact[1:]) / exact[0]
-    assert np.mean(wrong > 0.25) <= (0.02 if name == "spatial" else 0.08)  # the ranks next to the cliff, of the other kind
+    assert np.mean(wrong > 0.25) <= (
+        0.02 if name == "spatial" else 0.08
+    )  # the ranks next to the cliff, of the other kind
     assert len(clock.timed) < len(ranks) / 2 + 40  # not simply all of them
 
 
