@@ -16,7 +16,7 @@ from ranksearch.errors import UsageError
 from ranksearch.search import place as places
 from ranksearch.search.checkpoint import CheckpointFile
 from ranksearch.search.place import PlaceError, Remote, as_uri, fetch, filling, place_at, text_of
-from tests.two_nodes import free_port
+from tests.conftest import free_ports
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def s3():
         pytest.skip(
             "no server that speaks S3 is named: MOTO_SERVER=path of a recent moto_server (pip install 'moto[server]')"
         )
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
     command = [program, "-H", "127.0.0.1", "-p", url.rpartition(":")[2]]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(150):
@@ -128,7 +128,7 @@ def test_a_state_that_a_store_refuses_stops_no_trial_but_a_net_does(tmp_path, mo
 def test_errors_of_a_store_are_sentences(s3, monkeypatch):
     with pytest.raises(PlaceError, match="there is no such bucket"):
         Remote("s3://another/x").write(b"")
-    away = f"s3://bucket/x?endpoint_override=127.0.0.1:{free_port()}&scheme=http&region=us-east-1"
+    away = f"s3://bucket/x?endpoint_override=127.0.0.1:{free_ports(1)[0]}&scheme=http&region=us-east-1"
     with pytest.raises(PlaceError, match=r"nothing answers there.*AWS_ENDPOINT_URL"):
         Remote(away).write(b"")
 
