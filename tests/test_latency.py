@@ -14,11 +14,10 @@ from ranksearch.allocate import LayerRules, allocate_plan, parse_budget, rank_cu
 from ranksearch.allocate.latency import fit_factors, timed
 from ranksearch.compress import DENSE, LayerPlan, RankPlan, plan_cost, restructure_, trace
 from ranksearch.compress.latency import latencies_ms
-from ranksearch.compress.latency_table import STEEP, LatencyTable, measured_ranks
+from ranksearch.compress.latency_table import LatencyTable, measured_ranks
 from ranksearch.compress.stopwatch import STEPS, LatencySetting, Stopwatch, probed_ranks, widest_step
 from ranksearch.errors import UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
-from ranksearch.lowering.contract import sides
 from ranksearch.search.budgets import at_level, budgets_of
 from ranksearch.search.ledger import Ledger
 from ranksearch.search.space_file import read_space
@@ -152,32 +151,27 @@ def test_a_rank_with_two_sides_lies_between_its_neighbours():
     table.measure([(layer, ["tucker2"], 1)], silent)
     ranks = [(8, 8), (16, 40), (70, 30), (100, 96), (128, 96)]
     exact = [known_ms(layer.spec, (14, 14), LayerPlan("tucker2", rank)) for rank in ranks]
-    assert table.times_ms(layer, "tucker2", ranks) == pytest.approx(
-        exact, rel=0.12, abs=STEEP / 2 * table.dense_ms(layer)
-    )
+    assert table.times_ms(layer, "tucker2", ranks) == pytest.approx(exact, rel=0.1)
 
 
-@pytest.mark.parametrize(("name", "cliff"), [("spatial", 21), ("spatial", 13), ("tucker2", 41)])
-def test_a_cliff_between_measured_ranks_is_found(name, cliff):
+@pytest.mark.parametrize("cliff", [21, 13])
+def test_a_cliff_between_measured_ranks_is_found(cliff):
     """As PyTorch has where it changes to another kernel: from some rank on, a layer takes half of its dense time more."""
 
     class Cliff(Known):
         def layers_ms(self, spec, in_size, choices):
             times = super().layers_ms(spec, in_size, choices)
-            high = [max(sides(choice.rank)) >= cliff for choice in choices]
-            return [ms + times[0] / 2 * above for ms, above in zip(times, high, strict=True)]
+            return [ms + times[0] / 2 * (c.rank >= cliff) for ms, c in zip(times, choices, strict=True)]
 
     layer = trace(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)), torch.zeros(1, 64, 14, 14)).layers[0]
-    clock, lowering = Cliff(), lowering_named(name)
+    clock, lowering = Cliff(), lowering_named("spatial")
     table = LatencyTable(clock)
-    table.measure([(layer, [name], 1)], silent)
-    values = measured_ranks(lowering, (layer.spec, layer.in_sizes[0]), 16, 1)
-    ranks = [rank for rank in lowering.ranks(layer.spec) if sides(rank) <= sides(values[-1])]
-    exact = Cliff().layers_ms(layer.spec, (14, 14), [DENSE, *(LayerPlan(name, rank) for rank in ranks)])
-    wrong = np.abs(table.times_ms(layer, name, ranks) - exact[1:]) / exact[0]
-    assert np.mean(wrong > 0.25) <= (
-        0.02 if name == "spatial" else 0.08
-    )  # the ranks next to the cliff, of the other kind
+    table.measure([(layer, ["spatial"], 1)], silent)
+    most = measured_ranks(lowering, (layer.spec, layer.in_sizes[0]), 16, 1)[-1]
+    ranks = [rank for rank in lowering.ranks(layer.spec) if rank <= most]
+    exact = Cliff().layers_ms(layer.spec, (14, 14), [DENSE, *(LayerPlan("spatial", rank) for rank in ranks)])
+    wrong = np.abs(table.times_ms(layer, "spatial", ranks) - exact[1:]) / exact[0]
+    assert np.mean(wrong > 0.25) <= 0.02
     assert len(clock.timed) < len(ranks) / 2 + 40  # not simply all of them
 
 

@@ -25,8 +25,8 @@ from ranksearch.compress.trace import Net
 from ranksearch.lowering.contract import sides
 
 FITTED_AT = (0.1, 0.3, 0.5)
-"""Shares of the ladders of ranks: most of these plans are faster than the dense net, as those are that a budget asks for. Slower ones (1.2
-to 1.5 times the dense net's time at four fifths of the ladder) are dearer inside a net than these, and would decide the fit."""
+"""Shares of the ladders of ranks: most of these plans are faster than the dense net, as those are that a budget asks for. Plans that are
+slower than it are dearer inside a net than their layers alone, more than others are, and would decide the fit."""
 PRIOR = 0.2
 """How firmly the factors are held at 1: an error of this in both weighs as one of this share of the layers' time in one plan."""
 FACTORS = (0.7, 1.5)

@@ -2,12 +2,11 @@
 
 Ranks are measured at every multiple of the device's step up to the largest rank that saves MACs or params, at half a step, and at that
 largest rank itself. Where other ranks may be chosen, two more are measured in each step: one just above its beginning and one amid it that
-is no multiple of 4; and the smallest rank of all. A format with several ranks has a coarse grid of them.
-
-Multiples of 4 and other ranks are two kinds: ONNX Runtime takes the whole step's time for the former and up to a quarter more for the
-latter, PyTorch climbs evenly. Time is interpolated among measured ranks of the same kind (among several sides by Delaunay's simplices), and
-where it changes much from one to the next, ranks between them are measured until it does not: both runtimes have cliffs where they change
-to another kernel (PyTorch for one image where the input of a conv exceeds 20,480 values).
+is no multiple of 4; and the smallest rank of all. ONNX Runtime takes the whole step's time for multiples of 4 and up to a quarter more for
+others; PyTorch climbs evenly, but for cliffs where it changes to another kernel (for one image where the input exceeds 20,480 values). So
+time is interpolated among multiples of 4, and among the others, and where it changes much from one measured rank to the next, ranks between
+them are measured until it does not. A format with several ranks has a coarse grid of them: one of multiples of the step, and one of others
+where those may be chosen.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
-from scipy.spatial import Delaunay
 
 from ranksearch.compress.plan import DENSE, LayerPlan
 from ranksearch.compress.stopwatch import Stopwatch
@@ -37,10 +34,9 @@ FORMAT = 2
 FINE = 4
 """Multiples of this are as fast as a whole step in a runtime that computes in blocks; others are slower there."""
 STEEP = 0.1
-"""Times of neighbouring measured ranks differ by at most this share of the dense layer's time per side of a rank, unless no rank lies
-between them."""
+"""Times of neighbouring measured ranks differ by at most this share of the dense layer's time, unless no rank lies between them."""
 LEVELS = 5
-"""Of each side of a rank that has several, at first."""
+"""Of each side of a rank that has several."""
 
 Shape = tuple[LayerSpec, Ints]
 """What a layer's time depends on: its spec and the size of its input."""
@@ -51,11 +47,8 @@ def measured_ranks(lowering: Lowering, shape: Shape, step: int, multiple: int) -
     spec, in_size = shape
     full = sides(lowering.full_rank(spec))
     if len(full) > 1:
-        return [
-            rank
-            for fine in _kinds(multiple)
-            for rank in product(*(_levels(most, step, multiple, fine) for most in full))
-        ]
+        kinds = [grid(full, step, fine) for fine in ((True, False) if multiple % FINE else (True,))]
+        return [rank for kind in kinds for rank in product(*kind)]
     most = max(max(sides(lowering.break_even_rank(spec, cost, in_size))) for cost in ("macs", "params"))
     if not most:
         return []
@@ -64,73 +57,27 @@ def measured_ranks(lowering: Lowering, shape: Shape, step: int, multiple: int) -
     return sorted({*_multiples(step, most), *(rank for rank in between + odd if rank < most)})
 
 
-def _kinds(multiple: int) -> tuple[bool, ...]:
-    """Which kinds of ranks are multiples of `multiple`: True for multiples of `FINE`, False for others."""
-    return (True, False) if multiple % FINE else (True,)
-
-
-def _is_fine(rank: Rank) -> bool:
-    return all(side % FINE == 0 for side in sides(rank))
-
-
-def amid_steep(times: Mapping[Rank, float], steep: float, multiple: int, step: int) -> list[Rank]:
-    """Ranks to be measured next: between measured ones of one kind whose times differ by more than `steep` for every side.
+def amid_steep(times: Mapping[Rank, float], steep: float, multiple: int) -> list[Rank]:
+    """Of a format of one rank what is to be measured next: amid neighbours of one kind (multiples of `FINE`, others) whose times differ by
+    more than `steep`.
 
     Args:
-        times: those that are known, of one format.
+        times: those that are known; of a format with several ranks nothing follows.
         multiple: what every rank that is asked for is a multiple of.
-        step: of the device; ranks of several sides are not told apart below half of it.
     """
-    found: set[Rank] = set()
-    for fine in _kinds(multiple):
-        known = {rank: time for rank, time in times.items() if _is_fine(rank) is fine}
-        if known and isinstance(next(iter(known)), int):
-            for low, high in pairwise(sorted(known, key=sides)):
-                if abs(known[high] - known[low]) > steep and (
-                    rank := _between(sides(low), sides(high), multiple, fine)
-                ):
-                    found.add(rank[0])
-        else:
-            found |= _amid_simplices(known, steep, multiple, fine, step // 2)
-    return sorted(found - times.keys(), key=sides)
-
-
-def _between(low: Ints, high: Ints, multiple: int, fine: bool) -> Ints | None:
-    """The middle of two ranks, each side of the kind and strictly between, or where they share it; None where there is none."""
-    middle = []
-    for first, last in zip(low, high, strict=True):
-        inside = (
-            [r for r in range(first + 1, last) if r % multiple == 0 and (r % FINE == 0) is fine]
-            if first < last
-            else [first]
-        )
-        if not inside:
-            return None
-        middle.append(inside[len(inside) // 2])
-    return tuple(middle)
-
-
-def _amid_simplices(known: Mapping[Rank, float], steep: float, multiple: int, fine: bool, width: int) -> set[Rank]:
-    """Amid Delaunay's simplices of measured ranks those with several sides; a simplex as narrow as `width` is left as it is."""
-    ranks, times = np.array([sides(rank) for rank in known]), np.array(list(known.values()))
-    used = np.ptp(ranks, axis=0) > 0 if len(ranks) else np.zeros(0, bool)
-    if used.sum() < 2:
-        return set()
-    found: set[Rank] = set()
-    for simplex in Delaunay(ranks[:, used] / ranks[:, used].max(0)).simplices:
-        low, high = ranks[simplex].min(0), ranks[simplex].max(0)
-        if np.ptp(times[simplex]) > steep * used.sum() and (high - low).max() > width:
-            rank = _between(tuple(low.tolist()), tuple(high.tolist()), multiple, fine)
-            found |= {rank} if rank is not None else set()
+    found: list[Rank] = []
+    for fine in (True, False):
+        kind = sorted(rank for rank in times if isinstance(rank, int) and (rank % FINE == 0) is fine)
+        for low, high in pairwise(kind):
+            between = [rank for rank in range(low + 1, high) if rank % multiple == 0 and (rank % FINE == 0) is fine]
+            if between and abs(times[high] - times[low]) > steep:
+                found.append(between[len(between) // 2])
     return found
 
 
-def _levels(most: int, step: int, multiple: int, fine: bool) -> Ints:
-    """The first values of one side of a rank that has several, up to `most`, rising: multiples of `FINE`, or others."""
-    if not fine:
-        return _spread(_others(step, most))
-    least = {FINE} if multiple < step // 2 and most > FINE else set()
-    return _spread(tuple(sorted({*_multiples(step, most), *least})))
+def grid(full: Ints, step: int, fine: bool) -> tuple[Ints, ...]:
+    """Per side of a rank that has several, up to `full`, the values that are measured, rising: multiples of the step, or others."""
+    return tuple(_spread(_multiples(step, most) if fine else _others(step, most)) for most in full)
 
 
 def _amid(step: int, most: int) -> list[int]:
@@ -202,7 +149,7 @@ class LatencyTable:
             known = self._layers.get(_text(shape), {}).get(name, {})
             ranks = [rank for rank in self._measured(shape, name, multiple) if rank not in known]
             if not ranks and known:
-                ranks = amid_steep(known, STEEP * self._layers[_text(shape)][DENSE.lowering][0], multiple, self.step)
+                ranks = amid_steep(known, STEEP * self._layers[_text(shape)][DENSE.lowering][0], multiple)
             found |= dict.fromkeys(LayerPlan(name, rank) for rank in ranks)
         return list(found)
 
@@ -228,8 +175,33 @@ class LatencyTable:
         """[n ranks]: time of the layer under a lowering, all its uses; KeyError where it was not measured."""
         total = np.zeros(len(ranks))
         for shape in _shapes(layer):
-            total += _interpolated(self._layers[_text(shape)][name], ranks)
+            times = self._layers[_text(shape)][name]
+            if isinstance(next(iter(times)), int):
+                total += _interpolated(times, ranks)
+                continue
+            total += self._on_grids(sides(lowering_named(name).full_rank(shape[0])), times, ranks)
         return total
+
+    def _on_grids(self, full: Ints, times: Mapping[Rank, float], ranks: Sequence[Rank]) -> list[float]:
+        """[n ranks] of several sides: multiples of `FINE` on the grid of steps, the others on their own, where that was measured."""
+        known = {}
+        for fine in (True, False):
+            values = grid(full, self.step, fine)
+            cells = list(product(*values))
+            if all(rank in times for rank in cells):
+                known[fine] = values, np.array([times[rank] for rank in cells]).reshape([len(v) for v in values])
+        found = []
+        for rank in map(sides, ranks):
+            fine = False not in known or all(side % FINE == 0 for side in rank)
+            values, table = known[fine]
+            found.append(_between(values, table, self._stepped(values, rank) if fine else rank))
+        return found
+
+    def _stepped(self, values: tuple[Ints, ...], rank: Ints) -> Ints:
+        """Each side at the upper end of its step."""
+        half = self.step // 2
+        ends = (half if side <= half else -(-side // self.step) * self.step for side in rank)
+        return tuple(min(end, known[-1]) for end, known in zip(ends, values, strict=True))
 
     def faster_below(self, layer: Layer, name: str) -> Rank | None:
         """The largest measured rank at which the lowering is faster than the dense layer; None where it is at none.
@@ -300,29 +272,25 @@ def _rank_of(text: str) -> Rank:
 
 
 def _interpolated(times: Mapping[Rank, float], ranks: Sequence[Rank]) -> np.ndarray:
-    """[n ranks]: measured ones as they are, others among the measured ones of their kind or, where there are none, among all."""
-    found = np.array([times.get(rank, np.nan) for rank in ranks])
-    for fine in (True, False):
-        wanted = [i for i, rank in enumerate(ranks) if np.isnan(found[i]) and _is_fine(rank) is fine]
-        if wanted:
-            known = {rank: time for rank, time in times.items() if _is_fine(rank) is fine} or times
-            at = np.array([sides(ranks[i]) for i in wanted], float)
-            found[wanted] = _linear(np.array([sides(r) for r in known], float), np.array(list(known.values())), at)
-    return found
+    """[n ranks]: measured ones as they are, others among the measured multiples of `FINE` or, where they are none, among the others."""
+    known = sorted((rank, time) for rank, time in times.items() if isinstance(rank, int))
+    kinds = [[pair for pair in known if (pair[0] % FINE == 0) is fine] or known for fine in (False, True)]
+    found = []
+    for rank in ranks:
+        assert isinstance(rank, int)
+        at, values = zip(*kinds[rank % FINE == 0], strict=True)
+        found.append(times[rank] if rank in times else float(np.interp(rank, at, values)))
+    return np.array(found)
 
 
-def _linear(known: np.ndarray, times: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """[m]: times [n] at ranks [n, sides], linear between them, at others [m, sides]; beyond them as at the end of their box."""
-    used = np.ptp(known, axis=0) > 0
-    at, known = np.clip(at, known.min(0), known.max(0))[:, used], known[:, used]
-    if used.sum() < 2:
-        order = np.argsort(known[:, 0]) if used.any() else np.zeros(1, int)
-        return np.interp(at[:, 0], known[order, 0], times[order]) if used.any() else np.full(len(at), times[0])
-    scale = known.max(0)
-    found = LinearNDInterpolator(known / scale, times)(at / scale)
-    edge = np.isnan(found)  # rounded off the rim
-    found[edge] = NearestNDInterpolator(known / scale, times)(at[edge] / scale)
-    return found
+def _between(values: tuple[Ints, ...], table: np.ndarray, at: Ints) -> float:
+    """`table` [values of side 1, values of side 2, ...] at a point, linear between its own."""
+    for known, where in zip(values, at, strict=True):
+        low = min(max(int(np.searchsorted(known, where)) - 1, 0), max(len(known) - 2, 0))
+        high = min(low + 1, len(known) - 1)
+        share = 0.0 if high == low else np.clip((where - known[low]) / (known[high] - known[low]), 0, 1)
+        table = (1 - share) * table[low] + share * table[high]
+    return float(table)
 
 
 def _read(file: Path) -> dict[str, Any]:
