@@ -28,6 +28,7 @@ from ranksearch.cli.options import (
 )
 from ranksearch.errors import StudyError, Terminated
 from ranksearch.search.urls import without_password
+from ranksearch.tracking.store import VARIABLE
 
 
 def _terminate(number: int, frame: Any) -> None:
@@ -62,7 +63,7 @@ def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
         )
     if not front["trials"]:
         raise StudyError(f"No trial of {study.space.name!r} was completed; see `{study.folder}`.")
-    store = study.space.tracking.uri or without_password(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    store = study.space.tracking.uri or without_password(os.environ.get(VARIABLE, ""))
     experiment, here = study.space.tracking.experiment or study.space.name, f"{study.space.name}{runs_option(runs)}"
     at = f"MLflow at {store}, experiment {experiment!r}, or " if store else ""
     print(

@@ -24,6 +24,7 @@ from ranksearch.search.urls import (
     DATABASES,
     DRIVER_HINT,
     FROM_ENVIRONMENT,
+    backend_of,
     database_url,
     shown,
     without_password,
@@ -197,7 +198,7 @@ def _mlflow(space: Space | None, runs: Path) -> str | None:
         except (OSError, ValueError) as error:
             return f"{without_password(uri)}: {getattr(error, 'reason', error)}"
         return None
-    kind = uri.partition(":")[0].partition("+")[0]
+    kind = backend_of(uri)
     return _unreachable(uri) if kind in DATABASES and kind != "sqlite" else None
 
 

@@ -21,8 +21,9 @@ from ranksearch.search.space import Space
 from ranksearch.search.study_folder import FRONT, INFO
 from ranksearch.search.urls import FROM_ENVIRONMENT, without_password
 from ranksearch.tasks import is_own
+from ranksearch.tracking.store import VARIABLE
 
-PASSED = ("MLFLOW_TRACKING_URI", "RANKSEARCH_DATA")
+PASSED = (VARIABLE, "RANKSEARCH_DATA")
 """Variables that a job gets from here where they are set."""
 STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
 """A job that is stopped is interrupted as by Ctrl-C: it closes MLflow's runs and says how to go on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ FROM_ENVIRONMENT = "env:"
 DATABASES = ("postgresql", "mysql", "sqlite")
 """Those that Optuna takes."""
 MLFLOWS = (*DATABASES, "mssql")
+"""Those that MLflow takes."""
 DRIVER_HINT = "install the database's Python driver (of PostgreSQL: pip install 'ranksearch[postgres]')"
 CONNECT_SECONDS = 10
 OWN_DATABASE = (
@@ -33,11 +35,8 @@ def checked_url(text: str, databases: tuple[str, ...] = DATABASES) -> str:
     if text.startswith(FROM_ENVIRONMENT):
         return _checked_name(text)
     url = _parsed(text, databases)
-    if url.password is not None or any(SECRETS.search(key) for key in url.query):
-        raise UsageError(
-            "the URL holds a password, which would be written to space.yaml and MLflow: leave it out and set PGPASSWORD (or ~/.pgpass), "
-            "or put the whole URL into an environment variable and write env:NAME"
-        )
+    if _holds_password(url):
+        raise _refused("PGPASSWORD (or ~/.pgpass)")
     if url.get_backend_name() == "sqlite" and url.database:
         url = url.set(database=str(Path(url.database).expanduser().absolute()))
     return url.render_as_string(hide_password=True)
@@ -51,30 +50,21 @@ def checked_store(text: str) -> str:
     """
     if text.startswith(FROM_ENVIRONMENT):
         return _checked_name(text)
-    if _is_database(text):
+    if backend_of(text) in MLFLOWS:
         return checked_url(text, MLFLOWS)
     if SERVER_PASSWORD.search(text):
-        raise UsageError(
-            "the URL holds a password, which would be written to space.yaml and MLflow: leave it out and set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, or put the whole URL into an environment variable and write env:NAME"
-        )
+        raise _refused("MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
     return text
 
 
 def without_password(text: str) -> str:
     """A database's or server's URL, or a text that holds a server's, as it may be shown: `***` for a password, and no options that may hold
     one."""
-    if not _is_database(text):
-        return SERVER_PASSWORD.sub(r"\g<user>:***", text)
-    import sqlalchemy
-
-    try:
-        url = sqlalchemy.make_url(text)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        return SERVER_PASSWORD.sub(r"\g<user>:***", text)
-    if url.password is None and not any(SECRETS.search(key) for key in url.query):
-        return text
-    return shown(url)
+    if backend_of(text) in MLFLOWS:
+        with suppress(UsageError):
+            url = _parsed(text, MLFLOWS)
+            return shown(url) if _holds_password(url) else text
+    return SERVER_PASSWORD.sub(r"\g<user>:***", text)
 
 
 def from_environment(where: str, key: str) -> str:
@@ -116,7 +106,7 @@ def check_apart(url: Any, store: str) -> None:
     Raises:
         UsageError: both are one database, and one schema of it.
     """
-    if not _is_database(store):
+    if backend_of(store) not in MLFLOWS:
         return
     other = _parsed(store, MLFLOWS)
 
@@ -132,6 +122,11 @@ def shown(url: Any) -> str:
     return str(url.set(query={}).render_as_string(hide_password=True))
 
 
+def backend_of(text: str) -> str:
+    """What kind of database a URL names, such as postgresql; of another URL its scheme."""
+    return text.partition(":")[0].partition("+")[0]
+
+
 def _checked_name(text: str) -> str:
     name = text.removeprefix(FROM_ENVIRONMENT)
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -139,8 +134,15 @@ def _checked_name(text: str) -> str:
     return text
 
 
-def _is_database(text: str) -> bool:
-    return text.partition(":")[0].partition("+")[0] in MLFLOWS
+def _holds_password(url: Any) -> bool:
+    return url.password is not None or any(SECRETS.search(key) for key in url.query)
+
+
+def _refused(instead: str) -> UsageError:
+    return UsageError(
+        f"the URL holds a password, which would be written to space.yaml and MLflow: leave it out and set {instead}, or put the whole URL "
+        f"into an environment variable and write env:NAME"
+    )
 
 
 def _parsed(text: str, databases: tuple[str, ...] = DATABASES) -> Any:
