@@ -111,6 +111,18 @@ def test_two_workers_train_one_trial_and_a_killed_one_costs_a_restart_from_its_s
     assert row["epochs"] == pytest.approx(300 * row["recipe"]["batch_size"] / len(bench.task.train))
 
 
+@DRILLS
+def test_a_data_parallel_trial_that_is_stopped_leaves_its_place_to_the_next(
+    cluster, tmp_path, digits_yaml, monkeypatch
+):
+    monkeypatch.setattr(Study, "goes_on", lambda self, number, rung, value: number > 0)
+    settings = ["resources.workers_per_trial=2", "resources.gpus_per_trial=0", "recipe.steps=200"]
+    settings += ["search.early_stopping.rungs=[0.2]"]
+    study = search(digits_yaml, tmp_path, cluster, "stopped", *settings, trials=2)
+    assert [row["status"] for row in study.trials] == ["stopped", "complete"]
+    assert len({worker["node_id"] for worker in study.trials[1]["placement"]["workers"]}) == 2
+
+
 class MadeUp:
     kind, total = "made up", 8 * GIB
 

@@ -1,6 +1,7 @@
 """A data-parallel trial: Ray Train starts its workers, a GPU or some cores each, and their process group; Tune sees one trial.
 
-The Tune trial itself takes nothing of the cluster. A worker that dies ends the group, and the study runs the trial again from its state.
+The Tune trial itself takes nothing of the cluster: its workers lie in a placement group of their own. A worker that dies ends the group,
+and the study runs the trial again from its state. Where a trial is stopped, or its Tune actor lost, the driver lets go of the group.
 """
 
 from __future__ import annotations
@@ -8,17 +9,21 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import ray
 import ray.train
 from ray import tune
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.tune.integration.ray_train import TuneReportCallback
+from ray.train.v2.api.callback import UserCallback
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
+from ray.util.queue import Queue
 
 from ranksearch.cluster.shared import Shared, take, with_peak
-from ranksearch.cluster.worker import Terms, candidate_of, message, settle_in, watched_leave
+from ranksearch.cluster.worker import GROUP, Terms, candidate_of, message, settle_in, watched_leave
 from ranksearch.search.placement import Placement
 from ranksearch.search.run import NO_PLACE, NO_SPACE, attempt
 from ranksearch.search.trial import TrialResult
@@ -37,6 +42,19 @@ class TrialFailed(Exception):
     """The trial itself raised on one rank: its result, as JSON. The others wait for that rank in vain, and are ended."""
 
 
+class Relay(UserCallback):
+    """Hands the trial what its rank 0 reports to Train's controller.
+
+    Ray's `TuneReportCallback` waits until Tune has taken each report: for ever, where Tune has stopped the trial.
+    """
+
+    def __init__(self, reports: Queue) -> None:
+        self._reports = reports
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        self._reports.put(metrics[0])
+
+
 def parallel_trial(config: dict[str, Any], shared: Shared, terms: Terms) -> None:
     """A trial of several workers, as Tune runs it.
 
@@ -46,6 +64,7 @@ def parallel_trial(config: dict[str, Any], shared: Shared, terms: Terms) -> None
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     resources = {"CPU": terms.cpus} | ({"GPU": terms.gpus} if terms.gpus else {})
+    reports = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"trial": config, "shared": shared, "terms": terms},
@@ -55,15 +74,34 @@ def parallel_trial(config: dict[str, Any], shared: Shared, terms: Terms) -> None
             name=f"{config['number']:03d}-{uuid.uuid4().hex[:8]}",  # a run of the same name would be taken up by Train
             storage_path=os.path.join(terms.folder, "ray", "workers"),
             failure_config=FailureConfig(max_failures=0),  # the study does the retrying
-            callbacks=[TuneReportCallback()],
+            callbacks=[Relay(reports)],
         ),
     )
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        finally:
+            reports.put(None)
+
+    with ThreadPoolExecutor(1) as thread:
+        fitted = thread.submit(fit)
+        for report in iter(reports.get, None):
+            tune.report(report)  # where the trial is stopped, Tune ends this thread here
     try:
-        trainer.fit()
+        fitted.result()
     except TrainingFailedError as error:
         if (result := own_failure(error)) is None:
             raise
         tune.report(message(Placement(**result["placement"]), result=result))
+
+
+def let_go(group: str) -> None:
+    """Ends the workers of a data-parallel trial and frees what they hold, by the name that its reports gave; nothing where they have ended.
+
+    Train's controller does so only where it ends by itself; what stands in for it otherwise asks the dashboard, which need not run.
+    """
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 def own_failure(error: TrainingFailedError) -> dict[str, Any] | None:
@@ -83,7 +121,7 @@ def _worker(config: dict[str, Any]) -> None:
     work, own = take(shared)
     settle_in(terms, work.task)
     placement = _placed(group, own)
-    ray.train.report(message(placement))
+    ray.train.report(message(placement) | {GROUP: get_current_placement_group().id.hex()})
     with watched_leave() as watch:  # rank 0's counts, which writes the state
         result = attempt(
             work.task, work.dense, work.net, candidate_of(config["trial"]), checkpoint_seconds=terms.checkpoint_seconds, group=group,

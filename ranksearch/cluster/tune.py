@@ -22,14 +22,14 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ranksearch.cluster.connection import HEAD, HeadLost, head_is_gone, join
-from ranksearch.cluster.group import parallel_trial
+from ranksearch.cluster.group import let_go, parallel_trial
 from ranksearch.cluster.head import HeadWatch, watched_head
 from ranksearch.cluster.losses import Losses
 from ranksearch.cluster.nodes import usable_nodes
 from ranksearch.cluster.probe import auto_share
 from ranksearch.cluster.room import Room
 from ranksearch.cluster.shared import Shared, load_of, share
-from ranksearch.cluster.worker import ENTRY, METRIC, PLACE, RESULT, Terms, trial
+from ranksearch.cluster.worker import ENTRY, GROUP, METRIC, PLACE, RESULT, Terms, trial
 from ranksearch.errors import StudyError, Terminated
 from ranksearch.search.metric import Metric
 from ranksearch.search.place import text_of
@@ -64,6 +64,7 @@ class AskTell(Searcher):
         self.losses = Losses(log)
         self.interrupted: Callable[[], bool] = lambda: False
         self._places: dict[str, dict[str, Any]] = {}
+        self._groups: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
         self._seeds: dict[str, int] = {}
         self._history: dict[str, list[dict[str, Any]]] = {}
@@ -114,6 +115,8 @@ class AskTell(Searcher):
         """Takes up what a running trial reports; False where it is to be stopped."""
         if trial_id not in self._numbers:
             return True
+        if GROUP in result:
+            self._groups[trial_id] = result[GROUP]
         self._note_place(trial_id, result)
         if not result.get(ENTRY):
             return True
@@ -140,6 +143,8 @@ class AskTell(Searcher):
         number = self._numbers.pop(trial_id, None)
         if number is None:
             return
+        if trial_id in self._groups:
+            let_go(self._groups.pop(trial_id))
         seed, history = self._seeds.pop(trial_id), self._history.pop(trial_id)
         place = self._places.pop(trial_id, None)
         payload = (result or {}).get(RESULT)

@@ -29,6 +29,8 @@ from ranksearch.tasks.task import Task
 
 METRIC, ENTRY, RESULT, PLACE = "val_accuracy", "entry", "result", "placement"
 """Keys of a report; all but the first are JSON texts, because Tune flattens nested metrics. Empty: not of this report."""
+GROUP = "placement_group"
+"""Key of the first report of a data-parallel trial: what holds its workers' place in the cluster."""
 Send = Callable[[dict[str, Any]], None]
 
 
