@@ -117,6 +117,17 @@ def test_stores_that_are_away_are_found(tmp_path, digits_yaml):
     assert found["missing"][0].endswith("none.pt")
 
 
+def test_one_database_for_optuna_and_mlflow_is_found(tmp_path, digits_yaml):
+    settings = [f"storage.optuna=sqlite:///{tmp_path}/one.db", f"tracking.uri=sqlite:///{tmp_path}/one.db"]
+    found = examine(read_space(digits_yaml, settings=settings), tmp_path / "runs", cluster=False)
+    assert "is MLflow's database too" in found["stores"]["optuna"]
+    settings[1] = f"tracking.uri=sqlite:///{tmp_path}/other.db"
+    assert (
+        examine(read_space(digits_yaml, settings=settings), tmp_path / "runs", cluster=False)["stores"]["optuna"]
+        is None
+    )
+
+
 def test_the_verb_looks_at_this_machine_without_ray(tmp_path):
     """A folder that cannot be written is an error and exit code 1; Ray is not even imported."""
     script = (

@@ -84,6 +84,18 @@ def test_a_folder_without_a_store_opens_that_of_its_studies(runs):
     assert [page.study for page in opened.pages] == ["served"]
 
 
+def test_a_store_whose_variable_is_not_set_does_not_hide_the_other_studies(runs, monkeypatch):
+    (runs / "mlflow.db").unlink()
+    monkeypatch.delenv("MY_STORE", raising=False)
+    note = runs / "new" / "mlflow.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"uri": "env:MY_STORE"}))
+    (runs / "old" / "mlflow.json").unlink()
+    assert [page.study for page in find_store(str(runs), runs).pages] == ["served"]
+    (runs / "served" / "mlflow.json").unlink()
+    with pytest.raises(UsageError, match="the environment variable MY_STORE is not set"):
+        find_store(str(runs), runs)
+
+
 def test_what_is_not_there_names_the_nearest_study(runs, tmp_path):
     with pytest.raises(UsageError, match=r"There is no MLflow store in serve.*Did you mean 'served'"):
         find_store("serve", runs)

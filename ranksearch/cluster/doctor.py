@@ -25,6 +25,7 @@ from ranksearch.search.urls import (
     DRIVER_HINT,
     FROM_ENVIRONMENT,
     backend_of,
+    check_apart,
     database_url,
     shown,
     without_password,
@@ -65,7 +66,7 @@ def examine(space: Space | None, runs: Path, *, cluster: bool) -> Report:
             nodes = [driver | {"name": driver["host"], "results": driver["results"] | {"shared": True}}]
     finally:
         _clear(probe)
-    stores = {"results": refused, "mlflow": _mlflow(space, runs), "optuna": _optuna(space)}
+    stores = {"results": refused, "mlflow": _mlflow(space, runs), "optuna": _optuna(space, runs)}
     needed = _data_of_driver(space)
     return {
         "results": str(results), "driver": driver, "nodes": nodes, "stores": stores, "missing": missing(needed),
@@ -202,13 +203,18 @@ def _mlflow(space: Space | None, runs: Path) -> str | None:
     return _unreachable(uri) if kind in DATABASES and kind != "sqlite" else None
 
 
-def _optuna(space: Space | None) -> str | None:
-    """Why the database of `storage.optuna` cannot be reached; None where it can, or is not asked for."""
+def _optuna(space: Space | None, runs: Path) -> str | None:
+    """Why the database of `storage.optuna` cannot be reached, or is MLflow's too; None where all is well, or it is not asked for."""
     where = space.storage.optuna if space is not None else None
-    if where is None:
+    if space is None or where is None:
         return None
-    said = _unreachable(where)
-    return said and (said if said.startswith("storage.optuna") else f"storage.optuna: {said}")
+    if said := _unreachable(where):
+        return said if said.startswith("storage.optuna") else f"storage.optuna: {said}"
+    try:
+        check_apart(database_url(where), store_uri(runs, space.tracking.uri))
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def _unreachable(where: str) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ranksearch.errors import StudyError, UsageError, nearest
 from ranksearch.search.study_folder import INFO
-from ranksearch.search.urls import from_environment
+from ranksearch.search.urls import FROM_ENVIRONMENT, from_environment
 from ranksearch.tracking.runs import TRIALS_VIEW
 from ranksearch.tracking.store import (
     DATABASE,
@@ -81,14 +81,15 @@ def find_store(where: str, runs: Path) -> Opened:
     studies = sorted((path.parent for path in folder.glob(f"*/{INFO}")), key=lambda p: -(p / INFO).stat().st_mtime)
     uri = store_uri(folder, None)
     if not is_server(uri) and not (folder / DATABASE).is_file() and VARIABLE not in os.environ:
-        elsewhere = next((noted["uri"] for study in studies if (noted := _noted(study))), None)
-        if elsewhere is None:
+        elsewhere = [noted["uri"] for study in studies if (noted := _noted(study))]
+        if not elsewhere:
             known = sorted(path.parent.name for path in runs.glob(f"*/{INFO}"))
             raise UsageError(
                 f"There is no MLflow store in {where}, and no study of that name: run `ranksearch search SPACE.yaml` first. "
                 f"{nearest(where, known)}"
             )
-        uri = from_environment(elsewhere, NOTED)
+        known_here = [uri for uri in elsewhere if not uri.startswith(FROM_ENVIRONMENT)]
+        uri = known_here[0] if known_here else from_environment(elsewhere[0], NOTED)
     return Opened(uri, folder, _pages(studies, uri))
 
 
