@@ -53,12 +53,14 @@ class Known(Stopwatch):
         self.timed += [(spec, in_size, choice) for choice in choices if choice != DENSE]
         return [known_ms(spec, in_size, choice) for choice in choices]
 
-    def nets_ms(self, nets, example):
+    def nets_and_layers_ms(self, nets, example, shapes):
         layers = [trace(net, example).layers for net in nets]
         alone = [
             sum(known_ms(layer.spec, size, DENSE) for layer in found for size in layer.in_sizes) for found in layers
         ]
-        return [OTHER_MS + INSIDE * milliseconds for milliseconds in alone]
+        return [OTHER_MS + INSIDE * milliseconds for milliseconds in alone], [
+            known_ms(*shape, DENSE) for shape in shapes
+        ]
 
 
 def silent(text: str) -> None: ...
@@ -196,6 +198,22 @@ def test_layers_of_one_shape_are_timed_once_and_kept_on_disk(tmp_path, model):
     assert damaged.timed
 
 
+def test_a_machine_that_slows_down_between_the_layers_does_not_count(model):
+    """The table's layers are timed one shape after the other; ten percent slower each here, the last ones twice as slow as the first."""
+
+    class Slowing(Known):
+        def layers_ms(self, spec, in_size, choices):
+            slowed = 1.1 ** len({(spec, in_size) for spec, in_size, _ in self.timed})
+            return [slowed * ms for ms in super().layers_ms(spec, in_size, choices)]
+
+    example = torch.zeros(1, 3, 32, 32)
+    found = rank_curves(model, trace(model, example), LayerRules(CONVS))
+    steady, slowing = (timed(found, model, example, LatencyTable(clock), silent) for clock in (Known(), Slowing()))
+    assert slowing.timing.factors == pytest.approx(steady.timing.factors)
+    for one, other in zip(steady.layers, slowing.layers, strict=True):
+        assert one.latency == pytest.approx(other.latency, abs=2)
+
+
 def test_the_factors_of_a_net_are_found():
     replaced, chains = np.array([4.0, 5.0, 3.0]), np.array([1.0, 4.5, 3.5])
     assert fit_factors(replaced, chains, 1.15 * replaced - 1.05 * chains) == pytest.approx((1.15, 1.05), abs=0.03)
@@ -235,7 +253,7 @@ def test_what_is_slower_than_dense_leaves_the_front_and_what_it_hid_comes_up():
 
 def test_a_latency_study_predicts_measures_and_keeps_its_table(tmp_path, digits_yaml, short_settings, monkeypatch):
     monkeypatch.setattr(Stopwatch, "key", "known")
-    monkeypatch.setattr(Stopwatch, "nets_ms", Known.nets_ms)
+    monkeypatch.setattr(Stopwatch, "nets_and_layers_ms", Known.nets_and_layers_ms)
     monkeypatch.setattr(
         Stopwatch, "layers_ms", lambda self, spec, size, choices: [known_ms(spec, size, c) for c in choices]
     )

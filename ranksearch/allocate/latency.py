@@ -2,9 +2,10 @@
 
 predicted = dense net, measured + Σ over the lowered layers of (c · time of the chain - a · time of the dense layer)
 
-The layers' times are a `LatencyTable`'s. The factors are what a millisecond of a layer by itself is worth inside this net: caches that
-others have used, work that a runtime fuses or spares. They are fitted to six of its plans that are measured whole, in turn with the
-dense net, once per net, and held near 1.
+What a chain takes of its dense layer's time is a `LatencyTable`'s, measured side by side. The dense layers' own times are measured in
+turn with the net: a machine's speed changes over the minutes that a table takes. The factors are what a millisecond of a layer by itself
+is worth inside this net: caches that others have used, work that a runtime fuses or spares. They are fitted to six of its plans that are
+measured whole, in turn with the dense net, once per net, and held near 1.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from ranksearch.allocate.budget import NS_PER_MS
 from ranksearch.allocate.curves import Curves, LayerOptions, Timing
 from ranksearch.compress import restructure_
-from ranksearch.compress.latency_table import FINE, LatencyTable
+from ranksearch.compress.latency_table import FINE, LatencyTable, shapes_of
 from ranksearch.compress.trace import Net
 from ranksearch.lowering.contract import sides
 
@@ -43,14 +45,14 @@ def timed(curves: Curves, model: nn.Module, example: Tensor, table: LatencyTable
         example: a batch of one input.
     """
     table.measure(((o.layer, o.lowerings, o.rank_multiple) for o in curves.layers if o.lowerings), log)
-    times = {o.layer.name: _times_ms(o, table) for o in curves.layers}
     key = net_key(curves.net)
     if key not in table.nets:
-        log("latency table: timing the whole net, and six plans of it")
-        table.nets[key] = _measured_net(curves, model, example, table, times)
+        log("latency table: timing the whole net, its layers by themselves, and six plans of it")
+        table.nets[key] = _measured_net(curves, model, example, table)
         table.added += 1
     table.save()
     net = table.nets[key]
+    times = _times_ms(curves, table, net["layers_ms"])
     layers = []
     for options in curves.layers:
         factors = np.where([choice.rank == 0 for choice in options.choices], net["dense_factor"], net["chain_factor"])
@@ -67,27 +69,38 @@ def net_key(net: Net) -> str:
     return hashlib.sha256(repr(net).encode()).hexdigest()[:16]
 
 
-def _times_ms(options: LayerOptions, table: LatencyTable) -> np.ndarray:
-    """[n options]: time of the layer by itself; 0 for one that may only stay dense, which is not timed."""
-    times = np.zeros(len(options.choices))
-    if options.lowerings:
-        times[0] = table.dense_ms(options.layer)
-    for name in options.lowerings:
-        index = options.of_lowering(name)
-        times[index] = table.times_ms(options.layer, name, [options.choices[i].rank for i in index])
-    return times
+def _times_ms(curves: Curves, table: LatencyTable, layers_ms: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """Layer -> [n options]: time of the layer by itself; 0 for one that may only stay dense.
+
+    Args:
+        layers_ms: time of every dense layer, to which the table's are scaled.
+    """
+    found = {}
+    for options in curves.layers:
+        layer = options.layer
+        times = np.zeros(len(options.choices))
+        if options.lowerings:
+            times[0] = table.dense_ms(layer)
+            for name in options.lowerings:
+                index = options.of_lowering(name)
+                times[index] = table.times_ms(layer, name, [options.choices[i].rank for i in index])
+            times *= layers_ms[layer.name] / times[0]
+        found[layer.name] = times
+    return found
 
 
-def _measured_net(
-    curves: Curves, model: nn.Module, example: Tensor, table: LatencyTable, times: Mapping[str, np.ndarray]
-) -> dict[str, float]:
-    plans = _fitting_plans(curves)
+def _measured_net(curves: Curves, model: nn.Module, example: Tensor, table: LatencyTable) -> dict[str, Any]:
+    plans, layers = _fitting_plans(curves), curves.net.layers
     nets = [model, *(restructure_(copy.deepcopy(model), curves.plan(picks)) for picks in plans)]
-    dense_ms, *found = table.stopwatch.nets_ms(nets, example)
+    shapes = list(dict.fromkeys(shape for layer in layers for shape in shapes_of(layer)))
+    (dense_ms, *found), alone = table.stopwatch.nets_and_layers_ms(nets, example, shapes)
+    alone_ms = dict(zip(shapes, alone, strict=True))
+    layers_ms = {layer.name: sum(alone_ms[shape] for shape in shapes_of(layer)) for layer in layers}
+    times = _times_ms(curves, table, layers_ms)
     replaced = [sum(float(times[name][0]) for name, i in picks.items() if i) for picks in plans]
     chains = [sum(float(times[name][i]) for name, i in picks.items() if i) for picks in plans]
     dense_factor, chain_factor = fit_factors(np.array(replaced), np.array(chains), dense_ms - np.array(found))
-    return {"dense_ms": dense_ms, "dense_factor": dense_factor, "chain_factor": chain_factor}
+    return {"dense_ms": dense_ms, "dense_factor": dense_factor, "chain_factor": chain_factor, "layers_ms": layers_ms}
 
 
 def _fitting_plans(curves: Curves) -> list[Picks]:

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from ranksearch.compress.plan import DENSE, LayerPlan
-from ranksearch.compress.stopwatch import Stopwatch
+from ranksearch.compress.stopwatch import Shape, Stopwatch
 from ranksearch.compress.trace import Layer
 from ranksearch.files import write_atomically
-from ranksearch.lowering import LayerSpec, Lowering, Rank, lowering_named
+from ranksearch.lowering import Lowering, Rank, lowering_named
 from ranksearch.lowering.contract import sides
 from ranksearch.lowering.spec import Ints
 
-FORMAT = 2
+FORMAT = 3
 """Counts up when a time comes to mean something else: older files are then not used any more."""
 FINE = 4
 """Multiples of this are as fast as a whole step in a runtime that computes in blocks; others are slower there."""
@@ -37,9 +37,6 @@ STEEP = 0.1
 """Times of neighbouring measured ranks differ by at most this share of the dense layer's time, unless no rank lies between them."""
 LEVELS = 5
 """Of each side of a rank that has several."""
-
-Shape = tuple[LayerSpec, Ints]
-"""What a layer's time depends on: its spec and the size of its input."""
 
 
 def measured_ranks(lowering: Lowering, shape: Shape, step: int, multiple: int) -> list[Rank]:
@@ -109,7 +106,7 @@ class LatencyTable:
     def __init__(self, stopwatch: Stopwatch, files: Sequence[Path] = (), key: str | None = None) -> None:
         self.stopwatch, self.files, self.key = stopwatch, tuple(files), key or stopwatch.key
         self._layers: dict[str, dict[str, dict[Rank, float]]] = {}
-        self._nets: dict[str, dict[str, float]] = {}
+        self._nets: dict[str, dict[str, Any]] = {}
         self._step: int | None = None
         self.added = 0
         for file in reversed(self.files):
@@ -128,7 +125,7 @@ class LatencyTable:
         """Times every layer under the ranks of its lowerings (names, rank multiple) that are not known yet; layers of one shape once."""
         asked: dict[Shape, dict[tuple[str, int], None]] = {}
         for layer, lowerings, multiple in wanted:
-            for shape in _shapes(layer):
+            for shape in shapes_of(layer):
                 asked.setdefault(shape, {}).update(dict.fromkeys((name, multiple) for name in lowerings))
         missing = {shape: found for shape, kinds in asked.items() if (found := self._missing(shape, kinds))}
         if not missing:
@@ -169,12 +166,12 @@ class LatencyTable:
 
     def dense_ms(self, layer: Layer) -> float:
         """Time of the layer as it is, all its uses."""
-        return sum(self._layers[_text(shape)][DENSE.lowering][0] for shape in _shapes(layer))
+        return sum(self._layers[_text(shape)][DENSE.lowering][0] for shape in shapes_of(layer))
 
     def times_ms(self, layer: Layer, name: str, ranks: Sequence[Rank]) -> np.ndarray:
         """[n ranks]: time of the layer under a lowering, all its uses; KeyError where it was not measured."""
         total = np.zeros(len(ranks))
-        for shape in _shapes(layer):
+        for shape in shapes_of(layer):
             times = self._layers[_text(shape)][name]
             if isinstance(next(iter(times)), int):
                 total += _interpolated(times, ranks)
@@ -208,7 +205,7 @@ class LatencyTable:
 
         Of a format with several ranks, of those the one with the largest product.
         """
-        ranks = sorted(self._layers[_text(_shapes(layer)[0])].get(name, {}), key=sides)
+        ranks = sorted(self._layers[_text(shapes_of(layer)[0])].get(name, {}), key=sides)
         if not ranks:
             return None
         faster = [
@@ -219,7 +216,7 @@ class LatencyTable:
     # Nets and files --------------------------------------------------------------------------------------------------
 
     @property
-    def nets(self) -> dict[str, dict[str, float]]:
+    def nets(self) -> dict[str, dict[str, Any]]:
         """Net -> what was measured of it as a whole; see `allocate.latency`."""
         return self._nets
 
@@ -253,7 +250,8 @@ class LatencyTable:
                 known |= {_rank_of(text): float(ms) for text, ms in times.items()}
 
 
-def _shapes(layer: Layer) -> list[Shape]:
+def shapes_of(layer: Layer) -> list[Shape]:
+    """One per use of the layer."""
     return [(layer.spec, size) for size in layer.in_sizes]
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ranksearch.compress.latency import hardware_name, latencies_ms, threads_set
 from ranksearch.compress.plan import DENSE, LayerPlan
-from ranksearch.compress.runtimes import runtime_named
+from ranksearch.compress.runtimes import Function, runtime_named
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.spec import Ints
 
 AT_ONCE = 40
 """Layers that are timed in turn: all of them are in memory at once."""
-ROUNDS = 150
-"""For nets and layers of a fraction of a millisecond: what else a machine does comes in bursts of seconds, which medians must span."""
+ROUNDS, NET_ROUNDS = 150, 1000
+"""For layers and nets of a fraction of a millisecond: what else a machine does comes in bursts of seconds, which medians must span."""
 LAYER_SECONDS, NET_SECONDS = 0.12, 1.0
 """What the rounds of one layer or net may take in all, beyond the least number of them."""
 CPU_STEP = 16
@@ -27,6 +27,9 @@ CPU_STEP = 16
 STEPS = (64, 32, 16, 8)
 SAME = 1.05
 """Two times of one step of the staircase differ by less than this factor."""
+
+Shape = tuple[LayerSpec, Ints]
+"""What a layer's time depends on: its spec and the size of its input."""
 
 
 @dataclass(frozen=True)
@@ -59,24 +62,44 @@ class Stopwatch:
         Args:
             example: a batch of one input, of which shape and dtype are taken; integers are repeated as they are.
         """
+        return self.nets_and_layers_ms(nets, example, ())[0]
+
+    def nets_and_layers_ms(
+        self, nets: Sequence[nn.Module], example: Tensor, shapes: Sequence[Shape]
+    ) -> tuple[list[float], list[float]]:
+        """Median time of each net, as `nets_ms`, and of one dense layer of each shape, by itself, all in turn."""
         batch = example[:1].expand(self.setting.batch, *example.shape[1:])
         batch = torch.randn(batch.shape, dtype=batch.dtype) if batch.is_floating_point() else batch.contiguous()
         batch = batch.to(self.device)
         with threads_set(self.setting.threads):
             copies = [copy.deepcopy(net).to(self.device).eval() for net in nets]
-            functions = [self._runtime.net(net, batch) for net in copies]
-            return latencies_ms(functions, batch, ROUNDS, seconds=NET_SECONDS * len(nets))
+            functions = [self._runtime.net(net, batch) for net in copies] + [self._alone(shape) for shape in shapes]
+            times = latencies_ms(
+                functions, batch, NET_ROUNDS, seconds=NET_SECONDS * len(nets) + LAYER_SECONDS * len(shapes)
+            )
+        return times[: len(nets)], times[len(nets) :]
+
+    def _alone(self, shape: Shape) -> Function:
+        """A dense layer on an input of its own, whatever it is called with."""
+        example = self._input_of(*shape)
+        (layer,) = self._runtime.layers(
+            [lowering_named(DENSE.lowering).build(shape[0], DENSE.rank, device=self.device).eval()], example
+        )
+        return lambda batch: layer(example)
+
+    def _input_of(self, spec: LayerSpec, in_size: Ints) -> Tensor:
+        shape = (spec.in_channels, *in_size) if spec.is_conv else (*in_size, spec.in_channels)
+        return torch.randn(self.setting.batch, *shape, device=self.device)
 
     def layers_ms(self, spec: LayerSpec, in_size: Ints, choices: Sequence[LayerPlan]) -> list[float]:
         """Time of one layer under each of `choices`, the first of which is dense.
 
         Every group of them is timed in turn with the dense layer and scaled by it, so that what is slow for a while does not count.
         """
-        shape = (spec.in_channels, *in_size) if spec.is_conv else (*in_size, spec.in_channels)
         found, dense = [], []
         for start in range(1, max(len(choices), 2), AT_ONCE):
             group = [DENSE, *choices[start : start + AT_ONCE]]
-            example = torch.randn(self.setting.batch, *shape, device=self.device)
+            example = self._input_of(spec, in_size)
             with threads_set(self.setting.threads):
                 modules = [lowering_named(c.lowering).build(spec, c.rank, device=self.device).eval() for c in group]
                 functions = self._runtime.layers(modules, example)
