@@ -4,7 +4,7 @@ Digits on a real Ray cluster of this machine (`loopback_cluster.py`): a head wit
 every event the study is looked at from outside: its journal, the states of its running trials, MLflow.
 
     python scripts/drill_cluster.py --json        two rounds of every event, about ten minutes on two cores
-    python scripts/drill_cluster.py --quick       a node killed, another joins, a node drained, the driver stopped: a minute and a half
+    python scripts/drill_cluster.py --quick       a node killed, another joins: within a minute
     python scripts/drill_cluster.py --rounds 1 --seed 1
 
 `seconds_lost` of an event: training before it that is repeated, by the time of each trial's last state (at most a checkpoint interval
@@ -47,7 +47,7 @@ def main() -> None:
     parser = arguments(__doc__, rounds=2, trials=24, steps=1200)
     options = parser.parse_args()
     if options.quick:
-        options.trials, options.steps = 8, 2000
+        options.trials, options.steps = 4, 1500
     report = Report("drill_cluster", options)
     with tempfile.TemporaryDirectory(prefix="rs", ignore_cleanup_errors=True) as folder:
         drill = Drill(Path(folder), options, report)
@@ -191,20 +191,21 @@ class Drill:
         self.new_cluster()
         self.start_driver()  # before there is a node for its trials: it waits for one
         nodes = [self.cluster.add_node(), self.cluster.add_node()]
-        rounds = 1 if self.options.quick else self.options.rounds
-        for _ in range(rounds):
-            nodes = self.nodes_come_and_go(nodes)
+        for _ in range(1 if self.options.quick else self.options.rounds):
+            nodes = self.node_dies(nodes)
+            if self.options.quick:
+                break
+            nodes = self.node_is_drained(nodes)
             self.driver_dies(nodes, signal.SIGTERM)
-            if not self.options.quick:
-                self.driver_dies(nodes, signal.SIGKILL)
-                nodes = self.head_dies(nodes)
+            self.driver_dies(nodes, signal.SIGKILL)
+            nodes = self.head_dies(nodes)
         code = self.ends()
         self.drilled.look()
         if code:
             self.notes.append(f"the driver ended with {code}: {self.text()[-2000:]}")
 
-    def nodes_come_and_go(self, nodes: list[Node]) -> list[Node]:
-        """One node loses its power, one joins, one is taken away by notice; another one takes its place where the drill is long."""
+    def node_dies(self, nodes: list[Node]) -> list[Node]:
+        """One node loses its power, and another one joins."""
         self.random.shuffle(nodes)
         first, second = nodes
         self.in_mid_trial(first, second)
@@ -212,11 +213,16 @@ class Drill:
         third = self.cluster.add_node()
         self.until("the node that joined is used", lambda: third.trial_workers)
         self.row("node joins")
-        self.in_mid_trial(second, third)
-        self.hit("node drained", lambda: self.cluster.drain(second, 60), trials=1)
-        self.until("the drained node is left", lambda: not second.trial_workers)
-        second.lose_power()
-        return [third] if self.options.quick else [third, self.cluster.add_node()]
+        return [second, third]
+
+    def node_is_drained(self, nodes: list[Node]) -> list[Node]:
+        """One node is taken away by notice; another one takes its place."""
+        leaving, stays = nodes
+        self.in_mid_trial(leaving, stays)
+        self.hit("node drained", lambda: self.cluster.drain(leaving, 60), trials=1)
+        self.until("the drained node is left", lambda: not leaving.trial_workers)
+        leaving.lose_power()
+        return [stays, self.cluster.add_node()]
 
     def hit(self, event: str, strike: Callable[[], None], trials: int) -> None:
         """Strikes, waits until the driver has said which trials were lost by it and until they have written a further state."""

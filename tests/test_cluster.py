@@ -20,28 +20,42 @@ from tests.test_scripts import call as call_script
 
 @pytest.fixture(scope="module")
 def drill():
-    """A study of eight trials: a node is killed in mid-trial, one joins, one is drained, the driver gets SIGTERM and is resumed."""
+    """A study of four trials on two nodes: one is killed in mid-trial, another one joins."""
     return call_script("drill_cluster")
 
 
-@DRILLS
 def test_every_planned_trial_finishes_once_whatever_nodes_do(drill):
     figures = drill["figures"]
-    assert figures["planned"] == figures["finished"] == figures["mlflow_runs"] == 8
+    assert figures["planned"] == figures["finished"] == figures["mlflow_runs"] == 4
     assert (figures["lost"], figures["doubled"], figures["went_back"]) == (0, 0, 0)
-    assert [row["event"] for row in drill["rows"]] == ["node killed", "node joins", "node drained", "driver SIGTERM"]
+    assert [row["event"] for row in drill["rows"]] == ["node killed", "node joins"]
     assert figures["data_loads_per_node"] == 1
 
 
-@DRILLS
 def test_a_trial_goes_on_from_its_state_and_repeats_no_more_than_a_checkpoint_interval(drill):
-    killed, _, drained, stopped = drill["rows"]
-    for row in (killed, drained, stopped):
-        assert row["trials_hit"] == 1
-        assert (
-            row["seconds_lost"] < drill["figures"]["checkpoint_seconds"] + 2.0
-        )  # what writing takes on a busy machine
-    assert drained["seconds_lost"] == 0.0  # by its notice it wrote its state before it left
+    killed, _ = drill["rows"]
+    assert killed["trials_hit"] == 1
+    # what writing takes on a busy machine
+    assert killed["seconds_lost"] < drill["figures"]["checkpoint_seconds"] + 2.0
+
+
+@DRILLS
+def test_a_drained_node_a_stopped_or_killed_driver_and_a_lost_head_cost_no_trial():
+    drill = call_script("drill_cluster", "--rounds", "1", quick=False)
+    figures = drill["figures"]
+    assert figures["planned"] == figures["finished"] == figures["mlflow_runs"] == 24
+    assert (figures["lost"], figures["doubled"], figures["went_back"]) == (0, 0, 0)
+    events = {row["event"]: row for row in drill["rows"]}
+    assert list(events) == [
+        "node killed",
+        "node joins",
+        "node drained",
+        "driver SIGTERM",
+        "driver SIGKILL",
+        "head killed",
+    ]
+    assert events["node drained"]["seconds_lost"] == 0.0  # by its notice it wrote its state before it left
+    assert figures["seconds_lost_max"] < figures["checkpoint_seconds"] + 2.0
 
 
 def test_a_node_holds_what_fits_it_whole():
