@@ -6,9 +6,8 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -19,12 +18,11 @@ from ranksearch.compress.exported import check_fold
 from ranksearch.compress.formats import format_named
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.files import write_atomically
+from ranksearch.run_study import Observer, Silent, dense_accuracy, preflight, run_study
 from ranksearch.search.export_trial import export_trial, pick_trial, target_folder
-from ranksearch.search.front import Row
-from ranksearch.search.latency import measure_front, open_table
+from ranksearch.search.latency import open_table
 from ranksearch.search.metric import Metric
 from ranksearch.search.opening import WARM
-from ranksearch.search.place import check_place
 from ranksearch.search.preview import (
     DEFAULT_ALLOCATORS,
     LEVELS,
@@ -33,7 +31,6 @@ from ranksearch.search.preview import (
     preview_record,
     preview_rows,
 )
-from ranksearch.search.run import run_inline
 from ranksearch.search.scorer import Scorer
 from ranksearch.search.space import Space
 from ranksearch.search.space_file import read_space
@@ -49,44 +46,14 @@ from ranksearch.search.study_folder import (
     new_folder,
     study_around,
 )
-from ranksearch.search.urls import check_apart, database_url
-from ranksearch.search.workbench import Workbench, prepare
+from ranksearch.search.workbench import prepare
 from ranksearch.tasks import build_reference
-from ranksearch.tasks.device import pick_device
-from ranksearch.tasks.evaluate import evaluate
-from ranksearch.tasks.source import Source
-from ranksearch.tasks.task import Task
 from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.draw_html import save_html
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.preview_figures import preview_charts, preview_title
 from ranksearch.tracking.report import report_html
-from ranksearch.tracking.store import store_uri
 from ranksearch.tracking.view import View
-
-
-class Observer(Protocol):
-    """Is told how a study goes; the command line shows it on stderr."""
-
-    def log(self, message: str) -> None: ...
-
-    def start(self, study: Study) -> None: ...
-
-    def row(self, study: Study, row: Row) -> None: ...
-
-    def stop(self) -> None: ...
-
-
-class Silent:
-    """An observer that shows nothing."""
-
-    def log(self, message: str) -> None: ...
-
-    def start(self, study: Study) -> None: ...
-
-    def row(self, study: Study, row: Row) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 def search(
@@ -140,7 +107,7 @@ def search(
         raise UsageError(
             f"The folder of studies {runs} cannot be written ({error}): name another one by --runs."
         ) from error
-    _preflight(space, runs, observer, address=address, inline=inline)
+    preflight(space, runs, observer, address=address, inline=inline)
     known = CurveCache(runs / space.name / CURVES)
     table = open_table(space, None)
     bench = prepare(space, fallback=runs / ".dense", log=observer.log, known=known, table=table)
@@ -148,7 +115,7 @@ def search(
         from ranksearch.cluster.connection import join
 
         join(space.resources, address, observer.log)  # a cluster that is not there must not leave an empty study behind
-    study = Study.create(runs, space, bench, _dense_accuracy(bench.dense_model(), bench.task))
+    study = Study.create(runs, space, bench, dense_accuracy(bench.dense_model(), bench.task))
     known.save()
     if table is not None:
         table.save_to(study.folder / LATENCY)
@@ -158,7 +125,7 @@ def search(
             f"warm start: {taken} plans of earlier fronts lie within the budgets and rules and are tried first"
         )
     with study.locked():
-        return _run(study, bench, runs, observer, address=address, inline=inline)
+        return run_study(study, bench, runs, observer, address=address, inline=inline)
 
 
 def resume(
@@ -184,7 +151,7 @@ def resume(
         if Study.mend(folder):
             observer.log("the journal ended in half a line, which its driver was killed in; it was cut off")
         study = Study.open(folder)
-        _preflight(study.space, folder.parent, observer, address=address, inline=inline)
+        preflight(study.space, folder.parent, observer, address=address, inline=inline)
         if trials is not None:
             study.plan_for(trials)
         again = study.requeue_interrupted()
@@ -193,7 +160,7 @@ def resume(
         table = open_table(study.space, folder, study.info.get("latency_key"))
         bench = prepare(study.space, fallback=folder, log=observer.log, known=known, saved_dense=dense, table=table)
         known.save()
-        return _run(study, bench, folder.parent, observer, address=address, inline=inline)
+        return run_study(study, bench, folder.parent, observer, address=address, inline=inline)
 
 
 def sync(name: str, *, runs: str | Path = "runs", observer: Observer | None = None) -> Study:
@@ -349,86 +316,3 @@ def export(
         f"exporting trial {row['trial']} of {study.space.name!r} as {form.name}, and holding it against the net"
     )
     return {"folder": str(folder)} | export_trial(study, row, folder, form, build=study.space.build, fold_bn=fold_bn)
-
-
-def _preflight(space: Space, runs: Path, observer: Observer, *, address: str | None, inline: bool) -> None:
-    """Looks whether a cluster, and every place that is written to, is ready before anything is spent; UsageError where it is not."""
-    store = store_uri(runs, space.tracking.uri)
-    if space.storage.optuna is not None:
-        check_apart(database_url(space.storage.optuna), store)
-    if space.storage.results is not None:
-        check_place(space.storage.results)
-    if address is None or inline:
-        return
-    from ranksearch.cluster.connection import connect
-    from ranksearch.cluster.doctor import preflight
-
-    connect(address)
-    preflight(space, runs, observer.log)
-
-
-def _accuracy(model: nn.Module, split: Source, task: Task) -> float:
-    """The metric of `model` on `split`, on the GPU where there is one."""
-    device = pick_device()
-    return evaluate(model.to(device), split.to(device), task).accuracy
-
-
-def _dense_accuracy(model: nn.Module, task: Task) -> float:
-    """The validation metric of the dense net; UsageError where it is not finite, so that nothing can be compared with it."""
-    found = _accuracy(model, task.val, task)
-    if not isfinite(found):
-        raise UsageError(
-            f"The metric {task.metric_name!r} of the dense net on the validation set is {found}: it must be finite."
-        )
-    return found
-
-
-def _net_of(study: Study, row: Row) -> nn.Module:
-    """The compressed net of a complete trial."""
-    return load_net(study.trial_folder(row["trial"]), study.space.build)
-
-
-def _test_accuracy(study: Study, bench: Workbench, row: Row | None) -> float:
-    """The metric on the test set of a trial's net, or of the dense net where `row` is None."""
-    assert bench.task.test is not None
-    model = bench.dense_model() if row is None else _net_of(study, row)
-    return _accuracy(model, bench.task.test, bench.task)
-
-
-def _run(study: Study, bench: Workbench, runs: Path, observer: Observer, *, address: str | None, inline: bool) -> Study:
-    """Trials, then the test set for the front alone, then the mirror's front; an interruption closes the mirror too."""
-    mirror = BackgroundMirror(study, runs, observer.log)
-
-    def on_row(row: Row) -> None:
-        observer.row(study, row)
-        mirror.log_trial(row)
-
-    observer.start(study)
-    try:
-        if inline:
-            run_inline(study, bench, on_row, observer.log)
-        else:
-            from ranksearch.cluster.tune import run_on_ray  # Ray is imported where it is used alone
-
-            run_on_ray(study, bench, on_row, observer.log, address=address)
-        observer.stop()
-        if study.exhausted:
-            observer.log(f"{study.exhausted} after {study.finished} of {study.planned} trials")
-        if stopped := study.counts.get("stopped"):
-            saved = 100 * study.steps_saved
-            observer.log(
-                f"early stopping: {stopped} of {study.finished} trials stopped, {saved:.0f} % of all training steps saved"
-            )
-        if study.space.has_latency:
-            measure_front(
-                study, bench.dense_model(), lambda row: _net_of(study, row), bench.task.example_input, observer.log
-            )
-        if bench.task.test is not None:
-            study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)
-        study.conclude()
-    except BaseException:
-        observer.stop()
-        mirror.finish(complete=False)
-        raise
-    mirror.finish(complete=True)
-    return study

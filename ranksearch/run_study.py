@@ -1,0 +1,138 @@
+"""One run of a study, new or resumed: is everything ready, the trials, the test set for the front alone, MLflow's last call.
+
+`api.py` says what is run, and where.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+
+from ranksearch.compress import load_net
+from ranksearch.errors import UsageError
+from ranksearch.search.front import Row
+from ranksearch.search.latency import measure_front
+from ranksearch.search.place import check_place
+from ranksearch.search.run import run_inline
+from ranksearch.search.space import Space
+from ranksearch.search.study import Study
+from ranksearch.search.urls import check_apart, database_url
+from ranksearch.search.workbench import Workbench
+from ranksearch.tasks.device import pick_device
+from ranksearch.tasks.evaluate import evaluate
+from ranksearch.tasks.source import Source
+from ranksearch.tasks.task import Task
+from ranksearch.tracking.background import BackgroundMirror
+from ranksearch.tracking.store import store_uri
+
+
+class Observer(Protocol):
+    """Is told how a study goes; the command line shows it on stderr."""
+
+    def log(self, message: str) -> None: ...
+
+    def start(self, study: Study) -> None: ...
+
+    def row(self, study: Study, row: Row) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Silent:
+    """An observer that shows nothing."""
+
+    def log(self, message: str) -> None: ...
+
+    def start(self, study: Study) -> None: ...
+
+    def row(self, study: Study, row: Row) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def preflight(space: Space, runs: Path, observer: Observer, *, address: str | None, inline: bool) -> None:
+    """Looks whether a cluster, and every place that is written to, is ready before anything is spent; UsageError where it is not."""
+    store = store_uri(runs, space.tracking.uri)
+    if space.storage.optuna is not None:
+        check_apart(database_url(space.storage.optuna), store)
+    if space.storage.results is not None:
+        check_place(space.storage.results)
+    if address is None or inline:
+        return
+    from ranksearch.cluster import doctor
+    from ranksearch.cluster.connection import connect
+
+    connect(address)
+    doctor.preflight(space, runs, observer.log)
+
+
+def _accuracy(model: nn.Module, split: Source, task: Task) -> float:
+    """The metric of `model` on `split`, on the GPU where there is one."""
+    device = pick_device()
+    return evaluate(model.to(device), split.to(device), task).accuracy
+
+
+def dense_accuracy(model: nn.Module, task: Task) -> float:
+    """The validation metric of the dense net; UsageError where it is not finite, so that nothing can be compared with it."""
+    found = _accuracy(model, task.val, task)
+    if not isfinite(found):
+        raise UsageError(
+            f"The metric {task.metric_name!r} of the dense net on the validation set is {found}: it must be finite."
+        )
+    return found
+
+
+def _net_of(study: Study, row: Row) -> nn.Module:
+    """The compressed net of a complete trial."""
+    return load_net(study.trial_folder(row["trial"]), study.space.build)
+
+
+def _test_accuracy(study: Study, bench: Workbench, row: Row | None) -> float:
+    """The metric on the test set of a trial's net, or of the dense net where `row` is None."""
+    assert bench.task.test is not None
+    model = bench.dense_model() if row is None else _net_of(study, row)
+    return _accuracy(model, bench.task.test, bench.task)
+
+
+def run_study(
+    study: Study, bench: Workbench, runs: Path, observer: Observer, *, address: str | None, inline: bool
+) -> Study:
+    """Trials, then the test set for the front alone, then the mirror's front; an interruption closes the mirror too."""
+    mirror = BackgroundMirror(study, runs, observer.log)
+
+    def on_row(row: Row) -> None:
+        observer.row(study, row)
+        mirror.log_trial(row)
+
+    observer.start(study)
+    try:
+        if inline:
+            run_inline(study, bench, on_row, observer.log)
+        else:
+            from ranksearch.cluster.tune import run_on_ray  # Ray is imported where it is used alone
+
+            run_on_ray(study, bench, on_row, observer.log, address=address)
+        observer.stop()
+        if study.exhausted:
+            observer.log(f"{study.exhausted} after {study.finished} of {study.planned} trials")
+        if stopped := study.counts.get("stopped"):
+            saved = 100 * study.steps_saved
+            observer.log(
+                f"early stopping: {stopped} of {study.finished} trials stopped, {saved:.0f} % of all training steps saved"
+            )
+        if study.space.has_latency:
+            measure_front(
+                study, bench.dense_model(), lambda row: _net_of(study, row), bench.task.example_input, observer.log
+            )
+        if bench.task.test is not None:
+            study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)
+        study.conclude()
+    except BaseException:
+        observer.stop()
+        mirror.finish(complete=False)
+        raise
+    mirror.finish(complete=True)
+    return study
