@@ -15,23 +15,32 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ranksearch.compress.export import PLAN, WEIGHTS
+
 MARKS = (100, 200, 500, 1000, 2000, 4000)
 WINDOW = 50
 
 
-def _empty(config: dict[str, Any], result: str, **rest: Any) -> None:
-    """In a trial's place: reports a result as large as a real one's, with an accuracy of its own, and does nothing else."""
+def _empty(config: dict[str, Any], shared: Any, terms: Any, result: str) -> None:
+    """In a trial's place: leaves an empty net, reports a result as large as a real one's, with an accuracy of its own."""
     from ray import tune as ray_tune
 
+    from ranksearch.cluster.shared import here
+    from ranksearch.cluster.worker import message
+    from ranksearch.search.placement import Placement
+
+    folder = Path(config["save_to"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (PLAN, WEIGHTS):
+        (folder / name).touch()
     found = json.loads(result) | {"seed": config["seed"]}
     found["val_accuracy"] = random.Random(config["seed"]).uniform(80, 99)
-    ray_tune.report({"val_accuracy": found["val_accuracy"], "entry": "", "result": json.dumps(found)})
+    ray_tune.report(message(Placement(**vars(here())), result=found))
 
 
 def tune(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs the study; CPU time of the loop's thread per trial, without what the study's own ask and tell took."""
-    from functools import partial
-
+    import ray
     from simulated_trials import new_study, rss_mib
 
     from ranksearch.cluster import tune as ours
@@ -44,15 +53,16 @@ def tune(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         assert candidate is not None
         text = json.dumps(at.make(candidate).to_dict())
         at.study.requeue_interrupted()
-        ours._trainable = partial(_empty, result=text)  # type: ignore[assignment]
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not know this folder
+        ours.trial = lambda config, shared, terms: _empty(config, shared, terms, text)
         study_cpu, loop_cpu, walls, memory = [0.0], [0.0], [time.perf_counter()], {}
 
         class Timed(Driver):
             def ask(self) -> Any:
                 return _timed(study_cpu, super().ask)
 
-            def settle(self, number: int, result: Any) -> None:
-                _timed(study_cpu, lambda: super(Timed, self).settle(number, result))
+            def settle(self, number: int, result: Any, node: str | None = None) -> None:
+                _timed(study_cpu, lambda: super(Timed, self).settle(number, result, node))
                 ended = len(loop_cpu)
                 loop_cpu.append(time.thread_time() - study_cpu[0])
                 walls.append(time.perf_counter())
