@@ -25,12 +25,6 @@ if (
     torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 REPOSITORY = Path(__file__).parent.parent
-RAY_FILES = (
-    "cli", "cluster", "docs", "doctor", "image_tasks", "jobs", "mlflow_server", "object_store", "own_task", "placement_ray", "scripts",
-    "two_nodes",
-)  # fmt: skip
-"""Tests that start Ray: one after the other, since `--address auto` finds any cluster of the machine, and kills go by name."""
-
 DRILLS = pytest.mark.skipif(
     "RANKSEARCH_DRILLS" not in os.environ, reason="minutes on two cores: set RANKSEARCH_DRILLS=1 to run it"
 )
@@ -38,10 +32,10 @@ DRILLS = pytest.mark.skipif(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run in one process, those of all files that start Ray too."""
+    """A file's tests run in one process; those that start Ray in another, one after the other: `--address auto` finds any cluster of
+    the machine, and kills go by name."""
     for item in items:
-        name = item.path.stem.removeprefix("test_")
-        item.add_marker(pytest.mark.xdist_group("ray" if name in RAY_FILES else name))
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
 
 
 def free_ports(count: int) -> list[int]:

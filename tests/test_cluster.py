@@ -24,6 +24,7 @@ def drill():
     return call_script("drill_cluster")
 
 
+@pytest.mark.ray
 def test_every_planned_trial_finishes_once_whatever_nodes_do(drill):
     figures = drill["figures"]
     assert figures["planned"] == figures["finished"] == figures["mlflow_runs"] == 4
@@ -32,6 +33,7 @@ def test_every_planned_trial_finishes_once_whatever_nodes_do(drill):
     assert figures["data_loads_per_node"] == 1
 
 
+@pytest.mark.ray
 def test_a_trial_goes_on_from_its_state_and_repeats_no_more_than_a_checkpoint_interval(drill):
     killed, _ = drill["rows"]
     assert killed["trials_hit"] == 1
@@ -40,6 +42,7 @@ def test_a_trial_goes_on_from_its_state_and_repeats_no_more_than_a_checkpoint_in
 
 
 @DRILLS
+@pytest.mark.ray
 def test_a_drained_node_a_stopped_or_killed_driver_and_a_lost_head_cost_no_trial():
     drill = call_script("drill_cluster", "--rounds", "1", quick=False)
     figures = drill["figures"]

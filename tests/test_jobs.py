@@ -19,6 +19,8 @@ from ranksearch.errors import UsageError
 from ranksearch.search.space_file import read_space
 from tests.conftest import free_ports
 
+pytestmark = pytest.mark.ray
+
 pytest.importorskip("opencensus", reason="Ray's job server needs the extra `cluster`")
 
 SPACE = """

@@ -119,12 +119,14 @@ def test_the_simulation_drives_studies_of_all_sizes():
 
 
 @DRILLS
+@pytest.mark.ray
 def test_empty_trials_go_through_tune_as_real_ones_do():
     figures = call("simulate_cluster", "--only", "tune", "--tune-trials", "120", quick=False)["figures"]
     assert 0 < figures["tune_ms_median_100"] < 200
     assert 100 < figures["tune_rss_mib_120"] < 3000
 
 
+@pytest.mark.ray
 def test_a_study_that_is_shot_at_finishes_every_trial_once():
     figures = call("drill_faults")["figures"]
     assert figures["kills"] == 3, "the study ended before the shots"

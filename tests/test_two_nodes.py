@@ -10,6 +10,8 @@ import pytest
 from tests.conftest import DRILLS
 from tests.two_nodes import Nodes, skip_without_mounts
 
+pytestmark = pytest.mark.ray
+
 SCRIPT = """
 import json, sys
 from pathlib import Path
