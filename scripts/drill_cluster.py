@@ -257,7 +257,7 @@ class Drill:
             last = lasts[name]
             self.repeated += isinstance(entry, tuple) and last is not None and entry[1] < last[1]
         self.row(
-            event, trials_hit=len(hit), finished_before=before, seconds_lost=max(lost, default=0.0),
+            event, trials_hit=len(hit), finished_before=before, seconds_lost=max(lost, default=None),
             restart_seconds=max(restarts, default=None),
         )  # fmt: skip
 
