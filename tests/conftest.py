@@ -6,10 +6,12 @@ import os
 import socket
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from xdist.scheduler import LoadScopeScheduling
 
 from ranksearch.compress import plan_cost
 from ranksearch.search.space_file import read_space
@@ -25,17 +27,28 @@ if (
     torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 REPOSITORY = Path(__file__).parent.parent
+RAY_FILES = ("cli", "docs", "drills", "jobs", "own_task", "placement_ray", "two_nodes")
+"""Tests that start Ray: one after the other, since `--address auto` finds any cluster of the machine, and kills go by name."""
+
 DRILLS = pytest.mark.skipif(
     "RANKSEARCH_DRILLS" not in os.environ, reason="minutes on two cores: set RANKSEARCH_DRILLS=1 to run it"
 )
-"""Drills on clusters of several nodes."""
+"""Drills on clusters, of minutes."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run in one process; those that start Ray in another, one after the other: `--address auto` finds any cluster of
-    the machine, and kills go by name."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+class ByFile(LoadScopeScheduling):
+    """A file's tests run in one process, those of all files that start Ray too. (xdist 3.8's own groups do nothing under pytest 9.2.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = Path(nodeid.split("::")[0]).stem.removeprefix("test_")
+        return "ray" if name in RAY_FILES else name
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """Files begin in their order, so that Ray's, which take longest, begin early."""
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def free_ports(count: int) -> list[int]:

@@ -14,8 +14,6 @@ import pytest
 
 from tests.conftest import free_ports
 
-pytestmark = pytest.mark.ray
-
 COMMAND = [sys.executable, "-m", "ranksearch"]
 QUICK = ["--set", "recipe.steps=20", "--set", "recipe.bn_batches=2"]
 

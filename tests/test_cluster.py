@@ -1,4 +1,4 @@
-"""A real Ray cluster of two nodes on this machine that comes apart under a study; and what is decided about nodes and losses by itself."""
+"""What is decided about nodes and losses; a study that is told to leave or to end. `test_drills.py` takes a real cluster apart."""
 
 import os
 import signal
@@ -13,52 +13,7 @@ from ranksearch.cluster.packing import Machine, workers_on
 from ranksearch.search.checkpoint import CheckpointFile, Leaving
 from ranksearch.search.run import attempt
 from ranksearch.search.study import NODE_LOSSES, Study
-from tests.conftest import DRILLS
 from tests.test_cli import start_search
-from tests.test_scripts import call as call_script
-
-
-@pytest.fixture(scope="module")
-def drill():
-    """A study of four trials on two nodes: one is killed in mid-trial, another one joins."""
-    return call_script("drill_cluster")
-
-
-@pytest.mark.ray
-def test_every_planned_trial_finishes_once_whatever_nodes_do(drill):
-    figures = drill["figures"]
-    assert figures["planned"] == figures["finished"] == figures["mlflow_runs"] == 4
-    assert (figures["lost"], figures["doubled"], figures["went_back"]) == (0, 0, 0)
-    assert [row["event"] for row in drill["rows"]] == ["node killed", "node joins"]
-    assert figures["data_loads_per_node"] == 1
-
-
-@pytest.mark.ray
-def test_a_trial_goes_on_from_its_state_and_repeats_no_more_than_a_checkpoint_interval(drill):
-    killed, _ = drill["rows"]
-    assert killed["trials_hit"] == 1
-    # what writing takes on a busy machine
-    assert killed["seconds_lost"] < drill["figures"]["checkpoint_seconds"] + 2.0
-
-
-@DRILLS
-@pytest.mark.ray
-def test_a_drained_node_a_stopped_or_killed_driver_and_a_lost_head_cost_no_trial():
-    drill = call_script("drill_cluster", "--rounds", "1", "--trials", "12", "--steps", "2500", quick=False)
-    figures = drill["figures"]
-    assert figures["planned"] == figures["finished"] == figures["mlflow_runs"] == 12
-    assert (figures["lost"], figures["doubled"], figures["went_back"]) == (0, 0, 0)
-    events = {row["event"]: row for row in drill["rows"]}
-    assert list(events) == [
-        "node killed",
-        "node joins",
-        "node drained",
-        "driver SIGTERM",
-        "driver SIGKILL",
-        "head killed",
-    ]
-    assert events["node drained"]["seconds_lost"] == 0.0  # by its notice it wrote its state before it left
-    assert figures["seconds_lost_max"] < figures["checkpoint_seconds"] + 2.0
 
 
 def test_a_node_holds_what_fits_it_whole():

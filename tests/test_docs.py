@@ -214,7 +214,6 @@ def same(small, model):
     torch.testing.assert_close(small.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_examples_of_the_pages_run_in_their_order(folder):
     done = set()

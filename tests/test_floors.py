@@ -20,7 +20,7 @@ ROWS = [
     ("search",),
     ("tracking",),
     ("cluster",),
-    ("api", "cli", "console", "tables", "__init__", "__main__"),
+    ("api", "run_study", "cli", "console", "tables", "__init__", "__main__"),
 ]
 HEIGHT = {name: row for row, names in enumerate(ROWS) for name in names}
 SIBLINGS = [("allocate", "tasks")]

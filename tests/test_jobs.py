@@ -17,9 +17,7 @@ from ranksearch.cli import app
 from ranksearch.cluster.submission import new_study
 from ranksearch.errors import UsageError
 from ranksearch.search.space_file import read_space
-from tests.conftest import free_ports
-
-pytestmark = pytest.mark.ray
+from tests.conftest import DRILLS, free_ports
 
 pytest.importorskip("opencensus", reason="Ray's job server needs the extra `cluster`")
 
@@ -156,6 +154,37 @@ def test_a_task_of_ones_own_is_submitted_followed_listed_and_another_job_stopped
     table = verb(capsys, "status")
     assert "2 jobs" in table
     assert long.id in table
+
+
+@DRILLS
+def test_ctrl_c_leaves_the_job_alone_and_a_study_goes_on_by_resume(cluster, tmp_path, capsys):
+    for name, text in {"mine.yaml": SPACE, "mine.py": TASK, "helper.py": HELPER}.items():
+        (tmp_path / name).write_text(text)
+    runs = tmp_path / "shared"
+    submit = [sys.executable, "-m", "ranksearch", "submit", "--runs", str(runs)]
+    following = subprocess.Popen(
+        [*submit, "mine.yaml", "--name", "again", "--no-check"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    job = following.stdout.readline().strip()
+    wait_until(lambda: json.loads(verb(capsys, "status", job, "--json"))["status"] == "RUNNING", 60)
+    following.send_signal(signal.SIGINT)
+    _, errors = following.communicate(timeout=60)
+    assert following.returncode == 130, errors
+    assert "no longer following; the job goes on" in errors
+    assert "Traceback" not in errors
+    wait_until(lambda: json.loads(verb(capsys, "status", job, "--json"))["status"] == "SUCCEEDED", 120)
+
+    done = subprocess.run(
+        [*submit, "--resume", "again", "--trials", "3"], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 trials are done" in done.stderr
+    assert "[3/3]" in done.stderr
+    assert len(json.loads((runs / "again" / "front.json").read_text())["trials"]) >= 1
 
 
 def test_a_wrong_id_a_wrong_token_and_none(cluster, capsys, monkeypatch):

@@ -30,7 +30,6 @@ def regression(tmp_path_factory):
     return run(write_task(folder, REGRESSION), folder / "runs", trials=8), folder
 
 
-@pytest.mark.ray
 def test_a_classifier_on_a_loader_through_the_command_line_on_ray_from_elsewhere(tmp_path):
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     project.mkdir()

@@ -23,8 +23,6 @@ from ranksearch.search.space_file import read_space
 from ranksearch.search.study import Study
 from tests.conftest import DRILLS
 
-pytestmark = pytest.mark.ray
-
 SETTINGS = ["recipe.steps=20", "recipe.bn_batches=2", "tracking.models=false"]
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.conftest import DRILLS, REPOSITORY
+from tests.conftest import REPOSITORY
 
 
 def call(script, *options, quick=True):
@@ -116,22 +116,6 @@ def test_the_simulation_drives_studies_of_all_sizes():
     assert 5 < figures["journal_mib_1000"] / figures["journal_mib_100"] < 12  # copies are as long as what they copy
     ends = [row["ends"] for row in found["rows"] if row["part"] == "workers"]
     assert all(sum(end.values()) - end.get("lost", 0) == 100 for end in ends)
-
-
-@DRILLS
-@pytest.mark.ray
-def test_empty_trials_go_through_tune_as_real_ones_do():
-    figures = call("simulate_cluster", "--only", "tune", "--tune-trials", "120", quick=False)["figures"]
-    assert 0 < figures["tune_ms_median_100"] < 200
-    assert 100 < figures["tune_rss_mib_120"] < 3000
-
-
-@pytest.mark.ray
-def test_a_study_that_is_shot_at_finishes_every_trial_once():
-    figures = call("drill_faults")["figures"]
-    assert figures["kills"] == 3, "the study ended before the shots"
-    assert figures["planned"] == figures["finished"] == figures["nets"] == figures["mlflow_runs"]
-    assert (figures["lost"], figures["doubled"]) == (0, 0)
 
 
 def test_the_storage_bench_times_the_journal_and_sqlite():

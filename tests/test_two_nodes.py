@@ -10,8 +10,6 @@ import pytest
 from tests.conftest import DRILLS
 from tests.two_nodes import Nodes, skip_without_mounts
 
-pytestmark = pytest.mark.ray
-
 SCRIPT = """
 import json, sys
 from pathlib import Path
