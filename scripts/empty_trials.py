@@ -17,7 +17,7 @@ from typing import Any
 
 from ranksearch.compress.export import PLAN, WEIGHTS
 
-MARKS = (100, 200, 500, 1000, 2000, 4000)
+MARKS = (100, 200, 500, 1000, 2000, 4000, 10_000)
 WINDOW = 50
 
 
@@ -26,15 +26,16 @@ def _empty(config: dict[str, Any], shared: Any, terms: Any, result: str) -> None
     from ray import tune as ray_tune
 
     from ranksearch.cluster.shared import here
-    from ranksearch.cluster.worker import message
+    from ranksearch.cluster.worker import candidate_of, message
     from ranksearch.search.placement import Placement
 
-    folder = Path(config["save_to"])
+    candidate = candidate_of(config)
+    folder = Path(str(candidate.save_to))
     folder.mkdir(parents=True, exist_ok=True)
     for name in (PLAN, WEIGHTS):
         (folder / name).touch()
-    found = json.loads(result) | {"seed": config["seed"]}
-    found["val_accuracy"] = random.Random(config["seed"]).uniform(80, 99)
+    found = json.loads(result) | {"seed": candidate.seed}
+    found["val_accuracy"] = random.Random(candidate.seed).uniform(80, 99)
     ray_tune.report(message(Placement(**vars(here())), result=found))
 
 

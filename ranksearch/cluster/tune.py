@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,9 @@ from ranksearch.cluster.nodes import usable_nodes
 from ranksearch.cluster.probe import auto_share
 from ranksearch.cluster.room import Room
 from ranksearch.cluster.shared import Shared, load_of, share
-from ranksearch.cluster.worker import ENTRY, GROUP, METRIC, PLACE, RESULT, Terms, trial
+from ranksearch.cluster.worker import ENTRY, GROUP, METRIC, PLACE, RESULT, Terms, packed, trial
 from ranksearch.errors import StudyError, Terminated
 from ranksearch.search.metric import Metric
-from ranksearch.search.place import text_of
 from ranksearch.search.placement import LOADS, Load, Placement, note_load
 from ranksearch.search.run import Driver, Log, OnRow, stop_reason
 from ranksearch.search.space import AUTO, Space
@@ -85,12 +84,7 @@ class AskTell(Searcher):
             return None if self._study.running and self.error is None else Searcher.FINISHED
         self._numbers[trial_id], self._seeds[trial_id] = candidate.number, candidate.seed
         self._history[trial_id] = []
-        return {
-            "number": candidate.number, "plan": candidate.plan.to_dict(), "recipe": candidate.recipe.to_dict(),
-            "seed": candidate.seed, "save_to": text_of(candidate.save_to),
-            "checkpoint": text_of(candidate.checkpoint), "rungs": list(candidate.rungs),
-            "latency": asdict(candidate.latency) if candidate.latency is not None else None,
-        }  # fmt: skip
+        return packed(candidate)
 
     def _lost_head(self) -> bool:
         if head_is_gone():

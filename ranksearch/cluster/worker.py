@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import threadpoolctl
@@ -18,7 +18,7 @@ from ranksearch.cluster.shared import Shared, take, with_peak
 from ranksearch.compress import RankPlan
 from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.search.checkpoint import Leaving
-from ranksearch.search.place import place_at
+from ranksearch.search.place import place_at, text_of
 from ranksearch.search.placement import Placement
 from ranksearch.search.proposals import Candidate
 from ranksearch.search.recipe import Recipe
@@ -29,6 +29,8 @@ from ranksearch.tasks.task import Task
 
 METRIC, ENTRY, RESULT, PLACE = "val_accuracy", "entry", "result", "placement"
 """Keys of a report; all but the first are JSON texts, because Tune flattens nested metrics. Empty: not of this report."""
+CANDIDATE = "candidate"
+"""Key of what Tune hands out, beside the trial's number."""
 GROUP = "placement_group"
 """Key of the first report of a data-parallel trial: what holds its workers' place in the cluster."""
 Send = Callable[[dict[str, Any]], None]
@@ -46,12 +48,23 @@ class Terms:
     """The study's, absolute."""
 
 
+def packed(candidate: Candidate) -> dict[str, Any]:
+    """A candidate as Tune hands it out: one text, because Tune copies and flattens what it is given, and keeps it to the end."""
+    parts = {
+        "plan": candidate.plan.to_dict(), "recipe": candidate.recipe.to_dict(), "seed": candidate.seed,
+        "save_to": text_of(candidate.save_to), "checkpoint": text_of(candidate.checkpoint), "rungs": candidate.rungs,
+        "latency": asdict(candidate.latency) if candidate.latency is not None else None,
+    }  # fmt: skip
+    return {"number": candidate.number, CANDIDATE: json.dumps(parts)}
+
+
 def candidate_of(config: dict[str, Any]) -> Candidate:
-    """The trial that Tune hands out, as the study asked for it (`tune.py` packs it)."""
+    """The candidate that was `packed`."""
+    parts = json.loads(config[CANDIDATE])
     return Candidate(
-        config["number"], RankPlan.from_dict(config["plan"]), Recipe.from_dict(config["recipe"]), config["seed"],
-        place_at(config["save_to"]), place_at(config["checkpoint"]), rungs=tuple(config["rungs"]),
-        latency=LatencySetting(**config["latency"]) if config["latency"] is not None else None,
+        config["number"], RankPlan.from_dict(parts["plan"]), Recipe.from_dict(parts["recipe"]), parts["seed"],
+        place_at(parts["save_to"]), place_at(parts["checkpoint"]), rungs=tuple(parts["rungs"]),
+        latency=LatencySetting(**parts["latency"]) if parts["latency"] is not None else None,
     )  # fmt: skip
 
 
