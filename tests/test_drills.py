@@ -28,6 +28,7 @@ def test_a_trial_goes_on_from_its_state_and_repeats_no_more_than_a_checkpoint_in
 
 
 @DRILLS
+@pytest.mark.timeout(900)
 def test_a_drained_node_a_stopped_or_killed_driver_and_a_lost_head_cost_no_trial():
     drill = call("drill_cluster", "--rounds", "1", "--trials", "12", "--steps", "2500", quick=False)
     figures = drill["figures"]
