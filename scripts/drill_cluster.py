@@ -4,7 +4,7 @@ Digits on a real Ray cluster of this machine (`loopback_cluster.py`): a head wit
 every event the study is looked at from outside: its journal, the states of its running trials, MLflow.
 
     python scripts/drill_cluster.py --json        two rounds of every event, about ten minutes on two cores
-    python scripts/drill_cluster.py --quick       a node killed, another joins: within a minute
+    python scripts/drill_cluster.py --quick       a node killed, another joins: a minute or so
     python scripts/drill_cluster.py --rounds 1 --seed 1
 
 `seconds_lost` of an event: training before it that is repeated, by the time of each trial's last state (at most a checkpoint interval
@@ -191,7 +191,7 @@ class Drill:
         self.new_cluster()
         self.start_driver()  # before there is a node for its trials: it waits for one
         nodes = [self.cluster.add_node(), self.cluster.add_node()]
-        for _ in range(1 if self.options.quick else self.options.rounds):
+        for _ in range(self.options.rounds):
             nodes = self.node_dies(nodes)
             if self.options.quick:
                 break

@@ -43,6 +43,8 @@ def test_a_drained_node_a_stopped_or_killed_driver_and_a_lost_head_cost_no_trial
         "driver SIGKILL",
         "head killed",
     ]
+    hits = [row["trials_hit"] for row in drill["rows"] if "trials_hit" in row]
+    assert hits == [1, 1, 2, 2, 2]  # a node's trial, or both nodes'
     assert events["node drained"]["seconds_lost"] == 0.0  # by its notice it wrote its state before it left
     assert figures["seconds_lost_max"] < figures["checkpoint_seconds"] + 2.0
 

@@ -205,9 +205,9 @@ def _mlflow(space: Space | None, runs: Path) -> str | None:
 
 def _optuna(space: Space | None, runs: Path) -> str | None:
     """Why the database of `storage.optuna` cannot be reached, or is MLflow's too; None where all is well, or it is not asked for."""
-    where = space.storage.optuna if space is not None else None
-    if space is None or where is None:
+    if space is None or space.storage.optuna is None:
         return None
+    where = space.storage.optuna
     if said := _unreachable(where):
         return said if said.startswith("storage.optuna") else f"storage.optuna: {said}"
     try:

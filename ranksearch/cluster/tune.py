@@ -137,12 +137,12 @@ class AskTell(Searcher):
         number = self._numbers.pop(trial_id, None)
         if number is None:
             return
-        if trial_id in self._groups:
-            let_go(self._groups.pop(trial_id))
         seed, history = self._seeds.pop(trial_id), self._history.pop(trial_id)
         place = self._places.pop(trial_id, None)
         payload = (result or {}).get(RESULT)
         try:
+            if trial_id in self._groups:
+                let_go(self._groups.pop(trial_id))
             if trial_id in self._stopped:
                 found = _stopped_result(seed, history, self._study.metric)
             elif payload:

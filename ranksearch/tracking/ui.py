@@ -88,8 +88,10 @@ def find_store(where: str, runs: Path) -> Opened:
                 f"There is no MLflow store in {where}, and no study of that name: run `ranksearch search SPACE.yaml` first. "
                 f"{nearest(where, known)}"
             )
-        known_here = [uri for uri in elsewhere if not uri.startswith(FROM_ENVIRONMENT)]
-        uri = known_here[0] if known_here else from_environment(elsewhere[0], NOTED)
+        # a variable that is not set hides no other study's store
+        uri = from_environment(
+            next((uri for uri in elsewhere if not uri.startswith(FROM_ENVIRONMENT)), elsewhere[0]), NOTED
+        )
     return Opened(uri, folder, _pages(studies, uri))
 
 
