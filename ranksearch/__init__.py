@@ -40,7 +40,7 @@ _HOMES = {
     "LayerPlan": "ranksearch.compress:LayerPlan",
     "LayerRule": "ranksearch.allocate:LayerRule",
     "Task": "ranksearch.tasks.task:Task",
-    "Study": "ranksearch.search.study:Study",
+    "Study": "ranksearch.study.study:Study",
     "Terminal": "ranksearch.console:Terminal",
     "RanksearchError": "ranksearch.errors:RanksearchError",
     "UsageError": "ranksearch.errors:UsageError",

@@ -1,4 +1,4 @@
-"""Lets `ranksearch.search(...)` be a call while `ranksearch.search.trial` stays a module.
+"""Lets `ranksearch.search(...)` be a call while `ranksearch.trial.trial` stays a module.
 
 The public functions `search`, `allocate` and `compress` bear the names of the packages that hold their parts. Python binds a
 subpackage to its parent on import, which would hide a function of the same name; so these three packages are callable.

@@ -17,11 +17,8 @@ from ranksearch.compress import RankPlan, load_net
 from ranksearch.compress.exported import check_fold
 from ranksearch.compress.formats import format_named
 from ranksearch.errors import StudyError, UsageError
-from ranksearch.files import write_atomically
+from ranksearch.places.files import write_atomically
 from ranksearch.run_study import Observer, Silent, dense_accuracy, preflight, run_study
-from ranksearch.search.export_trial import export_trial, pick_trial, target_folder
-from ranksearch.search.latency import open_table
-from ranksearch.search.metric import Metric
 from ranksearch.search.opening import WARM
 from ranksearch.search.preview import (
     DEFAULT_ALLOCATORS,
@@ -32,10 +29,11 @@ from ranksearch.search.preview import (
     preview_rows,
 )
 from ranksearch.search.scorer import Scorer
-from ranksearch.search.space import Space
-from ranksearch.search.space_file import read_space
-from ranksearch.search.study import Study
-from ranksearch.search.study_folder import (
+from ranksearch.search.workbench import prepare
+from ranksearch.space.reading import read_space
+from ranksearch.space.space import Space
+from ranksearch.study.export_trial import export_trial, pick_trial, target_folder
+from ranksearch.study.folder import (
     CURVES,
     DENSE_WEIGHTS,
     LATENCY,
@@ -46,7 +44,8 @@ from ranksearch.search.study_folder import (
     new_folder,
     study_around,
 )
-from ranksearch.search.workbench import prepare
+from ranksearch.study.latency import open_table
+from ranksearch.study.study import Study
 from ranksearch.tasks import build_reference
 from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.draw_html import save_html
@@ -54,6 +53,7 @@ from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.preview_figures import preview_charts, preview_title
 from ranksearch.tracking.report import report_html
 from ranksearch.tracking.view import View
+from ranksearch.trial.metric import Metric
 
 
 def search(

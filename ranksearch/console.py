@@ -12,11 +12,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from ranksearch.compress import RankPlan
-from ranksearch.search.front import Row, describe_budgets
-from ranksearch.search.metric import metric_column, metric_text
+from ranksearch.study.front import Row, describe_budgets
+from ranksearch.trial.metric import metric_column, metric_text
 
 if TYPE_CHECKING:
-    from ranksearch.search.study import Study
+    from ranksearch.study.study import Study
 
 
 def table(title: str, columns: Mapping[str, str], rows: Sequence[Sequence[str]], *, spare: Sequence[str] = ()) -> None:

@@ -13,14 +13,14 @@ from torch import nn
 
 from ranksearch.compress import load_net
 from ranksearch.errors import UsageError
-from ranksearch.search.front import Row
-from ranksearch.search.latency import measure_front
-from ranksearch.search.place import check_place
-from ranksearch.search.run import run_inline
-from ranksearch.search.space import Space
-from ranksearch.search.study import Study
-from ranksearch.search.urls import check_apart, database_url
+from ranksearch.places.place import check_place
+from ranksearch.places.urls import check_apart, database_url
 from ranksearch.search.workbench import Workbench
+from ranksearch.space.space import Space
+from ranksearch.study.driver import run_inline
+from ranksearch.study.front import Row
+from ranksearch.study.latency import measure_front
+from ranksearch.study.study import Study
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.source import Source

@@ -24,16 +24,16 @@ from ranksearch.lowering import LOWERINGS, Rank
 from ranksearch.lowering.contract import sides
 from ranksearch.search.budgets import budgets_of, check_feasible_space
 from ranksearch.search.groups import grouping_of, groups_of
-from ranksearch.search.latency import open_table
-from ranksearch.search.metric import metric_text
 from ranksearch.search.parametrize import Searched
-from ranksearch.search.proposals import form_of
-from ranksearch.search.recipe import searched_settings
-from ranksearch.search.space import Space
-from ranksearch.search.study_folder import LATENCY
 from ranksearch.search.workbench import open_net, with_latency
+from ranksearch.space.space import Space
+from ranksearch.study.folder import LATENCY
+from ranksearch.study.latency import open_table
+from ranksearch.study.proposals import form_of
 from ranksearch.tasks import model_reference
 from ranksearch.tasks.folder import data_folder
+from ranksearch.trial.metric import metric_text
+from ranksearch.trial.recipe import searched_settings
 
 
 def layer_rows(space: Space) -> dict[str, Any]:

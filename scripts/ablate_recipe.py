@@ -21,8 +21,8 @@ from training_runs import Bench, add_options, choose_device
 
 from ranksearch.errors import nearest
 from ranksearch.lowering import default_lowerings
-from ranksearch.search.recipe import Recipe, middle
-from ranksearch.search.space_recipe import RecipeSpace
+from ranksearch.space.recipe import RecipeSpace
+from ranksearch.trial.recipe import Recipe, middle
 
 WITH_CP = (*default_lowerings(), "cp")
 BASE: dict[str, Any] = {"factor_share": 0.0, "distillation.weight": 0.7, "distillation.temperature": 2.0}

@@ -54,8 +54,8 @@ from ranksearch.errors import UsageError
 from ranksearch.search.preview import damage_of
 from ranksearch.search.scorer import Scorer
 from ranksearch.tasks import cifar10
-from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.dense import dense_state
+from ranksearch.tasks.source import calibration_batches
 
 CONVS = ("im2col", "channel", "spatial")
 PERCENTS = (75, 50, 35)
@@ -166,7 +166,7 @@ class TrainedNet:
         self.damages: dict[str, Damage] = {}
         for sensitivity in SENSITIVITIES:
             started = time.perf_counter()
-            batches = calibration_batches(self.task, 8, 128, torch.Generator().manual_seed(options.seed))
+            batches = calibration_batches(self.task.train, 8, 128, torch.Generator().manual_seed(options.seed))
             damage = weigh(self.curves, model, batches, sensitivity, MEASURES["log_kept_energy"], seed=options.seed)
             self.damages[sensitivity] = damage
             report.say(f"{name}: sensitivity {sensitivity}: {time.perf_counter() - started:.1f} s")

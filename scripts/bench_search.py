@@ -48,21 +48,22 @@ from report import Report, arguments
 from ranksearch.allocate import parse_budget
 from ranksearch.compress import RankPlan, dense_cost, plan_cost
 from ranksearch.console import Terminal
-from ranksearch.files import write_atomically
 from ranksearch.pareto import hypervolume
+from ranksearch.places.files import write_atomically
 from ranksearch.search.allocated import Allocated
-from ranksearch.search.front import Row
 from ranksearch.search.opening import CLASSICS, SOLVER
 from ranksearch.search.parametrize import Opening
-from ranksearch.search.proposals import Candidate
-from ranksearch.search.run import attempt, run_inline
 from ranksearch.search.samplers import plain_sampler
-from ranksearch.search.space import Space
-from ranksearch.search.space_file import parse_space
-from ranksearch.search.study import Study
-from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import Workbench, prepare
+from ranksearch.space.reading import parse_space
+from ranksearch.space.space import Space
+from ranksearch.study.driver import run_inline
+from ranksearch.study.front import Row
+from ranksearch.study.study import Study
 from ranksearch.tasks.evaluate import evaluate
+from ranksearch.trial.attempt import attempt
+from ranksearch.trial.candidate import Candidate
+from ranksearch.trial.result import TrialResult
 
 FRONT_TRIALS = {
     "allocated_tpe": 32, "sweep": 32, "allocated_motpe": 32,

@@ -21,8 +21,8 @@ from statistics import median
 import optuna
 from report import Report, arguments
 
-from ranksearch.search.journal import open_journal
-from ranksearch.search.storage import open_storage
+from ranksearch.study.journal import open_journal
+from ranksearch.study.storage import open_storage
 
 PLAN, RESULT = {"plan": "x" * 2000}, {"result": "x" * 4000}
 

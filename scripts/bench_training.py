@@ -30,14 +30,14 @@ from torch.utils.data import DataLoader, Dataset
 from ranksearch.allocate import LayerRules, allocate_plan, parse_budget, rank_curves
 from ranksearch.compress import dense_cost, trace
 from ranksearch.lowering import default_lowerings
-from ranksearch.search.projecting import Projecting
-from ranksearch.search.recipe import Recipe, middle
-from ranksearch.search.space_recipe import RecipeSpace
+from ranksearch.space.recipe import RecipeSpace
 from ranksearch.tasks import cifar10
 from ranksearch.tasks.device import clock, pick_device, use_bf16
 from ranksearch.tasks.resident import Augment, Normalise, Resident
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Optimisation, Training
+from ranksearch.trial.projecting import Projecting
+from ranksearch.trial.recipe import Recipe, middle
 
 IMAGES, PAD, WARM = 10_000, 4, 6
 WORKERS = sorted({0, 2, min(8, os.cpu_count() or 1)})

@@ -32,8 +32,8 @@ from drilled_study import DrilledStudy
 from loopback_cluster import LoopbackCluster, Node
 from report import Report, arguments
 
-from ranksearch.search.placement import data_loads_per_node
-from ranksearch.search.study_folder import CHECKPOINTS
+from ranksearch.study.folder import CHECKPOINTS
+from ranksearch.trial.placement import data_loads_per_node
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "digits_resnet8.yaml"
 NAME = "drill"

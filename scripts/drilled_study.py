@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ranksearch.search.study import Study
-from ranksearch.search.study_folder import INFO, find_study
+from ranksearch.study.folder import INFO, find_study
+from ranksearch.study.study import Study
 from ranksearch.tracking.store import quiet_mlflow, store_uri
 
 

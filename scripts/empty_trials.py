@@ -27,7 +27,7 @@ def _empty(config: dict[str, Any], shared: Any, terms: Any, result: str) -> None
 
     from ranksearch.cluster.shared import here
     from ranksearch.cluster.worker import candidate_of, message
-    from ranksearch.search.placement import Placement
+    from ranksearch.trial.placement import Placement
 
     candidate = candidate_of(config)
     folder = Path(str(candidate.save_to))
@@ -45,7 +45,7 @@ def tune(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     from simulated_trials import new_study, rss_mib
 
     from ranksearch.cluster import tune as ours
-    from ranksearch.search.run import Driver
+    from ranksearch.study.driver import Driver
 
     trials = options.tune_trials
     with tempfile.TemporaryDirectory() as runs, open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):

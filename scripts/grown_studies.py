@@ -20,7 +20,7 @@ from optuna.storages.journal._storage import JournalOperation as Op
 from optuna.trial import TrialState
 from simulated_trials import Clock, Setting, follow, new_study, rss_mib
 
-from ranksearch.search.study import Study
+from ranksearch.study.study import Study
 
 MARKS = (100, 1000, 5000, 10_000)
 AROUND, WORKERS = 50, 64

@@ -25,8 +25,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ranksearch.search.settings import Choices, OneOf, Range, Within
-from ranksearch.search.space import Space
+from ranksearch.space.settings import Choices, OneOf, Range, Within
+from ranksearch.space.space import Space
 
 PAGE = Path(__file__).parent.parent / "docs" / "search_space.md"
 COMMAND = "python scripts/make_schema_page.py"

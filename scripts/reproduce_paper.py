@@ -28,10 +28,10 @@ from report import Report, arguments
 from training_runs import Bench, add_options, choose_device
 
 from ranksearch.compress import LayerPlan, RankPlan
-from ranksearch.files import write_atomically
 from ranksearch.lowering import default_lowerings
-from ranksearch.search.recipe import Recipe, middle
-from ranksearch.search.space_recipe import RecipeSpace
+from ranksearch.places.files import write_atomically
+from ranksearch.space.recipe import RecipeSpace
+from ranksearch.trial.recipe import Recipe, middle
 
 PAPER = {
     "projection": {1.57: 92.92, 2.06: 92.62, 2.80: 92.43, 4.28: 91.49, 6.72: 90.43},

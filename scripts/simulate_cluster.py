@@ -53,9 +53,9 @@ from grown_studies import MARKS, grown
 from report import Report, arguments
 from simulated_trials import RESTART_SECONDS, Clock, Fate, Setting, bytes_of, diverged, new_study, rss_mib
 
-from ranksearch.search.proposals import Candidate
-from ranksearch.search.trial import TrialResult
 from ranksearch.tracking.runs import trial_metrics
+from ranksearch.trial.candidate import Candidate
+from ranksearch.trial.result import TrialResult
 
 PARTS = ("workers", "grown", "driven", "mirror", "tune")
 WORKERS = (8, 64, 512)

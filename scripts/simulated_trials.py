@@ -24,14 +24,14 @@ import torch
 from ranksearch.allocate import MEASURES, Damage, rank_curves
 from ranksearch.compress import dense_cost, plan_cost
 from ranksearch.console import Terminal
-from ranksearch.search.proposals import Candidate
-from ranksearch.search.run import Driver
-from ranksearch.search.space import Space
-from ranksearch.search.space_file import read_space
-from ranksearch.search.study import Study
-from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import Workbench, open_net
+from ranksearch.space.reading import read_space
+from ranksearch.space.space import Space
+from ranksearch.study.driver import Driver
+from ranksearch.study.study import Study
 from ranksearch.tracking.background import BackgroundMirror
+from ranksearch.trial.candidate import Candidate
+from ranksearch.trial.result import TrialResult
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "cifar10_resnet20.yaml"
 

@@ -21,16 +21,16 @@ import torch
 
 from ranksearch.allocate import BASELINES, Curves, LayerRules, allocate_plan, parse_budget, rank_curves
 from ranksearch.compress import Net, RankPlan, dense_cost, load_net, plan_cost, trace
-from ranksearch.files import write_atomically
-from ranksearch.search.checkpoint import CheckpointFile
-from ranksearch.search.provenance import provenance
-from ranksearch.search.recipe import Recipe
-from ranksearch.search.trial import run_trial
+from ranksearch.places.files import write_atomically
+from ranksearch.study.provenance import provenance
 from ranksearch.tasks import build_reference, cifar10, model_reference
 from ranksearch.tasks.dense import State, dense_state
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.task import Task
+from ranksearch.trial.checkpoint import CheckpointFile
+from ranksearch.trial.recipe import Recipe
+from ranksearch.trial.trial import run_trial
 
 CHECKPOINT_SECONDS = 60
 

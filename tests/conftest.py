@@ -14,11 +14,11 @@ from torch import nn
 from xdist.scheduler import LoadScopeScheduling
 
 from ranksearch.compress import plan_cost
-from ranksearch.search.space_file import read_space
-from ranksearch.search.study import Study
-from ranksearch.search.trial import TrialResult
 from ranksearch.search.workbench import prepare
+from ranksearch.space.reading import read_space
+from ranksearch.study.study import Study
 from ranksearch.tasks.train import Training
+from ranksearch.trial.result import TrialResult
 
 if (
     "PYTEST_XDIST_WORKER" in os.environ

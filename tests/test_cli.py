@@ -178,7 +178,7 @@ def start_search(folder, space, name, *options):
 
 def assert_complete(folder, name, count=6):
     """Every planned trial once, none left running, none doubled."""
-    from ranksearch.search.study import Study
+    from ranksearch.study.study import Study
 
     study = Study.open(folder / "runs" / name)
     assert study.finished == count == len({str(row["plan"]) + str(row["seed"]) for row in study.trials})

@@ -10,9 +10,9 @@ import pytest
 
 from ranksearch.cluster.nodes import AHEAD, NodeState, state_of, wanted
 from ranksearch.cluster.packing import Machine, workers_on
-from ranksearch.search.checkpoint import CheckpointFile, Leaving
-from ranksearch.search.run import attempt
-from ranksearch.search.study import NODE_LOSSES, Study
+from ranksearch.study.study import NODE_LOSSES, Study
+from ranksearch.trial.attempt import attempt
+from ranksearch.trial.checkpoint import CheckpointFile, Leaving
 from tests.test_cli import start_search
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from ranksearch.cluster.doctor import examine
 from ranksearch.cluster.findings import ERROR, OK, WARNING, judge
-from ranksearch.search.space_file import read_space
+from ranksearch.space.reading import read_space
 
 FACTS = {
     "host": "one",

@@ -23,10 +23,10 @@ from ranksearch.compress.formats import FORMATS, format_named, traced
 from ranksearch.compress.slots import find_slots
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.lowering import LOWERINGS, LayerSpec
-from ranksearch.search import export_trial
 from ranksearch.search.parametrize import Opening
-from ranksearch.search.space_file import read_space
-from ranksearch.search.study import Study
+from ranksearch.space.reading import read_space
+from ranksearch.study import export_trial
+from ranksearch.study.study import Study
 from tests.conftest import REPOSITORY, SmallNet
 
 NO_ONNX = [name for name in FORMATS["onnx"].needs if importlib.util.find_spec(name) is None]

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 from matplotlib import image as png
 
-from ranksearch.search.front import dominates
-from ranksearch.search.importance import AT_COST, FRONT, accuracy_at_cost
-from ranksearch.search.metric import Metric
-from ranksearch.search.trial import TrialResult
+from ranksearch.study.front import dominates
+from ranksearch.study.importance import AT_COST, FRONT, accuracy_at_cost
 from ranksearch.tracking.chart import Bars, HeatMap, Plot, Series
 from ranksearch.tracking.draw_html import save_html
 from ranksearch.tracking.draw_png import save_png
@@ -18,6 +16,8 @@ from ranksearch.tracking.figures import front_chart, study_charts
 from ranksearch.tracking.report import report_html
 from ranksearch.tracking.trial_figures import trial_charts
 from ranksearch.tracking.view import View
+from ranksearch.trial.metric import Metric
+from ranksearch.trial.result import TrialResult
 from tests.conftest import simulated
 
 METRIC = Metric("accuracy", "maximize", "%", 95.0)

@@ -11,13 +11,17 @@ from ranksearch import lowering
 
 PACKAGE = Path(lowering.__file__).parent.parent
 ROWS = [
-    ("errors", "files", "_callable"),
+    ("errors", "_callable"),
+    ("places",),
     ("linalg", "pareto"),
     ("lowering",),
     ("compress",),
     ("allocate",),
     ("tasks",),
+    ("space",),
+    ("trial",),
     ("search",),
+    ("study",),
     ("tracking",),
     ("cluster",),
     ("api", "run_study", "cli", "console", "tables", "__init__", "__main__"),
@@ -54,6 +58,44 @@ def test_a_file_imports_only_from_above(path):
             assert {here, place} != {one, other}, f"{one} and {other} lie on one floor"
 
 
+def imported_files(path: Path) -> set[Path]:
+    """The package's files that a file names in an import, wherever in it, but for those that only types need."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ranksearch"):
+            module = PACKAGE.parent / Path(*node.module.split("."))
+            for name in (alias.name for alias in node.names):
+                places = [module / f"{name}.py", module.with_suffix(".py"), module / name / "__init__.py"]
+                found |= set([place for place in places if place.is_file()][:1])
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {path: imported_files(path) - {path} for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    while leaves := {path for path, needs in graph.items() if not needs & graph.keys()}:
+        graph = {path: needs for path, needs in graph.items() if path not in leaves}
+    assert not graph, f"in or behind a circle: {sorted(str(path.relative_to(PACKAGE)) for path in graph)}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "search").glob("*.py")), ids=lambda path: path.name)
+def test_a_proposer_writes_nothing(path):
+    """Neither to a disk nor to Optuna's study: what is proposed is recorded by `study/` alone."""
+    writes = (
+        "write_text",
+        "write_bytes",
+        "mkdir",
+        "unlink",
+        "tell",
+        "set_user_attr",
+        "enqueue_trial",
+        "write_atomically",
+    )
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            assert called not in (*writes, "open"), f"line {node.lineno} calls {called}"
+
+
 def loaded_after(*command: str) -> set[str]:
     """Which of the heavy packages a fresh interpreter has loaded after `command`."""
     probe = "import sys, runpy, contextlib, io\n" + "\n".join(command)
@@ -77,13 +119,13 @@ def test_help_is_light():
 def test_public_names_are_there_and_packages_can_be_called():
     import ranksearch
     import ranksearch.compress.surgery
-    import ranksearch.search.study
+    import ranksearch.study.study
 
     for name in ranksearch.__all__:
         assert getattr(ranksearch, name) is not None
     assert callable(ranksearch.compress)
     assert callable(ranksearch.search)
     assert callable(ranksearch.allocate)
-    assert ranksearch.search.study.Study is ranksearch.Study
+    assert ranksearch.study.study.Study is ranksearch.Study
     with pytest.raises(AttributeError, match="no attribute 'serch'"):
         _ = ranksearch.serch

@@ -14,9 +14,9 @@ from torch import nn
 
 import ranksearch
 from ranksearch.errors import UsageError
-from ranksearch.search.space_file import parse_space, read_space
-from ranksearch.search.starter import write_start
 from ranksearch.search.workbench import open_net
+from ranksearch.space.reading import parse_space, read_space
+from ranksearch.space.starter import write_start
 from ranksearch.tasks import build_reference, idx, imagefolder, nets
 from tests.conftest import REPOSITORY
 

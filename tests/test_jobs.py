@@ -16,7 +16,7 @@ import pytest
 from ranksearch.cli import app
 from ranksearch.cluster.submission import new_study
 from ranksearch.errors import UsageError
-from ranksearch.search.space_file import read_space
+from ranksearch.space.reading import read_space
 from tests.conftest import DRILLS, free_ports
 
 pytest.importorskip("opencensus", reason="Ray's job server needs the extra `cluster`")

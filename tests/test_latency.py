@@ -19,8 +19,8 @@ from ranksearch.compress.stopwatch import STEPS, LatencySetting, Stopwatch, prob
 from ranksearch.errors import UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.search.budgets import at_level, budgets_of
-from ranksearch.search.ledger import Ledger
-from ranksearch.search.space_file import read_space
+from ranksearch.space.reading import read_space
+from ranksearch.study.ledger import Ledger
 from ranksearch.tasks.resnet import CifarResNet
 
 SETTING = LatencySetting("eager", batch=1, threads=1)

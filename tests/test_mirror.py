@@ -9,15 +9,15 @@ from mlflow import MlflowClient
 
 from ranksearch.api import Silent, resume, search, sync
 from ranksearch.errors import StudyError
-from ranksearch.search.metric import Metric
-from ranksearch.search.space_file import read_space
-from ranksearch.search.study import Study
-from ranksearch.search.trial import TrialResult
+from ranksearch.space.reading import read_space
+from ranksearch.study.study import Study
 from ranksearch.tracking import background
 from ranksearch.tracking.mirror import Mirror
 from ranksearch.tracking.runs import plan_line, run_name, trial_metrics
 from ranksearch.tracking.store import NOTED
 from ranksearch.tracking.view import View
+from ranksearch.trial.metric import Metric
+from ranksearch.trial.result import TrialResult
 from tests.conftest import drain, simulated
 
 

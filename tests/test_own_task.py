@@ -13,8 +13,8 @@ from torch import nn
 import ranksearch
 from ranksearch.errors import UsageError
 from ranksearch.pareto import nondominated
-from ranksearch.search.space_file import read_space
-from ranksearch.search.study import Study
+from ranksearch.space.reading import read_space
+from ranksearch.study.study import Study
 from ranksearch.tasks.task_file import TaskFile
 from tests.own_tasks import CLASSIFIER, FIT, REGRESSION, SEGMENTATION, write_task
 

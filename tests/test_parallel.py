@@ -14,13 +14,14 @@ from torch import nn
 import ranksearch
 from ranksearch.compress import LayerPlan, RankPlan, trace
 from ranksearch.errors import UsageError
-from ranksearch.search.checkpoint import CheckpointFile
-from ranksearch.search.recipe import DistillationRecipe, ProjectionRecipe, Recipe
-from ranksearch.search.trial import Stopped, run_trial
 from ranksearch.tasks import digits
-from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.loaded import LoadedDataset
 from ranksearch.tasks.parallel import ALONE, Distributed, PeerLost, swap_bn_
+from ranksearch.tasks.source import calibration_batches
+from ranksearch.trial.checkpoint import CheckpointFile
+from ranksearch.trial.recipe import DistillationRecipe, ProjectionRecipe, Recipe
+from ranksearch.trial.session import Stopped
+from ranksearch.trial.trial import run_trial
 
 RECIPE = Recipe(
     steps=12, batch_size=32, optimizer="sgd", schedule="cosine", warmup=0.1, lr=0.02, momentum=0.9, weight_decay=1e-4,
@@ -104,7 +105,7 @@ def _collectives(group: Distributed, folder: Path):
 
 
 def _trial(group: Distributed, folder: Path):
-    from ranksearch.search import projecting
+    from ranksearch.trial import projecting
 
     seen = []
     original = projecting.Projecting._project
@@ -268,5 +269,5 @@ def test_synchronised_bn_shares_its_weights_and_goes_again():
 
 def test_calibration_batches_are_whole_on_every_rank():
     task = small_task()
-    sizes = [len(batch) for batch in calibration_batches(task, 2, 32, torch.Generator().manual_seed(0))]
+    sizes = [len(batch) for batch in calibration_batches(task.train, 2, 32, torch.Generator().manual_seed(0))]
     assert sizes == [32, 32]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from ranksearch.errors import UsageError
-from ranksearch.search import place as places
-from ranksearch.search.checkpoint import CheckpointFile
-from ranksearch.search.place import PlaceError, Remote, as_uri, fetch, filling, place_at, text_of
+from ranksearch.places import place as places
+from ranksearch.places.place import PlaceError, Remote, as_uri, fetch, filling, place_at, text_of
+from ranksearch.trial.checkpoint import CheckpointFile
 from tests.conftest import free_ports
 
 
@@ -98,7 +98,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file_or_the_new_one(tmp_path):
     old, new = b"o" * 8_000_000, b"n" * 8_000_000
     file.write(old)
     script = (
-        "import sys; from ranksearch.search.place import Remote; print(1, flush=True)\n"
+        "import sys; from ranksearch.places.place import Remote; print(1, flush=True)\n"
         "while True: Remote(sys.argv[1]).write(b'n' * 8_000_000)"
     )
     writer = subprocess.Popen([sys.executable, "-c", script, file.uri], stdout=subprocess.PIPE)

@@ -17,9 +17,7 @@ from ranksearch.cluster.room import Room
 from ranksearch.cluster.tune import warn_of_loaders
 from ranksearch.cluster.worker import compute_threads
 from ranksearch.errors import UsageError
-from ranksearch.search import run as runner
-from ranksearch.search.placement import Load, Placement, data_loads_per_node, loads_of, note_load
-from ranksearch.search.space_file import parse_space, read_space
+from ranksearch.space.reading import parse_space, read_space
 from ranksearch.tasks import device, imagefolder
 from ranksearch.tasks.device import CONTEXT_BYTES, allocatable, limit_share, out_of_memory, use_bf16
 from ranksearch.tasks.loaded import LoadedDataset
@@ -27,6 +25,8 @@ from ranksearch.tasks.stage import Staging, stage, staged
 from ranksearch.tracking.runs import trial_tags
 
 # Packing ---------------------------------------------------------------------------------------------------------------
+from ranksearch.trial.attempt import attempt
+from ranksearch.trial.placement import Load, Placement, data_loads_per_node, loads_of, note_load
 
 
 @given(
@@ -154,8 +154,8 @@ def test_out_of_memory_is_a_reason_that_says_what_to_do(monkeypatch, bench, make
     def too_large(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr(runner, "run_trial", too_large)
-    result = runner.attempt(bench.task, bench.dense, bench.net, candidate, report=lambda e: None, checkpoint_seconds=60)
+    monkeypatch.setattr("ranksearch.trial.attempt.run_trial", too_large)
+    result = attempt(bench.task, bench.dense, bench.net, candidate, report=lambda e: None, checkpoint_seconds=60)
     assert result.status == "failed"
     assert result.reason.startswith("out of GPU memory: a smaller recipe.batch_size")
     assert result.reason.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
@@ -176,16 +176,17 @@ def test_precision_auto_is_decided_by_the_device_that_trains(monkeypatch):
 
 
 def test_a_trial_asks_for_its_own_device_at_its_start(bench, digits_yaml, monkeypatch):
-    from ranksearch.search import trial
-    from ranksearch.search.checkpoint import CheckpointFile
+    from ranksearch.tasks.parallel import ALONE
+    from ranksearch.trial import session
+    from ranksearch.trial.checkpoint import CheckpointFile
 
     asked = []
     monkeypatch.setattr(
-        trial, "use_bf16", lambda precision, device, macs: asked.append((precision, device.type)) or False
+        session, "use_bf16", lambda precision, device, macs: asked.append((precision, device.type)) or False
     )
     recipe = probe_recipe(read_space(digits_yaml).recipe)
-    trial.Session(
-        bench.task, bench.dense, bench.net, recipe, seed=0, report=print, checkpoint=CheckpointFile(None, 1), rungs=(), group=trial.ALONE
+    session.Session(
+        bench.task, bench.dense, bench.net, recipe, seed=0, report=print, checkpoint=CheckpointFile(None, 1), rungs=(), group=ALONE
     )  # fmt: skip
     assert asked == [("auto", "cpu")]
 

@@ -18,9 +18,9 @@ from ranksearch.cluster.nodes import usable_nodes
 from ranksearch.cluster.packing import GIB
 from ranksearch.cluster.shared import share
 from ranksearch.errors import StudyError
-from ranksearch.search.placement import data_loads_per_node, loads_of
-from ranksearch.search.space_file import read_space
-from ranksearch.search.study import Study
+from ranksearch.space.reading import read_space
+from ranksearch.study.study import Study
+from ranksearch.trial.placement import data_loads_per_node, loads_of
 from tests.conftest import DRILLS
 
 SETTINGS = ["recipe.steps=20", "recipe.bn_batches=2", "tracking.models=false"]

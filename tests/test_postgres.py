@@ -12,7 +12,7 @@ import pytest
 
 from ranksearch.api import export, resume, search, sync
 from ranksearch.errors import StudyError, UsageError
-from ranksearch.search.study import Study
+from ranksearch.study.study import Study
 from ranksearch.tracking.ui import find_store
 from tests.conftest import free_ports
 from tests.test_mirror import dump, runs_of

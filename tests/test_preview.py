@@ -11,9 +11,9 @@ from ranksearch.allocate import CurveCache
 from ranksearch.compress import RankPlan, plan_cost
 from ranksearch.errors import UsageError
 from ranksearch.search.preview import ALLOCATORS, levels_of
-from ranksearch.search.space_file import read_space
-from ranksearch.search.study_folder import new_folder
 from ranksearch.search.workbench import open_net, prepare
+from ranksearch.space.reading import read_space
+from ranksearch.study.folder import new_folder
 from ranksearch.tracking.preview_figures import kept_chart
 from tests.test_cli import call
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ranksearch.compress import LayerPlan, RankPlan, trace
-from ranksearch.search.projecting import RECORDED, Projecting
-from ranksearch.search.recipe import Recipe, middle
-from ranksearch.search.space_recipe import RecipeSpace
+from ranksearch.space.recipe import RecipeSpace
 from ranksearch.tasks.parallel import ALONE
+from ranksearch.trial.projecting import RECORDED, Projecting
+from ranksearch.trial.recipe import Recipe, middle
 
 PLAN = RankPlan({"body.0": LayerPlan("im2col", 3), "stem": LayerPlan("tucker2", (1, 4))})
 

@@ -13,10 +13,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from ranksearch.errors import StudyError
-from ranksearch.search.folded import Folded, unfolded
-from ranksearch.search.journal import open_journal, together
-from ranksearch.search.study import Study
-from ranksearch.search.trial import TrialResult
+from ranksearch.study.folded import Folded, unfolded
+from ranksearch.study.journal import open_journal, together
+from ranksearch.study.study import Study
+from ranksearch.trial.result import TrialResult
 from tests.conftest import simulated
 
 

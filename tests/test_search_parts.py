@@ -17,16 +17,16 @@ from ranksearch.allocate.damage import WITHOUT_DATA
 from ranksearch.compress import RankPlan, plan_cost
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.pareto import hypervolume, nondominated
-from ranksearch.search import run as runner
 from ranksearch.search.allocated import Allocated
 from ranksearch.search.direct import Direct
 from ranksearch.search.groups import groups_of
-from ranksearch.search.journal import mend_journal, open_journal
-from ranksearch.search.ledger import Ledger
 from ranksearch.search.opening import first_points
-from ranksearch.search.space_file import read_space
-from ranksearch.search.study import Study
-from ranksearch.search.study_folder import find_front
+from ranksearch.space.reading import read_space
+from ranksearch.study import driver as runner
+from ranksearch.study.folder import find_front
+from ranksearch.study.journal import mend_journal, open_journal
+from ranksearch.study.ledger import Ledger
+from ranksearch.study.study import Study
 from tests.conftest import drain, simulated
 
 # The journal ---------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_a_full_disk_leaves_no_half_line(journal, monkeypatch):
 
 def test_a_lock_does_not_outlive_its_process(journal):
     hold = (
-        "import sys, time; from pathlib import Path; from ranksearch.search.journal import KernelLock\n"
+        "import sys, time; from pathlib import Path; from ranksearch.study.journal import KernelLock\n"
         "KernelLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
     )
     lock = journal.with_name(f".{journal.name}.lock")
@@ -346,7 +346,7 @@ def test_a_trial_that_finds_no_space_is_run_again_by_resume(make, bench, monkeyp
 
     study = make(trials=3)
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "run_trial", full)
+        patch.setattr("ranksearch.trial.attempt.run_trial", full)
         with pytest.raises(StudyError, match=r"No space is left for trial 0.*`ranksearch resume digits_resnet8`"):
             runner.run_inline(study, bench, lambda row: None, print)
     again = Study.open(study.folder)
@@ -415,7 +415,7 @@ def test_a_retried_trial_keeps_its_parameters_and_the_samplers_space(make, bench
 
 
 def test_a_retry_after_the_space_was_exhausted_is_still_run(make, bench, monkeypatch):
-    monkeypatch.setattr("ranksearch.search.proposals.MAX_REJECTED", 20)
+    monkeypatch.setattr("ranksearch.study.proposals.MAX_REJECTED", 20)
     fixed = ["recipe.lr=0.1", "recipe.factor_share=0.5", "recipe.projection={period: 5}", "search.trust=1"]
     fixed += ["search.weight_range=1", "search.search_lowerings=false", "search.objectives=[accuracy]"]
     study, asked = make(trials=16, settings=fixed), []
@@ -461,8 +461,8 @@ def test_a_first_point_whose_asking_broke_off_is_asked_again(make, bench, monkey
 
 
 def test_a_study_of_thousands_of_trials_is_resumed_with_any_sampler(digits_yaml):
-    from ranksearch.search.metric import Metric
     from ranksearch.search.samplers import make_sampler
+    from ranksearch.trial.metric import Metric
 
     for sampler in ("tpe", "nsga2", "nsga3", "gp", "qmc", "random"):
         settings = [f"search.sampler={sampler}", "search.parametrization=direct", f"search.seed={2**32 - 1}"]

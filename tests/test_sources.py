@@ -9,12 +9,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ranksearch.pareto import hypervolume
-from ranksearch.search.front import front_hypervolume
-from ranksearch.search.metric import Metric
+from ranksearch.study.front import front_hypervolume
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.loaded import Loaded, LoadedDataset, as_source
 from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.task import Task
+from ranksearch.trial.metric import Metric
 
 X, Y = torch.arange(50.0)[:, None].repeat(1, 4), torch.arange(50) % 3
 

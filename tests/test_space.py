@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from ranksearch.errors import UsageError
-from ranksearch.search.recipe import Recipe, flattened, middle, searched_settings
-from ranksearch.search.settings import Choices, Range, values_of
-from ranksearch.search.space_file import parse_space, read_space
-from ranksearch.search.space_recipe import DistillationSpace, ProjectionSpace, RecipeSpace
+from ranksearch.space.reading import parse_space, read_space
+from ranksearch.space.recipe import DistillationSpace, ProjectionSpace, RecipeSpace
+from ranksearch.space.settings import Choices, Range, values_of
 from ranksearch.tables import check_record
+from ranksearch.trial.recipe import Recipe, flattened, middle, searched_settings
 
 SPACES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
 SMALL = {"name": "x", "task": "digits", "model": "resnet8", "validation": 100, "recipe": {"steps": 10}}

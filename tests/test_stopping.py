@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ranksearch
-from ranksearch.search.stopping import Rungs, sorting_ranks
+from ranksearch.study.stopping import Rungs, sorting_ranks
 
 
 def test_ranks_of_nondominated_sorting_against_brute_force():
@@ -89,7 +89,7 @@ def test_a_trial_that_is_not_stopped_ends_with_the_same_weights_as_without_rungs
 
 def test_the_space_says_what_is_wrong_with_rungs(digits_yaml):
     from ranksearch.errors import UsageError
-    from ranksearch.search.space_file import read_space
+    from ranksearch.space.reading import read_space
 
     with pytest.raises(
         UsageError, match=r"search\.early_stopping\.rungs: expected rising shares between 0 and 1, got \[0\.5, 0\.2\]"
@@ -102,7 +102,7 @@ def test_the_space_says_what_is_wrong_with_rungs(digits_yaml):
 
 def test_rungs_that_steps_cannot_tell_apart_are_refused(digits_yaml):
     from ranksearch.errors import UsageError
-    from ranksearch.search.space_file import read_space
+    from ranksearch.space.reading import read_space
 
     for rungs in ("[0.01, 0.5]", "[0.5, 0.52]"):
         with pytest.raises(UsageError, match=r"of 20 steps are the steps .*expected different ones from 1 on"):

@@ -8,11 +8,11 @@ import pytest
 import ranksearch
 from ranksearch.api import export, resume
 from ranksearch.errors import StudyError, UsageError
-from ranksearch.search import run as runner
-from ranksearch.search.place import PlaceError
-from ranksearch.search.space_file import read_space
-from ranksearch.search.study import Study
-from ranksearch.search.urls import checked_store, checked_url, database_url, shown, without_password
+from ranksearch.places.place import PlaceError
+from ranksearch.places.urls import checked_store, checked_url, database_url, shown, without_password
+from ranksearch.space.reading import read_space
+from ranksearch.study import driver as runner
+from ranksearch.study.study import Study
 from tests.conftest import drain, simulated
 
 SECRET = "hunter2"
@@ -78,7 +78,7 @@ def test_a_place_that_refuses_ends_the_study_and_its_trial_is_run_again(make, be
     def refused(*args, **kwargs):
         raise PlaceError("s3://bucket cannot be written: access is refused")
 
-    monkeypatch.setattr(runner, "run_trial", refused)
+    monkeypatch.setattr("ranksearch.trial.attempt.run_trial", refused)
     with pytest.raises(StudyError, match=r"could not keep its net or state: PlaceError: s3://bucket cannot.*resume"):
         runner.run_inline(study, bench, lambda row: None, print)
     assert Study.open(study.folder).requeue_interrupted() == 1

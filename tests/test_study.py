@@ -12,11 +12,11 @@ import ranksearch
 from ranksearch.api import Silent, resume
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.pareto import hypervolume
-from ranksearch.search import run as runner
-from ranksearch.search.space_file import read_space
-from ranksearch.search.study import Study
-from ranksearch.search.study_folder import find_study
-from ranksearch.search.trial import TrialResult
+from ranksearch.space.reading import read_space
+from ranksearch.study import driver as runner
+from ranksearch.study.folder import find_study
+from ranksearch.study.study import Study
+from ranksearch.trial.result import TrialResult
 from tests.conftest import drain, simulated
 
 
@@ -186,7 +186,7 @@ def test_a_result_that_was_written_but_not_told_is_not_lost(make, bench, tmp_pat
 
 
 def test_a_space_with_nothing_new_ends_the_study_early_and_keeps_it(make, bench, monkeypatch):
-    monkeypatch.setattr("ranksearch.search.proposals.MAX_REJECTED", 20)
+    monkeypatch.setattr("ranksearch.study.proposals.MAX_REJECTED", 20)
     fixed = ["recipe.lr=0.1", "recipe.factor_share=0.5", "recipe.projection={period: 5}"]
     corrections = ["search.weight_range=1", "search.search_lowerings=false", "search.objectives=[accuracy]"]
     study = make(trials=16, settings=[*fixed, *corrections])
@@ -214,7 +214,7 @@ def test_half_a_study_is_removed_and_a_strange_folder_left_alone(make, tmp_path,
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ranksearch.search.study.write_atomically", full)
+        patch.setattr("ranksearch.study.study.write_atomically", full)
         with pytest.raises(OSError, match="no space"):
             make(trials=2)
     assert not (tmp_path / "digits_resnet8").exists()
@@ -233,7 +233,7 @@ def test_a_driver_that_is_killed_while_it_makes_a_study_is_not_in_the_way_of_the
 import os
 from pathlib import Path
 from ranksearch.search import study
-from ranksearch.search.space_file import read_space
+from ranksearch.space.reading import read_space
 from ranksearch.search.workbench import prepare
 
 study.write_atomically = lambda *args: os._exit(9)
@@ -273,7 +273,7 @@ def test_a_study_whose_first_trials_all_fail_ends_with_the_reason(make, bench, m
     def broken(*args, **kwargs):
         raise MemoryError("the plan was too large")
 
-    monkeypatch.setattr(runner, "run_trial", broken)
+    monkeypatch.setattr("ranksearch.trial.attempt.run_trial", broken)
     study = make(trials=8)
     with pytest.raises(StudyError, match=r"first 3 trials failed.*MemoryError: the plan was too large"):
         runner.run_inline(study, bench, lambda row: None, print)

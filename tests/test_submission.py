@@ -22,7 +22,7 @@ from ranksearch.cluster.submission import (
 )
 from ranksearch.cluster.upload import folder_files, write_archive
 from ranksearch.errors import UsageError
-from ranksearch.search.space_file import read_space
+from ranksearch.space.reading import read_space
 
 NOW = datetime(2026, 1, 31, 23, 59, 59, tzinfo=UTC)
 SPACE = "name: mine\ntask: mine.py:make_task\nbudgets: {flops: 50%}\nrecipe: {steps: 20}\n"

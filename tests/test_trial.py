@@ -15,15 +15,15 @@ import torch
 import ranksearch
 from ranksearch.allocate import LayerRules, allocate_plan, parse_budget, rank_curves
 from ranksearch.compress import LayerPlan, RankPlan, dense_cost, project_, trace
-from ranksearch.search import trial
-from ranksearch.search.checkpoint import CheckpointFile
-from ranksearch.search.recipe import Recipe, middle
-from ranksearch.search.space_recipe import RecipeSpace
-from ranksearch.search.trial import run_trial
+from ranksearch.space.recipe import RecipeSpace
 from ranksearch.tasks import digits
 from ranksearch.tasks.dense import dense_state
 from ranksearch.tasks.evaluate import Evaluation, evaluate
 from ranksearch.tasks.train import Training
+from ranksearch.trial import trial
+from ranksearch.trial.checkpoint import CheckpointFile
+from ranksearch.trial.recipe import Recipe, middle
+from ranksearch.trial.trial import run_trial
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_late_divergence_keeps_the_last_good_metrics(bench, monkeypatch):
 
 def test_a_net_whose_outputs_are_not_finite_is_divergence_too(bench, monkeypatch):
     """Its argmax is class 0, an accuracy of 10 % that looks like a result."""
-    monkeypatch.setattr(trial, "evaluate", lambda *args: Evaluation(accuracy=10.0, loss=float("nan")))
+    monkeypatch.setattr("ranksearch.trial.session.evaluate", lambda *args: Evaluation(accuracy=10.0, loss=float("nan")))
     result, _ = run(bench, steps=2)
     assert result.status == "diverged"
     assert "validation loss" in result.reason
@@ -288,8 +288,8 @@ def test_a_killed_process_goes_on_from_its_checkpoint(bench, tmp_path):
     """A real SIGKILL in the middle of a step, whatever it hits."""
     whole, _ = run(bench, save_to=tmp_path / "whole", steps=400)
     script = (
-        "import pickle, sys, torch; from ranksearch.search.trial import run_trial\n"
-        "from ranksearch.search.checkpoint import CheckpointFile; from pathlib import Path\n"
+        "import pickle, sys, torch; from ranksearch.trial.trial import run_trial\n"
+        "from ranksearch.trial.checkpoint import CheckpointFile; from pathlib import Path\n"
         "torch.set_num_threads(2)\n"
         "arguments, recipe, path = pickle.load(open(sys.argv[1], 'rb'))\n"
         "run_trial(*arguments, recipe, seed=0, report=print, save_to=None, checkpoint=CheckpointFile(path, 0.05))"

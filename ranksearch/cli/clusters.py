@@ -24,7 +24,7 @@ from ranksearch.errors import StudyError, UsageError
 
 if TYPE_CHECKING:
     from ranksearch.cluster.submission import Submission
-    from ranksearch.search.space import Space
+    from ranksearch.space.space import Space
 
 PANEL = "Clusters"
 JobServer = Annotated[
@@ -128,7 +128,7 @@ def submit(
             raise UsageError("--resume: a study keeps its space and its name; --trials alone may change.")
         job = continued(resume or "", trials=trials, **common)
     else:
-        from ranksearch.search.space_file import read_space
+        from ranksearch.space.reading import read_space
 
         resolved = read_space(
             space, budgets=budget or (), settings=setting or (), trials=trials, name=name, warm_start=warm_start or ()

@@ -35,7 +35,7 @@ def doctor(
 
     resolved = None
     if space is not None:
-        from ranksearch.search.space_file import read_space
+        from ranksearch.space.reading import read_space
 
         resolved = read_space(space, settings=setting or ())
     check_address(address)

@@ -29,7 +29,7 @@ def init(
     parts = input_shape.lower().replace(",", "x").split("x")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"--input {input_shape}: expected a shape without the batch, such as 3x224x224.")
-    from ranksearch.search.starter import write_start
+    from ranksearch.space.starter import write_start
 
     space, task = write_start(model, [int(part) for part in parts], output)
     print(f"{space}\n{task}")
@@ -45,7 +45,7 @@ def check(
     Example: ranksearch check search_spaces/digits_resnet8.yaml --budget size=100KiB
     """
     from ranksearch.console import Terminal
-    from ranksearch.search.space_file import read_space
+    from ranksearch.space.reading import read_space
     from ranksearch.tables import check_record, print_check
 
     resolved = read_space(space, budgets=budget or (), settings=setting or (), trials=trials)
@@ -62,7 +62,7 @@ def layers(space: SpaceFile, setting: Settings = None, as_json: Json = False) ->
 
     Example: ranksearch layers search_spaces/cifar10_resnet20.yaml
     """
-    from ranksearch.search.space_file import read_space
+    from ranksearch.space.reading import read_space
     from ranksearch.tables import layer_rows, print_layers
 
     resolved = read_space(space, settings=setting or ())
@@ -88,7 +88,7 @@ def latency(
 
     Example: ranksearch latency search_spaces/cifar10_resnet20.yaml --runtime onnx --batch 32
     """
-    from ranksearch.search.space_file import read_space
+    from ranksearch.space.reading import read_space
 
     given = {"runtime": runtime, "batch": batch, "threads": threads}
     settings = [f"latency.{key}={value}" for key, value in given.items() if value is not None]
@@ -129,7 +129,7 @@ def preview(
 
     Example: ranksearch preview search_spaces/cifar10_resnet20.yaml --levels 75,50,35 --allocator solver --allocator uniform
     """
-    from ranksearch.search.space_file import read_space
+    from ranksearch.space.reading import read_space
 
     resolved = read_space(space, budgets=budget or (), settings=setting or ())
     percents = _percents(levels) if levels is not None else None

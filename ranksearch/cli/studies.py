@@ -27,7 +27,7 @@ from ranksearch.cli.options import (
     runs_option,
 )
 from ranksearch.errors import StudyError, Terminated
-from ranksearch.search.urls import without_password
+from ranksearch.places.urls import without_password
 from ranksearch.tracking.store import VARIABLE
 
 
@@ -97,7 +97,7 @@ def search(
 
     Example: ranksearch search search_spaces/cifar10_resnet20.yaml --budget flops=50% --trials 6
     """
-    from ranksearch.search.space_file import read_space
+    from ranksearch.space.reading import read_space
 
     resolved = read_space(
         space, budgets=budget or (), settings=setting or (), trials=trials, name=name, warm_start=warm_start or ()
@@ -147,8 +147,8 @@ def front(study: StudyName, runs: Runs = DEFAULT_RUNS, as_json: Json = False) ->
     Example: ranksearch front digits_resnet8 --json
     """
     from ranksearch.console import front_table
-    from ranksearch.search.study import Study
-    from ranksearch.search.study_folder import find_study
+    from ranksearch.study.folder import find_study
+    from ranksearch.study.study import Study
 
     record = Study.open(find_study(study, runs)).front_record()
     if as_json:

@@ -17,7 +17,7 @@ from ranksearch.cluster.cores import usable_cores
 from ranksearch.cluster.nodes import room_at_most, room_now, usable_nodes
 from ranksearch.cluster.packing import Needs
 from ranksearch.errors import StudyError, UsageError
-from ranksearch.search.space import AUTO, ResourcesSpace
+from ranksearch.space.space import AUTO, ResourcesSpace
 
 HEAD = ("gcs_server", "raylet")
 SAY_AGAIN_SECONDS, LOOK_SECONDS = 60.0, 1.0

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from ranksearch.cluster.facts import TOKEN, clock, missing, node_facts, read_token, write_token
 from ranksearch.cluster.findings import ERROR, OK, WARNING, Finding, Report, judge
 from ranksearch.errors import RanksearchError, UsageError
-from ranksearch.search.place import Place, PlaceError, Remote, text_of
-from ranksearch.search.urls import (
+from ranksearch.places.place import Place, PlaceError, Remote, text_of
+from ranksearch.places.urls import (
     CONNECT_SECONDS,
     DATABASES,
     DRIVER_HINT,
@@ -34,7 +34,7 @@ from ranksearch.tasks.folder import data_folder
 from ranksearch.tracking.store import is_server, store_uri
 
 if TYPE_CHECKING:
-    from ranksearch.search.space import Space
+    from ranksearch.space.space import Space
 
 NODE_SECONDS = 60.0
 """A node that takes longer is not waited for. Its first worker process takes seconds to start."""

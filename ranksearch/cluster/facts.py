@@ -18,7 +18,7 @@ from typing import Any
 
 import ranksearch
 from ranksearch.cluster.cores import affinity_cores, quota_cores
-from ranksearch.search.place import Place, Remote, place_at
+from ranksearch.places.place import Place, Remote, place_at
 
 PACKAGES = ("torch", "ray", "optuna", "numpy")
 TOKEN = "driver"

@@ -24,10 +24,10 @@ from ray.util.queue import Queue
 
 from ranksearch.cluster.shared import Shared, take, with_peak
 from ranksearch.cluster.worker import GROUP, Terms, candidate_of, message, settle_in, watched_leave
-from ranksearch.search.placement import Placement
-from ranksearch.search.run import NO_PLACE, NO_SPACE, attempt
-from ranksearch.search.trial import TrialResult
 from ranksearch.tasks.parallel import Distributed
+from ranksearch.trial.attempt import NO_PLACE, NO_SPACE, attempt
+from ranksearch.trial.placement import Placement
+from ranksearch.trial.result import TrialResult
 
 PATIENCE = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # Ray's 60 s are short for importing PyTorch on a busy machine

@@ -10,7 +10,7 @@ from typing import Any
 from ray.tune import Callback
 
 from ranksearch.cluster.nodes import GCS_ERRORS, NodeState, find_node, node_of_actor, state_of
-from ranksearch.search.run import Log
+from ranksearch.study.driver import Log
 
 SUSPECT = 3
 """Trials that lost their process on one node, and the node is named."""

@@ -14,17 +14,17 @@ from ranksearch.cluster.packing import GIB, MARGIN, Machine, per_gpu, share_of
 from ranksearch.cluster.shared import Shared, take
 from ranksearch.compress import Net, RankPlan
 from ranksearch.errors import StudyError
-from ranksearch.search.checkpoint import CheckpointFile
-from ranksearch.search.recipe import Recipe, middle
-from ranksearch.search.settings import values_of
-from ranksearch.search.space import Space
-from ranksearch.search.space_recipe import RecipeSpace
-from ranksearch.search.study import Study
-from ranksearch.search.trial import run_trial
 from ranksearch.search.workbench import Workbench
+from ranksearch.space.recipe import RecipeSpace
+from ranksearch.space.settings import values_of
+from ranksearch.space.space import Space
+from ranksearch.study.study import Study
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import DeviceMemory, device_memory
 from ranksearch.tasks.task import Task
+from ranksearch.trial.checkpoint import CheckpointFile
+from ranksearch.trial.recipe import Recipe, middle
+from ranksearch.trial.trial import run_trial
 
 Log = Callable[[str], None]
 FindMemory = Callable[[], DeviceMemory | None]

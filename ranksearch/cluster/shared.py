@@ -22,12 +22,12 @@ import ray
 
 from ranksearch.cluster.pack import Array, Packed, pack, unpack
 from ranksearch.compress import Net
-from ranksearch.search.placement import Load, Place, Placement
 from ranksearch.search.workbench import Workbench
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.stage import Staging, staged
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import TaskFile
+from ranksearch.trial.placement import Load, Place, Placement
 
 INLINE_BYTES = 128 * 1024
 """Objects below about 100 KB travel with their reference and lie in no node's store: padded by so much, every study's data do lie there."""

@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 from ranksearch.cluster.upload import Files, folder_files
 from ranksearch.errors import UsageError
-from ranksearch.search.space import Space
-from ranksearch.search.study_folder import FRONT, INFO
-from ranksearch.search.urls import FROM_ENVIRONMENT, without_password
+from ranksearch.places.urls import FROM_ENVIRONMENT, without_password
+from ranksearch.space.space import Space
+from ranksearch.study.folder import FRONT, INFO
 from ranksearch.tasks import is_own
 from ranksearch.tracking.store import VARIABLE
 

@@ -31,17 +31,18 @@ from ranksearch.cluster.room import Room
 from ranksearch.cluster.shared import Shared, load_of, share
 from ranksearch.cluster.worker import ENTRY, GROUP, METRIC, PLACE, RESULT, Terms, packed, trial
 from ranksearch.errors import StudyError, Terminated
-from ranksearch.search.metric import Metric
-from ranksearch.search.placement import LOADS, Load, Placement, note_load
-from ranksearch.search.run import Driver, Log, OnRow, stop_reason
-from ranksearch.search.space import AUTO, Space
-from ranksearch.search.study import NODE_LOSSES, Study
-from ranksearch.search.trial import RUNG, TrialResult
 from ranksearch.search.workbench import Workbench
+from ranksearch.space.space import AUTO, Space
+from ranksearch.study.driver import Driver, Log, OnRow, stop_reason
+from ranksearch.study.study import NODE_LOSSES, Study
 from ranksearch.tasks.folder import data_folder
 from ranksearch.tasks.loaded import loader_processes
 from ranksearch.tasks.stage import Staging
 from ranksearch.tasks.task import Task
+from ranksearch.trial.metric import Metric
+from ranksearch.trial.placement import LOADS, Load, Placement, note_load
+from ranksearch.trial.result import TrialResult
+from ranksearch.trial.session import RUNG
 
 # "Trials did not complete" is said of those that went on elsewhere, too
 logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)

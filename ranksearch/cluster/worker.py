@@ -17,15 +17,15 @@ from ranksearch.cluster.nodes import LeaveWatch
 from ranksearch.cluster.shared import Shared, take, with_peak
 from ranksearch.compress import RankPlan
 from ranksearch.compress.stopwatch import LatencySetting
-from ranksearch.search.checkpoint import Leaving
-from ranksearch.search.place import place_at, text_of
-from ranksearch.search.placement import Placement
-from ranksearch.search.proposals import Candidate
-from ranksearch.search.recipe import Recipe
-from ranksearch.search.run import attempt
+from ranksearch.places.place import place_at, text_of
 from ranksearch.tasks.device import device_memory, limit_share
 from ranksearch.tasks.loaded import loader_processes
 from ranksearch.tasks.task import Task
+from ranksearch.trial.attempt import attempt
+from ranksearch.trial.candidate import Candidate
+from ranksearch.trial.checkpoint import Leaving
+from ranksearch.trial.placement import Placement
+from ranksearch.trial.recipe import Recipe
 
 METRIC, ENTRY, RESULT, PLACE = "val_accuracy", "entry", "result", "placement"
 """Keys of a report; all but the first are JSON texts, because Tune flattens nested metrics. Empty: not of this report."""

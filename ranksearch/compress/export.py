@@ -16,8 +16,8 @@ from torch import nn
 from ranksearch.compress.plan import RankPlan
 from ranksearch.compress.surgery import restructure_
 from ranksearch.errors import UsageError
-from ranksearch.files import write_atomically
 from ranksearch.lowering.tiled import settle_
+from ranksearch.places.files import write_atomically
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 

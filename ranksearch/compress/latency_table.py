@@ -24,10 +24,10 @@ import numpy as np
 from ranksearch.compress.plan import DENSE, LayerPlan
 from ranksearch.compress.stopwatch import Shape, Stopwatch
 from ranksearch.compress.trace import Layer
-from ranksearch.files import write_atomically
 from ranksearch.lowering import Lowering, Rank, lowering_named
 from ranksearch.lowering.contract import sides
 from ranksearch.lowering.spec import Ints
+from ranksearch.places.files import write_atomically
 
 FORMAT = 3
 """Counts up when a time comes to mean something else: older files are then not used any more."""

@@ -1,4 +1,4 @@
-"""The search: the space's schema, the parametrization, `trial.py` (read it first), the study, and how it is run.
+"""What is proposed: the forms of a search, their groups, the first points, samplers, and the front without training. Writes nothing.
 
 Calling the package is `search(space)`.
 """

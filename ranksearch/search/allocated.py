@@ -19,8 +19,8 @@ from ranksearch.compress import RankPlan
 from ranksearch.search.budgets import at_level, budgets_of, has_levels
 from ranksearch.search.groups import grouping_of, groups_of
 from ranksearch.search.parametrize import LEVEL, distribution
-from ranksearch.search.settings import Choices, Range
-from ranksearch.search.space import Space
+from ranksearch.space.settings import Choices, Range
+from ranksearch.space.space import Space
 from ranksearch.tasks import model_reference
 
 ANY, TRUST = "any", "trust"

@@ -8,7 +8,7 @@ from decimal import Decimal
 from ranksearch.allocate import COSTS, Budget, Curves, allocate_plan
 from ranksearch.allocate.budget import cost_value
 from ranksearch.compress import Cost
-from ranksearch.search.space import Space
+from ranksearch.space.space import Space
 
 
 def has_levels(space: Space) -> bool:

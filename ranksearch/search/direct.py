@@ -15,7 +15,7 @@ from ranksearch.allocate import Curves
 from ranksearch.allocate.curves import LayerOptions
 from ranksearch.compress import DENSE, LayerPlan, RankPlan
 from ranksearch.search.groups import grouping_of, groups_of
-from ranksearch.search.space import Space
+from ranksearch.space.space import Space
 from ranksearch.tasks import model_reference
 
 

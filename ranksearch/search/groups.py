@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from ranksearch.allocate import Curves
 from ranksearch.compress import Layer
 from ranksearch.errors import UsageError, nearest
-from ranksearch.search.space import Space
+from ranksearch.space.space import Space
 
 Grouping = str | Mapping[str, Sequence[str]]
 """One of `space.GROUPINGS`, or group -> name patterns; the first group that matches has the layer."""

@@ -16,10 +16,10 @@ from ranksearch.errors import UsageError
 from ranksearch.search.allocated import Allocated
 from ranksearch.search.budgets import at_level, budgets_of, has_levels, violations
 from ranksearch.search.parametrize import Form, Opening
-from ranksearch.search.recipe import flattened, searched_settings
-from ranksearch.search.settings import Choices, is_whole
-from ranksearch.search.space import Space
+from ranksearch.space.settings import Choices, is_whole
+from ranksearch.space.space import Space
 from ranksearch.tasks import model_reference
+from ranksearch.trial.recipe import flattened, searched_settings
 
 SOLVER, WARM = "solver", "warm start"
 CLASSICS = ("solver", "uniform", "energy", "minimax")

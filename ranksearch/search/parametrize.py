@@ -14,9 +14,9 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from ranksearch.compress import RankPlan
-from ranksearch.search.recipe import Recipe
-from ranksearch.search.settings import Choices, Range, Scalar
-from ranksearch.search.space_recipe import RecipeSpace
+from ranksearch.space.recipe import RecipeSpace
+from ranksearch.space.settings import Choices, Range, Scalar
+from ranksearch.trial.recipe import Recipe
 
 LEVEL = "level"
 """The parameter that says at which share of the budgets a plan is allocated."""

@@ -14,19 +14,19 @@ from functools import partial
 from typing import Any
 
 from ranksearch.allocate import BASELINES, Budget, allocate_plan, cost_value, greedy, measure_scores
+from ranksearch.allocate.costs import COST_RATIOS, latency_ratio
 from ranksearch.allocate.curves import Curves
 from ranksearch.allocate.damage import Damage
 from ranksearch.compress import Cost, RankPlan
 from ranksearch.errors import UsageError, nearest
 from ranksearch.pareto import nondominated
 from ranksearch.search.budgets import budgets_of
-from ranksearch.search.front import COST_RATIOS, latency_ratio
-from ranksearch.search.metric import Metric
 from ranksearch.search.scorer import Scorer
-from ranksearch.search.space import Space
 from ranksearch.search.workbench import Workbench
+from ranksearch.space.space import Space
 from ranksearch.tasks import model_reference
 from ranksearch.tasks.evaluate import Evaluation
+from ranksearch.trial.metric import Metric
 
 ALLOCATORS = ("solver", *BASELINES, "greedy")
 DEFAULT_ALLOCATORS = ("solver", "uniform", "energy", "minimax")

@@ -13,8 +13,8 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
 
 from ranksearch.search.local_tpe import LocalTPE
-from ranksearch.search.metric import Metric
-from ranksearch.search.space import Space
+from ranksearch.space.space import Space
+from ranksearch.trial.metric import Metric
 
 
 def make_sampler(

@@ -10,10 +10,9 @@ from ranksearch.compress import LayerPlan, RankPlan, reestimate_bn_
 from ranksearch.compress.slots import slots_of
 from ranksearch.compress.surgery import compress
 from ranksearch.lowering import lowering_named
-from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import Evaluation, evaluate
-from ranksearch.tasks.source import Source
+from ranksearch.tasks.source import Source, calibration_batches
 from ranksearch.tasks.task import Task
 
 
@@ -32,7 +31,7 @@ class Scorer:
         small = compress(self.model, plan, warm=self._started(plan))
         if next(plan.lowered(), None) is not None:
             generator = torch.Generator(self.device).manual_seed(0)
-            reestimate_bn_(small, calibration_batches(self.task, self._bn_batches, self._batch_size, generator))
+            reestimate_bn_(small, calibration_batches(self.task.train, self._bn_batches, self._batch_size, generator))
         return evaluate(small, self.split, self.task)
 
     @torch.no_grad()

@@ -16,14 +16,13 @@ from ranksearch.compress import Net, trace
 from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.search.budgets import check_feasible_space
-from ranksearch.search.settings import values_of
-from ranksearch.search.space import Space
-from ranksearch.search.space_recipe import RecipeSpace
+from ranksearch.space.recipe import RecipeSpace
+from ranksearch.space.settings import values_of
+from ranksearch.space.space import Space
 from ranksearch.tasks import Task
-from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.dense import State, dense_state, read_checkpoint
 from ranksearch.tasks.device import pick_device
-from ranksearch.tasks.source import Batch
+from ranksearch.tasks.source import Batch, calibration_batches
 
 Log = Callable[[str], None]
 
@@ -132,7 +131,7 @@ def _damage(space: Space, task: Task, model: torch.nn.Module, curves: Curves, lo
     device = pick_device()
     generator = torch.Generator().manual_seed(space.search.seed)
     if task.classifies:
-        batches, loss = calibration_batches(task, count, size, generator), None
+        batches, loss = calibration_batches(task.train, count, size, generator), None
     else:
         paired = PairedBatches(task.to(device), count, size, torch.Generator(device).manual_seed(space.search.seed))
         batches, loss = iter(paired), paired.loss

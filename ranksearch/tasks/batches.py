@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ranksearch.tasks.task import Task
 
 
 class Batches:
@@ -38,14 +35,3 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._order, self._next = state["order"].to(self._generator.device), state["next"]
-
-
-def calibration_batches(task: Task, count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`count` batches of training inputs, augmented as in training, as BN re-estimation wants them.
-
-    The statistics must be those that the weights were trained under. Random crops fill with zeros, and without them the dense
-    ResNet-20 itself falls from 99.8 to 95.9 % of 2,000 validation images (20 batches of 128, CPU), a plan at half the FLOPs from
-    92.8 to 85.5 %.
-    """
-    stream = task.train.stream(batch_size, generator)
-    return (next(stream)[0] for _ in range(count))

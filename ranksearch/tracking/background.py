@@ -7,9 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ranksearch.search.front import Row
-from ranksearch.search.study import Study
-from ranksearch.search.urls import without_password
+from ranksearch.places.urls import without_password
+from ranksearch.study.front import Row
+from ranksearch.study.study import Study
 from ranksearch.tracking.mirror import MIRROR_ERRORS, Mirror
 from ranksearch.tracking.store import is_server, store_uri
 from ranksearch.tracking.view import View

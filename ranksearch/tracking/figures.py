@@ -7,7 +7,7 @@ from typing import Any
 
 from ranksearch.compress import RankPlan
 from ranksearch.lowering.contract import sides
-from ranksearch.search.front import Row, describe_budgets
+from ranksearch.study.front import Row, describe_budgets
 from ranksearch.tracking.chart import (
     BLACK,
     BLUE,

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from ranksearch.compress import load_net
 from ranksearch.errors import StudyError
-from ranksearch.search.front import Row
-from ranksearch.search.metric import Metric
-from ranksearch.search.study_folder import trial_folder
+from ranksearch.study.folder import trial_folder
+from ranksearch.study.front import Row
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.runs import (
     KIND_TAG,
@@ -25,6 +24,7 @@ from ranksearch.tracking.runs import (
 )
 from ranksearch.tracking.trial_figures import trial_charts
 from ranksearch.tracking.view import View
+from ranksearch.trial.metric import Metric
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

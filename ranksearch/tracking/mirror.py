@@ -15,10 +15,10 @@ from typing import Any
 
 import sqlalchemy.exc
 
-from ranksearch.files import write_atomically
-from ranksearch.search.front import Row
-from ranksearch.search.study_folder import GIVEN, SPACE
-from ranksearch.search.urls import DRIVER_HINT
+from ranksearch.places.files import write_atomically
+from ranksearch.places.urls import DRIVER_HINT
+from ranksearch.study.folder import GIVEN, SPACE
+from ranksearch.study.front import Row
 from ranksearch.tracking.draw_html import save_html
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.figures import study_charts

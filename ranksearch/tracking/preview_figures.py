@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ranksearch.compress import RankPlan
-from ranksearch.search.front import describe_budgets
+from ranksearch.study.front import describe_budgets
 from ranksearch.tracking.chart import (
     BLACK,
     BLUE,

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from ranksearch.allocate.costs import COST_RATIOS
 from ranksearch.compress import RankPlan
 from ranksearch.lowering.contract import sides
-from ranksearch.search.folded import unfolded
-from ranksearch.search.front import COST_RATIOS, Row
-from ranksearch.search.metric import Metric
-from ranksearch.search.settings import Choices, Range, Strict
-from ranksearch.search.space import Space
+from ranksearch.space.settings import Choices, Range, Strict
+from ranksearch.space.space import Space
+from ranksearch.study.folded import unfolded
+from ranksearch.study.front import Row
 from ranksearch.tracking.view import View, cost_percent
+from ranksearch.trial.metric import Metric
 
 PARENT_TAG = "mlflow.parentRunId"
 KIND_TAG, STUDY_TAG, TRIAL_TAG, MODEL_TAG = (

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ranksearch.errors import UsageError
-from ranksearch.search.urls import FROM_ENVIRONMENT, from_environment, without_password
+from ranksearch.places.urls import FROM_ENVIRONMENT, from_environment, without_password
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 VARIABLE = "MLFLOW_TRACKING_URI"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ranksearch.search.front import Row
-from ranksearch.search.metric import Metric
+from ranksearch.study.front import Row
 from ranksearch.tracking.chart import BLUE, GREEN, ORANGE, PINK, Chart, HeatMap, Plot, Series
+from ranksearch.trial.metric import Metric
 
 
 def trial_charts(row: Row, metric: Metric) -> dict[str, Chart]:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ranksearch.errors import StudyError, UsageError, nearest
-from ranksearch.search.study_folder import INFO
-from ranksearch.search.urls import FROM_ENVIRONMENT, from_environment
+from ranksearch.places.urls import FROM_ENVIRONMENT, from_environment
+from ranksearch.study.folder import INFO
 from ranksearch.tracking.runs import TRIALS_VIEW
 from ranksearch.tracking.store import (
     DATABASE,

@@ -1,0 +1,1 @@
+"""Files, folders and URLs: where things are written and how they are reached. Loads no torch."""

@@ -1,0 +1,154 @@
+"""Reading a search space from a file and the command line: every mistake gets one sentence with its place and the nearest valid name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ranksearch.errors import UsageError, nearest
+from ranksearch.space.space import SPELLINGS, Space, one_spelling
+from ranksearch.tasks import is_own
+
+
+def _fields_at(path: Sequence[Any]) -> list[str]:
+    """Field names of the schema's model that holds the key at `path`."""
+    model: Any = Space
+    for key in path[:-1]:
+        if isinstance(key, int):
+            continue
+        annotation = model.model_fields[key].annotation if key in getattr(model, "model_fields", {}) else None
+        args = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
+        model = annotation if isinstance(annotation, type) else (args[0] if args else None)
+    return list(getattr(model, "model_fields", {}))
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    path = [
+        part for part in error["loc"] if not (isinstance(part, str) and ("[" in part or part in ("Range", "Choices")))
+    ]
+    where = ".".join(str(part) for part in path)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: there is no such key. {nearest(str(path[-1]), _fields_at(path))}"
+    if error["type"] == "missing":
+        return f"{where}: this key is missing."
+    if error["type"] == "literal_error":
+        expected = [word.strip("' ") for word in error["ctx"]["expected"].replace(" or ", ",").split(",")]
+        return f"{where}: {error['input']!r} is not possible. {nearest(str(error['input']), expected)}"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{where}: {error['input']!r} may hold letters, digits, '.', '_' and '-' alone, the first a letter or digit."
+    message = error["msg"].removeprefix("Value error, ")
+    if message == "this key is missing.":
+        return f"{where}: {message}"
+    given = "" if error["type"] == "value_error" else f" (got {error['input']!r})"
+    where = where or "space"
+    return f"{where}: {message[0].lower() + message[1:]}{given}"
+
+
+def parse_space(data: Any, source: str) -> Space:
+    """Validates the content of a space.
+
+    Raises:
+        UsageError: one sentence per mistake, each with its place in the file and the nearest valid name.
+    """
+    if not isinstance(data, dict):
+        raise UsageError(f"{source}: a search space is a mapping of keys, got {type(data).__name__}.")
+    try:
+        return Space.model_validate(data)
+    except ValidationError as error:
+        sentences = list(dict.fromkeys(_sentence(e) for e in error.errors()))
+        raise UsageError("\n".join(f"{source}: {sentence}" for sentence in sentences)) from None
+
+
+def _set(data: dict[str, Any], assignment: str) -> None:
+    key, sign, text = assignment.partition("=")
+    if not sign or not key:
+        raise UsageError(f"--set {assignment}: expected key=value, such as recipe.steps=200.")
+    *parents, last = key.split(".")
+    last = SPELLINGS.get(last, last) if parents == ["resources"] else last
+    for parent in parents:
+        if data.get(parent) is None:  # missing, or left empty in the file
+            data[parent] = {}
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise UsageError(f"--set {assignment}: {parent!r} is a value, not a group of keys.")
+    try:
+        data[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {assignment}: {text!r} is no YAML value.") from error
+
+
+def _placed(task: Any, folder: Path) -> Any:
+    """A task of the user's own by its absolute path: beside the space file, else in the working directory."""
+    if not isinstance(task, str) or not is_own(task):
+        return task
+    file, colon, function = task.rpartition(":") if not task.endswith(".py") else (task, "", "")
+    places = [(base / Path(file).expanduser()).resolve() for base in (folder, Path())]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        beside = [p.name for place in dict.fromkeys(p.parent for p in places) for p in place.glob("*.py")]
+        looked = " and ".join(dict.fromkeys(str(place.parent) for place in places))
+        raise UsageError(f"task: there is no file {Path(file).name!r} in {looked}. {nearest(Path(file).name, beside)}")
+    return f"{found}{colon}{function}"
+
+
+def read_space(
+    path: str | Path,
+    *,
+    budgets: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    trials: int | None = None,
+    name: str | None = None,
+    warm_start: Sequence[str] = (),
+) -> Space:
+    """Reads a space file and lays the command line's values over it: `budgets` and `settings` are "key=value".
+
+    A budget given here replaces the file's budget on the same cost (macs and flops are one cost); others stay.
+
+    Raises:
+        UsageError: no such file, no YAML, or a value that the schema refuses.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        raise UsageError(f"There is no search space {str(path)!r}. {nearest(str(path), known)}")
+    try:
+        text = path.read_text()
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: a search space is a mapping of keys, got {type(data).__name__}.")
+    try:
+        data |= {"resources": one_spelling(data["resources"])} if "resources" in data else {}
+    except ValueError as error:
+        raise UsageError(f"{path}: resources: {error}") from error
+    for assignment in settings:
+        _set(data, assignment)
+    for assignment in budgets:
+        cost, sign, text = assignment.partition("=")
+        if not sign:
+            raise UsageError(f"--budget {assignment}: expected cost=limit, such as flops=50% or size=1MiB.")
+        same = {"flops", "macs"} if cost in ("flops", "macs") else {cost}
+        if not isinstance(data.get("budgets") or {}, dict):
+            raise UsageError(
+                f"{path}: budgets: expected cost: limit pairs such as flops: 50%, got {data['budgets']!r}."
+            )
+        kept = {key: value for key, value in (data.get("budgets") or {}).items() if key not in same}
+        data["budgets"] = {**kept, cost: text}
+    if trials is not None:
+        _set(data, f"search.trials={trials}")
+    if name is not None:
+        data["name"] = name
+    if warm_start:
+        _set(data, f"search.warm_start={json.dumps(list(warm_start))}")
+    space = parse_space(data | {"task": _placed(data.get("task"), path.parent)}, str(path))
+    options = [f"--budget {budget}" for budget in budgets] + [f"--set {setting}" for setting in settings]
+    options += [f"--trials {trials}"] * (trials is not None) + [f"--name {name}"] * (name is not None)
+    options += [f"--warm-start {earlier}" for earlier in warm_start]
+    space._given = "".join(f"# {line}\n" for line in [f"{path.name}, as it was given", *options]) + text
+    return space

@@ -1,0 +1,127 @@
+"""The group `search` of a search space: how plans are proposed, with every default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from ranksearch.allocate.baselines import BASELINES
+from ranksearch.allocate.damage import MEASURES
+from ranksearch.allocate.sensitivity import SENSITIVITIES
+from ranksearch.errors import nearest
+from ranksearch.space.settings import Range, Strict, searchable
+
+GROUPINGS = ("stage", "shape", "layer", "all")
+"""Ways to group layers by themselves; names with patterns are another."""
+
+
+class EarlyStoppingSpace(Strict):
+    """Stops trials that fall behind at a rung (ASHA; with several objectives MO-ASHA, which ranks by nondominated sorting)."""
+
+    rungs: list[float] = Field(default=[0.15, 0.4], min_length=1)
+    """Shares of a trial's steps after which it is scored: projected, BN re-estimated, on the validation set."""
+    reduction: float = Field(default=3.0, gt=1, allow_inf_nan=False)
+    """The best 1 / this of the trials that have reached a rung go on; whatever no other trial there betters goes on too."""
+
+    @field_validator("rungs")
+    @classmethod
+    def _rising(cls, rungs: list[float]) -> list[float]:
+        if not all(0 < rung < 1 for rung in rungs) or sorted(set(rungs)) != rungs:
+            raise ValueError(f"expected rising shares between 0 and 1, got {rungs}")
+        return rungs
+
+
+def _grouping(value: Any) -> Any:
+    if isinstance(value, str) and value not in GROUPINGS:
+        raise ValueError(f"there is no grouping {value!r}. {nearest(value, GROUPINGS)}")
+    if isinstance(value, dict) and value:
+        named = {group: [patterns] if isinstance(patterns, str) else patterns for group, patterns in value.items()}
+        for group, patterns in named.items():
+            if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+                raise ValueError(f"{group}: expected a name pattern or a list of them, got {patterns!r}")
+        return named
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"expected one of {', '.join(GROUPINGS)}, or group: patterns pairs, got {value!r}")
+    return value
+
+
+class SearchSpace(Strict):
+    """How plans are proposed."""
+
+    trials: int = Field(default=16, ge=1)
+    """Planned number of trials."""
+    parametrization: Literal["allocated", "direct"] = "allocated"
+    """`allocated` searches corrections around the solver's optimum; `direct` a lowering and a rank ratio per group of layers."""
+    sampler: Literal["tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "tpe"
+    """`tpe` around an allocation is our own use of Optuna's (`local_tpe.py`); `gp` takes seconds per trial from a few dozen on."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the proposals and of every trial."""
+    objectives: list[Literal["accuracy", "macs", "flops", "params", "size", "latency"]] = Field(
+        default=["accuracy", "macs"]
+    )
+    """Accuracy (the task's metric, whatever it is) and up to two costs, of which the front is made; accuracy alone searches the best net
+    within the budgets. `latency` is predicted from a table before a trial and measured after it, in turn with the dense net;
+    `latency:` says how."""
+    front_from: float = Field(default=0.4, gt=0, le=1)
+    """The front is searched from this share of the budgets up to the budgets themselves."""
+    groups: Annotated[str | dict[str, list[str]] | None, BeforeValidator(_grouping)] = None
+    """Layers that share what is searched: "stage" (those with the same first name, such as `layer1`), "shape" (of the weight), "layer"
+    (each alone), "all", or names with patterns (`early: [conv1, "layer1.*"]`; layers that none matches are the group `rest`). Left out:
+    "stage", and "layer" where the parametrization is `direct`."""
+    weight_range: float = Field(default=2.0, ge=1, le=1000)
+    """A group's predicted damage is corrected by a factor between 1 / this and this."""
+    trust: searchable(0, 4) = Range(low=0.0, high=1.5, default=1.0)  # type: ignore[valid-type]
+    """How far measured sensitivities are believed: the exponent on the layers' scales. 1: as measured; 0: layers are alike but for the
+    energy they lose, which is better at small budgets."""
+    search_lowerings: bool = False
+    """Whether a group may be confined to a single lowering. Off: the solver's own choice is hard to better, and fewer numbers are
+    searched. ResNet-20 on CIFAR-10, 16 trials without training (1,500 validation images, CPU, seeds 0 and 1): hypervolume .643 and
+    .642 without, .642 and .639 with it."""
+    sensitivity: str = "kfac"
+    """What weighs a layer's error: "none" (the weights alone), or from a few batches "activation", "fisher", "kfac". How they compare is in
+    `allocate/README.md`."""
+    calibration_batches: int = Field(default=8, ge=1)
+    """Batches, augmented as in training, that the sensitivity is measured on."""
+    measure: str = "log_kept_energy"
+    """Damage as a function of the share that a layer loses."""
+    first_points: list[str] | None = None
+    """Uncorrected plans that open the study, as far as half of the trials allows: "solver" or the name of a baseline. Left out: solver,
+    uniform, energy, minimax, and none where the parametrization is `direct`."""
+    warm_start: list[str] = Field(default=[])
+    """Folders of earlier studies, or front files, whose plans are tried first, as far as they lie within budgets and layer rules."""
+    early_stopping: EarlyStoppingSpace | None = None
+    """Off by default: it pays where trials are long."""
+    max_failures: float = Field(default=0.5, ge=0, le=1)
+    """The study ends where more than this share of its trials (of ten at least, or all of the first three) failed or diverged."""
+
+    @field_validator("objectives")
+    @classmethod
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if not 1 <= len(names) <= 3 or len(set(names)) != len(names) or "accuracy" not in names:
+            raise ValueError(f"expected one to three different objectives, accuracy among them, got {names}")
+        if {"macs", "flops"} <= set(names):
+            raise ValueError("macs and flops are one cost (1 MAC = 2 FLOPs): name one of them")
+        return names
+
+    @field_validator("measure")
+    @classmethod
+    def _measured(cls, name: str) -> str:
+        if name not in MEASURES:
+            raise ValueError(f"there is no damage measure {name!r}. {nearest(name, MEASURES)}")
+        return name
+
+    @field_validator("sensitivity")
+    @classmethod
+    def _sensible(cls, name: str) -> str:
+        if name not in SENSITIVITIES:
+            raise ValueError(f"there is no sensitivity {name!r}. {nearest(name, SENSITIVITIES)}")
+        return name
+
+    @field_validator("first_points")
+    @classmethod
+    def _allocators(cls, names: list[str] | None) -> list[str] | None:
+        for name in names or ():
+            if name not in ("solver", *BASELINES):
+                raise ValueError(f"there is no allocator {name!r}. {nearest(name, ['solver', *BASELINES])}")
+        return names

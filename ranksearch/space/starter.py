@@ -1,0 +1,190 @@
+"""`ranksearch init`: a search space and a task file to begin with, for a model given by its import path or by name.
+
+What is written runs as it is, on random numbers that stand in for data, so that it can be checked at once and filled in piece by piece.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.compress import Net, dense_cost, trace
+from ranksearch.errors import RanksearchError, UsageError, nearest
+from ranksearch.tasks.nets import LIBRARIES, build_named
+from ranksearch.tasks.task_file import told
+
+TASK = '''"""The task of {name}.yaml: {model}, its data, its loss and its metric.
+
+Fill in the three places that say TODO, then: ranksearch check {name}.yaml
+"""
+
+import torch
+
+import ranksearch
+{imports}
+
+def make_task() -> ranksearch.Task:
+    model = {build}
+    # TODO 1: the trained dense weights, such as
+    # model.load_state_dict(torch.load("weights.pt", map_location="cpu", weights_only=True))
+
+    # TODO 2: your data. Random numbers stand in: what a search finds on them means nothing.
+    # A split is (inputs, targets), a Dataset, or a DataLoader of (inputs, targets) batches.
+    train, val = stand_in(256), stand_in(64)
+
+    # TODO 3: left out, the loss is cross-entropy and the metric accuracy in percent. Any others:
+    # loss=torch.nn.MSELoss(), metric=rmse, direction="minimize", with def rmse(outputs, targets): return number
+    return ranksearch.Task(model=model, train=train, val=val)
+
+
+def stand_in(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs {inputs} and targets of the right shapes, and nothing to learn."""
+    return torch.randn(samples, *{shape}), torch.randint({classes}, (samples,{positions}))
+'''
+
+SPACE = """# A search over low-rank forms of {model}. What every key means: ranksearch/space/space.py
+#   ranksearch check {name}.yaml                     validates, prints the costs that can be reached
+#   ranksearch search {name}.yaml --trials 3         a first look, before the full search
+#
+# Its layers (of {macs:,} MACs and {params:,} parameters):
+{layers}
+name: {name}
+task: {name}_task.py:make_task
+
+budgets:
+  flops: 50%              # an upper bound; also macs, params, size, in percent of dense or absolute (1MiB, 20M)
+
+layers:
+  exclude: {exclude}
+  # left out, every lowering that a layer can take but those that must be asked for, such as cp
+  # lowerings: [im2col, channel, spatial, tucker2, svd]
+
+recipe:
+  steps: 1000             # of a trial; one or two epochs at least, more where accuracy is to come back
+  batch_size: 64          # a DataLoader's own goes before it
+  optimizer: sgd          # adamw wants a learning rate of about 0.0005
+  lr: {{low: 0.001, high: 0.03, log: true, default: 0.005}}
+  projection:
+    period: {{low: 10, high: 80, log: true, default: 30}}
+
+search:
+  trials: 16
+"""
+
+
+def load_model(model: str) -> tuple[nn.Module, str, str, str]:
+    """(the net, its short name, the import that a task file needs, the expression that makes it) of an import path or a library's name.
+
+    An import path names a class, a function without arguments, or a net: `package.module:Net`, looked for in the working directory too.
+
+    Raises:
+        UsageError: it cannot be imported or made, or is no net; one sentence.
+    """
+    where, colon, name = model.partition(":")
+    if not colon or not name:
+        raise UsageError(
+            f"init: {model!r} is no model: expected package.module:callable, or one of {', '.join(f'{x}:NAME' for x in LIBRARIES)}."
+        )
+    if where in LIBRARIES:
+        made = build_named(model, 1000)
+        bare, _, outputs = name.partition(":")
+        arguments = f'"{bare}", num_classes={outputs or 1000}'
+        if where == "timm":
+            return made, bare, "import timm\n", f"timm.create_model({arguments}, pretrained=False)"
+        return made, bare, "from torchvision.models import get_model\n", f"get_model({arguments}, weights=None)"
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        module = importlib.import_module(where)
+    except Exception as error:
+        raise UsageError(f"init: {where!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise UsageError(f"init: {where} has no {name!r}. {nearest(name, known)}")
+    found = getattr(module, name)
+    try:
+        made = found if isinstance(found, nn.Module) else found()
+    except Exception as error:
+        raise UsageError(
+            f"init: {name}() raised {told(error, str(module.__file__))}: name a function that takes no arguments and returns the net."
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"init: {model} gives a {type(made).__name__}: expected an nn.Module.")
+    build = name if isinstance(found, nn.Module) else f"{name}()"
+    return made, name, f"from {where} import {name}\n", build
+
+
+def write_start(model: str, shape: Sequence[int], folder: Path) -> tuple[Path, Path]:
+    """Writes NAME.yaml and NAME_task.py for `model` to `folder`; returns both paths.
+
+    Args:
+        shape: of one input, without the batch.
+
+    Raises:
+        UsageError: the model is of no use, does not take the shape, or one of the files is there.
+    """
+    net, short, imports, build = load_model(model)
+    example = torch.zeros(1, *shape)
+    try:
+        traced = trace(net, example)
+        with torch.inference_mode():
+            outputs = net.eval()(example)
+    except RanksearchError:
+        raise
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"init: {model} does not take inputs {list(example.shape)} ({first}): name another shape by --input, such as --input 1x28x28."
+        ) from error
+    name = re.sub(r"[^A-Za-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", short)).strip("_").lower()
+    space, task = folder / f"{name}.yaml", folder / f"{name}_task.py"
+    for path in (space, task):
+        if path.exists():
+            raise UsageError(f"init: {path} is there already, and it is kept: remove it, or name another folder by -o.")
+    folder.mkdir(parents=True, exist_ok=True)
+    positions = outputs.shape[2:] if isinstance(outputs, Tensor) else ()
+    task.write_text(
+        TASK.format(
+            name=name, model=model, imports=imports, build=build, inputs=f"[N, {', '.join(map(str, shape))}]", shape=tuple(shape),
+            classes=outputs.shape[1] if isinstance(outputs, Tensor) and outputs.dim() > 1 else 2,
+            positions="".join(f" {extent}," for extent in positions).rstrip(","),
+        )
+    )  # fmt: skip
+    cost = dense_cost(traced)
+    space.write_text(
+        SPACE.format(
+            name=name,
+            model=model,
+            macs=cost.macs,
+            params=cost.params,
+            layers=_listed(traced),
+            exclude=_excluded(traced),
+        )
+    )
+    return space, task
+
+
+def _listed(net: Net) -> str:
+    """A comment line per layer: name, weight, its share of the MACs."""
+    total = dense_cost(net).macs or 1
+    width = max(len(layer.name) for layer in net.layers)
+    lines = [
+        f"#   {layer.name:<{width}}  {'×'.join(map(str, layer.spec.weight_shape)):<16}  {100 * layer.macs / total:5.1f} % of MACs"
+        for layer in net.layers
+    ]
+    return "\n".join([*lines, *(f"#   {name}: not lowered: {reason}" for name, reason in net.skipped)])
+
+
+def _excluded(net: Net) -> str:
+    """The first layer, which sees the input itself, and a Linear at the end, the classifier: few gain there, and much is lost."""
+    first, last = net.layers[0], net.layers[-1]
+    names = [first.name] if first.spec.is_conv and len(net.layers) > 2 else []
+    names += [last.name] if not last.spec.is_conv and len(net.layers) > 1 else []
+    why = "  # the custom: the first conv and the classifier stay as they are" if names else ""
+    return f"[{', '.join(names)}]{why}"

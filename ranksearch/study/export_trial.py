@@ -1,0 +1,132 @@
+"""A trial's net leaves its study: which trial, where to, and `export.json`, which tells whoever finds the folder what it is."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ranksearch.compress import RankPlan
+from ranksearch.compress.export import PLAN, Build, holds_net, load_stored_net
+from ranksearch.compress.exported import CHECKED_BATCHES, Exported, export_net
+from ranksearch.compress.formats import Format
+from ranksearch.errors import UsageError
+from ranksearch.places.files import new_folder_atomically, write_atomically
+from ranksearch.study.folder import EXPORTS
+from ranksearch.study.front import Row
+from ranksearch.study.provenance import cpu_name
+from ranksearch.study.study import Study
+
+RECORD = "export.json"
+BEST = "best"
+INPUT_FORMULA = {"formula": "(image / scale - mean) / std, per channel"}
+FROM_ROW = ("val_accuracy", "test_accuracy", "macs", "params", "macs_ratio", "params_ratio")
+
+
+def pick_trial(study: Study, trial: int | str) -> Row:
+    """The row of a complete trial whose net is on disk, by its number, or of the one with the best metric by `best`.
+
+    Raises:
+        UsageError: there is none; the text says what the trial is instead, and which numbers are nearest.
+    """
+    if trial == BEST:
+        trial = study.best()["trial"]
+    elif isinstance(trial, str) and not trial.isdecimal():
+        raise UsageError(f"TRIAL: {trial!r} is neither a trial's number nor `{BEST}`. {_nearest(study, 0)}")
+    number = int(trial)
+    status = study.status(number)
+    if status is None:
+        raise UsageError(f"{study.space.name!r} has no trial {number}. {_nearest(study, number)}")
+    if status != "complete":
+        raise UsageError(f"Trial {number} of {study.space.name!r} is {status}, not complete. {_nearest(study, number)}")
+    if not holds_net(study.trial_folder(number)):
+        raise UsageError(f"The net of trial {number} is not in {study.trial_folder(number)}. {_nearest(study, number)}")
+    return next(row for row in study.rows if row["trial"] == number)
+
+
+def _nearest(study: Study, number: int, shown: int = 5) -> str:
+    """A sentence that names the nearest trials that can be exported."""
+    complete = [row["trial"] for row in study.rows if row["status"] == "complete"]
+    valid = sorted((n for n in complete if holds_net(study.trial_folder(n))), key=lambda n: (abs(n - number), n))
+    if not valid:
+        return "No trial of it can be exported yet."
+    more = f", … ({len(valid)} in all)" if len(valid) > shown else ""
+    best = f"; or `{BEST}`" if study.best()["trial"] in valid else ""
+    return f"Nearest that can be exported: {', '.join(map(str, valid[:shown]))}{more}{best}."
+
+
+def target_folder(study: Study, row: Row, form: Format, output: Path | None, *, force: bool) -> Path:
+    """Where an export goes: `output`, else exports/TRIAL-FORMAT in the study's folder.
+
+    Raises:
+        UsageError: something is there. With `force` an earlier export gives way, and nothing else does.
+    """
+    folder = output or study.folder / EXPORTS / f"{row['trial']:03d}-{form.name}"
+    folder = folder.expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: name a folder by -o.")
+    held = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    others = sorted(held - _exported(folder))
+    if others:
+        raise UsageError(
+            f"{folder} holds other things than an export ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}), which are kept: "
+            f"name another folder by -o."
+        )
+    if held and not force:
+        raise UsageError(f"{folder} holds an export already: --force replaces it, or name another folder by -o.")
+    return folder
+
+
+def _exported(folder: Path) -> set[str]:
+    """Names of the files that an earlier export to `folder` wrote."""
+    try:
+        return {RECORD, *json.loads((folder / RECORD).read_text())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def export_trial(study: Study, row: Row, folder: Path, form: Format, *, build: Build, fold_bn: bool) -> dict[str, Any]:
+    """Writes a trial's net and `export.json` to `folder`, whole or not at all; returns what that file holds.
+
+    Raises:
+        UsageError: the trial's files are damaged or another net's, or `folder` cannot be written.
+        StudyError: the exported form computes something else, or cannot be made.
+    """
+    kind = study.space.kind()
+    model, plan = load_stored_net(study.trial_folder(row["trial"]), build)
+    if plan != RankPlan.from_dict(row["plan"]):
+        raise UsageError(
+            f"{study.trial_folder(row['trial'])} holds another net: its {PLAN} is not the plan of trial {row['trial']}."
+        )
+    dense = build(plan.model or "").eval()  # its untrained weights take as long as trained ones
+    try:
+        with new_folder_atomically(folder) as partial:
+            exported = export_net(
+                model, plan, kind.example_input, partial, form=form, build=build, fold_bn=fold_bn, others=[dense]
+            )
+            record = _record(study, row, form, plan.model, exported)
+            write_atomically(partial / RECORD, json.dumps(record, indent=2, allow_nan=False))
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error}): name another folder by -o.") from error
+    return record
+
+
+def _record(study: Study, row: Row, form: Format, model: str | None, exported: Exported) -> dict[str, Any]:
+    kind = study.space.kind()
+    (dense_ms,) = exported.others_ms
+    return {
+        "study": study.space.name, "study_id": study.info["id"], "trial": row["trial"], "format": form.name, "files": list(exported.files),
+        "size_bytes": exported.size_bytes, "model": model, "input_shape": ["batch", *kind.input_shape],
+        "input_dtype": str(kind.example_input.dtype).removeprefix("torch."),
+        "input_made_by": INPUT_FORMULA | asdict(kind.normalise) if kind.normalise is not None else None,
+        "metric": study.metric.to_dict(),
+        "opset": exported.opset, "folded_bn": exported.folded_bn, "max_rel_error": exported.max_rel_error,
+        "checked_batches": list(CHECKED_BATCHES), "latency_ms": exported.latency_ms, "latency_eager_ms": exported.latency_eager_ms,
+        "latency_dense_ms": dense_ms, "device": cpu_name(), **{key: row[key] for key in FROM_ROW}, "plan": row["plan"],
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", *form.needs)}},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip

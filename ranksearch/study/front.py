@@ -1,0 +1,118 @@
+"""Rows of trials, the front among them, and the record that `front.json` and `ranksearch front --json` show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from ranksearch.allocate.costs import COST_RATIOS
+from ranksearch.pareto import hypervolume
+from ranksearch.space.space import Space
+from ranksearch.trial.metric import Metric
+
+Row = dict[str, Any]
+MEASURED = (
+    "val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_predicted_ms", "latency_ms", "latency_ratio", "images_per_second",
+    "projection_share", "seconds",
+)  # fmt: skip
+NOT_IN_RECORD = ("share", "history", "projections", "losses", "started", "ended")
+
+
+def row_of(trial: FrozenTrial, dense: Mapping[str, Any], metric: Metric) -> Row:
+    """Everything known of a finished trial; ratios are of the dense net's cost, what was not measured is None.
+
+    `val_accuracy` is the task's metric in its own unit, `share` what that is worth (`metric.py`), by which trials are compared. `started`
+    and `ended` are seconds since 1970.
+    """
+    result, attrs = trial.user_attrs.get("result", {}), trial.user_attrs.get("candidate", {})
+
+    def ratio(key: str) -> float | None:
+        return result[key] / dense[key] if result.get(key) is not None else None
+
+    return {
+        "trial": trial.number,
+        "status": result.get("status", "failed"),
+        "epochs": result.get("epochs"),
+        "test_accuracy": None,
+        "share": metric.share(result["val_accuracy"]) if result.get("val_accuracy") is not None else None,
+        **{key: result.get(key) for key in MEASURED},
+        "macs_ratio": ratio("macs"),
+        "params_ratio": ratio("params"),
+        "size_ratio": ratio("size_bytes"),
+        "plan": attrs.get("plan"),
+        "recipe": attrs.get("recipe"),
+        "params_searched": dict(trial.params),
+        "allocator": attrs.get("allocator"),
+        "seed": attrs.get("seed"),
+        "reason": result.get("reason"),
+        "placement": result.get("placement"),
+        "history": result.get("history", []),
+        "projections": result.get("projections", []),
+        "losses": result.get("losses", []),
+        "started": trial.datetime_start.timestamp() if trial.datetime_start else None,
+        "ended": trial.datetime_complete.timestamp() if trial.datetime_complete else None,
+    }
+
+
+def objective_values(row: Row, objectives: Sequence[str]) -> list[float]:
+    """A complete row's values as Optuna is told them: the metric in its own unit, costs as ratios of dense."""
+    return [row["val_accuracy"] if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives]
+
+
+def _points(rows: Sequence[Row], objectives: Sequence[str]) -> list[list[float]]:
+    """Rows in minimisation form: 1 - share, costs as ratios of dense."""
+    return [[1 - row["share"] if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives] for row in rows]
+
+
+def dominates(row: Row, other: Row, objectives: Sequence[str]) -> bool:
+    """Whether a complete `row` is nowhere worse than the complete `other` and somewhere better."""
+    a, b = _points([row, other], objectives)
+    return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+
+def merit(row: Row) -> tuple[float, int]:
+    """What makes a complete row the best of several: its metric, then fewer MACs."""
+    return row["share"], -row["macs"]
+
+
+def in_order(front: Sequence[Row]) -> list[Row]:
+    """The rows of a front, the best metric first."""
+    return sorted(front, key=lambda row: (-row["share"], row["macs"], row["trial"]))
+
+
+def front_hypervolume(front: Sequence[Row], objectives: Sequence[str]) -> float:
+    """Hypervolume of a front in (share, costs as ratios), against share 0 and the dense costs."""
+    return hypervolume(_points(front, objectives), [1.0] * len(objectives)) if front else 0.0
+
+
+def describe_budgets(record: Mapping[str, Any]) -> str:
+    """The budgets of a front's record in words, such as `flops ≤ 50%, size ≤ 1MiB`."""
+    return ", ".join(f"{cost} ≤ {text}" for cost, text in record["budgets"].items()) or "no budget"
+
+
+def directions_of(objectives: Sequence[str], metric: Metric) -> list[str]:
+    """Of each objective: "maximize" or "minimize"."""
+    return [metric.direction if name == "accuracy" else "minimize" for name in objectives]
+
+
+def front_record(
+    space: Space, dense: Mapping[str, Any], metric: Metric, front: Sequence[Row], hypervolume: float
+) -> dict[str, Any]:
+    """The study's name, metric, objectives, budgets, reference point, hypervolume, dense net and front, for JSON."""
+    objectives = space.search.objectives
+    return {
+        "study": space.name,
+        "metric": metric.to_dict(),
+        "objectives": [
+            {"name": name, "direction": direction}
+            for name, direction in zip(objectives, directions_of(objectives, metric), strict=True)
+        ],
+        "budgets": {budget.cost: budget.text for budget in space.parsed_budgets()},
+        "reference_point": [0.0 if name == "accuracy" else 1.0 for name in objectives],
+        "hypervolume": hypervolume,
+        "latency": space.latency.model_dump() if space.has_latency else None,
+        "dense": dict(dense),
+        "trials": [{key: value for key, value in row.items() if key not in NOT_IN_RECORD} for row in front],
+    }

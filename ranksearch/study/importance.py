@@ -1,0 +1,52 @@
+"""Which searched parameters decide: shares of what distinguishes the best trials from all, by Optuna's PED-ANOVA."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import optuna
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+from ranksearch.allocate.costs import COST_RATIOS
+from ranksearch.study.front import Row
+
+FRONT, AT_COST = "reaching the front", "accuracy at its cost"
+FEWEST = 12
+"""Complete trials below which nothing can be said."""
+BEST = 0.25
+"""Share of the trials that counts as the best."""
+
+
+def importances(study: optuna.Study, rows: Sequence[Row], objectives: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Target -> parameter -> share, the largest first; empty with fewer than twelve complete trials.
+
+    The targets are the front, where there are several objectives, and the accuracy above (or below) what all trials reach at
+    that cost: a parabola through them in log cost. Plain accuracy would say that the budget's level decides, which is known.
+
+    Reference: Watanabe, Bansal & Hutter 2023, arXiv 2304.10255 (PED-ANOVA).
+    """
+    complete = [row for row in rows if row["status"] == "complete"]
+    if len(complete) < FEWEST:
+        return {}
+    above = dict(zip((row["trial"] for row in complete), accuracy_at_cost(complete, objectives).tolist(), strict=True))
+    targets = {FRONT: None} if len(objectives) > 1 else {}
+    targets[AT_COST] = lambda trial: -above[trial.number]  # the least is the best
+    found: dict[str, dict[str, float]] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the evaluator is experimental
+        for name, target in targets.items():
+            evaluator = PedAnovaImportanceEvaluator(target_quantile=BEST)
+            found[name] = get_param_importances(study, evaluator=evaluator, target=target)
+    return {name: shares for name, shares in found.items() if any(shares.values())}
+
+
+def accuracy_at_cost(rows: Sequence[Row], objectives: Sequence[str]) -> np.ndarray:
+    """How far the metrics of complete rows [n], as shares in percent, lie above a parabola in log cost through them."""
+    accuracy = np.array([100 * row["share"] for row in rows])
+    costs = [name for name in objectives if name != "accuracy"]
+    x = np.log([row[COST_RATIOS[costs[0]]] for row in rows]) if costs else np.zeros(len(rows))
+    degree = min(2, len(np.unique(x)) - 1)
+    fitted = np.polynomial.polynomial.polyfit(x, accuracy, degree)
+    return accuracy - np.polynomial.polynomial.polyval(x, fitted)

@@ -1,0 +1,50 @@
+"""`Late`: what is measured once the trials are over, the front's test accuracies and latencies, kept in files beside the journal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ranksearch.places.files import write_atomically
+from ranksearch.study.folder import MEASURED, TEST
+from ranksearch.study.front import Row
+from ranksearch.trial.metric import Metric
+
+DENSE = "dense"
+"""In the place of a trial's number: the dense net."""
+
+
+class Late:
+    """The files `latencies.json` and `test.json` of a study's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._latencies, self._test = folder / MEASURED, folder / TEST
+
+    def latencies(self) -> dict[str, list[float]]:
+        """Trial number -> (milliseconds, ratio of dense) of the nets that were timed."""
+        return json.loads(self._latencies.read_text()) if self._latencies.is_file() else {}
+
+    def note_latencies(self, found: Mapping[int, tuple[float, float]]) -> dict[str, list[float]]:
+        """Adds latencies by trial number; returns all that are known."""
+        known = self.latencies() | {str(number): list(times) for number, times in found.items()}
+        write_atomically(self._latencies, json.dumps(known, indent=2))
+        return known
+
+    def test_accuracies(self) -> dict[str, float]:
+        """Trial number (or "dense") -> the metric on the test set, of the nets that were scored."""
+        return json.loads(self._test.read_text()) if self._test.is_file() else {}
+
+    def score(
+        self, front: Sequence[Row], metric: Metric, evaluate: Callable[[Row | None], float], log: Callable[[str], None]
+    ) -> dict[str, float]:
+        """Scores the dense net (`evaluate(None)`) and a front's nets, once each; returns all that is known."""
+        known = self.test_accuracies()
+        for row in [None, *front]:
+            key = DENSE if row is None else str(row["trial"])
+            if key not in known:
+                known[key] = evaluate(row)
+                net = "the dense net" if row is None else f"trial {key}"
+                log(f"test {metric.name} of {net}: {metric.text(known[key])}")
+                write_atomically(self._test, json.dumps(known, indent=2))
+        return known

@@ -1,0 +1,102 @@
+"""`Ledger`: the rows of a study's finished trials, and its front, kept as trials come in: nothing is computed anew over the whole study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+
+from ranksearch.study.front import Row, dominates, front_hypervolume, in_order, merit
+
+
+class Ledger:
+    """Rows by trial number; the nondominated complete ones, with `faster` of those alone that are not slower than the dense net."""
+
+    def __init__(self, objectives: Sequence[str], rows: Iterable[Row] = (), *, faster: bool = False) -> None:
+        self._objectives, self._faster = tuple(objectives), faster
+        self._rows: dict[int, Row] = {}
+        self._front: list[Row] = []
+        self._best: Row | None = None
+        self.counts: dict[str, int] = {}
+        """Status -> number of trials."""
+        for row in rows:
+            self.add(row)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._rows
+
+    def __getitem__(self, number: int) -> Row:
+        return self._rows[number]
+
+    def add(self, row: Row) -> bool:
+        """Takes up a finished trial, once; returns whether it is on the front now."""
+        if row["trial"] in self._rows:
+            raise ValueError(f"trial {row['trial']} is in the ledger already")
+        self._rows[row["trial"]] = row
+        self.counts[row["status"]] = self.counts.get(row["status"], 0) + 1
+        if row["status"] != "complete":
+            return False
+        if self._best is None or merit(row) > merit(self._best):
+            self._best = row
+        return self._take_to_front(row)
+
+    def _take_to_front(self, row: Row) -> bool:
+        if self._faster and (row["latency_ratio"] or 0.0) > 1:
+            return False
+        if any(dominates(other, row, self._objectives) for other in self._front):
+            return False
+        self._front = [other for other in self._front if not dominates(row, other, self._objectives)]
+        self._front.append(row)
+        self.__dict__.pop("hypervolume", None)
+        return True
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every finished trial, in the order of their numbers."""
+        return [self._rows[number] for number in sorted(self._rows)]
+
+    @property
+    def front(self) -> list[Row]:
+        """The nondominated complete trials, the best metric first."""
+        return in_order(self._front)
+
+    @property
+    def on_front(self) -> set[int]:
+        """Numbers of the trials on the front."""
+        return {row["trial"] for row in self._front}
+
+    @property
+    def best(self) -> Row | None:
+        """The complete trial with the best metric; of several the one with the fewest MACs."""
+        return self._best
+
+    @cached_property
+    def hypervolume(self) -> float:
+        return front_hypervolume(self._front, self._objectives)
+
+    def progress(self) -> dict[str, float]:
+        """How far the study is, in numbers: finished trials by status, hypervolume, size of the front, the best metric."""
+        found = {"finished_trials": len(self), "hypervolume": self.hypervolume, "front_size": len(self._front)}
+        best = {} if self._best is None else {"best_within_budget": self._best["val_accuracy"]}
+        return found | best | {f"{status.replace(' ', '_')}_trials": count for status, count in self.counts.items()}
+
+    def time(self, found: Mapping[str, Sequence[float]]) -> None:
+        """Writes latencies (trial number as text -> milliseconds, ratio of dense) into the rows, and makes the front anew."""
+        if not found:
+            return
+        for key, (milliseconds, ratio) in found.items():
+            if int(key) in self._rows:
+                self._rows[int(key)] |= {"latency_ms": milliseconds, "latency_ratio": ratio}
+        self._front = []
+        self.__dict__.pop("hypervolume", None)
+        for row in self.rows:
+            if row["status"] == "complete":
+                self._take_to_front(row)
+
+    def score(self, test: Mapping[str, float]) -> None:
+        """Writes test accuracies (trial number as text -> percent) into the rows."""
+        for key, accuracy in test.items():
+            if key.isdigit() and int(key) in self._rows:
+                self._rows[int(key)]["test_accuracy"] = accuracy

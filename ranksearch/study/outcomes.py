@@ -1,0 +1,42 @@
+"""What becomes of a trial's result: the record in the journal, and what Optuna is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from ranksearch.compress import Cost
+from ranksearch.study.front import objective_values, row_of
+from ranksearch.trial.metric import Metric
+from ranksearch.trial.result import TrialResult
+
+
+def record_of(result: TrialResult, cost: Cost) -> dict[str, Any]:
+    """A result as the journal keeps it, with its plan's `cost`, which is known of trials that did not end, too.
+
+    A complete trial without a finite metric counts as diverged.
+    """
+    accuracy = result.val_accuracy
+    finite = accuracy is not None and isfinite(accuracy)
+    return {
+        **result.to_dict(), "status": "diverged" if result.status == "complete" and not finite else result.status,
+        "macs": cost.macs, "params": cost.params, "size_bytes": cost.size_bytes, "latency_predicted_ms": cost.latency_ms,
+    }  # fmt: skip
+
+
+def tell_optuna(
+    study: optuna.Study, trial_id: int, dense: Mapping[str, Any], metric: Metric, objectives: Sequence[str]
+) -> None:
+    """Tells Optuna the result that stands in a trial's attributes, unless it was told already; `dense` as `study.json` has it."""
+    trial = study._storage.get_trial(trial_id)
+    if trial.state != TrialState.RUNNING:
+        return
+    row = row_of(trial, dense, metric)
+    if row["status"] == "complete":
+        study.tell(trial.number, objective_values(row, objectives))
+    else:
+        study.tell(trial.number, state=TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL)

@@ -1,0 +1,192 @@
+"""Proposals: what the sampler suggests, until a plan is within every budget and new; that one becomes a candidate.
+
+What is turned down is told to Optuna at once: an infeasible plan with its violation, a duplicate as a failure. No trial is spent on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from ranksearch.allocate import Curves, Damage
+from ranksearch.allocate.costs import cost_ratio
+from ranksearch.compress import Cost
+from ranksearch.errors import StudyError, UsageError
+from ranksearch.places.place import Place
+from ranksearch.search.allocated import Allocated
+from ranksearch.search.budgets import violations
+from ranksearch.search.direct import Direct
+from ranksearch.search.local_tpe import INTERRUPTED
+from ranksearch.search.parametrize import Form, Searched, Suggestion
+from ranksearch.search.samplers import make_sampler
+from ranksearch.search.workbench import Workbench
+from ranksearch.space.space import Space
+from ranksearch.study.folder import CHECKPOINTS, trial_folder
+from ranksearch.study.journal import together
+from ranksearch.trial.candidate import Candidate
+from ranksearch.trial.metric import Metric
+
+MAX_REJECTED = 200
+"""So many proposals in a row that were infeasible or known already, and the space counts as exhausted."""
+
+
+def form_of(space: Space, curves: Curves, damage: Damage) -> Form:
+    """The space's parametrization."""
+    return Direct(space, curves) if space.search.parametrization == "direct" else Allocated(space, curves, damage)
+
+
+class Proposals:
+    """Asks Optuna's study for candidates."""
+
+    def __init__(self, study: optuna.Study, space: Space, results: Place, dense: Cost, metric: Metric) -> None:
+        self._study, self._space, self._results = study, space, results
+        self._dense, self._metric = dense, metric
+        self._searched: Searched | None = None
+        self.why_exhausted = ""
+        self._may_hold_returned = True
+        """Whether a trial may wait that was under way before."""
+        trials = study.get_trials(deepcopy=False)
+        self.keys = {t.user_attrs["candidate"]["key"] for t in trials if "candidate" in t.user_attrs}
+        """Plan and recipe of every trial so far, by which a duplicate is recognised."""
+
+    def use_sampler(self, sampler: BaseSampler, bench: Workbench) -> None:
+        """Proposes by another sampler than the space's."""
+        self._search(bench)
+        self._study.sampler = sampler
+
+    def propose(self, bench: Workbench) -> tuple[Candidate, Cost] | None:
+        """The next candidate and what its plan costs; None where nothing new is to be had.
+
+        Raises:
+            StudyError: not a single proposal was feasible.
+        """
+        searched, known = self._search(bench), False
+        for _ in range(MAX_REJECTED):
+            with together(self._study._storage):
+                candidate, cost = self._draw(searched, bench)
+            if candidate is not None:
+                return candidate, cost
+            known |= cost is not None
+        if not self.keys:
+            raise StudyError(f"None of {MAX_REJECTED} proposals was feasible: widen the space or the budgets.")
+        self.why_exhausted = (
+            "the space has nothing new to propose"
+            if known
+            else f"none of {MAX_REJECTED} proposals was within the budgets"
+        )
+        return None
+
+    def _returned(self) -> optuna.Trial | None:
+        """The next trial that was under way before; it goes before new ones, since part of its training is done."""
+        if not self._may_hold_returned:
+            return None
+        storage = self._study._storage
+        for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            if "retry_of" in frozen.user_attrs and storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING):
+                return optuna.Trial(self._study, frozen._trial_id)
+        self._may_hold_returned = False
+        return None
+
+    def _draw(self, searched: Searched, bench: Workbench) -> tuple[Candidate, Cost] | tuple[None, Cost | None]:
+        """One proposal and its cost; no candidate where it was turned down, and no cost where that was for the budgets."""
+        trial = self._returned() or self._study.ask()
+        try:
+            found = searched.suggest(trial)
+        except UsageError as error:
+            self._reject(trial, "infeasible", str(error))
+            return None, None
+        cost = bench.curves.cost(found.plan)
+        if not self._is_feasible(trial, cost):
+            return None, None
+        return (self._take(trial, found) if self._is_new(trial, found) else None), cost
+
+    def _search(self, bench: Workbench) -> Searched:
+        """The form, and with it the sampler, made at the first proposal."""
+        if self._searched is None:
+            self._searched = Searched(form_of(self._space, bench.curves, bench.damage), self._space.recipe)
+            self._study.sampler = make_sampler(
+                self._space, self._searched.distributions, opened_with=len(self._study.get_trials(deepcopy=False)),
+                metric=self._metric,
+            )  # fmt: skip
+        return self._searched
+
+    def _is_feasible(self, trial: optuna.Trial, cost: Cost) -> bool:
+        """Whether the plan is within every budget; if not, the sampler learns by how much it is not."""
+        over = violations(self._space.parsed_budgets(), cost, self._dense)
+        # an allocated plan never violates: there is nothing to learn
+        if self._space.search.parametrization == "direct":
+            for budget, value in over.items():
+                trial.set_constraint(budget, value)
+        if max(over.values(), default=0.0) <= 0:
+            return True
+        # a genetic sampler's generations hold complete trials alone: there the costs are told, and the worst metric
+        genetic = self._space.search.sampler in ("nsga2", "nsga3")
+        objectives = self._space.search.objectives
+        worst = [
+            self._metric.worst if name == "accuracy" else cost_ratio(name, cost, self._dense) for name in objectives
+        ]
+        self._reject(trial, "infeasible", f"above the budgets: {over}", worst if genetic else None)
+        return False
+
+    def _is_new(self, trial: optuna.Trial, found: Suggestion) -> bool:
+        again = "retry_of" in trial.user_attrs and "seed" in trial.user_attrs  # it had been a candidate
+        if again or self._key(found) not in self.keys:
+            return True
+        self._reject(trial, "duplicate", "the same plan and recipe are in the study already")
+        return False
+
+    @staticmethod
+    def _key(found: Suggestion) -> str:
+        recipe = json.dumps(found.recipe.to_dict(), sort_keys=True)
+        return f"{found.plan.digest()} {hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+
+    def _take(self, trial: optuna.Trial, found: Suggestion) -> Candidate:
+        key = self._key(found)
+        seed = trial.user_attrs.get("seed", self._space.search.seed * 100_003 + trial.number)
+        record = {
+            "plan": found.plan.to_dict(), "recipe": found.recipe.to_dict(), "allocator": found.allocator, "seed": seed, "key": key,
+        }  # fmt: skip
+        trial.set_user_attr("candidate", record)
+        self.keys.add(key)
+        rungs = self._space.search.early_stopping
+        latency = self._space.latency.as_setting() if self._space.has_latency else None
+        return Candidate(
+            trial.number, found.plan, found.recipe, seed, trial_folder(self._results, trial.number), self.checkpoint(key, seed),
+            rungs=tuple(rungs.rungs) if rungs is not None else (), latency=latency,
+        )  # fmt: skip
+
+    def checkpoint(self, key: str, seed: int) -> Place:
+        """The file of a plan, recipe and seed: a trial that is proposed again finds the state that it had."""
+        return self._results / CHECKPOINTS / f"{hashlib.sha256(f'{key} {seed}'.encode()).hexdigest()[:16]}.pt"
+
+    def give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:
+        """Ends a trial without a result, and enqueues its parameters, plan and seed once more."""
+        self._may_hold_returned |= enqueue
+        with together(self._study._storage):
+            if enqueue:
+                self._enqueue_again(frozen, attrs)
+            self._study._storage.set_trial_user_attr(frozen._trial_id, "outcome", INTERRUPTED)
+            self._study.tell(frozen.number, state=TrialState.FAIL)
+
+    def _enqueue_again(self, frozen: FrozenTrial, attrs: Mapping[str, int]) -> None:
+        names = ("allocator", "given", "seed", "workers_lost", "nodes_lost")
+        kept = {name: frozen.user_attrs[name] for name in names if name in frozen.user_attrs}
+        if (candidate := frozen.user_attrs.get("candidate")) is not None:
+            kept |= {"allocator": candidate["allocator"], "given": candidate["plan"], "seed": candidate["seed"]}
+        params = {**frozen.system_attrs.get("fixed_params", {}), **frozen.params}
+        kept |= {"brings": sorted(params)} if "given" in kept else {}
+        self._study.enqueue_trial(params, user_attrs={**kept, **attrs, "retry_of": frozen.number})
+
+    def _reject(self, trial: optuna.Trial, outcome: str, reason: str, values: list[float] | None = None) -> None:
+        trial.set_user_attr("outcome", outcome)
+        trial.set_user_attr("reason", reason)
+        if values is not None:
+            self._study.tell(trial, values)
+        else:
+            # TPE counts a pruned trial that violates a constraint among the bad ones; a duplicate is neither good nor bad
+            self._study.tell(trial, state=TrialState.PRUNED if outcome == "infeasible" else TrialState.FAIL)

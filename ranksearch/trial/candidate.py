@@ -1,0 +1,27 @@
+"""`Candidate`: a trial to run, as the study hands it to a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ranksearch.compress import RankPlan
+from ranksearch.compress.stopwatch import LatencySetting
+from ranksearch.places.place import Place
+from ranksearch.trial.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial to run: everything a worker needs besides the workbench."""
+
+    number: int
+    plan: RankPlan
+    recipe: Recipe
+    seed: int
+    save_to: Place
+    checkpoint: Place
+    """Where the trial keeps its state while it runs; the same file for the same plan, recipe and seed."""
+    rungs: tuple[float, ...] = ()
+    """Shares of the steps after which it is scored for early stopping."""
+    latency: LatencySetting | None = None
+    """How the net is timed at the end; None: it is not."""

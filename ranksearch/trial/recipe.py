@@ -1,0 +1,119 @@
+"""`Recipe`: how a trial trains, every value settled. Its fields are those of `RecipeSpace`, where meanings and defaults are stated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from ranksearch.space.recipe import RecipeSpace
+from ranksearch.space.settings import Choices, Range, Scalar, is_whole
+
+Draw = Callable[[str, Range | Choices, bool], Scalar]
+"""(dotted name, distribution, whether whole) -> a value"""
+
+
+@dataclass(frozen=True)
+class ProjectionRecipe:
+    """When the dense weights are projected, at which rank, and how."""
+
+    period: int
+    start: float
+    until_end: float
+    schedule: str
+    removed_energy: float
+    rank_annealing: float
+    momentum: str
+    energy_transfer: bool
+    bn_rectification: bool
+
+
+@dataclass(frozen=True)
+class DistillationRecipe:
+    """How much the loss listens to the dense net."""
+
+    weight: float
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a trial trains: `steps` optimizer steps, the last `factor_share` of them on the factors."""
+
+    steps: int
+    batch_size: int
+    optimizer: str
+    schedule: str
+    warmup: float
+    lr: float
+    momentum: float
+    weight_decay: float
+    label_smoothing: float
+    clip_norm: float
+    ema: float
+    factor_share: float
+    factor_lr: float
+    bn_batches: int
+    precision: str
+    compile: bool
+    projection: ProjectionRecipe
+    distillation: DistillationRecipe
+
+    @property
+    def dense_steps(self) -> int:
+        """Steps before the decomposition."""
+        return self.steps - round(self.factor_share * self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def settled(cls, space: RecipeSpace, draw: Draw) -> Recipe:
+        """The recipe of a space, each searched setting as `draw` says."""
+        return cls.from_dict(_settled(space, draw, ""))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Reads what `to_dict` writes."""
+        projection, distillation = ProjectionRecipe(**data["projection"]), DistillationRecipe(**data["distillation"])
+        return cls(**{**data, "projection": projection, "distillation": distillation})
+
+
+def _settled(space: BaseModel, draw: Draw, prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field in type(space).model_fields.items():
+        value = getattr(space, name)
+        if isinstance(value, Range | Choices):
+            value = draw(prefix + name, value, is_whole(field))
+        elif isinstance(value, BaseModel):
+            value = _settled(value, draw, f"{prefix}{name}.")
+        found[name] = int(value) if is_whole(field) else value
+    return found
+
+
+def middle(name: str, setting: Range | Choices, whole: bool) -> Scalar:
+    """A `Draw` of every setting's default."""
+    return round(setting.middle) if whole else setting.middle  # type: ignore[arg-type]
+
+
+def searched_settings(space: RecipeSpace) -> dict[str, Scalar]:
+    """Dotted name -> default of the settings that are searched."""
+    found: dict[str, Scalar] = {}
+
+    def note(name: str, setting: Range | Choices, whole: bool) -> Scalar:
+        found[name] = middle(name, setting, whole)
+        return found[name]
+
+    Recipe.settled(space, note)
+    return found
+
+
+def flattened(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of a nested mapping's leaves, such as ("projection.period", 20)."""
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

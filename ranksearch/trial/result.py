@@ -1,0 +1,40 @@
+"""`TrialResult`: what a trial found, as it travels from a worker to the study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What a trial found. `val_accuracy` is the task's metric, in percent where that is accuracy; what was not measured is None."""
+
+    status: str  # "complete", "diverged", "stopped", "failed", or "no space": that one is to be run again
+    seed: int
+    epochs: float
+    val_accuracy: float | None = None
+    val_loss: float | None = None
+    macs: int | None = None
+    params: int | None = None
+    size_bytes: int | None = None
+    latency_ms: float | None = None
+    latency_ratio: float | None = None
+    """Of the dense net's latency, measured in turn with it."""
+    images_per_second: float | None = None
+    seconds: float | None = None
+    projection_share: float | None = None
+    """Share of the training time that projections took."""
+    reason: str | None = None
+    placement: dict[str, Any] | None = None
+    """Where it ran (`placement.py`); None of a trial in the driver's own process."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One entry per phase: its name, the step, validation accuracy and loss, what else was found."""
+    losses: list[dict[str, float]] = field(default_factory=list)
+    """The training curve: step and mean training loss since the point before."""
+    projections: list[dict[str, Any]] = field(default_factory=list)
+    """Recorded projections: step, loss on one training batch before and after, removed energy (share of ||W||²) per layer."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """By name; the lists are the result's own: copies of every point of its curves would take longer than writing them."""
+        return {found.name: getattr(self, found.name) for found in fields(self)}

@@ -1,0 +1,226 @@
+"""`Session`: one trial's data, randomness, settings, report and checkpoint, of which the statements of the method are made."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import nn
+
+from ranksearch.compress import Net, RankPlan, dense_cost, project_, reestimate_bn_
+from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
+from ranksearch.tasks.batches import calibration_batches
+from ranksearch.tasks.dense import State
+from ranksearch.tasks.device import pick_device, use_bf16
+from ranksearch.tasks.evaluate import Evaluation, evaluate
+from ranksearch.tasks.parallel import Group, synchronised
+from ranksearch.tasks.task import Task
+from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training, TrainStats
+from ranksearch.trial.checkpoint import CheckpointFile
+from ranksearch.trial.projecting import Projecting
+from ranksearch.trial.recipe import Recipe
+
+Report = Callable[[dict[str, Any]], None]
+RUNG = "rung"
+"""The phase of a score that early stopping compares."""
+RUNG_BN_BATCHES = 3
+
+
+class Stopped(Exception):
+    """Raised by `report`: the trial has fallen behind at a rung and is to end here."""
+
+
+class Session:
+    """One trial's data, randomness, settings, report and checkpoint: what the statements of the method are made of."""
+
+    def __init__(
+        self,
+        task: Task,
+        dense: State,
+        net: Net,
+        recipe: Recipe,
+        *,
+        seed: int,
+        report: Report,
+        checkpoint: CheckpointFile,
+        rungs: Sequence[float],
+        group: Group,
+    ) -> None:
+        device = pick_device()
+        torch.manual_seed(seed)  # on every rank: they draw the same batches
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed + group.rank)  # and drop out other units
+        self.task, self.net, self.recipe = task.to(device), net, recipe
+        self._device, self._dense, self._report, self._checkpoint = device, dense, report, checkpoint
+        self.group = group
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._rungs = {round(share * recipe.steps): number for number, share in enumerate(rungs)}
+        self.settings = Optimisation(
+            optimizer=recipe.optimizer, schedule=recipe.schedule, lr=recipe.lr, warmup=recipe.warmup,
+            momentum=recipe.momentum, weight_decay=recipe.weight_decay, batch_size=recipe.batch_size,
+            total_steps=recipe.steps, label_smoothing=recipe.label_smoothing, clip_norm=recipe.clip_norm, ema=recipe.ema,
+            bf16=use_bf16(recipe.precision, device, dense_cost(net).macs), compile=recipe.compile,
+        )  # fmt: skip
+        self._distillation = None
+        if recipe.distillation.weight > 0:
+            teacher = self.dense_net().eval().requires_grad_(False)
+            teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._distillation = Distillation(teacher, recipe.distillation.weight, recipe.distillation.temperature)
+        self._started = time.perf_counter()
+        self.history: list[dict[str, Any]] = []
+        self.projections: list[dict[str, Any]] = []
+        self.losses: list[dict[str, float]] = []
+        self.images, self.seconds, self.projecting_seconds = 0, 0.0, 0.0
+        state = group.together(checkpoint.load)
+        # another kind of device has other random numbers: there the trial starts anew
+        self._resumed = state if state is not None and state["device"] == device.type else None
+        if self._resumed is not None:
+            self._take_up(self._resumed["session"])
+
+    def _take_up(self, known: dict[str, Any]) -> None:
+        self.history, self.projections = list(known["history"]), list(known["projections"])
+        self.losses = list(known["losses"])
+        self.images, self.seconds, self.projecting_seconds = known["images"], known["seconds"], known["projecting"]
+        self._started -= known["elapsed"]
+
+    def report_rungs(self) -> None:
+        """Reports again what a checkpoint knows of rungs: a driver that is another one now has not heard of it."""
+        for entry in self.history:
+            if entry["phase"] == RUNG:
+                self._tell(entry)
+
+    def _tell(self, entry: dict[str, Any]) -> None:
+        """Reports on every rank; where rank 0 is to stop, all do."""
+        self.group.decided(lambda: self._report(entry))
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the trial has taken, in all processes that it was run by."""
+        return time.perf_counter() - self._started
+
+    def dense_net(self) -> nn.Module:
+        """The dense net with its trained weights, on the device."""
+        model = self.task.dense_model()
+        model.load_state_dict(self._dense)
+        return model.to(self._device)
+
+    def resumes_at(self, phase: str) -> bool:
+        """Whether a checkpoint says that the trial was stopped in `phase`, and has not been taken up yet."""
+        return self._resumed is not None and self._resumed["phase"] == phase
+
+    def train_(
+        self, phase: str, model: nn.Module, steps: range, plan: RankPlan, projecting: Projecting | None = None
+    ) -> tuple[Training, TrainStats]:
+        """Trains `model` for `steps` of the schedule, from the checkpoint where there is one of this phase."""
+        share = self.recipe.factor_lr if phase == "factors" else 1.0
+        settings = replace(self.settings, lr=share * self.settings.lr)
+        training = Training(
+            model, self.task, settings, steps, generator=self._generator, distillation=self._distillation, group=self.group
+        )  # fmt: skip
+        if self._resumed is not None and self.resumes_at(phase):
+            self._go_on(self._resumed, training, projecting)
+            self._resumed = None
+
+        def after_step(training: Training) -> None:
+            if projecting is not None:
+                projecting.after_step(training)
+            if (rung := self._rungs.get(steps[training.done - 1] + 1)) is not None:
+                self._score_at_rung(rung, training, plan if projecting is not None else None)
+            due = self.group.rank == 0 and self._checkpoint.due
+            if due and training.done < len(steps):  # what follows a phase needs its last batch
+                self._save(phase, training, projecting)
+
+        try:
+            with synchronised(model, self.group):
+                return training, training.run(after_step)
+        finally:  # where it diverged, what was seen until then counts too
+            self.images, self.seconds = self.images + training.images, self.seconds + training.seconds
+            self.losses += training.losses
+            self._note(projecting)
+
+    def _score_at_rung(self, rung: int, training: Training, plan: RankPlan | None) -> None:
+        """Scores a copy of the model as it would be if the trial ended here; the training does not notice.
+
+        Args:
+            plan: what the copy is projected by; None where the model is factored already.
+        """
+        started = time.perf_counter()
+        step, model = training.steps[training.done - 1] + 1, copy.deepcopy(training.model)
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            if plan is not None:
+                project_(model, plan)
+            generator = torch.Generator(self._device).manual_seed(step)
+            reestimate_bn_(model, calibration_batches(self.task, RUNG_BN_BATCHES, self.recipe.batch_size, generator))
+            done = {"epochs": (self.images + training.images) / len(self.task.train), "seconds": self.elapsed}
+            training.seconds -= time.perf_counter() - started
+            self.score(RUNG, model, step, rung=rung, **done)
+
+    def project_at_last_(self, projecting: Projecting, training: Training) -> None:
+        """The projection that the dense training ends on; it counts as training time, like the others."""
+        before = projecting.seconds
+        projecting.finish(training)
+        self.seconds += projecting.seconds - before
+        self._note(projecting)
+
+    def _note(self, projecting: Projecting | None) -> None:
+        if projecting is not None:
+            self.projections, self.projecting_seconds = projecting.records, projecting.seconds
+
+    def _save(self, phase: str, training: Training, projecting: Projecting | None) -> None:
+        self._checkpoint.save({
+            "phase": phase,
+            "training": training.state_dict(),
+            "projector": projecting.state_dict() if projecting is not None else None,
+            "generator": self._generator.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self._device.type == "cuda" else None,
+            "device": self._device.type,
+            "session": {
+                "history": self.history, "projections": self.projections, "losses": self.losses, "images": self.images,
+                "seconds": self.seconds, "projecting": self.projecting_seconds, "elapsed": self.elapsed,
+            },
+        })  # fmt: skip
+
+    def _go_on(self, state: dict[str, Any], training: Training, projecting: Projecting | None) -> None:
+        training.load_state_dict(state["training"])
+        if projecting is not None:
+            projecting.load_state_dict(state["projector"])
+        self._generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] is not None and self.group.rank == 0:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
+    def reestimate_bn_(self, model: nn.Module) -> None:
+        recipe = self.recipe
+        reestimate_bn_(model, calibration_batches(self.task, recipe.bn_batches, recipe.batch_size, self._generator))
+
+    def score(self, phase: str, model: nn.Module, step: int, **metrics: float | None) -> None:
+        """Evaluates `model` on the validation set, adds it to the history and reports it."""
+        found = self.group.together(lambda: self._evaluate(model))
+        for name, value in (("loss", found.loss), (self.task.metric_name, found.accuracy)):
+            if not isfinite(value):
+                raise Diverged(f"the validation {name} of the {phase} net is {value}")
+        known = {name: value for name, value in metrics.items() if value is not None}
+        entry = {"phase": phase, "step": step, "val_accuracy": found.accuracy, "val_loss": found.loss, **known}
+        self.history.append(entry)
+        self._tell(entry)
+
+    def _evaluate(self, model: nn.Module) -> Evaluation:
+        """On rank 0 alone, since a metric may be any function of the whole split; its random numbers stay those of the others."""
+        with torch.random.fork_rng(devices=[], enabled=self.group.world > 1):
+            return evaluate(model, self.task.val, self.task)
+
+    def time(self, model: nn.Module, latency: LatencySetting) -> tuple[float, float]:
+        """(milliseconds, ratio of the dense net, timed in turn with it)."""
+        own, of_dense = Stopwatch(latency).nets_ms([model, self.dense_net()], self.task.example_input)
+        return own, own / of_dense
+
+    def same_(self, model: nn.Module) -> nn.Module:
+        """The model with rank 0's weights on every rank."""
+        self.group.broadcast_([*model.parameters(), *model.buffers()])
+        return model

@@ -1,0 +1,119 @@
+"""The trial: the method from beginning to end. It knows neither Ray nor MLflow; it takes `report`, a plain function.
+
+The same trial runs in-process and on Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ranksearch.compress import Net, RankPlan, plan_cost, save_net
+from ranksearch.compress.stopwatch import LatencySetting
+from ranksearch.compress.surgery import compress, restructure_
+from ranksearch.errors import NonFiniteError
+from ranksearch.places.place import Place, filling
+from ranksearch.tasks.dense import State
+from ranksearch.tasks.parallel import ALONE, Group
+from ranksearch.tasks.task import Task
+from ranksearch.tasks.train import Diverged
+from ranksearch.trial.checkpoint import CheckpointFile
+from ranksearch.trial.projecting import Projecting
+from ranksearch.trial.recipe import Recipe
+from ranksearch.trial.result import TrialResult
+from ranksearch.trial.session import Report, Session, Stopped
+
+
+def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
+    """The method: from the dense net to the trained low-rank net of `plan`.
+
+    Reference: Lee, Kwon, Kim & Wei 2019, arXiv 1905.10145 (projection training); fine-tuning the factors after it is ours.
+    """
+    recipe, goes_on = session.recipe, session.resumes_at("factors")  # the factors' weights are in the checkpoint then
+    small = restructure_(session.dense_net(), plan) if goes_on else train_and_decompose(session, plan)
+    if recipe.dense_steps < recipe.steps:
+        _, stats = session.train_("factors", small, range(recipe.dense_steps, recipe.steps), plan)
+        session.reestimate_bn_(small)
+        session.score("factors", small, recipe.steps, train_loss=stats.loss)
+    return small
+
+
+def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
+    """Trains the dense net under projections, ends on one, so that decomposing changes nothing, and decomposes."""
+    recipe, model, steps = session.recipe, session.dense_net(), range(session.recipe.dense_steps)
+    if not steps:  # decomposed first: the dense net as it is has no score of its own
+        small = session.same_(compress(model, plan))
+        session.reestimate_bn_(small)
+        session.score("decomposed", small, 0)
+        return small
+    projecting = Projecting(plan, session.net, recipe.projection, [session.settings.lr_at(step) for step in steps])
+    training, stats = session.train_("dense", model, steps, plan, projecting)
+    session.reestimate_bn_(model)
+    session.score("trained", model, len(steps), train_loss=stats.loss)
+    session.project_at_last_(projecting, training)
+    session.reestimate_bn_(model)
+    session.score("projected", model, len(steps), projections=projecting.count, **projecting.summary())
+    # computes the same, so BN's fresh statistics fit
+    small = session.same_(compress(model, plan, warm=projecting.projector.warm))
+    session.score("decomposed", small, len(steps))
+    return small
+
+
+def run_trial(
+    task: Task,
+    dense: State,
+    net: Net,
+    plan: RankPlan,
+    recipe: Recipe,
+    *,
+    seed: int,
+    report: Report,
+    save_to: Place | None,
+    checkpoint: CheckpointFile,
+    rungs: Sequence[float] = (),
+    latency: LatencySetting | None = None,
+    group: Group = ALONE,
+) -> TrialResult:
+    """Runs the method under `plan` and returns its validation score and costs; the compressed net is written to `save_to`.
+
+    `report` is called with the metrics of each phase, and at `rungs` (shares of the steps) with those of a copy that is projected
+    there; it may raise `Stopped`. With `latency` the net is timed so, in turn with the dense one. From `checkpoint`, which must be this
+    trial's own, it goes on where it stopped; there it keeps its state, also once it has ended: whoever
+    takes its result removes that, for a result that is lost on the way is found again from it. Divergence is a result: a loss or weights
+    that are not finite end the trial with status "diverged" and the metrics so far.
+
+    Of a `group` every process runs the trial, each on its part of every batch; rank 0 alone evaluates and writes, and all report alike.
+    """
+    cost = plan_cost(net, plan)
+    status, reason, measured = "complete", None, (None, None)
+    session = Session(
+        task, dense, net, recipe, seed=seed, report=report, checkpoint=checkpoint, rungs=rungs, group=group
+    )
+    try:
+        session.report_rungs()
+        small = learn_low_rank(session, plan)
+    except Stopped as stopped:
+        status, reason = "stopped", str(stopped)
+    except (Diverged, NonFiniteError) as error:
+        status, reason = "diverged", str(error)
+    else:
+        if save_to is not None:
+            group.together(lambda: _write_net(small, plan, save_to))
+        if latency is not None:
+            measured = group.together(lambda: session.time(small, latency))
+    last, seconds = session.history[-1] if session.history else {}, session.seconds
+    return TrialResult(
+        status, seed, session.images / len(task.train), reason=reason,
+        history=session.history, projections=session.projections, losses=session.losses,
+        val_accuracy=last.get("val_accuracy"), val_loss=last.get("val_loss"),
+        macs=cost.macs, params=cost.params, size_bytes=cost.size_bytes, latency_ms=measured[0], latency_ratio=measured[1],
+        images_per_second=session.images / seconds if session.images else None,
+        projection_share=session.projecting_seconds / seconds if session.images else None,
+        seconds=session.elapsed,
+    )  # fmt: skip
+
+
+def _write_net(model: nn.Module, plan: RankPlan, save_to: Place) -> None:
+    with filling(save_to) as folder:
+        save_net(model, plan, folder)
