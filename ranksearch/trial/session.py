@@ -14,11 +14,11 @@ from torch import nn
 
 from ranksearch.compress import Net, RankPlan, dense_cost, project_, reestimate_bn_
 from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
-from ranksearch.tasks.batches import calibration_batches
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import pick_device, use_bf16
 from ranksearch.tasks.evaluate import Evaluation, evaluate
 from ranksearch.tasks.parallel import Group, synchronised
+from ranksearch.tasks.source import calibration_batches
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training, TrainStats
 from ranksearch.trial.checkpoint import CheckpointFile
@@ -155,7 +155,9 @@ class Session:
             if plan is not None:
                 project_(model, plan)
             generator = torch.Generator(self._device).manual_seed(step)
-            reestimate_bn_(model, calibration_batches(self.task, RUNG_BN_BATCHES, self.recipe.batch_size, generator))
+            reestimate_bn_(
+                model, calibration_batches(self.task.train, RUNG_BN_BATCHES, self.recipe.batch_size, generator)
+            )
             done = {"epochs": (self.images + training.images) / len(self.task.train), "seconds": self.elapsed}
             training.seconds -= time.perf_counter() - started
             self.score(RUNG, model, step, rung=rung, **done)
@@ -197,7 +199,9 @@ class Session:
 
     def reestimate_bn_(self, model: nn.Module) -> None:
         recipe = self.recipe
-        reestimate_bn_(model, calibration_batches(self.task, recipe.bn_batches, recipe.batch_size, self._generator))
+        reestimate_bn_(
+            model, calibration_batches(self.task.train, recipe.bn_batches, recipe.batch_size, self._generator)
+        )
 
     def score(self, phase: str, model: nn.Module, step: int, **metrics: float | None) -> None:
         """Evaluates `model` on the validation set, adds it to the history and reports it."""
