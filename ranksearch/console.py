@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from ranksearch.compress import RankPlan
-from ranksearch.study.front import Row, describe_budgets
+from ranksearch.study.verdict import verdict_of
 from ranksearch.trial.metric import metric_column, metric_text
+from ranksearch.words import describe_budgets, mix_of
 
 if TYPE_CHECKING:
+    from ranksearch.study.front import Row
     from ranksearch.study.study import Study
 
 
@@ -66,7 +68,7 @@ def front_table(front: Mapping[str, Any]) -> None:
         "params %": "right", "size KiB": "right", "ms": "right", "predicted": "right", "chosen by": "left", "plan": "left",
     }  # fmt: skip
     rows = [
-        [str(row["trial"]), *_measured(row, dense, metric), row["allocator"], RankPlan.from_dict(row["plan"]).summary()]
+        [str(row["trial"]), *_measured(row, dense, metric), row["allocator"], mix_of(row["plan"])]
         for row in front["trials"]
     ]
     rows.append(["dense", *_measured(dense, dense, metric), "", ""])
@@ -76,6 +78,27 @@ def front_table(front: Mapping[str, Any]) -> None:
     rows = [[cell for name, cell in zip(columns, row, strict=True) if name in known] for row in rows]
     columns = {name: columns[name] for name in known}
     table(title, columns, rows, spare=("size KiB", "params", "plan", "params %", "MACs"))
+
+
+def print_verdict(front: Mapping[str, Any], where: str) -> None:
+    """Which net to ship, and what is to be said of it: the last lines that a study prints.
+
+    Args:
+        where: how commands name the study.
+    """
+    verdict = verdict_of(front, where=where)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(no_wrap=True)
+    lines.add_column(overflow="fold")
+    for heading, text in verdict.sentences().items():
+        red = heading == "careful" or (heading == "trials" and front.get("failures", {}).get("count"))
+        lines.add_row(heading, Text(text, style="red" if red else ""))
+    console.print()
+    console.print(lines, highlight=False)
+    console.print(Text(f"\n{verdict.ship}", style="bold" if verdict.trial is not None else "bold red"))
+    if verdict.export:
+        console.print(Text(f"  {verdict.export}"), soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

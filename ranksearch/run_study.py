@@ -101,6 +101,7 @@ def run_study(
     study: Study, bench: Workbench, runs: Path, observer: Observer, *, address: str | None, inline: bool
 ) -> Study:
     """Trials, then the test set for the front alone, then the mirror's front; an interruption closes the mirror too."""
+    study.note_samples(bench.task)
     mirror = BackgroundMirror(study, runs, observer.log)
 
     def on_row(row: Row) -> None:

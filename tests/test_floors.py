@@ -11,7 +11,7 @@ from ranksearch import lowering
 
 PACKAGE = Path(lowering.__file__).parent.parent
 ROWS = [
-    ("errors", "_callable"),
+    ("errors", "_callable", "words"),
     ("places",),
     ("linalg", "pareto"),
     ("lowering",),

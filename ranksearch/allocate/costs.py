@@ -1,12 +1,9 @@
-"""What a net's costs are called, and each as a ratio of the dense net's."""
+"""A net's costs as ratios of the dense net's."""
 
 from __future__ import annotations
 
 from ranksearch.compress import Cost
-
-COST_RATIOS = {
-    "macs": "macs_ratio", "flops": "macs_ratio", "params": "params_ratio", "size": "size_ratio", "latency": "latency_ratio",
-}  # fmt: skip
+from ranksearch.words import COST_RATIOS
 
 
 def cost_ratio(objective: str, cost: Cost, dense: Cost) -> float:

@@ -38,7 +38,7 @@ def _terminate(number: int, frame: Any) -> None:
 
 def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
     """Runs a search or its continuation, then prints the front and where to look at it."""
-    from ranksearch.console import Terminal, front_table
+    from ranksearch.console import Terminal, front_table, print_verdict
 
     terminal = Terminal()
     signal.signal(signal.SIGTERM, _terminate)
@@ -56,6 +56,7 @@ def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
         print_json(front)
     else:
         front_table(front)
+        print_verdict(front, f"{study.space.name}{runs_option(runs)}")
     if not front["trials"] and study.leader is not None:
         raise StudyError(
             f"Every net of {study.space.name!r} was measured to be slower than the dense one, so the front is empty; `ranksearch latency` "
@@ -146,12 +147,17 @@ def front(study: StudyName, runs: Runs = DEFAULT_RUNS, as_json: Json = False) ->
 
     Example: ranksearch front digits_resnet8 --json
     """
-    from ranksearch.console import front_table
-    from ranksearch.study.folder import find_study
-    from ranksearch.study.study import Study
+    from ranksearch.console import front_table, print_verdict
+    from ranksearch.study.where import find_study, finished_front
 
-    record = Study.open(find_study(study, runs)).front_record()
+    folder = find_study(study, runs)
+    record = finished_front(folder)
+    if record is None:  # it goes on still: its journal knows more than the file; seconds of imports
+        from ranksearch.study.study import Study
+
+        record = Study.open(folder).front_record()
     if as_json:
         print_json(record)
     else:
         front_table(record)
+        print_verdict(record, f"{study}{runs_option(runs)}")

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from ranksearch.allocate import BASELINES, Budget, allocate_plan, cost_value, greedy, measure_scores
-from ranksearch.allocate.costs import COST_RATIOS, latency_ratio
+from ranksearch.allocate.costs import latency_ratio
 from ranksearch.allocate.curves import Curves
 from ranksearch.allocate.damage import Damage
 from ranksearch.compress import Cost, RankPlan
@@ -27,6 +27,7 @@ from ranksearch.space.space import Space
 from ranksearch.tasks import model_reference
 from ranksearch.tasks.evaluate import Evaluation
 from ranksearch.trial.metric import Metric
+from ranksearch.words import COST_RATIOS
 
 ALLOCATORS = ("solver", *BASELINES, "greedy")
 DEFAULT_ALLOCATORS = ("solver", "uniform", "energy", "minimax")

@@ -23,31 +23,31 @@ from typing import Any, TypeVar
 
 import filelock
 
-from ranksearch.errors import UsageError, nearest
+from ranksearch.errors import UsageError
 from ranksearch.places.place import Place, Remote
 from ranksearch.space.space import Space
+from ranksearch.study.where import (  # noqa: F401  (a study's folder has one table of names, which lies where nothing heavy is loaded)
+    CHECKPOINTS,
+    CURVES,
+    DENSE_WEIGHTS,
+    EXPORTS,
+    FRONT,
+    GIVEN,
+    INFO,
+    JOURNAL,
+    LATENCY,
+    LOCK,
+    MEASURED,
+    PREVIEW,
+    REPORT,
+    SPACE,
+    TEST,
+    TRIALS,
+    UNFINISHED,
+    find_study,
+)  # fmt: skip
 
-SPACE, GIVEN, INFO, JOURNAL = "space.yaml", "space.given.yaml", "study.json", "optuna.journal"
-FRONT, TEST = "front.json", "test.json"
-DENSE_WEIGHTS, CHECKPOINTS, TRIALS = "dense.safetensors", "checkpoints", "trials"
-CURVES, PREVIEW, EXPORTS = "curves.safetensors", "preview", "exports"
-LATENCY, MEASURED = "latency.json", "latencies.json"
-LOCK, UNFINISHED = ".lock", ".unfinished"
-"""Stands in a folder while a study is being made there."""
 AnyPlace = TypeVar("AnyPlace", Path, Remote, Place)
-
-
-def find_study(name: str, runs: Path) -> Path:
-    """The folder of a study given by name (in `runs`) or by path.
-
-    Raises:
-        UsageError: no such study; the text names the nearest one.
-    """
-    for folder in (Path(name), runs / name):
-        if (folder / INFO).is_file():
-            return folder.resolve()
-    known = sorted(p.parent.name for p in runs.glob(f"*/{INFO}"))
-    raise UsageError(f"There is no study {name!r}, neither as a folder nor in {runs}. {nearest(name, known)}")
 
 
 def trial_folder(folder: AnyPlace, number: int) -> AnyPlace:

@@ -7,10 +7,11 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from ranksearch.allocate.costs import COST_RATIOS
 from ranksearch.pareto import hypervolume
 from ranksearch.space.space import Space
+from ranksearch.study.verdict import SCHEMA, verdict_of
 from ranksearch.trial.metric import Metric
+from ranksearch.words import COST_RATIOS
 
 Row = dict[str, Any]
 MEASURED = (
@@ -87,22 +88,22 @@ def front_hypervolume(front: Sequence[Row], objectives: Sequence[str]) -> float:
     return hypervolume(_points(front, objectives), [1.0] * len(objectives)) if front else 0.0
 
 
-def describe_budgets(record: Mapping[str, Any]) -> str:
-    """The budgets of a front's record in words, such as `flops ≤ 50%, size ≤ 1MiB`."""
-    return ", ".join(f"{cost} ≤ {text}" for cost, text in record["budgets"].items()) or "no budget"
-
-
 def directions_of(objectives: Sequence[str], metric: Metric) -> list[str]:
     """Of each objective: "maximize" or "minimize"."""
     return [metric.direction if name == "accuracy" else "minimize" for name in objectives]
 
 
 def front_record(
-    space: Space, dense: Mapping[str, Any], metric: Metric, front: Sequence[Row], hypervolume: float
-) -> dict[str, Any]:
-    """The study's name, metric, objectives, budgets, reference point, hypervolume, dense net and front, for JSON."""
+    space: Space, dense: Mapping[str, Any], metric: Metric, front: Sequence[Row], hypervolume: float, facts: Mapping[str, Any]
+) -> dict[str, Any]:  # fmt: skip
+    """The study's name, metric, objectives, budgets, reference point, hypervolume, dense net and front, for JSON.
+
+    Args:
+        facts: how far the study is (`Study.facts`); with the verdict they stand beside the rest.
+    """
     objectives = space.search.objectives
-    return {
+    record = {
+        "schema": SCHEMA,
         "study": space.name,
         "metric": metric.to_dict(),
         "objectives": [
@@ -112,7 +113,9 @@ def front_record(
         "budgets": {budget.cost: budget.text for budget in space.parsed_budgets()},
         "reference_point": [0.0 if name == "accuracy" else 1.0 for name in objectives],
         "hypervolume": hypervolume,
+        **facts,
         "latency": space.latency.model_dump() if space.has_latency else None,
         "dense": dict(dense),
         "trials": [{key: value for key, value in row.items() if key not in NOT_IN_RECORD} for row in front],
     }
+    return record | {"verdict": verdict_of(record).to_dict()}

@@ -9,8 +9,8 @@ import numpy as np
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-from ranksearch.allocate.costs import COST_RATIOS
 from ranksearch.study.front import Row
+from ranksearch.words import COST_RATIOS
 
 FRONT, AT_COST = "reaching the front", "accuracy at its cost"
 FEWEST = 12

@@ -18,6 +18,8 @@ class Ledger:
         self._best: Row | None = None
         self.counts: dict[str, int] = {}
         """Status -> number of trials."""
+        self._worth: list[tuple[int, float]] = []
+        """After how many finished trials the front changed, and its hypervolume then."""
         for row in rows:
             self.add(row)
 
@@ -40,7 +42,9 @@ class Ledger:
             return False
         if self._best is None or merit(row) > merit(self._best):
             self._best = row
-        return self._take_to_front(row)
+        if taken := self._take_to_front(row):
+            self._worth.append((len(self._rows), self.hypervolume))
+        return taken
 
     def _take_to_front(self, row: Row) -> bool:
         if self._faster and (row["latency_ratio"] or 0.0) > 1:
@@ -81,6 +85,26 @@ class Ledger:
         found = {"finished_trials": len(self), "hypervolume": self.hypervolume, "front_size": len(self._front)}
         best = {} if self._best is None else {"best_within_budget": self._best["val_accuracy"]}
         return found | best | {f"{status.replace(' ', '_')}_trials": count for status, count in self.counts.items()}
+
+    def gains(self) -> dict[str, float] | None:
+        """What the last trials added to the hypervolume, as shares of what it is now; None before there is a front.
+
+        `last` says how many trials `last_gain` is of: a quarter of them, five at most; `half_gain` is of the second half of them.
+        """
+        if not self._worth or not self._worth[-1][1]:
+            return None
+        finished, (_, now) = len(self._rows), self._worth[-1]
+        last = max(1, min(5, finished // 4))
+
+        def since(count: int) -> float:
+            before = next((worth for at, worth in reversed(self._worth) if at <= count), 0.0)
+            return max(0.0, (now - before) / now)
+
+        return {"last": last, "last_gain": since(finished - last), "half_gain": since(finished // 2)}
+
+    def reasons(self) -> list[str]:
+        """Why trials failed or diverged, in the order of their numbers."""
+        return [row["reason"] or row["status"] for row in self.rows if row["status"] in ("failed", "diverged")]
 
     def time(self, found: Mapping[str, Sequence[float]]) -> None:
         """Writes latencies (trial number as text -> milliseconds, ratio of dense) into the rows, and makes the front anew."""

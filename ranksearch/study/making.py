@@ -26,6 +26,7 @@ from ranksearch.study.proposals import form_of
 from ranksearch.study.provenance import provenance
 from ranksearch.study.storage import make_study
 from ranksearch.tasks import is_own
+from ranksearch.tasks.task import Task
 from ranksearch.trial.metric import Metric
 
 
@@ -49,12 +50,17 @@ def begin(
     opening = first_points(space, bench.curves, form, known)
     info = {
         "study": space.name, "id": uuid.uuid4().hex, "metric": metric.to_dict(), "task_file": own, "dense": dense,
-        "seed": space.search.seed, "provenance": provenance(folder),
+        "samples": samples_of(bench.task), "seed": space.search.seed, "provenance": provenance(folder),
         "opened_with": dict(Counter(point.allocator for point in opening)), "layers": bench.layer_facts(),
         "latency_key": Stopwatch(space.latency.as_setting()).key if space.has_latency else None,
     }  # fmt: skip
     study = make_study(space, folder, info, directions_of(space.search.objectives, metric))
     return space, info, study, opening
+
+
+def samples_of(task: Task) -> dict[str, int | None]:
+    """How many samples nets are chosen by, and how many the front is scored on at the end."""
+    return {"validation": len(task.val), "test": None if task.test is None else len(task.test)}
 
 
 def space_text(space: Space) -> str:

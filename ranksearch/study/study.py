@@ -45,12 +45,14 @@ from ranksearch.study.importance import importances
 from ranksearch.study.journal import mend_journal, together
 from ranksearch.study.late import DENSE, Late
 from ranksearch.study.ledger import Ledger
-from ranksearch.study.making import begin, read_folder, space_text
+from ranksearch.study.making import begin, read_folder, samples_of, space_text
 from ranksearch.study.orphans import settle_orphans
 from ranksearch.study.outcomes import record_of, tell_optuna
 from ranksearch.study.proposals import Proposals
 from ranksearch.study.stopping import recorded_rungs, rung_point
 from ranksearch.study.storage import forget_study, open_study
+from ranksearch.study.verdict import commonest
+from ranksearch.tasks.task import Task
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.metric import Metric
@@ -80,7 +82,8 @@ class Study:
         self.metric = Metric.of_study(info)
         self._proposals = self._make_proposals()
         trials = study.get_trials(deepcopy=False)
-        done = (t for t in trials if t.state.is_finished() and "result" in t.user_attrs)
+        done = [t for t in trials if t.state.is_finished() and "result" in t.user_attrs]
+        done.sort(key=lambda t: t.datetime_complete.timestamp() if t.datetime_complete else 0.0)
         rows = (row_of(t, info["dense"], self.metric) for t in done)
         self._late = Late(folder)
         self._ledger = Ledger(self._objectives, rows, faster=space.has_latency)
@@ -183,6 +186,12 @@ class Study:
     def conclude(self) -> None:
         """Notes in the study's folder that it is done, also where it had nothing more to propose."""
         self._note(done=True)
+        self.write_front()
+
+    def note_samples(self, task: Task) -> None:
+        """Keeps how many samples the nets are scored on, of a study that was made before this was kept."""
+        if "samples" not in self.info:
+            self._note(samples=samples_of(task))
 
     def note_probe(self, found: Mapping[str, Any]) -> None:
         """Keeps what a trial took of a GPU (`device`, `peak_bytes`), so that a resumed study need not measure it again."""
@@ -335,7 +344,7 @@ class Study:
         CheckpointFile(self._proposals.checkpoint(candidate["key"], candidate["seed"]), 0.0).remove()
         if trial.number not in self._ledger:
             self._front_changed |= self._ledger.add(row)
-        if self._front_changed or not (self.folder / FRONT).is_file():
+        if self._front_changed or self.done or not (self.folder / FRONT).is_file():
             self.write_front()
         return row
 
@@ -434,7 +443,17 @@ class Study:
     def front_record(self) -> dict[str, Any]:
         """What `front.json` holds."""
         dense = {**self.info["dense"], "test_accuracy": self._late.test_accuracies().get(DENSE)}
-        return front_record(self.space, dense, self.metric, self._ledger.front, self._ledger.hypervolume)
+        return front_record(self.space, dense, self.metric, self._ledger.front, self._ledger.hypervolume, self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """How far the study is: `state` (running, complete, or failed where it is over without a net), trials by status, the commonest
+        reason of failures, sizes of the splits, what the last trials gained.
+        """
+        state = "running" if not self.done else "complete" if self.counts.get("complete") else "failed"
+        return {
+            "state": state, "planned": self.planned, "counts": self.counts, "failures": commonest(self._ledger.reasons()),
+            "samples": self.info.get("samples") or {"validation": self.space.validation, "test": None}, "gains": self._ledger.gains(),
+        }  # fmt: skip
 
     def write_front(self) -> None:
         write_atomically(self.folder / FRONT, json.dumps(self.front_record(), allow_nan=False))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ranksearch.compress import RankPlan
 from ranksearch.lowering.contract import sides
-from ranksearch.study.front import Row, describe_budgets
+from ranksearch.study.front import Row
 from ranksearch.tracking.chart import (
     BLACK,
     BLUE,
@@ -21,7 +21,8 @@ from ranksearch.tracking.chart import (
     Plot,
     Series,
 )
-from ranksearch.tracking.view import COST_NAMES, View, cost_percent
+from ranksearch.tracking.view import View, cost_percent
+from ranksearch.words import COST_NAMES, describe_budgets
 
 Record = Mapping[str, Any]
 

@@ -6,10 +6,10 @@ import csv
 import io
 from typing import Any
 
-from ranksearch.study.front import describe_budgets
 from ranksearch.tasks import model_reference
-from ranksearch.tracking.view import COST_NAMES, View, cost_percent
+from ranksearch.tracking.view import View, cost_percent
 from ranksearch.trial.metric import metric_text
+from ranksearch.words import COST_NAMES, describe_budgets
 
 COLUMNS = (
     "trial", "val_accuracy", "test_accuracy", "macs", "macs_ratio", "params", "params_ratio", "size_bytes", "size_ratio", "latency_ms",

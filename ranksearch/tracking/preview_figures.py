@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ranksearch.compress import RankPlan
-from ranksearch.study.front import describe_budgets
 from ranksearch.tracking.chart import (
     BLACK,
     BLUE,
@@ -23,7 +22,7 @@ from ranksearch.tracking.chart import (
     Series,
 )
 from ranksearch.tracking.figures import kept_rank_map
-from ranksearch.tracking.view import COST_NAMES
+from ranksearch.words import COST_NAMES, describe_budgets
 
 Record = Mapping[str, Any]
 

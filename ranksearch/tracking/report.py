@@ -10,13 +10,14 @@ from typing import Any
 
 from ranksearch import __version__
 from ranksearch.compress import RankPlan
-from ranksearch.study.front import Row, describe_budgets
+from ranksearch.study.front import Row
 from ranksearch.tracking.draw_html import fragment
 from ranksearch.tracking.figures import study_charts
 from ranksearch.tracking.runs import plan_line
 from ranksearch.tracking.trial_figures import trial_charts
-from ranksearch.tracking.view import COST_NAMES, View, cost_percent
+from ranksearch.tracking.view import View, cost_percent
 from ranksearch.trial.metric import PERCENT, metric_text
+from ranksearch.words import COST_NAMES, describe_budgets
 
 DRAWN_TRIALS = 30
 """Nets of the front whose training is drawn; a page with more is slow to open."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from ranksearch.allocate.costs import COST_RATIOS
 from ranksearch.compress import RankPlan
 from ranksearch.lowering.contract import sides
 from ranksearch.space.settings import Choices, Range, Strict
@@ -16,6 +15,7 @@ from ranksearch.study.folded import unfolded
 from ranksearch.study.front import Row
 from ranksearch.tracking.view import View, cost_percent
 from ranksearch.trial.metric import Metric
+from ranksearch.words import COST_RATIOS
 
 PARENT_TAG = "mlflow.parentRunId"
 KIND_TAG, STUDY_TAG, TRIAL_TAG, MODEL_TAG = (

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch.allocate import cost_value
-from ranksearch.allocate.costs import COST_RATIOS
 from ranksearch.compress import Cost
 from ranksearch.space.space import Space
 from ranksearch.study.front import Row
 from ranksearch.study.ledger import Ledger
 from ranksearch.study.study import Study
 from ranksearch.trial.metric import Metric
-
-COST_NAMES = {"macs": "MACs", "flops": "FLOPs", "params": "params", "size": "size", "latency": "latency"}
+from ranksearch.words import COST_RATIOS
 
 
 @dataclass(frozen=True)

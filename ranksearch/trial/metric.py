@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ranksearch.tasks.task import Task
+if TYPE_CHECKING:
+    from ranksearch.tasks.task import Task
 
 PERCENT = "%"
 TOLD_WORST = 10.0

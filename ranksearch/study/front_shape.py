@@ -1,0 +1,84 @@
+"""The shape of a front in words: where it bends, and what more of the budget would give. From a front's record alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ranksearch.trial.metric import PERCENT, metric_text
+from ranksearch.words import COST_NAMES, percent_of_dense, shown_costs
+
+Record = Mapping[str, Any]
+Point = tuple[float, float, int]
+"""Cost in percent of dense, validation metric (turned so that more is better), trial."""
+
+MORE_BUDGET = 0.1
+"""By how much a budget is thought to be raised."""
+
+
+def shape_in_words(record: Record) -> str:
+    """The knee with the slopes beside it, and what a tenth more budget would give; empty for fewer than two nets."""
+    cost, points = shown_costs(record)[0], points_of(record)
+    if len(points) < 2:
+        return ""
+    name, said = COST_NAMES[cost], []
+    if (at := knee(points)) is not None:
+        low, here, high = points[0], points[at], points[-1]
+        said.append(
+            f"it bends at trial {here[2]} ({here[0]:.0f} % of dense {name}): above it 10 points of {name} bring "
+            f"{_worth(record, _slope(here, high))}, below it they cost {_worth(record, _slope(low, here))}"
+        )
+    else:
+        said.append(f"10 points of {name} bring about {_worth(record, _slope(points[0], points[-1]))} along it")
+    said += [f"{more}"] if (more := _more(record, points, name)) else []
+    return "; ".join(said) + "."
+
+
+def points_of(record: Record) -> list[Point]:
+    """The front over its first cost by rising cost; of nets of one cost the best, and no net that a cheaper one equals."""
+    cost, sign = shown_costs(record)[0], -1.0 if record["metric"]["direction"] == "minimize" else 1.0
+    known = [(percent_of_dense(row, cost), sign * row["val_accuracy"], row["trial"]) for row in record["trials"]]
+    rising: list[Point] = []
+    for x, y, trial in sorted((p for p in known if p[0] is not None), key=lambda p: (p[0], -p[1])):  # type: ignore[arg-type]
+        if not rising or y > rising[-1][1]:
+            rising.append((float(x or 0.0), y, trial))
+    return rising
+
+
+def knee(points: Sequence[Point]) -> int | None:
+    """Which point lies farthest above the line between the front's ends, both axes scaled to it; None where none does.
+
+    Reference: Das 1999 (normal-boundary intersection's knee).
+    """
+    (x0, y0, _), (x1, y1, _) = points[0], points[-1]
+    above = [(y - y0) / (y1 - y0) - (x - x0) / (x1 - x0) for x, y, _ in points[1:-1]]
+    best = max(range(len(above)), key=above.__getitem__, default=None)
+    return None if best is None or above[best] <= 0 else best + 1
+
+
+def _slope(low: Point, high: Point) -> float:
+    """What ten points of the cost bring."""
+    return 10 * (high[1] - low[1]) / (high[0] - low[0])
+
+
+def _worth(record: Record, amount: float) -> str:
+    metric = record["metric"]
+    return (
+        f"{metric_text(metric, amount)} points"
+        if metric["unit"] == PERCENT
+        else metric_text(metric, amount, with_unit=True)
+    )
+
+
+def _more(record: Record, points: Sequence[Point], name: str) -> str:
+    """Between the line to the dense net, which a front that bends lies above, and the front's own last slope."""
+    if not record["budgets"]:
+        return ""
+    (x, y, _), sign = points[-1], -1.0 if record["metric"]["direction"] == "minimize" else 1.0
+    dense = sign * record["dense"]["val_accuracy"]
+    if dense <= y:
+        return "more budget has nothing to give: the best net equals the dense one on validation"
+    to_dense, along = _slope(points[-1], (100.0, dense, -1)) if x < 100 else 0.0, _slope(points[-2], points[-1])
+    least, most = sorted(MORE_BUDGET * x / 10 * slope for slope in (to_dense, along))
+    span = f"{metric_text(record['metric'], least)} to {_worth(record, most)}"
+    return f"a tenth more budget would bring {span} (not tried: the slopes to the dense net and along the front)"

@@ -1,0 +1,42 @@
+"""The names in a study's folder, finding it, and the front of one that is over. Loads neither torch nor optuna: `front` is to be quick."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ranksearch.errors import UsageError, nearest
+from ranksearch.study.verdict import SCHEMA
+
+SPACE, GIVEN, INFO, JOURNAL = "space.yaml", "space.given.yaml", "study.json", "optuna.journal"
+FRONT, TEST = "front.json", "test.json"
+DENSE_WEIGHTS, CHECKPOINTS, TRIALS = "dense.safetensors", "checkpoints", "trials"
+REPORT = "report.html"
+CURVES, PREVIEW, EXPORTS = "curves.safetensors", "preview", "exports"
+LATENCY, MEASURED = "latency.json", "latencies.json"
+LOCK, UNFINISHED = ".lock", ".unfinished"
+"""Stands in a folder while a study is being made there."""
+
+
+def find_study(name: str, runs: Path) -> Path:
+    """The folder of a study given by name (in `runs`) or by path.
+
+    Raises:
+        UsageError: no such study; the text names the nearest one.
+    """
+    for folder in (Path(name), runs / name):
+        if (folder / INFO).is_file():
+            return folder.resolve()
+    known = sorted(p.parent.name for p in runs.glob(f"*/{INFO}"))
+    raise UsageError(f"There is no study {name!r}, neither as a folder nor in {runs}. {nearest(name, known)}")
+
+
+def finished_front(folder: Path) -> dict[str, Any] | None:
+    """The front's record of a study that is over, as `front.json` keeps it; None where the study has to be opened for it."""
+    try:
+        info, record = json.loads((folder / INFO).read_text()), json.loads((folder / FRONT).read_text())
+    except (OSError, ValueError):
+        return None
+    over = isinstance(info, dict) and info.get("done") and isinstance(record, dict) and record.get("schema") == SCHEMA
+    return record if over and record["state"] != "running" else None

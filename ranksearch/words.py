@@ -1,0 +1,50 @@
+"""What costs and the makers of plans are called wherever a person reads of them: one word for one thing. Loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+COST_RATIOS = {
+    "macs": "macs_ratio", "flops": "macs_ratio", "params": "params_ratio", "size": "size_ratio", "latency": "latency_ratio",
+}  # fmt: skip
+"""Cost -> the key under which a record holds it as a ratio of the dense net's."""
+COST_NAMES = {"macs": "MACs", "flops": "FLOPs", "params": "params", "size": "size", "latency": "latency"}
+MADE_BY = {
+    "search": "proposed by the search's sampler from what the trials before it found",
+    "solver": "the solver's plan: the least damage that measured sensitivities predict",
+    "uniform": "the same share of its rank kept in every layer",
+    "energy": "the same share of its energy kept in every layer",
+    "minimax": "the layers' largest relative error made as small as it can be",
+    "evbmf": "ranks that variational Bayes estimates for each layer",
+    "stable_rank": "ranks in proportion to the layers' stable ranks",
+    "greedy": "layers chosen by scoring the net with each of them lowered alone",
+    "random": "drawn at random",
+    "warm start": "the plan of an earlier study",
+}
+"""Who made a plan -> what that means to somebody who reads of it for the first time."""
+
+
+def describe_budgets(record: Mapping[str, Any]) -> str:
+    """The budgets of a front's record in words, such as `flops ≤ 50%, size ≤ 1MiB`."""
+    return ", ".join(f"{cost} ≤ {text}" for cost, text in record["budgets"].items()) or "no budget"
+
+
+def shown_costs(record: Mapping[str, Any]) -> list[str]:
+    """The costs that a front's record is shown over: the objectives, else the first budget's, else MACs."""
+    objectives = [objective["name"] for objective in record["objectives"]]
+    return [name for name in objectives if name != "accuracy"] or list(record["budgets"])[:1] or ["macs"]
+
+
+def percent_of_dense(row: Mapping[str, Any], cost: str) -> float | None:
+    """A record's cost in percent of the dense net's; None where it was not measured."""
+    ratio = row.get(COST_RATIOS[cost])
+    return None if ratio is None else 100 * ratio
+
+
+def mix_of(plan: Mapping[str, Any]) -> str:
+    """How many layers of a plan's dictionary take which lowering, the most frequent first, such as `spatial 12 · dense 4`."""
+    counts: dict[str, int] = {}
+    for layer in plan["layers"].values():
+        counts[layer["lowering"]] = counts.get(layer["lowering"], 0) + 1
+    return " · ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])) or "dense"
