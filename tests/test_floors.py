@@ -13,7 +13,7 @@ PACKAGE = Path(lowering.__file__).parent.parent
 ROWS = [
     ("errors", "_callable", "words"),
     ("places",),
-    ("linalg", "pareto"),
+    ("linalg", "maxvol", "pareto"),
     ("lowering",),
     ("compress",),
     ("allocate",),

@@ -178,11 +178,12 @@ def test_costs_equal_flop_counter_and_parameters(lowering, spec):
         built = lowering.build(spec, rank, dtype=torch.float64)
         assert [tuple(w.shape) for w in lowering.stored_weights(built)] == list(lowering.stored_shapes(spec, rank))
         params = sum(p.numel() for p in built.parameters())
+        size = sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in built.state_dict().values())
         settle_(built)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             built(sample(spec, batch=1))
         flops = counter.get_total_flops()
-        expected = {"macs": flops // 2, "flops": flops, "params": params, "size": 4 * params}
+        expected = {"macs": flops // 2, "flops": flops, "params": params, "size": size}
         assert {cost: lowering.cost(spec, rank, cost, in_size(spec)) for cost in LAYER_COSTS} == expected
 
 

@@ -261,7 +261,7 @@ def rank_curves(
 
     def curve_of(layer: Layer, lowering: Lowering, multiple: int) -> RankCurve:
         weight = slots[layer.name].weight.detach()
-        key = curve_key(weight, layer.spec, lowering.name, multiple)
+        key = curve_key(weight, layer.spec, lowering.curve_name, multiple)
         if key not in found:
             try:
                 found[key] = lowering.curve(weight, layer.spec, multiple)

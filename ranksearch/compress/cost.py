@@ -32,6 +32,11 @@ def layer_cost(layer: Layer, choice: LayerPlan) -> tuple[int, int]:
     return macs, lowering.params(layer.spec, choice.rank)
 
 
+def layer_indices(layer: Layer, choice: LayerPlan) -> int:
+    """Whole numbers that a layer stores beside its params, of as many bytes each as one of these."""
+    return lowering_named(choice.lowering).indices(layer.spec, choice.rank)
+
+
 def plan_cost(net: Net, plan: RankPlan) -> Cost:
     """Cost of `net` under `plan`.
 
@@ -42,7 +47,8 @@ def plan_cost(net: Net, plan: RankPlan) -> Cost:
         net[name]
     pairs = [layer_cost(layer, plan[layer.name]) for layer in net.layers]
     macs, params = net.other_macs + sum(m for m, _ in pairs), net.other_params + sum(p for _, p in pairs)
-    return Cost(macs, params, (params + net.other_floats) * BYTES_PER_WEIGHT + net.other_bytes)
+    numbers = params + net.other_floats + sum(layer_indices(layer, plan[layer.name]) for layer in net.layers)
+    return Cost(macs, params, numbers * BYTES_PER_WEIGHT + net.other_bytes)
 
 
 def dense_cost(net: Net) -> Cost:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ranksearch.compress.attention import IN_PROJ, QKV, open_attention_, set_module_
 from ranksearch.compress.plan import LayerPlan, RankPlan
@@ -69,7 +69,7 @@ def open_attentions_(model: nn.Module, names: Iterable[str]) -> None:
 def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, *, fill: bool, warm: Any) -> None:
     lowering, weight = lowering_named(choice.lowering), slot.weight
     built: dict[int, nn.Module] = {}
-    shared: tuple[nn.Parameter, ...] | None = None
+    shared: tuple[Tensor, ...] | None = None
     for path in slot.paths:
         module: Any = model.get_submodule(path)
         if id(module) not in built:
@@ -86,11 +86,12 @@ def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, *, fill: bool, wa
                 running_layers(chain)[-1].bias = module.bias
             built[id(module)] = chain.train(module.training)
         set_module_(model, path, built[id(module)])
-    for parameter in shared or ():
-        parameter.requires_grad_(weight.requires_grad)
+    for stored in shared or ():
+        if stored.is_floating_point():
+            stored.requires_grad_(weight.requires_grad)
 
 
-def _fill_(parameters: tuple[nn.Parameter, ...], slot: Slot, choice: LayerPlan, warm: Any) -> None:
+def _fill_(parameters: tuple[Tensor, ...], slot: Slot, choice: LayerPlan, warm: Any) -> None:
     with torch.no_grad():
         try:
             factors = lowering_named(choice.lowering).decompose(slot.weight.detach(), choice.rank, slot.spec, warm)
@@ -100,10 +101,10 @@ def _fill_(parameters: tuple[nn.Parameter, ...], slot: Slot, choice: LayerPlan, 
             parameter.copy_(factor)
 
 
-def _share_(chain: nn.Module, own: tuple[nn.Parameter, ...], shared: tuple[nn.Parameter, ...]) -> None:
-    """Lets `chain` compute with the parameters `shared` in the place of its `own`."""
-    instead = {id(mine): theirs for mine, theirs in zip(own, shared, strict=True)}
+def _share_(chain: nn.Module, own: tuple[Tensor, ...], shared: tuple[Tensor, ...]) -> None:
+    """Lets `chain` compute with the parameters and buffers `shared` in the place of its `own`."""
+    instead: dict[int, Any] = {id(mine): theirs for mine, theirs in zip(own, shared, strict=True)}
     for module in chain.modules():
-        for name, parameter in module._parameters.items():
-            if id(parameter) in instead:
-                module._parameters[name] = instead[id(parameter)]
+        tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in tensors:
+            held |= {name: instead[id(tensor)] for name, tensor in held.items() if id(tensor) in instead}

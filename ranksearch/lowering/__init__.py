@@ -15,10 +15,12 @@ from ranksearch.lowering.contract import (
     register,
 )
 from ranksearch.lowering.matrix import MatrixLowering
+from ranksearch.lowering.pivoted import register_pivoted
 from ranksearch.lowering.spec import LayerSpec
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+register_pivoted()
 
 __all__ = [
     "LAYER_COSTS",

@@ -22,6 +22,7 @@ from ranksearch.lowering.spec import LayerSpec
 @register
 class Channel(MatrixLowering):
     name = "channel"
+    pivoted_ends = ("first",)
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return None if spec.is_conv else "channel lowers convolutions; a Linear takes svd."

@@ -119,6 +119,13 @@ class Lowering(ABC):
     """Whether a search takes it only where the space names it."""
     has_rank: bool = True
     """False for `dense` alone."""
+    pivoted_ends: tuple[str, ...] = ()
+    """Which of the chain's 1x1 convs or Linears at its ends, "first" or "last", have a pivoted form (`pivoted.py`)."""
+
+    @property
+    def curve_name(self) -> str:
+        """Lowerings of one `curve_name` remove the same of a weight at the same rank: one curve serves them all."""
+        return self.name
 
     @classmethod
     def members(cls) -> Sequence[Lowering]:
@@ -205,6 +212,10 @@ class Lowering(ABC):
         """Stored parameters, bias included."""
         return sum(map(prod, self.stored_shapes(spec, rank))) + (spec.out_channels if spec.bias else 0)
 
+    def indices(self, spec: LayerSpec, rank: Rank) -> int:
+        """Stored whole numbers, of as many bytes as a weight, that are no parameters."""
+        return 0
+
     def macs(self, spec: LayerSpec, rank: Rank, in_size: Ints) -> int:
         """MACs of what runs, for one sample whose map enters with extents `in_size`."""
         total = 0
@@ -221,8 +232,10 @@ class Lowering(ABC):
         """
         if cost in ("macs", "flops"):
             return self.macs(spec, rank, in_size) * (2 if cost == "flops" else 1)
-        if cost in ("params", "size"):
-            return self.params(spec, rank) * (BYTES_PER_WEIGHT if cost == "size" else 1)
+        if cost == "params":
+            return self.params(spec, rank)
+        if cost == "size":
+            return (self.params(spec, rank) + self.indices(spec, rank)) * BYTES_PER_WEIGHT
         raise UsageError(
             f"A layer's cost is one of {', '.join(LAYER_COSTS)}, not {cost!r}. {nearest(cost, LAYER_COSTS)}"
         )
@@ -251,8 +264,8 @@ class Lowering(ABC):
         layers = [factor.build(device=device, dtype=dtype) for factor in self.factor_specs(spec, rank)]
         return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
-    def stored_weights(self, built: nn.Module) -> tuple[nn.Parameter, ...]:
-        """The parameters of a built module that hold the factors, in the order of `stored_shapes`."""
+    def stored_weights(self, built: nn.Module) -> tuple[Tensor, ...]:
+        """The parameters, and buffers of whole numbers, of a built module that hold the factors, in the order of `stored_shapes`."""
         return tuple(layer.weight for layer in running_layers(built))  # type: ignore[misc]
 
 

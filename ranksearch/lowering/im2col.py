@@ -22,6 +22,7 @@ from ranksearch.lowering.spec import LayerSpec
 @register
 class Im2col(MatrixLowering):
     name = "im2col"
+    pivoted_ends = ("last",)
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return None if spec.is_conv else "im2col lowers convolutions; a Linear takes svd."

@@ -22,6 +22,7 @@ from ranksearch.lowering.spec import LayerSpec
 @register
 class Svd(MatrixLowering):
     name = "svd"
+    pivoted_ends = ("last",)
 
     def refusal(self, spec: LayerSpec) -> str | None:
         return "svd lowers Linear layers; a convolution takes im2col, channel or spatial." if spec.is_conv else None

@@ -31,6 +31,7 @@ class ChannelTiles(MatrixLowering):
     """q column tiles, aligned with q groups of input channels."""
 
     family = "tiled"
+    pivoted_ends = ("last",)
 
     def __init__(self, tiles: int) -> None:
         self.tiles = tiles
@@ -165,7 +166,7 @@ class SquareTiles(MatrixLowering):
         parametrize.register_parametrization(layer, "weight", Rebuilt(self, spec, rank))
         return layer
 
-    def stored_weights(self, built: nn.Module) -> tuple[nn.Parameter, ...]:
+    def stored_weights(self, built: nn.Module) -> tuple[Tensor, ...]:
         stored = built.parametrizations["weight"]  # type: ignore[index, union-attr]
         return tuple(getattr(stored, f"original{i}") for i in range(2))
 

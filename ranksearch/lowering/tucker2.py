@@ -42,6 +42,7 @@ class Bases(NamedTuple):
 @register
 class Tucker2(Lowering):
     name = "tucker2"
+    pivoted_ends = ("first", "last")
     is_projection = True
 
     def refusal(self, spec: LayerSpec) -> str | None:

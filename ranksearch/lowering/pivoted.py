@@ -1,0 +1,313 @@
+"""Pivoted forms, `NAME_pivoted`: the same function as the plain chain's from r(n + m - r) numbers in the place of r(n + m).
+
+A rank-r matrix n x m is spanned by r of its own rows, the pivots; the others are combinations of them. Where the chain's last layer is a
+1x1 conv or a Linear, the layer before it computes the pivot channels of the output themselves and the last one the others from them,
+y[pivots] = h, y[others] = A h: r² MACs per output position and r² params less (`im2col`, `svd`, `tucker2`; `tiled`: r² per tile).
+Where the first layer is one, h = x[pivots] + A x[others], r² per input position (`channel`, `tucker2`). So every rank below full costs
+fewer params than dense. The pivots are rows of maximum volume (`maxvol.py`): no entry of A exceeds 1.05 in absolute value, whatever the
+weight is, of deficient rank or zero too; 16 bits lose no more than they do of the plain form, and no weight has to be refused.
+
+It does **not** help latency as it does MACs: a gather and a concatenation move the whole map, in a tiled form once per tile, and the
+batch norm behind a pivoted output is not folded at export. The index of every pivoted side is stored as int32: it counts as size,
+not as params. Curves, projections and warm starts are the plain form's.
+
+Reference: Zhao et al. 2025, arXiv 2501.19090 (PIFA: Linears of language models); for convs this is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ranksearch.lowering.contract import LOWERINGS, Lowering, Projected, Rank, RankCurve
+from ranksearch.lowering.spec import Ints, LayerSpec
+from ranksearch.maxvol import pivot_rows
+
+FIRST, LAST = "first", "last"
+
+
+class PivotedLowering(Lowering):
+    """The pivoted form of `plain`; everything but how the chain's ends are stored and run is the plain form's."""
+
+    opt_in = True
+    family = "pivoted"
+
+    def __init__(self, plain: Lowering) -> None:
+        self.plain, self.name = plain, f"{plain.name}_pivoted"
+        self.is_projection = plain.is_projection
+
+    @property
+    def curve_name(self) -> str:
+        return self.plain.curve_name
+
+    def refusal(self, spec: LayerSpec) -> str | None:
+        return self.plain.refusal(spec)
+
+    def full_rank(self, spec: LayerSpec) -> Rank:
+        return self.plain.full_rank(spec)
+
+    def ranks(self, spec: LayerSpec, multiple: int = 1) -> tuple[Rank, ...]:
+        return self.plain.ranks(spec, multiple)
+
+    def curve(self, weight: Tensor, spec: LayerSpec, multiple: int = 1) -> RankCurve:
+        return self.plain.curve(weight, spec, multiple)
+
+    def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:
+        self.check_rank(spec, rank)
+        return self.plain.project(weight, rank, spec, warm)
+
+    def approximations(self, weight: Tensor, ranks: Sequence[Rank], spec: LayerSpec) -> Iterator[Tensor]:
+        return self.plain.approximations(weight, ranks, spec)
+
+    # What is stored and runs -----------------------------------------------------------------------------------------
+
+    def factor_specs(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+        """Those of the plain chain without the pivots: a layer for the others, of no channels where all are pivots."""
+        layers = list(self.plain.factor_specs(spec, rank))
+        if LAST in self.plain.pivoted_ends:
+            layers[-1] = _output_others(layers[-2], layers[-1])
+        if FIRST in self.plain.pivoted_ends:
+            first, hidden = layers[0], layers[0].out_channels
+            layers[0] = replace(first, in_channels=first.in_channels - hidden)
+        return tuple(layers)
+
+    def _orders(self, spec: LayerSpec, rank: Rank) -> dict[str, int]:
+        """Lengths of the stored indices: a pivoted output has one number per channel and tile, a pivoted input one per channel."""
+        layers = self.plain.factor_specs(spec, rank)
+        lengths = {FIRST: spec.in_channels, LAST: spec.out_channels * _tiles(layers)}
+        return {end: lengths[end] for end in self.plain.pivoted_ends}
+
+    def stored_shapes(self, spec: LayerSpec, rank: Rank) -> tuple[Ints, ...]:
+        """The weights, first to last; behind them the index of every pivoted end."""
+        weights = tuple(factor.weight_shape for factor in self.factor_specs(spec, rank))
+        return *weights, *((length,) for length in self._orders(spec, rank).values())
+
+    def indices(self, spec: LayerSpec, rank: Rank) -> int:
+        return sum(self._orders(spec, rank).values())
+
+    def params(self, spec: LayerSpec, rank: Rank) -> int:
+        return super().params(spec, rank) - self.indices(spec, rank)
+
+    def break_even_rank(self, spec: LayerSpec, cost: str, in_size: Ints = ()) -> Rank:
+        """From the top: the costs of a pivoted form need not grow with the rank where its first layer runs on a larger map."""
+        dense = LOWERINGS["dense"].cost(spec, 0, cost, in_size)
+        cheaper = (r for r in reversed(self.ladder(spec)) if self.cost(spec, r, cost, in_size) < dense)
+        return next(cheaper, 0)
+
+    def build(
+        self,
+        spec: LayerSpec,
+        rank: Rank,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        self.check_rank(spec, rank)
+        plain, own = self.plain.factor_specs(spec, rank), self.factor_specs(spec, rank)
+        ends, count = self.plain.pivoted_ends, len(own)
+        layers: list[nn.Module] = []
+        for i, layer in enumerate(own):
+            if i == 0 and FIRST in ends:
+                layers.append(PivotedInput(layer, device=device, dtype=dtype))
+            elif i == count - 1 and LAST in ends:
+                layers.append(PivotedOutput(layer, spec, _tiles(plain), device=device, dtype=dtype))
+            else:
+                layers.append(layer.build(device=device, dtype=dtype))
+        return nn.Sequential(*layers)
+
+    def stored_weights(self, built: nn.Module) -> tuple[Tensor, ...]:
+        layers: tuple[Any, ...] = tuple(built)  # type: ignore[arg-type]
+        orders = [layer.order for layer in layers if isinstance(layer, PivotedInput | PivotedOutput)]
+        return *(layer.weight for layer in layers), *orders
+
+    def decompose(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> tuple[Tensor, ...]:
+        self.check_rank(spec, rank)
+        layers = self.plain.factor_specs(spec, rank)
+        factors = self.plain.decompose(weight, rank, spec, warm)
+        blocks = [layer.blocks(factor).double() for layer, factor in zip(layers, factors, strict=True)]
+        orders = {}
+        if FIRST in self.plain.pivoted_ends:
+            right = blocks[0].flatten(2)  # [g, r, S/g]
+            found = pivot_rows(right.mT)
+            square = _rows(right.mT, found.pivots).mT
+            blocks[1] = torch.einsum("gtr...,grs->gts...", blocks[1], square)
+            blocks[0] = found.coefficients.mT
+            orders[FIRST] = _input_order(found.pivots, found.others)
+        if LAST in self.plain.pivoted_ends:
+            left = _per_tile(blocks[-1].flatten(2), _tiles(layers))  # [b, T/g, r]
+            found = pivot_rows(left)
+            blocks[-2] = torch.einsum("btr,brs...->bts...", _rows(left, found.pivots), blocks[-2])
+            blocks[-1] = found.coefficients
+            orders[LAST] = _output_order(found.pivots, found.others, _tiles(layers))
+        own = self.factor_specs(spec, rank)
+        shaped = (f.reshape(f.shape[0], *s.block_shape) for s, f in zip(own, blocks, strict=True))
+        stored = (s.weight_of(f).to(weight.dtype).contiguous() for s, f in zip(own, shaped, strict=True))
+        return *stored, *(orders[end].int() for end in self.plain.pivoted_ends)
+
+    def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
+        ends, ones = self.plain.pivoted_ends, (1,) * len(spec.kernel_size)
+        count = len(factors) - len(ends)
+        orders = dict(zip(ends, factors[count:], strict=True))
+        layers = self.plain.factor_specs(
+            spec, _smallest(self.plain.full_rank(spec))
+        )  # a layout does not depend on the rank
+        whole = list(factors[:count])
+        if FIRST in ends:
+            hidden = layers[1].blocks(factors[1]).shape[2]
+            order = orders[FIRST].long()
+            right = _with_identity(factors[0].reshape(spec.groups, hidden, -1).mT)  # [g, S/g, r], pivots first
+            place = torch.empty_like(order)
+            place[order] = torch.arange(len(order), device=order.device)
+            found = _rows(right, _local(place.reshape(spec.groups, -1), hidden, spec.groups))
+            whole[0] = found.mT.flatten(0, 1).reshape(-1, found.shape[1], *ones)
+        if LAST in ends:
+            before = layers[-2].blocks(factors[count - 2])
+            blocks, hidden = before.shape[:2]
+            left = _with_identity(factors[count - 1].reshape(blocks, -1, hidden))  # [b, T/g, r], pivots first
+            tiles = _tiles(layers)
+            place = orders[LAST].long().reshape(tiles, spec.groups, -1).transpose(0, 1).flatten(0, 1)  # [b, T/g]
+            found = _rows(left, _local(place, hidden, blocks))
+            joined = found.unflatten(0, (-1, tiles)).transpose(1, 2).flatten(2)  # [g, T/g, q·r]
+            whole[-1] = joined.flatten(0, 1).reshape(-1, joined.shape[2], *ones)
+        return self.plain.reconstruct(whole, spec)
+
+
+def register_pivoted() -> None:
+    """Registers the pivoted form of every lowering that has one."""
+    for plain in tuple(LOWERINGS.values()):
+        if plain.pivoted_ends:
+            made = PivotedLowering(plain)
+            LOWERINGS[made.name] = made
+
+
+def _tiles(layers: Sequence[LayerSpec]) -> int:
+    """Into how many tiles a chain's last layer adds up those before it: q; 1 for all but `tiled`."""
+    return layers[-2].groups // layers[-1].groups
+
+
+def _output_others(before: LayerSpec, last: LayerSpec) -> LayerSpec:
+    """[b·r] -> [b·(T/g - r)] in b groups"""
+    outputs, hidden = last.out_channels // last.groups, before.out_channels // before.groups
+    return replace(last, out_channels=before.groups * (outputs - hidden), groups=before.groups)
+
+
+def _smallest(full: Rank) -> Rank:
+    return 1 if isinstance(full, int) else (1,) * len(full)
+
+
+def _rows(matrix: Tensor, index: Tensor) -> Tensor:
+    """[b, n, r], [b, c] -> [b, c, r]"""
+    return matrix.gather(1, index[..., None].expand(-1, -1, matrix.shape[2]))
+
+
+def _per_tile(last: Tensor, tiles: int) -> Tensor:
+    """[g, T/g, q·r] -> [g·q, T/g, r]"""
+    return last.unflatten(2, (tiles, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _with_identity(coefficients: Tensor) -> Tensor:
+    """[b, n - r, r] -> [b, n, r], the pivots first"""
+    rank = coefficients.shape[2]
+    identity = torch.eye(rank).to(coefficients).expand(coefficients.shape[0], rank, rank)
+    return torch.cat([identity, coefficients], dim=1)
+
+
+def _input_order(pivots: Tensor, others: Tensor) -> Tensor:
+    """Which channels come first to last, all blocks' pivots and then all others: [b, r], [b, n - r] -> [b·n]."""
+    blocks, width = pivots.shape[0], pivots.shape[1] + others.shape[1]
+    start = width * torch.arange(blocks, device=pivots.device)[:, None]
+    return torch.cat([(start + pivots).flatten(), (start + others).flatten()])
+
+
+def _output_order(pivots: Tensor, others: Tensor, tiles: int) -> Tensor:
+    """Where every channel lies in what a pivoted output puts together: [b, r], [b, n - r] -> [q·g·n], the tiles outermost."""
+    order = _input_order(pivots, others)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return place.reshape(-1, tiles, pivots.shape[1] + others.shape[1]).transpose(0, 1).flatten()
+
+
+def _local(place: Tensor, rank: int, blocks: int) -> Tensor:
+    """Places among all blocks' pivots and others -> among those of the own block, the pivots first: [b, n]."""
+    block = torch.arange(blocks, device=place.device)[:, None]
+    others = place.shape[1] - rank
+    return torch.where(place < blocks * rank, place - block * rank, place - blocks * rank - block * others + rank)
+
+
+def _weight(layer: LayerSpec, device: torch.device | None, dtype: torch.dtype | None) -> nn.Parameter:
+    """torch's initial weight of the layer; an empty one where it has no channels."""
+    if prod(layer.weight_shape):
+        return layer.build(device=device, dtype=dtype).weight  # type: ignore[return-value]
+    return nn.Parameter(torch.empty(layer.weight_shape, device=device, dtype=dtype))
+
+
+_POINTWISE: tuple[Any, ...] = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+"""By the number of spatial axes."""
+
+
+class _Others(nn.Module):
+    """What pivoted ends share: the 1x1 conv or Linear of the channels that are no pivots, and the index that orders channels."""
+
+    order: Tensor
+
+    def __init__(self, layer: LayerSpec, channels: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight = _weight(layer, device, dtype)
+        self.register_buffer("order", torch.arange(channels, dtype=torch.int32, device=device))
+        self.axes, self.groups = len(layer.kernel_size), layer.groups
+        self.axis = 1 if layer.is_conv else -1
+
+    def others(self, x: Tensor) -> Tensor:
+        extra = {"groups": self.groups} if self.axes else {}
+        return _POINTWISE[self.axes](x, self.weight, **extra)
+
+    def extra_repr(self) -> str:
+        return f"weight={list(self.weight.shape)}, channels={len(self.order)}, groups={self.groups}"
+
+
+class PivotedInput(_Others):
+    """h = x[pivots] + A x[others]"""
+
+    def __init__(
+        self, layer: LayerSpec, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(layer, layer.in_channels + layer.out_channels, device, dtype)
+        self.hidden, self.rest = layer.out_channels, layer.in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        ordered = x.index_select(self.axis, self.order)
+        if not self.rest:
+            return ordered
+        pivots, others = ordered.split((self.hidden, self.rest), dim=self.axis)
+        return pivots + self.others(others)
+
+
+class PivotedOutput(_Others):
+    """y[pivots] = h, y[others] = A h; of several tiles the sum. The bias is added at last."""
+
+    def __init__(
+        self,
+        layer: LayerSpec,
+        whole: LayerSpec,
+        tiles: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(layer, tiles * whole.out_channels, device, dtype)
+        self.tiles, self.rest = tiles, layer.out_channels
+        bias = torch.zeros(whole.out_channels, device=device, dtype=dtype) if whole.bias else None
+        self.bias = nn.Parameter(bias) if bias is not None else None
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = torch.cat([h, self.others(h)], dim=self.axis) if self.rest else h
+        y = y.index_select(self.axis, self.order)
+        if self.tiles > 1:
+            y = y.unflatten(1, (self.tiles, -1)).sum(dim=1)
+        return y if self.bias is None else y + self.bias.reshape(-1, *(1 for _ in range(self.axes)))

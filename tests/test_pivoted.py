@@ -1,0 +1,149 @@
+"""Pivoted forms: the plain form's function from fewer numbers, in 16 bits, on the worst of weights, while trained, shared and stored."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ranksearch
+from ranksearch.allocate import LayerRules, rank_curves
+from ranksearch.compress import LayerPlan, RankPlan, plan_cost, restructure_, trace
+from ranksearch.lowering import LOWERINGS, LayerSpec, expand_families
+from ranksearch.maxvol import BOUND
+
+PIVOTED = expand_families(["pivoted"])
+CONV = LayerSpec.conv(16, 24, (3, 3), padding=(1, 1), bias=True)
+GROUPED = LayerSpec.conv(16, 32, (3, 3), stride=(2, 2), groups=2, bias=True)
+LINEAR = LayerSpec(24, 24, bias=True)
+
+
+def specs_for(name: str) -> list[LayerSpec]:
+    return [spec for spec in (CONV, GROUPED, LINEAR) if LOWERINGS[name].supports(spec)]
+
+
+def layer_of(spec: LayerSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(spec.build(dtype=dtype))
+
+
+def sample(spec: LayerSpec) -> torch.Tensor:
+    shape = (4, spec.in_channels, 9, 8) if spec.is_conv else (4, 5, spec.in_channels)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def plans(name: str, spec: LayerSpec, ratio: float) -> tuple[RankPlan, RankPlan]:
+    """(pivoted, plain) at one rank."""
+    rank = LOWERINGS[name].scaled_rank(spec, ratio)
+    return tuple(RankPlan({"0": LayerPlan(kind, rank)}) for kind in (name, name.removesuffix("_pivoted")))
+
+
+@pytest.mark.parametrize("name", PIVOTED)
+def test_it_saves_the_square_of_the_rank_and_shares_the_plain_curve(name):
+    for spec in specs_for(name):
+        pivoted, plain = LOWERINGS[name], LOWERINGS[name.removesuffix("_pivoted")]
+        rank = plain.scaled_rank(spec, 0.5)
+        ranks = rank if isinstance(rank, tuple) else (rank,)
+        tiles = int(plain.name.removeprefix("tiled_c")) if plain.name.startswith("tiled_c") else 1
+        saved = spec.groups * tiles * sum(side**2 for side in ranks)
+        assert plain.params(spec, rank) - pivoted.params(spec, rank) == saved
+        weight = spec.build().weight.data
+        for one, other in zip(pivoted.curve(weight, spec).removed, plain.curve(weight, spec).removed, strict=True):
+            assert one == other
+        assert pivoted.curve_name == plain.name
+
+
+@pytest.mark.parametrize("name", PIVOTED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_it_loses_no_more_than_the_plain_form(name, dtype):
+    for spec in specs_for(name):
+        dense, x = layer_of(spec), sample(spec)
+        pivoted, plain = (ranksearch.compress(dense, plan) for plan in plans(name, spec, 0.6))
+        exact = plain(x)
+        errors = [(net.to(dtype)(x.to(dtype)).float() - exact).norm() / exact.norm() for net in (pivoted, plain)]
+        assert errors[0] <= 2 * errors[1]
+
+
+WORST = {
+    "zero": lambda w: torch.zeros_like(w),
+    "rank one": lambda w: w.flatten(1)[:, :1].mul(w.flatten(1)[:1]).reshape(w.shape),
+    "dead outputs": lambda w: torch.cat([torch.zeros_like(w[1:]), w[:1]]),
+    "dead inputs": lambda w: torch.cat([torch.zeros_like(w[:, 1:]), w[:, :1]], dim=1),
+    "graded": lambda w: w * torch.logspace(0, -12, len(w)).reshape(-1, *(1 for _ in w.shape[1:])),
+    "tiny": lambda w: w * 1e-25,
+    "huge": lambda w: w * 1e18,
+}
+
+
+@pytest.mark.parametrize("name", PIVOTED)
+@pytest.mark.parametrize("weight", WORST)
+def test_no_weight_makes_large_coefficients_or_another_function(name, weight):
+    for spec in specs_for(name):
+        dense = layer_of(spec)
+        dense[0].weight.data = WORST[weight](dense[0].weight.data)
+        dense[0].bias.data.zero_()
+        pivoted, plain = (ranksearch.compress(dense, plan) for plan in plans(name, spec, 0.5))
+        expected = plain(sample(spec))
+        assert (pivoted(sample(spec)) - expected).norm() <= 2e-5 * expected.norm() + 1e-30
+        for end in pivoted[0]:
+            if hasattr(end, "order"):
+                assert end.weight.numel() == 0 or end.weight.abs().max() <= BOUND * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", PIVOTED)
+def test_its_factors_train_at_the_plain_forms_rate(name):
+    # not quite as fast: identity and bounded entries are another scale than two factors of one norm
+    spec = specs_for(name)[0]
+    dense, x = layer_of(spec), sample(spec)
+    losses, goal = [], dense(x).detach()
+    for plan in plans(name, spec, 0.5):
+        net = ranksearch.compress(dense, plan)
+        before = float(((net(x) - goal).square().sum() / goal.square().sum()).detach())
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+        for _ in range(40):
+            optimizer.zero_grad()
+            loss = (net(x) - goal).square().sum() / goal.square().sum()
+            loss.backward()
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] <= 1.5 * losses[1]
+    assert losses[0] < before
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, and an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.two.weight = self.one.weight
+        self.attention = nn.MultiheadAttention(24, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.two(self.one(x).relu())
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_tied_weights_attention_costs_and_files(tmp_path):
+    torch.manual_seed(0)
+    dense, x = Tied().eval(), torch.randn(2, 5, 24)
+    plan = RankPlan({name: LayerPlan("svd_pivoted", 9) for name in ("one", "attention.in_proj", "attention.out_proj")})
+    small = ranksearch.compress(dense, plan)
+    ranksearch.project_(dense, plan)
+    torch.testing.assert_close(small(x), dense(x), rtol=1e-4, atol=1e-5)
+    assert small.one[1].weight is small.two[1].weight
+    assert small.one[1].order is small.two[1].order
+    cost = plan_cost(trace(dense, x[:1]), plan)
+    assert cost.params == sum(p.numel() for p in small.parameters())
+    stored = {id(tensor): tensor for tensor in (*small.parameters(), *small.buffers())}
+    assert cost.size_bytes == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    save_file({name: tensor.clone() for name, tensor in small.state_dict().items()}, tmp_path / "net.safetensors")
+    again = restructure_(Tied().eval(), plan)
+    again.load_state_dict(load_file(tmp_path / "net.safetensors"))
+    torch.testing.assert_close(again(x), small(x), rtol=0, atol=0)
+
+
+def test_one_decomposition_serves_the_plain_and_the_pivoted_form():
+    dense = layer_of(CONV)
+    net, found = trace(dense, sample(CONV)), {}
+    rank_curves(dense, net, LayerRules(("im2col", "im2col_pivoted")), found)
+    assert len(found) == 1
