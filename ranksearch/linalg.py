@@ -187,7 +187,11 @@ def leading(matrix: Tensor, rank: int, start: Tensor | None = None) -> tuple[Ten
     From the Gram matrix of the rows: by one subspace iteration from the basis `start` [b, n, r] of a matrix nearby where the matrix
     is large and the result certified (as in `_certified`, but exactly: the Gram matrix is small), else by `eigh`.
     """
-    gram = row_gram(matrix)
+    return leading_of_gram(row_gram(matrix), rank, start)
+
+
+def leading_of_gram(gram: Tensor, rank: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`leading` from a Gram matrix [b, n, n], of which the lower triangle counts; the last basis vector is the leading one."""
     energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
     if start is not None and gram.shape[-1] >= WARM_FROM and start.shape == (*gram.shape[:-1], rank):
         full = gram.tril() + gram.tril(-1).mT

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering.spec import Ints, LayerSpec
+from ranksearch.lowering.weighting import Weighting
 
 LOWERINGS: dict[str, Lowering] = {}
 
@@ -107,6 +108,19 @@ class RankCurve:
     """Of the matrices that the rank cuts, one spectrum per side of the rank; none where the format cuts no matrix (`cp`)."""
 
 
+class View(Protocol):
+    """A lowering of one layer in a metric of its errors, the arguments and results as the lowering's own."""
+
+    def project(self, weight: Tensor, rank: Rank, warm: Any = None) -> Projected:
+        """The nearest weight of rank `rank`, and the share of the weight's own norm² in the metric that is removed."""
+
+    def curve(self, weight: Tensor, multiple: int = 1) -> RankCurve:
+        """What is removed at each rank, as a share of the weight's norm² in the metric."""
+
+    def approximations(self, weight: Tensor, ranks: Sequence[Rank]) -> Iterator[Tensor]:
+        """The weight near its projection at each of `ranks` in turn."""
+
+
 class Lowering(ABC):
     """How a layer becomes a chain of smaller layers at a rank."""
 
@@ -171,6 +185,10 @@ class Lowering(ABC):
     def approximations(self, weight: Tensor, ranks: Sequence[Rank], spec: LayerSpec) -> Iterator[Tensor]:
         """The weight near its projection at each of `ranks` in turn, for estimates: a format may share work between ranks or save it."""
         return (self.project(weight, rank, spec).weight for rank in ranks)
+
+    def seen(self, weighting: Weighting, spec: LayerSpec) -> View | None:
+        """This lowering of the layer in the metric of its data; None where it knows the plain one alone."""
+        return None
 
     # Derived -----------------------------------------------------------------------------------------------------
 

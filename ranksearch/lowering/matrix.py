@@ -10,8 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from ranksearch import linalg
-from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, Spectrum, sides
+from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, Spectrum, View, sides
+from ranksearch.lowering.in_metric import MatrixView
 from ranksearch.lowering.spec import LayerSpec
+from ranksearch.lowering.weighting import Weighting
 
 
 class MatrixLowering(Lowering):
@@ -88,11 +90,18 @@ class MatrixLowering(Lowering):
 
     def curve(self, weight: Tensor, spec: LayerSpec, multiple: int = 1) -> RankCurve:
         squared = linalg.squared_singular_values(self.unfold(spec.blocks(weight), spec)).double()
+        return self.curve_of(squared, spec, multiple)
+
+    def curve_of(self, squared: Tensor, spec: LayerSpec, multiple: int) -> RankCurve:
+        """The curve of matrices with the squared singular values `squared` [b, k], descending."""
         removed = linalg.removed_energy_by_rank(squared.sum(dim=0)).cpu().numpy()
         ranks = self.ranks(spec, multiple)
         index = np.array([sides(rank)[0] for rank in ranks], dtype=np.int64)
         spectrum = Spectrum(squared.cpu().numpy(), self.matrix_shape(spec))
         return RankCurve(ranks, removed[index], relative_operator_norm(squared)[index - 1], (spectrum,))
+
+    def seen(self, weighting: Weighting, spec: LayerSpec) -> View:
+        return MatrixView(self, spec, weighting)
 
 
 def relative_operator_norm(squared: Tensor) -> np.ndarray:

@@ -21,9 +21,21 @@ import torch
 from torch import Tensor
 
 from ranksearch import linalg
-from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, Spectrum, kernel_area, register, sides
+from ranksearch.lowering.contract import (
+    Lowering,
+    Projected,
+    Rank,
+    RankCurve,
+    Spectrum,
+    View,
+    kernel_area,
+    register,
+    sides,
+)
+from ranksearch.lowering.in_metric import ModesView
 from ranksearch.lowering.matrix import relative_operator_norm
 from ranksearch.lowering.spec import LayerSpec
+from ranksearch.lowering.weighting import Weighting
 
 SWEEPS = 30
 SETTLED = 5e-6
@@ -132,6 +144,9 @@ class Tucker2(Lowering):
             for mode, full, width in zip(modes, (full_s, full_t), spec.block_shape[1::-1], strict=True)
         )
         return RankCurve(ranks, removed.clip(0, 1), residual, spectra)
+
+    def seen(self, weighting: Weighting, spec: LayerSpec) -> View:
+        return ModesView(self, spec, weighting, lambda blocks, _: blocks.flatten(3).transpose(2, 3).flatten(1, 2))
 
 
 def _moderate(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
