@@ -19,6 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ranksearch.compress import Net
+from ranksearch.compress.inputs import (
+    LOGITS,
+    batch_size,
+    call,
+    class_logits,
+    detached,
+    field_of,
+    mapped,
+    moved,
+    tensors,
+)
 from ranksearch.compress.surgery import open_attentions_
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec
@@ -151,12 +162,14 @@ def drawn_labels_loss(generator: torch.Generator) -> Loss:
     """Cross-entropy, summed, against labels drawn from the prediction itself: classes in dimension 1 of a floating output."""
 
     def loss(output: Any) -> Tensor:
-        if not isinstance(output, Tensor) or output.dim() < 2 or not output.is_floating_point():
+        found = field_of(output, LOGITS) is not None or isinstance(output, Tensor)
+        classes = class_logits(output) if found else None
+        if classes is None or classes.dim() < 2 or not classes.is_floating_point():
             raise UsageError(
-                "The net's output is no tensor [N, classes, ...], so no labels can be drawn from it: give the sensitivity a loss of "
-                "its own (output -> sum of the samples' losses), or take sensitivity 'activation' or 'none'."
+                "The net's output is no tensor [N, classes, ...], nor holds one called 'logits', so no labels can be drawn from it: give "
+                "the sensitivity a loss of its own (output -> sum of the samples' losses), or take sensitivity 'activation' or 'none'."
             )
-        logits = output.movedim(1, -1).flatten(0, -2).float()
+        logits = classes.movedim(1, -1).flatten(0, -2).float()
         chances = logits.detach().softmax(-1).cpu()
         labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
         return F.cross_entropy(logits, labels, reduction="sum")
@@ -229,7 +242,7 @@ def collect(
     loss: Loss | None,
     generator: torch.Generator,
 ) -> dict[str, Statistics]:
-    """Layer -> its statistics over `batches` of inputs (tensors, or tuples of a model's inputs), in evaluation mode.
+    """Layer -> its statistics over `batches` of inputs (tensors, tuples or dicts of a model's arguments), in evaluation mode.
 
     `model` is not changed: a copy is run, on the model's device. Without `gradients` and `fisher` nothing is differentiated.
 
@@ -269,15 +282,15 @@ def _run(probe: nn.Module, batches: Iterable[Any], loss: Loss | None) -> int:
         parameter.requires_grad_(False)
     with torch.set_grad_enabled(loss is not None), _without_fused_attention():
         for batch in batches:
-            inputs = [x.to(device) for x in (batch if isinstance(batch, tuple | list) else (batch,))]
-            samples += len(inputs[0])
+            inputs = moved(detached(batch), device)  # the caller's own tensors stay as they are
+            samples += batch_size(inputs)
             if loss is None:
-                probe(*inputs)
+                call(probe, inputs)
                 continue
             # gradients flow from the inputs on, so that none are computed for weights; times 1 they are no leaves, which layers that
             # work in place refuse
-            inputs = [x.requires_grad_() * 1 if x.is_floating_point() else x for x in inputs]
-            if not any(x.requires_grad for x in inputs):
+            inputs = mapped(lambda x: x.requires_grad_() * 1 if x.is_floating_point() else x, inputs)
+            if not any(x.requires_grad for x in tensors(inputs)):
                 probe.requires_grad_()
-            loss(probe(*inputs)).backward()
+            loss(call(probe, inputs)).backward()
     return samples

@@ -7,15 +7,18 @@ Right after a decomposition the running statistics belong to other activations a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from ranksearch.compress.inputs import call
 
 
 @torch.no_grad()
-def reestimate_bn_(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Resets every BN layer and averages its statistics over `batches` of inputs; returns the number of batches used.
+def reestimate_bn_(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Resets every BN layer and averages its statistics over `batches` of inputs as the model takes them; returns the number used.
 
     Only BN layers run in training mode (dropout stays off); modes and momenta are restored. A net without BN is left alone.
 
@@ -35,7 +38,7 @@ def reestimate_bn_(model: nn.Module, batches: Iterable[Tensor]) -> int:
             norm.momentum = None  # cumulative average
             norm.training = True
         for batch in batches:
-            model(batch)
+            call(model, batch)
             used += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

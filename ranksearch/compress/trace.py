@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV
+from ranksearch.compress.inputs import batch_size, call
 from ranksearch.compress.slots import KINDS, Slot, survey
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import LayerSpec
@@ -65,10 +66,6 @@ class Net:
     def norms(self) -> dict[str, str]:
         """Layer -> the BN layer that takes its output, where there is one."""
         return {layer.name: layer.norm for layer in self.layers if layer.norm is not None}
-
-
-def _tuple(example_input: Any) -> tuple[Any, ...]:
-    return tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
 
 
 class _Recorder:
@@ -134,7 +131,8 @@ def _recording(model: nn.Module, batch: int) -> Iterator[_Recorder]:
 
 
 def trace(model: nn.Module, example_input: Any) -> Net:
-    """Runs `model` once on `example_input` (a batched tensor or a tuple of them; mode and buffers are restored).
+    """Runs `model` once on `example_input` (a batched tensor, a tuple of arguments or a dict of them, as `inputs.py` says; mode and
+    buffers are restored).
 
     The total of MACs is `torch.utils.flop_counter`'s, so what is computed outside of layers (attention, functional
     convs) is in `other_macs` and no cost is missed.
@@ -142,15 +140,9 @@ def trace(model: nn.Module, example_input: Any) -> Net:
     Raises:
         UsageError: the model has no layer that can be lowered, or the example holds no batched tensor.
     """
-    inputs = _tuple(example_input)
-    batch = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()), None)
-    if batch is None:
-        raise UsageError(
-            f"An example input is a batched tensor [N, ...], or a tuple of what the model takes with such a tensor in it; got a "
-            f"{type(example_input).__name__}. A model that takes a dict needs a small module around it that takes tensors."
-        )
+    batch = batch_size(example_input)
     with _recording(model, batch) as recorder, torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs)
+        call(model, example_input)
 
     slots, skipped = survey(model)  # now: lazy layers have their shapes
     names = {id(module): name for name, module in model.named_modules()}
