@@ -124,5 +124,5 @@ def test_logits_of_tokens_have_their_classes_last_where_they_are_named():
 
 
 def test_what_holds_no_batch_is_told():
-    with pytest.raises(UsageError, match=r"batched tensor.*a str"):
+    with pytest.raises(UsageError, match=r"batched tensor.*got a str"):
         trace(Two(), "words")

@@ -179,7 +179,7 @@ def test_gradients_at_the_logits_have_the_covariance_of_a_draw():
 
 
 @pytest.mark.parametrize(
-    "output", [{"logits": torch.zeros(2, 3)}, torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4)]
+    "output", [(torch.zeros(2, 3), torch.zeros(2, 3)), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4)]
 )
 def test_an_output_without_classes_is_told_what_to_do(output):
     with pytest.raises(UsageError, match="give the sensitivity a loss"):

@@ -133,7 +133,7 @@ def test_a_computed_weight_is_refused_with_the_reason(computed):
             change(model, RankPlan({"0": LayerPlan("im2col", 2)}))
 
 
-@pytest.mark.parametrize("given", [{"x": torch.zeros(1, 4)}, [], [1, 2], torch.zeros(())], ids=str)
+@pytest.mark.parametrize("given", [{"input": "text"}, [], [1, 2], torch.zeros(())], ids=str)
 def test_an_example_without_a_batched_tensor_is_refused_in_a_sentence(given):
     with pytest.raises(UsageError, match=r"batched tensor \[N, \.\.\.\].*got a (dict|list|Tensor)"):
         trace(nn.Linear(4, 4), given)

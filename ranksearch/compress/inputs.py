@@ -116,7 +116,8 @@ def batch_size(inputs: Any) -> int:
         if tensor.dim():
             return tensor.shape[0]
     raise UsageError(
-        f"An input is a batched tensor [N, ...], or a tuple or dict of what the net takes with such a tensor in it; got {shape_of(inputs)}."
+        f"An input is a batched tensor [N, ...], or a tuple or dict of what the net takes with such a tensor in it; got a "
+        f"{type(inputs).__name__}."
     )
 
 
