@@ -16,7 +16,27 @@ Importing the package loads none of torch, ray and mlflow; they are imported at 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what an editor and mypy see; at run time a name is imported at its first use
+    from ranksearch.allocate import LayerRule
+    from ranksearch.allocate.allocate import allocate
+    from ranksearch.api import export, load, preview, report, resume, search, sync
+    from ranksearch.compress import (
+        LayerPlan,
+        Projector,
+        RankPlan,
+        plan_cost,
+        project_,
+        project_every,
+        reestimate_bn_,
+        trace,
+    )
+    from ranksearch.compress.surgery import compress
+    from ranksearch.console import Terminal
+    from ranksearch.errors import RanksearchError, StudyError, UsageError
+    from ranksearch.study.study import Study
+    from ranksearch.tasks.task import Task
 
 __version__ = "0.1.0"
 
@@ -48,7 +68,33 @@ _HOMES = {
 }
 """Public name -> "module:attribute"; `search`, `allocate` and `compress` are packages that can be called."""
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "LayerPlan",
+    "LayerRule",
+    "Projector",
+    "RankPlan",
+    "RanksearchError",
+    "Study",
+    "StudyError",
+    "Task",
+    "Terminal",
+    "UsageError",
+    "__version__",
+    "allocate",
+    "compress",
+    "export",
+    "load",
+    "plan_cost",
+    "preview",
+    "project_",
+    "project_every",
+    "reestimate_bn_",
+    "report",
+    "resume",
+    "search",
+    "sync",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from ranksearch.trial.metric import metric_column, metric_text
 from ranksearch.words import describe_budgets, mix_of
 
 if TYPE_CHECKING:
-    from ranksearch.study.front import Row
+    from ranksearch.study.row import Row
     from ranksearch.study.study import Study
 
 

@@ -18,8 +18,8 @@ from ranksearch.places.urls import check_apart, database_url
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
 from ranksearch.study.driver import run_inline
-from ranksearch.study.front import Row
 from ranksearch.study.latency import measure_front
+from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
@@ -27,6 +27,7 @@ from ranksearch.tasks.source import Source
 from ranksearch.tasks.task import Task
 from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.store import store_uri
+from ranksearch.trial.result import Status
 
 
 class Observer(Protocol):
@@ -119,7 +120,7 @@ def run_study(
         observer.stop()
         if study.exhausted:
             observer.log(f"{study.exhausted} after {study.finished} of {study.planned} trials")
-        if stopped := study.counts.get("stopped"):
+        if stopped := study.counts.get(Status.STOPPED):
             saved = 100 * study.steps_saved
             observer.log(
                 f"early stopping: {stopped} of {study.finished} trials stopped, {saved:.0f} % of all training steps saved"

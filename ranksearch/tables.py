@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ranksearch.allocate.budget import NS_PER_MS, cost_value, shown
+from ranksearch.allocate.budget import cost_value, shown
 from ranksearch.allocate.curves import Curves, cost_curves
 from ranksearch.allocate.damage import MEASURES, Damage
 from ranksearch.cluster.findings import Finding
@@ -20,6 +20,7 @@ from ranksearch.compress import RankPlan, dense_cost
 from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.compress.stopwatch import Stopwatch
 from ranksearch.console import number, table
+from ranksearch.costs import NS_PER_MS
 from ranksearch.lowering import LOWERINGS, Rank
 from ranksearch.lowering.contract import sides
 from ranksearch.search.budgets import budgets_of, check_feasible_space

@@ -1,15 +1,15 @@
-"""What costs and the makers of plans are called wherever a person reads of them: one word for one thing. Loads nothing."""
+"""What costs and the makers of plans are called wherever a person reads of them: one word for one thing. Loads no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-COST_RATIOS = {
-    "macs": "macs_ratio", "flops": "macs_ratio", "params": "params_ratio", "size": "size_ratio", "latency": "latency_ratio",
-}  # fmt: skip
+from ranksearch.costs import COSTS
+
+COST_RATIOS = {name: kind.ratio for name, kind in COSTS.items()}
 """Cost -> the key under which a record holds it as a ratio of the dense net's."""
-COST_NAMES = {"macs": "MACs", "flops": "FLOPs", "params": "params", "size": "size", "latency": "latency"}
+COST_NAMES = {name: kind.label for name, kind in COSTS.items()}
 MADE_BY = {
     "search": "proposed by the search's sampler from what the trials before it found",
     "solver": "the solver's plan: the least damage that measured sensitivities predict",

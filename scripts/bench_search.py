@@ -58,7 +58,7 @@ from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.space.reading import parse_space
 from ranksearch.space.space import Space
 from ranksearch.study.driver import run_inline
-from ranksearch.study.front import Row
+from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.trial.attempt import attempt

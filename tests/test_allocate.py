@@ -1,6 +1,7 @@
 """Budgets, rules, the solver against an exact MILP, and the baselines on closed-form spectra."""
 
 import re
+from decimal import Decimal
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch import nn
 import ranksearch
 from ranksearch.allocate import (
     BASELINES,
+    COSTS,
+    Budget,
+    CostKind,
     Curves,
     LayerRule,
     LayerRules,
@@ -26,7 +30,9 @@ from ranksearch.allocate.exact import solve_exactly
 from ranksearch.allocate.problem import Infeasible, Poser, Problem
 from ranksearch.allocate.solver import solve
 from ranksearch.compress import Cost, LayerPlan, RankPlan, dense_cost, plan_cost, trace
+from ranksearch.costs import MACS, NANOSECONDS, same_cost
 from ranksearch.errors import NonFiniteError, UsageError
+from ranksearch.space.search import SearchSpace
 from ranksearch.tasks.resnet import CifarResNet
 
 CONVS = ("im2col", "channel", "spatial")
@@ -492,3 +498,37 @@ def test_public_allocate_takes_rules_and_multiples(small_net, image):
     assert plan[names[0]].lowering == "dense" or min(np.atleast_1d(plan[names[0]].rank)) >= 4
     with pytest.raises(UsageError, match="Did you mean 'kfac'"):
         ranksearch.allocate(small_net, image, {"params": "70%"}, sensitivity="k-fac")
+
+
+# The table of costs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_cost_that_is_added_to_the_table_is_a_budget_at_once(curves, monkeypatch):
+    """Energy, at four picojoules per MAC: one entry, and it is read, refused, allocated under and shown like the others."""
+    energy = CostKind(
+        "energy", "macs_ratio", lambda cost: 4 * cost.macs, MACS, 4, {"pJ": 1, "nJ": 10**3, "uJ": 10**6}, "50% or 3uJ",
+        written=lambda value: f"{value:,} pJ",
+    )  # fmt: skip
+    monkeypatch.setitem(COSTS, "energy", energy)
+    with pytest.raises(UsageError, match="the unit is missing, such as 50% or 3uJ"):
+        parse_budget("energy", "3")
+    with pytest.raises(UsageError, match=r"no plan .* costs less than [\d,]+ pJ"):
+        allocate_plan(curves, [parse_budget("energy", "1nJ")])
+    for text in ("40%", "1uJ"):
+        budget = parse_budget("energy", text)
+        plan, same = (
+            allocate_plan(curves, [b]).plan
+            for b in (budget, Budget("macs", budget.limit(curves.dense) / Decimal(4), False, ""))
+        )
+        cost = curves.cost(plan)
+        assert plan == same
+        assert cost_value(cost, "energy") == 4 * cost.macs <= budget.limit(curves.dense)
+    assert same_cost("energy", "macs")
+    assert SearchSpace(objectives=["accuracy", "params"]).objectives == ["accuracy", "params"]
+
+
+@pytest.mark.parametrize("name", [name for name, kind in COSTS.items() if kind.axis != NANOSECONDS])
+def test_a_costs_fixed_part_and_its_layers_are_the_whole(curves, name):
+    kind = COSTS[name]
+    layers = sum((layer.macs, layer.spec.params)[kind.axis] for layer in curves.net.layers)
+    assert curves.value(name, layers) == cost_value(curves.dense, name)

@@ -1,6 +1,7 @@
 """What the figures say, and that both ways of drawing them draw it."""
 
 import random
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -9,6 +10,7 @@ from matplotlib import image as png
 
 from ranksearch.study.front import dominates
 from ranksearch.study.importance import AT_COST, FRONT, accuracy_at_cost
+from ranksearch.study.row import Row
 from ranksearch.tracking.chart import Bars, HeatMap, Plot, Series
 from ranksearch.tracking.draw_html import save_html
 from ranksearch.tracking.draw_png import save_png
@@ -17,7 +19,7 @@ from ranksearch.tracking.report import report_html
 from ranksearch.tracking.trial_figures import trial_charts
 from ranksearch.tracking.view import View
 from ranksearch.trial.metric import Metric
-from ranksearch.trial.result import TrialResult
+from ranksearch.trial.result import Status, TrialResult
 from tests.conftest import simulated
 
 METRIC = Metric("accuracy", "maximize", "%", 95.0)
@@ -155,11 +157,10 @@ def test_importances_find_the_parameter_that_decides(make, bench):
 
 def test_accuracy_at_its_cost_is_what_a_parabola_leaves():
     costs = np.exp(np.linspace(-2, 0, 9))
-    rows = [{"macs_ratio": c, "val_accuracy": 90 + 4 * np.log(c) - np.log(c) ** 2} for c in costs]
-    for row in rows:
-        row["share"] = row["val_accuracy"] / 100
+    shares = [(90 + 4 * np.log(c) - np.log(c) ** 2) / 100 for c in costs]
+    rows = [Row(0, Status.COMPLETE, macs_ratio=c, share=share) for c, share in zip(costs, shares, strict=True)]
     assert accuracy_at_cost(rows, ["accuracy", "macs"]) == pytest.approx(np.zeros(9), abs=1e-9)
-    rows[4]["share"] += 0.01
+    rows[4] = replace(rows[4], share=rows[4].share + 0.01)
     assert np.argmax(accuracy_at_cost(rows, ["accuracy", "macs"])) == 4
     assert accuracy_at_cost(rows, ["accuracy"]).mean() == pytest.approx(0)
 
@@ -174,7 +175,7 @@ def test_a_trials_charts_hold_its_curve_and_what_projections_removed(studied):
     assert (list(removed.rows), list(removed.columns)) == (["layer1.0.conv1", "layer2.0.conv1"], ["2", "4"])
     assert removed.values == [[1e-2, 1e-4], [None, 1e-6]]
     assert charts["phases"].series[0].labels == ["projected"]
-    assert trial_charts(row | {"losses": [], "history": [], "projections": []}, METRIC) == {}
+    assert trial_charts(replace(row, losses=[], history=[], projections=[]), METRIC) == {}
 
 
 CHARTS = [

@@ -11,8 +11,8 @@ from ranksearch import lowering
 
 PACKAGE = Path(lowering.__file__).parent.parent
 ROWS = [
-    ("errors", "_callable", "words"),
-    ("places",),
+    ("errors", "_callable", "costs"),
+    ("places", "words"),
     ("linalg", "maxvol", "pareto"),
     ("lowering",),
     ("compress",),
@@ -121,6 +121,7 @@ def test_public_names_are_there_and_packages_can_be_called():
     import ranksearch.compress.surgery
     import ranksearch.study.study
 
+    assert set(ranksearch.__all__) == {"__version__", *ranksearch._HOMES}
     for name in ranksearch.__all__:
         assert getattr(ranksearch, name) is not None
     assert callable(ranksearch.compress)

@@ -21,7 +21,9 @@ from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.search.budgets import at_level, budgets_of
 from ranksearch.space.reading import read_space
 from ranksearch.study.ledger import Ledger
+from ranksearch.study.row import Row
 from ranksearch.tasks.resnet import CifarResNet
+from ranksearch.trial.result import Status
 
 SETTING = LatencySetting("eager", batch=1, threads=1)
 CONVS = ("im2col", "channel", "spatial")
@@ -240,8 +242,8 @@ def test_levels_run_over_latency_where_it_is_what_is_searched(curves, digits_yam
 
 def test_what_is_slower_than_dense_leaves_the_front_and_what_it_hid_comes_up():
     def row(number, accuracy, ratio):
-        known = {"trial": number, "status": "complete", "val_accuracy": accuracy, "share": accuracy / 100, "macs": 1}
-        return known | {"latency_ratio": ratio, "latency_ms": ratio}
+        known = {"val_accuracy": accuracy, "share": accuracy / 100, "macs": 1}
+        return Row(number, Status.COMPLETE, latency_ratio=ratio, latency_ms=ratio, **known)
 
     ledger = Ledger(["accuracy", "latency"], [row(0, 90, 0.8), row(1, 89, 0.9), row(2, 95, 1.2)], faster=True)
     assert [r["trial"] for r in ledger.front] == [0]

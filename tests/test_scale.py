@@ -13,10 +13,11 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from ranksearch.errors import StudyError
-from ranksearch.study.folded import Folded, unfolded
+from ranksearch.study.folded import Folded
 from ranksearch.study.journal import open_journal, together
+from ranksearch.study.row import Row
 from ranksearch.study.study import Study
-from ranksearch.trial.result import TrialResult
+from ranksearch.trial.result import Status, TrialResult
 from tests.conftest import simulated
 
 
@@ -117,7 +118,9 @@ def test_a_folded_list_is_that_list():
     assert folded != values[:-1]
     assert (len(folded), folded[3], folded[-2:], list(folded)) == (50, values[3], values[-2:], values)
     assert folded == pickle.loads(pickle.dumps(folded)) == copy.deepcopy(folded)
-    assert unfolded({"losses": folded, "trial": 3}) == {"losses": values, "trial": 3}
+    row = Row(3, Status.COMPLETE, losses=folded).unfolded()
+    assert type(row.losses) is list
+    assert row.losses == values
     assert len(folded._packed) < len(json.dumps(values)) / 3
 
 
@@ -131,6 +134,6 @@ def test_rows_that_are_handed_out_hold_plain_lists(make, bench):
     for source in (study, Study.open(study.folder)):
         for row in (*source.trials, *source.front, source.best()):
             assert type(row["losses"]) is list
-            json.dumps(row)
+            json.dumps(dict(row))
         assert [row["losses"] for row in source.trials] == [losses, losses] == [row["losses"] for row in told]
         assert all(isinstance(row["losses"], Folded) for row in source.rows)

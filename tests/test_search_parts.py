@@ -26,7 +26,9 @@ from ranksearch.study import driver as runner
 from ranksearch.study.folder import find_front
 from ranksearch.study.journal import mend_journal, open_journal
 from ranksearch.study.ledger import Ledger
+from ranksearch.study.row import Row
 from ranksearch.study.study import Study
+from ranksearch.trial.result import Status
 from tests.conftest import drain, simulated
 
 # The journal ---------------------------------------------------------------------------------------------------------
@@ -100,10 +102,10 @@ def test_a_lock_does_not_outlive_its_process(journal):
 
 
 def row(number, accuracy, ratio, status="complete", params=0.5):
-    return {
-        "trial": number, "status": status, "val_accuracy": accuracy, "macs": int(1e6 * ratio), "macs_ratio": ratio,
-        "params_ratio": params, "test_accuracy": None, "share": accuracy and accuracy / 100,
-    }  # fmt: skip
+    return Row(
+        number, Status(status), val_accuracy=accuracy, macs=int(1e6 * ratio), macs_ratio=ratio, params_ratio=params,
+        share=accuracy and accuracy / 100,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("objectives", [["accuracy"], ["accuracy", "macs"], ["macs", "accuracy", "params"]])

@@ -10,11 +10,13 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ranksearch.pareto import hypervolume
 from ranksearch.study.front import front_hypervolume
+from ranksearch.study.row import Row
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.loaded import Loaded, LoadedDataset, as_source
 from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.task import Task
 from ranksearch.trial.metric import Metric
+from ranksearch.trial.result import Status
 
 X, Y = torch.arange(50.0)[:, None].repeat(1, 4), torch.arange(50) % 3
 
@@ -128,6 +130,8 @@ def test_a_metric_in_percent_keeps_its_scale():
 
 def test_the_hypervolume_of_a_minimised_metric_is_that_of_its_shares():
     metric = Metric("rmse", "minimize", "", 2.0)
-    rows = [{"share": metric.share(v), "macs_ratio": r} for v, r in ((2.1, 0.5), (2.6, 0.3), (5.0, 0.1))]
+    rows = [
+        Row(0, Status.COMPLETE, share=metric.share(v), macs_ratio=r) for v, r in ((2.1, 0.5), (2.6, 0.3), (5.0, 0.1))
+    ]
     points = [[1 - metric.share(v), r] for v, r in ((2.1, 0.5), (2.6, 0.3), (5.0, 0.1))]
     assert front_hypervolume(rows, ["accuracy", "macs"]) == pytest.approx(hypervolume(points, [1.0, 1.0]))

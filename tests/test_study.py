@@ -232,7 +232,7 @@ def test_a_driver_that_is_killed_while_it_makes_a_study_is_not_in_the_way_of_the
     script = f"""
 import os
 from pathlib import Path
-from ranksearch.search import study
+from ranksearch.study import study
 from ranksearch.space.reading import read_space
 from ranksearch.search.workbench import prepare
 

@@ -5,7 +5,7 @@ Calling the package is `allocate(model, example_input, budgets)`.
 
 from ranksearch._callable import make_callable
 from ranksearch.allocate.baselines import BASELINES
-from ranksearch.allocate.budget import COSTS, Budget, cost_value, parse_budget
+from ranksearch.allocate.budget import Budget, cost_value, parse_budget
 from ranksearch.allocate.curve_cache import CurveCache
 from ranksearch.allocate.curves import Curves, rank_curves
 from ranksearch.allocate.damage import MEASURES, Damage
@@ -13,6 +13,7 @@ from ranksearch.allocate.greedy import greedy, measure_scores
 from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.allocate.sensitivity import SENSITIVITIES, weigh
 from ranksearch.allocate.solver import Allocation, allocate_plan
+from ranksearch.costs import COSTS, CostKind
 
 make_callable(__name__, "ranksearch.allocate.allocate:allocate")
 
@@ -23,6 +24,7 @@ __all__ = [
     "SENSITIVITIES",
     "Allocation",
     "Budget",
+    "CostKind",
     "CurveCache",
     "Curves",
     "Damage",

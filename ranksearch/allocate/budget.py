@@ -8,21 +8,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from ranksearch.compress import Cost
+from ranksearch.costs import COSTS
 from ranksearch.errors import UsageError, nearest
-
-COSTS = ("flops", "macs", "params", "size", "latency")
-NS_PER_MS = 1_000_000
-"""Latency is counted in whole nanoseconds, so that a budget is kept exactly."""
-_UNITS: dict[str, dict[str, int]] = {
-    "flops": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9},
-    "macs": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9},
-    "params": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9},
-    "size": {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
-    "latency": {"us": 10**3, "ms": 10**6, "s": 10**9},
-}
-_EXAMPLES = {
-    "flops": "50% or 40M", "macs": "50% or 20M", "params": "50% or 130k", "size": "50% or 1.2MiB", "latency": "70% or 3.5ms",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,20 +36,17 @@ def cost_value(cost: Cost, name: str) -> int:
     """The cost `name` in its own unit; `flops` are 2 x MACs, latency is in whole nanoseconds.
 
     Raises:
-        UsageError: a latency that was not measured.
+        UsageError: it was not measured.
     """
-    if name == "latency":
-        if cost.latency_ms is None:
-            raise UsageError(
-                "Latency was not measured: `latency` says by which runtime, batch and threads it is to be."
-            )
-        return round(cost.latency_ms * NS_PER_MS)
-    return {"flops": 2 * cost.macs, "macs": cost.macs, "params": cost.params, "size": cost.size_bytes}[name]
+    value = COSTS[name].of(cost)
+    if value is None:
+        raise UsageError(f"{name.capitalize()} was not measured: {COSTS[name].unmeasured}.")
+    return value
 
 
 def shown(cost: str, value: int) -> str:
     """A cost's value in words, such as `1,258,291` or `3.512 ms`, rounded up, so that a budget of it is met."""
-    return f"{-(-value // 1000) / 1000:,.3f} ms" if cost == "latency" else f"{value:,}"
+    return COSTS[cost].written(value)
 
 
 def parse_budget(cost: str, text: object) -> Budget:
@@ -75,15 +59,15 @@ def parse_budget(cost: str, text: object) -> Budget:
         raise UsageError(f"There is no cost {cost!r} to set a budget on. {nearest(cost, COSTS)}")
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*(%|[A-Za-z]*)\s*", str(text))
     if match is None:
-        raise UsageError(f"Budget {cost}={text}: expected a number and a unit, such as {_EXAMPLES[cost]}.")
+        raise UsageError(f"Budget {cost}={text}: expected a number and a unit, such as {COSTS[cost].example}.")
     value, unit = Decimal(match[1]), match[2]
     if value <= 0:
         raise UsageError(f"Budget {cost}={text}: it must be above 0.")
     if unit == "%":
         return Budget(cost, value, relative=True, text=str(text).strip())
-    units = _UNITS[cost]
+    units = COSTS[cost].units
     if not unit and unit not in units:
-        raise UsageError(f"Budget {cost}={text}: the unit is missing, such as {_EXAMPLES[cost]}.")
+        raise UsageError(f"Budget {cost}={text}: the unit is missing, such as {COSTS[cost].example}.")
     if unit not in units:
         raise UsageError(f"Budget {cost}={text}: unknown unit {unit!r}. {nearest(unit, ['%', *filter(None, units)])}")
     if not unit and value <= 1:

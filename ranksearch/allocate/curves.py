@@ -12,14 +12,15 @@ from functools import cached_property
 import numpy as np
 from torch import nn
 
-from ranksearch.allocate.budget import NS_PER_MS, Budget, check_feasible
+from ranksearch.allocate.budget import Budget, check_feasible
 from ranksearch.allocate.curve_cache import curve_key
 from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.compress import DENSE, Cost, Layer, LayerPlan, Net, RankPlan, dense_cost, layer_cost, plan_cost
 from ranksearch.compress.slots import find_slots
+from ranksearch.costs import COSTS, NANOSECONDS, NS_PER_MS
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import Lowering, lowering_named
-from ranksearch.lowering.contract import BYTES_PER_WEIGHT, RankCurve, Spectrum, sides
+from ranksearch.lowering.contract import RankCurve, Spectrum, sides
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,21 +164,22 @@ class Curves:
         return RankPlan({o.layer.name: o.choices[picks[o.layer.name]] for o in self.layers}, model, gap)
 
     def value(self, cost: str, layers: int) -> int:
-        """The whole net's cost where its layers have `layers` MACs, params or nanoseconds, whichever `AXES` binds the cost to."""
-        if cost == "latency":
+        """The whole net's cost where its layers have `layers` MACs, params or nanoseconds, whichever the cost counts."""
+        return COSTS[cost].per_unit * layers + self.fixed(cost)
+
+    def fixed(self, cost: str) -> int:
+        """What no plan changes of a cost, in its own unit: layers that are none of ours, buffers, the time between layers."""
+        kind = COSTS[cost]
+        if kind.axis == NANOSECONDS:
             assert self.timing is not None
-            return layers + self.timing.other_ns
-        if cost in ("macs", "flops"):
-            return (layers + self.net.other_macs) * (2 if cost == "flops" else 1)
-        params = layers + self.net.other_params
-        return (
-            params if cost == "params" else (params + self.net.other_floats) * BYTES_PER_WEIGHT + self.net.other_bytes
-        )
+            return self.timing.other_ns
+        layers = sum((layer.macs, layer.spec.params)[kind.axis] for layer in self.net.layers)
+        return (kind.of(self.dense) or 0) - kind.per_unit * layers
 
     def smallest(self) -> dict[str, int]:
         """The smallest reachable value of every cost, each taken alone."""
         least = [sum(int(row.costs[axis].min()) for row in self.rows) for axis in range(3)]
-        known = {cost: axis for cost, axis in AXES.items() if cost != "latency" or self.timing is not None}
+        known = {name: kind.axis for name, kind in COSTS.items() if kind.axis != NANOSECONDS or self.timing is not None}
         return {cost: self.value(cost, least[axis]) for cost, axis in known.items()}
 
     @cached_property
@@ -204,10 +206,6 @@ class Curves:
                 )
             taken += int(options.latency[options.choices.index(choice)])
         return replace(counted, latency_ms=taken / NS_PER_MS)
-
-
-AXES = {"flops": 0, "macs": 0, "params": 1, "size": 1, "latency": 2}
-"""Cost -> which of (MACs, params, nanoseconds) of the layers it is bound to."""
 
 
 def _lowering_options(layer: Layer, curve: RankCurve, name: str, min_rank: int) -> tuple[list[LayerPlan], np.ndarray]:
@@ -302,13 +300,11 @@ def limits_of(curves: Curves, budgets: Iterable[Budget]) -> np.ndarray:
     Raises:
         UsageError: a budget is below the smallest reachable cost, or on a latency that was not measured.
     """
-    budgets, net, dense = list(budgets), curves.net, curves.dense
+    budgets, dense = list(budgets), curves.dense
     check_feasible(budgets, curves.smallest(), dense)
     limits = np.full(3, np.inf)
     for budget in budgets:
-        limit, axis = budget.limit(dense), AXES[budget.cost]
-        if budget.cost == "size":
-            limit = (limit - net.other_bytes) // BYTES_PER_WEIGHT - net.other_floats
-        fixed = (net.other_macs, net.other_params, curves.timing.other_ns if curves.timing is not None else 0)[axis]
-        limits[axis] = min(limits[axis], (limit // 2 if budget.cost == "flops" else limit) - fixed)
+        kind = COSTS[budget.cost]
+        layers = (budget.limit(dense) - curves.fixed(budget.cost)) // kind.per_unit
+        limits[kind.axis] = min(limits[kind.axis], layers)
     return limits

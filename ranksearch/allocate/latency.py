@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ranksearch.allocate.budget import NS_PER_MS
 from ranksearch.allocate.curves import Curves, LayerOptions, Timing
 from ranksearch.compress import restructure_
 from ranksearch.compress.latency_table import FINE, LatencyTable, shapes_of
 from ranksearch.compress.trace import Net
+from ranksearch.costs import NS_PER_MS
 from ranksearch.lowering.contract import sides
 
 FITTED_AT = (0.1, 0.3, 0.5)

@@ -15,8 +15,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from ranksearch.allocate.curves import AXES, Curves, Row
+from ranksearch.allocate.curves import Curves, Row
 from ranksearch.allocate.damage import Damage
+from ranksearch.costs import NANOSECONDS
 from ranksearch.errors import RanksearchError
 from ranksearch.pareto import nondominated
 
@@ -25,7 +26,6 @@ FITS = 1 + 1e-13
 OPTIMAL = 1e-4
 """Share of the optimum that the exact search may leave open."""
 
-LATENCY = AXES["latency"]
 SLACK = 2e-6
 """HiGHS meets constraints to 1e-6 only: where that breaks a budget, it is asked again for a little less than the budget."""
 
@@ -94,7 +94,7 @@ class Poser:
         """
         rows, bounded = self.curves.rows, np.flatnonzero(np.isfinite(limits))
         # where latency is limited, layers whose factors are slower stay dense: fewer MACs alone are no reason to keep an option
-        axes = tuple(bounded.tolist()) if LATENCY in bounded else (0, 1)
+        axes = tuple(bounded.tolist()) if NANOSECONDS in bounded else (0, 1)
         columns = [self._efficient(i, row, allowed, axes) for i, row in enumerate(rows)]
         shape = (len(rows), max(map(len, columns)))
         damage, costs = np.full(shape, np.inf), np.zeros((len(bounded), *shape))

@@ -20,10 +20,11 @@ import numpy as np
 from scipy.optimize import linprog
 
 from ranksearch.allocate.budget import Budget, cost_value, percent_above, shown
-from ranksearch.allocate.curves import AXES, Curves, limits_of
+from ranksearch.allocate.curves import Curves, limits_of
 from ranksearch.allocate.damage import WITHOUT_DATA, Damage
 from ranksearch.allocate.problem import FITS, Infeasible, Poser, Problem, by_milp, least
 from ranksearch.compress import RankPlan
+from ranksearch.costs import COSTS
 from ranksearch.errors import UsageError
 
 ROUNDS = 60
@@ -288,7 +289,7 @@ def _why_infeasible(curves: Curves, budgets: Sequence[Budget], problem: Problem)
     bounded = np.flatnonzero(np.isfinite(limits)).tolist()
     sentences = []
     for budget in budgets:
-        axis = bounded.index(AXES[budget.cost])
+        axis = bounded.index(COSTS[budget.cost].axis)
         picks = least(problem.costs[axis], problem, SEARCH_SECONDS, free=axis)
         if picks is None:
             continue

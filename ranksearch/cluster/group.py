@@ -25,9 +25,9 @@ from ray.util.queue import Queue
 from ranksearch.cluster.shared import Shared, take, with_peak
 from ranksearch.cluster.worker import GROUP, Terms, candidate_of, message, settle_in, watched_leave
 from ranksearch.tasks.parallel import Distributed
-from ranksearch.trial.attempt import NO_PLACE, NO_SPACE, attempt
+from ranksearch.trial.attempt import attempt
 from ranksearch.trial.placement import Placement
-from ranksearch.trial.result import TrialResult
+from ranksearch.trial.result import Status, TrialResult
 
 PATIENCE = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # Ray's 60 s are short for importing PyTorch on a busy machine
@@ -127,7 +127,7 @@ def _worker(config: dict[str, Any]) -> None:
             work.task, work.dense, work.net, candidate_of(config["trial"]), checkpoint_seconds=terms.checkpoint_seconds, group=group,
             report=lambda entry: ray.train.report(message(placement, entry)), leaving=watch.leaves,
         )  # fmt: skip
-    if result.status in ("failed", NO_SPACE, NO_PLACE):
+    if result.status in (Status.FAILED, Status.NO_SPACE, Status.NO_PLACE):
         raise TrialFailed(FAILED + json.dumps(_with(result, placement)))
     ray.train.report(message(with_peak(placement), result=result.to_dict()))
 

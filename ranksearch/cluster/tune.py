@@ -41,7 +41,7 @@ from ranksearch.tasks.stage import Staging
 from ranksearch.tasks.task import Task
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.placement import LOADS, Load, Placement, note_load
-from ranksearch.trial.result import TrialResult
+from ranksearch.trial.result import Status, TrialResult
 from ranksearch.trial.session import RUNG
 
 # "Trials did not complete" is said of those that went on elsewhere, too
@@ -157,7 +157,9 @@ class AskTell(Searcher):
                     return
                 losses = NODE_LOSSES if loss.blameless else self._study.space.resources.worker_losses
                 why = "it takes its nodes down" if loss.blameless else "out of memory, or killed"
-                found = TrialResult("failed", seed, 0.0, reason=f"lost {losses + 1} times: {why}; at last, {loss.text}")
+                found = TrialResult(
+                    Status.FAILED, seed, 0.0, reason=f"lost {losses + 1} times: {why}; at last, {loss.text}"
+                )
             self._driver.settle(number, replace(found, placement=place), node=_node(place))
         except Exception as caught:  # Tune would log it and go on: kept, and raised once the running trials have ended
             self.error = self.error or caught
@@ -210,7 +212,7 @@ class Forget(tune.Callback):
 def _stopped_result(seed: int, history: list[dict[str, Any]], metric: Metric) -> TrialResult:
     last = history[-1]
     return TrialResult(
-        "stopped", seed, last["epochs"], reason=stop_reason(last, metric), history=history,
+        Status.STOPPED, seed, last["epochs"], reason=stop_reason(last, metric), history=history,
         val_accuracy=last["val_accuracy"], val_loss=last["val_loss"], seconds=last["seconds"],
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ranksearch.costs import BYTES_PER_WEIGHT
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering.spec import Ints, LayerSpec
 from ranksearch.lowering.weighting import Weighting
@@ -29,8 +30,6 @@ LOWERINGS: dict[str, Lowering] = {}
 Rank = int | tuple[int, ...]
 """An int, or one int per side of a format that has several (Tucker-2: input side, output side). 0 is the rank of `dense`."""
 
-BYTES_PER_WEIGHT = 4
-"""The export dtype is fp32."""
 
 LAYER_COSTS = ("macs", "flops", "params", "size")
 """Costs known from a spec and a rank alone. 1 MAC = 2 FLOPs; size in bytes of the export dtype."""

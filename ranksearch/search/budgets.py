@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
-from ranksearch.allocate import COSTS, Budget, Curves, allocate_plan
+from ranksearch.allocate import Budget, Curves, allocate_plan
 from ranksearch.allocate.budget import cost_value
 from ranksearch.compress import Cost
 from ranksearch.space.space import Space
@@ -21,7 +21,7 @@ def budgets_of(space: Space, curves: Curves) -> list[Budget]:
     budgets = space.parsed_budgets()
     if budgets:
         return budgets
-    known = ("macs", "flops", "params", "size") if curves.timing is None else COSTS
+    known = curves.smallest()
     cost = next((name for name in space.search.objectives if name in known), "macs")
     full = cost_value(curves.dense, cost)
     return [Budget(cost, Decimal(full), relative=False, text=str(full))]

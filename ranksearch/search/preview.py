@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any
 
 from ranksearch.allocate import BASELINES, Budget, allocate_plan, cost_value, greedy, measure_scores
-from ranksearch.allocate.costs import latency_ratio
 from ranksearch.allocate.curves import Curves
 from ranksearch.allocate.damage import Damage
 from ranksearch.compress import Cost, RankPlan
+from ranksearch.costs import ratio_of
 from ranksearch.errors import UsageError, nearest
 from ranksearch.pareto import nondominated
 from ranksearch.search.budgets import budgets_of
@@ -136,7 +136,7 @@ def preview_rows(
                 "val_accuracy": known[digest].accuracy, "val_loss": known[digest].loss, "macs": cost.macs, "params": cost.params,
                 "size_bytes": cost.size_bytes, "macs_ratio": cost.macs / dense.macs, "params_ratio": cost.params / dense.params,
                 "size_ratio": cost.size_bytes / dense.size_bytes, "latency_predicted_ms": cost.latency_ms,
-                "latency_ratio": latency_ratio(cost, dense), "predicted_damage": damage_of(bench.curves, bench.damage, plan),
+                "latency_ratio": ratio_of("latency", cost, dense), "predicted_damage": damage_of(bench.curves, bench.damage, plan),
                 "gap": plan.gap, "allocation_seconds": round(seconds, 4), "plan": plan.to_dict(),
             }  # fmt: skip
 

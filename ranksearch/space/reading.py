@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ranksearch.costs import COSTS, same_cost
 from ranksearch.errors import UsageError, nearest
 from ranksearch.space.space import SPELLINGS, Space, one_spelling
 from ranksearch.tasks import is_own
@@ -133,7 +134,7 @@ def read_space(
         cost, sign, text = assignment.partition("=")
         if not sign:
             raise UsageError(f"--budget {assignment}: expected cost=limit, such as flops=50% or size=1MiB.")
-        same = {"flops", "macs"} if cost in ("flops", "macs") else {cost}
+        same = {name for name in COSTS if cost in COSTS and same_cost(name, cost)} | {cost}
         if not isinstance(data.get("budgets") or {}, dict):
             raise UsageError(
                 f"{path}: budgets: expected cost: limit pairs such as flops: 50%, got {data['budgets']!r}."

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from ranksearch.allocate.baselines import BASELINES
 from ranksearch.allocate.damage import MEASURES
 from ranksearch.allocate.sensitivity import SENSITIVITIES
+from ranksearch.costs import COSTS, same_cost
 from ranksearch.errors import nearest
 from ranksearch.space.settings import Range, Strict, searchable
 
@@ -57,9 +58,7 @@ class SearchSpace(Strict):
     """`tpe` around an allocation is our own use of Optuna's (`local_tpe.py`); `gp` takes seconds per trial from a few dozen on."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the proposals and of every trial."""
-    objectives: list[Literal["accuracy", "macs", "flops", "params", "size", "latency"]] = Field(
-        default=["accuracy", "macs"]
-    )
+    objectives: list[Literal["accuracy", *COSTS]] = Field(default=["accuracy", "macs"])  # type: ignore[valid-type]
     """Accuracy (the task's metric, whatever it is) and up to two costs, of which the front is made; accuracy alone searches the best net
     within the budgets. `latency` is predicted from a table before a trial and measured after it, in turn with the dense net;
     `latency:` says how."""
@@ -100,8 +99,9 @@ class SearchSpace(Strict):
     def _distinct(cls, names: list[str]) -> list[str]:
         if not 1 <= len(names) <= 3 or len(set(names)) != len(names) or "accuracy" not in names:
             raise ValueError(f"expected one to three different objectives, accuracy among them, got {names}")
-        if {"macs", "flops"} <= set(names):
-            raise ValueError("macs and flops are one cost (1 MAC = 2 FLOPs): name one of them")
+        costs = [name for name in names if name != "accuracy"]
+        if len(costs) == 2 and same_cost(*costs):
+            raise ValueError(f"{' and '.join(costs)} are one cost (1 MAC = 2 FLOPs): name one of them")
         return names
 
     @field_validator("measure")

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from ranksearch.allocate import parse_budget
 from ranksearch.compress import Cost
 from ranksearch.errors import UsageError
-from ranksearch.study.front import Row, merit
+from ranksearch.study.front import merit
+from ranksearch.study.row import Row
+from ranksearch.trial.result import Status
 
 
 def best_row(rows: Sequence[Row], dense: Cost, name: str, budget: str | None) -> Row:
@@ -16,7 +18,7 @@ def best_row(rows: Sequence[Row], dense: Cost, name: str, budget: str | None) ->
     Raises:
         UsageError: no trial lies within it.
     """
-    rows = [row for row in rows if row["status"] == "complete"]
+    rows = [row for row in rows if row.complete]
     if budget is not None:
         limit = parse_budget(*budget.partition("=")[::2])
         rows = [row for row in rows if limit.allows(_cost_of(row, limit.cost), dense)]
@@ -27,15 +29,15 @@ def best_row(rows: Sequence[Row], dense: Cost, name: str, budget: str | None) ->
 
 def _cost_of(row: Row, budget: str) -> Cost:
     """A row's costs, its latency as measured; the prediction keeps the budget where it was not."""
-    latency = row["latency_ms"] if row["latency_ms"] is not None else row["latency_predicted_ms"]
+    latency = row.latency_ms if row.latency_ms is not None else row.latency_predicted_ms
     if budget == "latency" and latency is None:
         raise UsageError("Latency is neither a budget nor an objective of this study: it was not measured.")
-    return Cost(row["macs"], row["params"], row["size_bytes"], latency)
+    return Cost(row.macs, row.params, row.size_bytes, latency)
 
 
 def steps_saved(rows: Sequence[Row]) -> float:
     """Share of the rows' training steps that early stopping spared."""
-    planned = sum(row["recipe"]["steps"] for row in rows)
-    stopped = [row for row in rows if row["status"] == "stopped"]
-    spared = sum(row["recipe"]["steps"] - row["history"][-1]["step"] for row in stopped)
+    planned = sum(row.recipe["steps"] for row in rows)
+    stopped = [row for row in rows if row.status is Status.STOPPED]
+    spared = sum(row.recipe["steps"] - row.history[-1]["step"] for row in stopped)
     return spared / planned if planned else 0.0

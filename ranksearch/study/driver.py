@@ -15,12 +15,12 @@ from optuna.exceptions import StorageInternalError
 from ranksearch.errors import StudyError
 from ranksearch.places.place import PlaceError
 from ranksearch.search.workbench import Workbench
-from ranksearch.study.front import Row
+from ranksearch.study.row import Row
 from ranksearch.study.study import Study
-from ranksearch.trial.attempt import NO_PLACE, NO_SPACE, attempt
+from ranksearch.trial.attempt import attempt
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.metric import Metric
-from ranksearch.trial.result import TrialResult
+from ranksearch.trial.result import Status, TrialResult
 from ranksearch.trial.session import RUNG, Report, Stopped
 
 OnRow = Callable[[Row], None]
@@ -28,6 +28,7 @@ Log = Callable[[str], None]
 T = TypeVar("T")
 GIVE_UP_AFTER = 3
 """A study stops where its first trials, this many, all failed: the rest would fail too."""
+UNSUCCESSFUL = (Status.FAILED, Status.DIVERGED)
 JUDGED_FROM = 10
 """Trials from which on the share of failures counts."""
 PATIENCE_SECONDS, LOOK_SECONDS = 600.0, 5.0
@@ -60,19 +61,19 @@ class Driver:
         Raises:
             StudyError: too large a share of the trials failed, the disk is full, or the place of results is away.
         """
-        if result.status == NO_SPACE:
+        if result.status == Status.NO_SPACE:
             raise StudyError(
                 f"No space is left for trial {number}'s net or state; it is run again. {self._resume_hint()}"
             )
-        if result.status == NO_PLACE:
+        if result.status == Status.NO_PLACE:
             first = (result.reason or "").splitlines()[0]
             raise StudyError(
                 f"Trial {number}{f' on {node}' if node else ''} could not keep its net or state: {first}. It is run again: "
                 f"`ranksearch resume {self._study.space.name}` goes on."
             )
         remote = self._study.results != self._study.folder
-        if result.status == "complete" and (remote or node is not None) and not self._brought_home(number):
-            result = replace(result, status="failed", reason=self._lost_net(node))
+        if result.status == Status.COMPLETE and (remote or node is not None) and not self._brought_home(number):
+            result = replace(result, status=Status.FAILED, reason=self._lost_net(node))
         self._on_row(self._patiently(lambda: self._study.tell(number, result), f"the result of trial {number} is held"))
         self._check_failures()
 
@@ -118,12 +119,12 @@ class Driver:
 
     def _check_failures(self) -> None:
         counts = {status: n - self._before.get(status, 0) for status, n in self._study.counts.items()}
-        total, failed = sum(counts.values()), counts.get("failed", 0) + counts.get("diverged", 0)
+        total, failed = sum(counts.values()), sum(counts.get(status, 0) for status in UNSUCCESSFUL)
         allowed = self._study.space.search.max_failures
-        early = total >= min(GIVE_UP_AFTER, self._study.planned) and counts.get("failed", 0) == total
+        early = total >= min(GIVE_UP_AFTER, self._study.planned) and counts.get(Status.FAILED, 0) == total
         if not early and not (total >= JUDGED_FROM and failed > allowed * total):
             return
-        last = [row["reason"] for row in self._study.rows if row["status"] in ("failed", "diverged")][-1]
+        last = [row.reason for row in self._study.rows if row.status in UNSUCCESSFUL][-1]
         what = (
             f"All of the first {total} trials failed"
             if early

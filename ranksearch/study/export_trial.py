@@ -17,8 +17,8 @@ from ranksearch.compress.formats import Format
 from ranksearch.errors import UsageError
 from ranksearch.places.files import new_folder_atomically, write_atomically
 from ranksearch.study.folder import EXPORTS
-from ranksearch.study.front import Row
 from ranksearch.study.provenance import cpu_name
+from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 
 RECORD = "export.json"
@@ -45,12 +45,12 @@ def pick_trial(study: Study, trial: int | str) -> Row:
         raise UsageError(f"Trial {number} of {study.space.name!r} is {status}, not complete. {_nearest(study, number)}")
     if not holds_net(study.trial_folder(number)):
         raise UsageError(f"The net of trial {number} is not in {study.trial_folder(number)}. {_nearest(study, number)}")
-    return next(row for row in study.rows if row["trial"] == number)
+    return next(row for row in study.rows if row.trial == number)
 
 
 def _nearest(study: Study, number: int, shown: int = 5) -> str:
     """A sentence that names the nearest trials that can be exported."""
-    complete = [row["trial"] for row in study.rows if row["status"] == "complete"]
+    complete = [row.trial for row in study.rows if row.complete]
     valid = sorted((n for n in complete if holds_net(study.trial_folder(n))), key=lambda n: (abs(n - number), n))
     if not valid:
         return "No trial of it can be exported yet."
@@ -97,8 +97,8 @@ def export_trial(study: Study, row: Row, folder: Path, form: Format, *, build: B
         StudyError: the exported form computes something else, or cannot be made.
     """
     kind = study.space.kind()
-    model, plan = load_stored_net(study.trial_folder(row["trial"]), build)
-    if plan != RankPlan.from_dict(row["plan"]):
+    model, plan = load_stored_net(study.trial_folder(row.trial), build)
+    if plan != RankPlan.from_dict(row.plan):
         raise UsageError(
             f"{study.trial_folder(row['trial'])} holds another net: its {PLAN} is not the plan of trial {row['trial']}."
         )
@@ -119,14 +119,14 @@ def _record(study: Study, row: Row, form: Format, model: str | None, exported: E
     kind = study.space.kind()
     (dense_ms,) = exported.others_ms
     return {
-        "study": study.space.name, "study_id": study.info["id"], "trial": row["trial"], "format": form.name, "files": list(exported.files),
+        "study": study.space.name, "study_id": study.info["id"], "trial": row.trial, "format": form.name, "files": list(exported.files),
         "size_bytes": exported.size_bytes, "model": model, "input_shape": ["batch", *kind.input_shape],
         "input_dtype": str(kind.example_input.dtype).removeprefix("torch."),
         "input_made_by": INPUT_FORMULA | asdict(kind.normalise) if kind.normalise is not None else None,
         "metric": study.metric.to_dict(),
         "opset": exported.opset, "folded_bn": exported.folded_bn, "max_rel_error": exported.max_rel_error,
         "checked_batches": list(CHECKED_BATCHES), "latency_ms": exported.latency_ms, "latency_eager_ms": exported.latency_eager_ms,
-        "latency_dense_ms": dense_ms, "device": cpu_name(), **{key: row[key] for key in FROM_ROW}, "plan": row["plan"],
+        "latency_dense_ms": dense_ms, "device": cpu_name(), **{key: row[key] for key in FROM_ROW}, "plan": row.plan,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", *form.needs)}},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

@@ -43,8 +43,3 @@ class Folded(Sequence[Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Folded:
         return self  # it cannot be changed
-
-
-def unfolded(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with plain lists in the place of folded ones."""
-    return {name: value.unfolded() if isinstance(value, Folded) else value for name, value in row.items()}

@@ -5,66 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optuna.trial import FrozenTrial
-
 from ranksearch.pareto import hypervolume
 from ranksearch.space.space import Space
+from ranksearch.study.row import Row
 from ranksearch.study.verdict import SCHEMA, verdict_of
 from ranksearch.trial.metric import Metric
 from ranksearch.words import COST_RATIOS
 
-Row = dict[str, Any]
-MEASURED = (
-    "val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_predicted_ms", "latency_ms", "latency_ratio", "images_per_second",
-    "projection_share", "seconds",
-)  # fmt: skip
-NOT_IN_RECORD = ("share", "history", "projections", "losses", "started", "ended")
-
-
-def row_of(trial: FrozenTrial, dense: Mapping[str, Any], metric: Metric) -> Row:
-    """Everything known of a finished trial; ratios are of the dense net's cost, what was not measured is None.
-
-    `val_accuracy` is the task's metric in its own unit, `share` what that is worth (`metric.py`), by which trials are compared. `started`
-    and `ended` are seconds since 1970.
-    """
-    result, attrs = trial.user_attrs.get("result", {}), trial.user_attrs.get("candidate", {})
-
-    def ratio(key: str) -> float | None:
-        return result[key] / dense[key] if result.get(key) is not None else None
-
-    return {
-        "trial": trial.number,
-        "status": result.get("status", "failed"),
-        "epochs": result.get("epochs"),
-        "test_accuracy": None,
-        "share": metric.share(result["val_accuracy"]) if result.get("val_accuracy") is not None else None,
-        **{key: result.get(key) for key in MEASURED},
-        "macs_ratio": ratio("macs"),
-        "params_ratio": ratio("params"),
-        "size_ratio": ratio("size_bytes"),
-        "plan": attrs.get("plan"),
-        "recipe": attrs.get("recipe"),
-        "params_searched": dict(trial.params),
-        "allocator": attrs.get("allocator"),
-        "seed": attrs.get("seed"),
-        "reason": result.get("reason"),
-        "placement": result.get("placement"),
-        "history": result.get("history", []),
-        "projections": result.get("projections", []),
-        "losses": result.get("losses", []),
-        "started": trial.datetime_start.timestamp() if trial.datetime_start else None,
-        "ended": trial.datetime_complete.timestamp() if trial.datetime_complete else None,
-    }
-
 
 def objective_values(row: Row, objectives: Sequence[str]) -> list[float]:
     """A complete row's values as Optuna is told them: the metric in its own unit, costs as ratios of dense."""
-    return [row["val_accuracy"] if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives]
+    return [row.val_accuracy if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives]
 
 
 def _points(rows: Sequence[Row], objectives: Sequence[str]) -> list[list[float]]:
     """Rows in minimisation form: 1 - share, costs as ratios of dense."""
-    return [[1 - row["share"] if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives] for row in rows]
+    return [[1 - row.share if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives] for row in rows]
 
 
 def dominates(row: Row, other: Row, objectives: Sequence[str]) -> bool:
@@ -75,12 +31,12 @@ def dominates(row: Row, other: Row, objectives: Sequence[str]) -> bool:
 
 def merit(row: Row) -> tuple[float, int]:
     """What makes a complete row the best of several: its metric, then fewer MACs."""
-    return row["share"], -row["macs"]
+    return row.share, -row.macs
 
 
 def in_order(front: Sequence[Row]) -> list[Row]:
     """The rows of a front, the best metric first."""
-    return sorted(front, key=lambda row: (-row["share"], row["macs"], row["trial"]))
+    return sorted(front, key=lambda row: (-row.share, row.macs, row.trial))
 
 
 def front_hypervolume(front: Sequence[Row], objectives: Sequence[str]) -> float:
@@ -116,6 +72,6 @@ def front_record(
         **facts,
         "latency": space.latency.model_dump() if space.has_latency else None,
         "dense": dict(dense),
-        "trials": [{key: value for key, value in row.items() if key not in NOT_IN_RECORD} for row in front],
+        "trials": [row.record() for row in front],
     }
     return record | {"verdict": verdict_of(record).to_dict()}

@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-from ranksearch.study.front import Row
+from ranksearch.study.row import Row
 from ranksearch.words import COST_RATIOS
 
 FRONT, AT_COST = "reaching the front", "accuracy at its cost"
@@ -27,10 +27,10 @@ def importances(study: optuna.Study, rows: Sequence[Row], objectives: Sequence[s
 
     Reference: Watanabe, Bansal & Hutter 2023, arXiv 2304.10255 (PED-ANOVA).
     """
-    complete = [row for row in rows if row["status"] == "complete"]
+    complete = [row for row in rows if row.complete]
     if len(complete) < FEWEST:
         return {}
-    above = dict(zip((row["trial"] for row in complete), accuracy_at_cost(complete, objectives).tolist(), strict=True))
+    above = dict(zip((row.trial for row in complete), accuracy_at_cost(complete, objectives).tolist(), strict=True))
     targets = {FRONT: None} if len(objectives) > 1 else {}
     targets[AT_COST] = lambda trial: -above[trial.number]  # the least is the best
     found: dict[str, dict[str, float]] = {}
@@ -44,7 +44,7 @@ def importances(study: optuna.Study, rows: Sequence[Row], objectives: Sequence[s
 
 def accuracy_at_cost(rows: Sequence[Row], objectives: Sequence[str]) -> np.ndarray:
     """How far the metrics of complete rows [n], as shares in percent, lie above a parabola in log cost through them."""
-    accuracy = np.array([100 * row["share"] for row in rows])
+    accuracy = np.array([100 * row.share for row in rows])
     costs = [name for name in objectives if name != "accuracy"]
     x = np.log([row[COST_RATIOS[costs[0]]] for row in rows]) if costs else np.zeros(len(rows))
     degree = min(2, len(np.unique(x)) - 1)

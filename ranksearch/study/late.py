@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ranksearch.places.files import write_atomically
 from ranksearch.study.folder import MEASURED, TEST
-from ranksearch.study.front import Row
+from ranksearch.study.row import Row
 from ranksearch.trial.metric import Metric
 
 DENSE = "dense"
@@ -41,7 +41,7 @@ class Late:
         """Scores the dense net (`evaluate(None)`) and a front's nets, once each; returns all that is known."""
         known = self.test_accuracies()
         for row in [None, *front]:
-            key = DENSE if row is None else str(row["trial"])
+            key = DENSE if row is None else str(row.trial)
             if key not in known:
                 known[key] = evaluate(row)
                 net = "the dense net" if row is None else f"trial {key}"

@@ -11,7 +11,7 @@ from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.compress.stopwatch import Stopwatch
 from ranksearch.space.space import Space
 from ranksearch.study.folder import LATENCY
-from ranksearch.study.front import Row
+from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.tasks.folder import data_folder
 
@@ -39,11 +39,11 @@ def measure_front(study: Study, dense: nn.Module, load: Callable[[Row], nn.Modul
     their place is timed too.
     """
     stopwatch = Stopwatch(study.space.latency.as_setting())
-    while rows := [row for row in study.front if not study.is_timed(row["trial"])][:AT_ONCE]:
+    while rows := [row for row in study.front if not study.is_timed(row.trial)][:AT_ONCE]:
         dense_ms, *times = stopwatch.nets_ms([dense, *map(load, rows)], example)
-        study.note_latencies({row["trial"]: (ms, ms / dense_ms) for row, ms in zip(rows, times, strict=True)})
+        study.note_latencies({row.trial: (ms, ms / dense_ms) for row, ms in zip(rows, times, strict=True)})
         for row, ms in zip(rows, times, strict=True):
-            known = row["latency_predicted_ms"]
+            known = row.latency_predicted_ms
             predicted = "" if known is None else f", predicted {known:.3f} ms"
             left = "; slower than the dense net, so not on the front" if ms > dense_ms else ""
             log(f"latency of trial {row['trial']}: {ms:.3f} ms, dense {dense_ms:.3f} ms{predicted}{left}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
-from ranksearch.study.front import Row, dominates, front_hypervolume, in_order, merit
+from ranksearch.study.front import dominates, front_hypervolume, in_order, merit
+from ranksearch.study.row import Row
+from ranksearch.trial.result import Status
 
 
 class Ledger:
@@ -16,7 +19,7 @@ class Ledger:
         self._rows: dict[int, Row] = {}
         self._front: list[Row] = []
         self._best: Row | None = None
-        self.counts: dict[str, int] = {}
+        self.counts: dict[Status, int] = {}
         """Status -> number of trials."""
         self._worth: list[tuple[int, float]] = []
         """After how many finished trials the front changed, and its hypervolume then."""
@@ -34,11 +37,11 @@ class Ledger:
 
     def add(self, row: Row) -> bool:
         """Takes up a finished trial, once; returns whether it is on the front now."""
-        if row["trial"] in self._rows:
+        if row.trial in self._rows:
             raise ValueError(f"trial {row['trial']} is in the ledger already")
-        self._rows[row["trial"]] = row
-        self.counts[row["status"]] = self.counts.get(row["status"], 0) + 1
-        if row["status"] != "complete":
+        self._rows[row.trial] = row
+        self.counts[row.status] = self.counts.get(row.status, 0) + 1
+        if not row.complete:
             return False
         if self._best is None or merit(row) > merit(self._best):
             self._best = row
@@ -47,7 +50,7 @@ class Ledger:
         return taken
 
     def _take_to_front(self, row: Row) -> bool:
-        if self._faster and (row["latency_ratio"] or 0.0) > 1:
+        if self._faster and (row.latency_ratio or 0.0) > 1:
             return False
         if any(dominates(other, row, self._objectives) for other in self._front):
             return False
@@ -69,7 +72,7 @@ class Ledger:
     @property
     def on_front(self) -> set[int]:
         """Numbers of the trials on the front."""
-        return {row["trial"] for row in self._front}
+        return {row.trial for row in self._front}
 
     @property
     def best(self) -> Row | None:
@@ -83,7 +86,7 @@ class Ledger:
     def progress(self) -> dict[str, float]:
         """How far the study is, in numbers: finished trials by status, hypervolume, size of the front, the best metric."""
         found = {"finished_trials": len(self), "hypervolume": self.hypervolume, "front_size": len(self._front)}
-        best = {} if self._best is None else {"best_within_budget": self._best["val_accuracy"]}
+        best = {} if self._best is None else {"best_within_budget": self._best.val_accuracy}
         return found | best | {f"{status.replace(' ', '_')}_trials": count for status, count in self.counts.items()}
 
     def gains(self) -> dict[str, float] | None:
@@ -112,15 +115,24 @@ class Ledger:
             return
         for key, (milliseconds, ratio) in found.items():
             if int(key) in self._rows:
-                self._rows[int(key)] |= {"latency_ms": milliseconds, "latency_ratio": ratio}
-        self._front = []
-        self.__dict__.pop("hypervolume", None)
-        for row in self.rows:
-            if row["status"] == "complete":
-                self._take_to_front(row)
+                row = self._rows[int(key)]
+                self._rows[row.trial] = replace(row, latency_ms=milliseconds, latency_ratio=ratio)
+        self._rebuild()
 
     def score(self, test: Mapping[str, float]) -> None:
         """Writes test accuracies (trial number as text -> percent) into the rows."""
+        if not test:
+            return
         for key, accuracy in test.items():
             if key.isdigit() and int(key) in self._rows:
-                self._rows[int(key)]["test_accuracy"] = accuracy
+                self._rows[int(key)] = replace(self._rows[int(key)], test_accuracy=accuracy)
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Makes the front and the best trial anew from the rows, which were replaced."""
+        self._front = []
+        self.__dict__.pop("hypervolume", None)
+        complete = [row for row in self.rows if row.complete]
+        self._best = max(complete, key=merit, default=None)
+        for row in complete:
+            self._take_to_front(row)

@@ -10,9 +10,10 @@ import optuna
 from optuna.trial import TrialState
 
 from ranksearch.compress import Cost
-from ranksearch.study.front import objective_values, row_of
+from ranksearch.study.front import objective_values
+from ranksearch.study.row import row_of
 from ranksearch.trial.metric import Metric
-from ranksearch.trial.result import TrialResult
+from ranksearch.trial.result import Status, TrialResult
 
 
 def record_of(result: TrialResult, cost: Cost) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def record_of(result: TrialResult, cost: Cost) -> dict[str, Any]:
     accuracy = result.val_accuracy
     finite = accuracy is not None and isfinite(accuracy)
     return {
-        **result.to_dict(), "status": "diverged" if result.status == "complete" and not finite else result.status,
+        **result.to_dict(), "status": Status.DIVERGED if result.status is Status.COMPLETE and not finite else result.status,
         "macs": cost.macs, "params": cost.params, "size_bytes": cost.size_bytes, "latency_predicted_ms": cost.latency_ms,
     }  # fmt: skip
 
@@ -36,7 +37,7 @@ def tell_optuna(
     if trial.state != TrialState.RUNNING:
         return
     row = row_of(trial, dense, metric)
-    if row["status"] == "complete":
+    if row.complete:
         study.tell(trial.number, objective_values(row, objectives))
     else:
-        study.tell(trial.number, state=TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL)
+        study.tell(trial.number, state=TrialState.PRUNED if row.status is Status.STOPPED else TrialState.FAIL)

@@ -14,8 +14,8 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.allocate import Curves, Damage
-from ranksearch.allocate.costs import cost_ratio
 from ranksearch.compress import Cost
+from ranksearch.costs import cost_ratio
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.places.place import Place
 from ranksearch.search.allocated import Allocated

@@ -15,11 +15,11 @@ from math import floor
 
 import numpy as np
 
-from ranksearch.allocate.costs import cost_ratio
 from ranksearch.compress import Cost
+from ranksearch.costs import cost_ratio
 from ranksearch.pareto import nondominated
 from ranksearch.space.search import EarlyStoppingSpace
-from ranksearch.study.front import Row
+from ranksearch.study.row import Row
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.session import RUNG
 
@@ -88,8 +88,8 @@ def recorded_rungs(
         return None
     rungs = Rungs(len(stopping.rungs), stopping.reduction)
     for row in rows:
-        for entry in row["history"]:
+        for entry in row.history:
             if entry["phase"] == RUNG:
-                cost = Cost(row["macs"], row["params"], row["size_bytes"], row["latency_predicted_ms"])
-                rungs.record(row["trial"], entry["rung"], point(entry["val_accuracy"], cost))
+                cost = Cost(row.macs, row.params, row.size_bytes, row.latency_predicted_ms)
+                rungs.record(row.trial, entry["rung"], point(entry["val_accuracy"], cost))
     return rungs

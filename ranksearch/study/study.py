@@ -26,7 +26,6 @@ from ranksearch.search.parametrize import Opening
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
 from ranksearch.study.best import best_row, steps_saved
-from ranksearch.study.folded import unfolded
 from ranksearch.study.folder import (  # fmt: skip
     FRONT,
     GIVEN,
@@ -40,7 +39,7 @@ from ranksearch.study.folder import (  # fmt: skip
     place_of_results,
     trial_folder,
 )
-from ranksearch.study.front import Row, front_record, row_of
+from ranksearch.study.front import front_record
 from ranksearch.study.importance import importances
 from ranksearch.study.journal import mend_journal, together
 from ranksearch.study.late import DENSE, Late
@@ -49,6 +48,7 @@ from ranksearch.study.making import begin, read_folder, samples_of, space_text
 from ranksearch.study.orphans import settle_orphans
 from ranksearch.study.outcomes import record_of, tell_optuna
 from ranksearch.study.proposals import Proposals
+from ranksearch.study.row import Row, row_of
 from ranksearch.study.stopping import recorded_rungs, rung_point
 from ranksearch.study.storage import forget_study, open_study
 from ranksearch.study.verdict import commonest
@@ -326,7 +326,7 @@ class Study:
             self._tell_optuna(trial._trial_id)
         row = self._take_up(trial._trial_id)
         del self._running[number]
-        return unfolded(row)
+        return row.unfolded()
 
     def _finish(self, trial_id: int) -> None:
         """Takes up a result that stands in the trial's attributes already: a crash before it was told has lost nothing."""
@@ -357,7 +357,7 @@ class Study:
     @property
     def trials(self) -> list[Row]:
         """A row per finished trial, in their order."""
-        return [unfolded(row) for row in self._ledger.rows]
+        return [row.unfolded() for row in self._ledger.rows]
 
     @property
     def rows(self) -> list[Row]:
@@ -372,7 +372,7 @@ class Study:
     @property
     def front(self) -> list[Row]:
         """The nondominated complete trials, the best metric first."""
-        return [unfolded(row) for row in self._ledger.front]
+        return [row.unfolded() for row in self._ledger.front]
 
     @property
     def on_front(self) -> set[int]:
@@ -418,7 +418,7 @@ class Study:
         Raises:
             UsageError: no trial lies within it.
         """
-        return unfolded(best_row(self.rows, self.dense, self.space.name, budget))
+        return best_row(self.rows, self.dense, self.space.name, budget).unfolded()
 
     # Latencies, test set and front file --------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ranksearch.compress import RankPlan
 from ranksearch.lowering.contract import sides
-from ranksearch.study.front import Row
+from ranksearch.study.row import Row
 from ranksearch.tracking.chart import (
     BLACK,
     BLUE,
@@ -131,7 +131,7 @@ def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
                 [Series("hypervolume", [n for n, _ in entries], worth, BLUE, "circle", "steps")],
             ),
         )  # fmt: skip
-    own = [(n, row) for n, (row, _) in entries if row["status"] == "complete"]
+    own = [(n, row) for n, (row, _) in entries if row.complete]
     each = Series(
         "each trial", [n for n, _ in own], [row["val_accuracy"] for _, row in own], GREY, "circle", faint=True,
         hover=[_hover(view, row) for _, row in own],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ranksearch.compress import load_net
 from ranksearch.errors import StudyError
 from ranksearch.study.folder import trial_folder
-from ranksearch.study.front import Row
+from ranksearch.study.row import Row
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.runs import (
     KIND_TAG,

@@ -18,7 +18,7 @@ import sqlalchemy.exc
 from ranksearch.places.files import write_atomically
 from ranksearch.places.urls import DRIVER_HINT
 from ranksearch.study.folder import GIVEN, SPACE
-from ranksearch.study.front import Row
+from ranksearch.study.row import Row
 from ranksearch.tracking.draw_html import save_html
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.figures import study_charts

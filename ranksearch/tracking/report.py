@@ -10,7 +10,7 @@ from typing import Any
 
 from ranksearch import __version__
 from ranksearch.compress import RankPlan
-from ranksearch.study.front import Row
+from ranksearch.study.row import Row
 from ranksearch.tracking.draw_html import fragment
 from ranksearch.tracking.figures import study_charts
 from ranksearch.tracking.runs import plan_line

@@ -11,10 +11,10 @@ from ranksearch.compress import RankPlan
 from ranksearch.lowering.contract import sides
 from ranksearch.space.settings import Choices, Range, Strict
 from ranksearch.space.space import Space
-from ranksearch.study.folded import unfolded
-from ranksearch.study.front import Row
+from ranksearch.study.row import Row
 from ranksearch.tracking.view import View, cost_percent
 from ranksearch.trial.metric import Metric
+from ranksearch.trial.result import Status
 from ranksearch.words import COST_RATIOS
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -24,7 +24,7 @@ KIND_TAG, STUDY_TAG, TRIAL_TAG, MODEL_TAG = (
     "ranksearch.trial",
     "ranksearch.model",
 )
-ENDED = {"complete": "FINISHED", "stopped": "KILLED"}
+ENDED = {Status.COMPLETE: "FINISHED", Status.STOPPED: "KILLED"}
 """Status of a trial -> MLflow's; others FAILED."""
 TAG_LENGTH = 5000
 """Characters that every store takes in a tag."""
@@ -44,7 +44,7 @@ Step = tuple[int, dict[str, float]]
 
 def run_name(row: Row, cost: str, metric: Metric) -> str:
     """A child run's readable name, such as `t017 macs 48% acc 91.2`."""
-    if row["status"] != "complete":
+    if not row.complete:
         return f"t{row['trial']:03d} {row['status']}"
     percent = cost_percent(row, cost)
     value = row["val_accuracy"]
@@ -94,7 +94,7 @@ def trial_metrics(row: Row) -> Iterator[Step]:
 
 def final_metrics(row: Row) -> dict[str, float]:
     """A trial's results; what a diverged or stopped one had before its end stands under its phases alone."""
-    names = ("val_accuracy", "val_loss", *FINAL) if row["status"] == "complete" else FINAL
+    names = ("val_accuracy", "val_loss", *FINAL) if row.complete else FINAL
     return {name: float(row[name]) for name in names if row.get(name) is not None}
 
 
@@ -113,7 +113,7 @@ def _projection(record: Mapping[str, Any]) -> dict[str, float]:
 def trial_file(row: Row) -> dict[str, Any]:
     """What `trial.json` holds beside the run's metrics: the whole recipe, scores, losses, removed energy per layer."""
     names = ("trial", "seed", "status", "reason", "recipe", "params_searched", "history", "losses", "projections")
-    return unfolded({name: row[name] for name in names})
+    return {name: row.unfolded()[name] for name in names}
 
 
 # A study -----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ranksearch.study.front import Row
+from ranksearch.study.row import Row
 from ranksearch.tracking.chart import BLUE, GREEN, ORANGE, PINK, Chart, HeatMap, Plot, Series
 from ranksearch.trial.metric import Metric
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from ranksearch.allocate import cost_value
 from ranksearch.compress import Cost
+from ranksearch.costs import same_cost
 from ranksearch.space.space import Space
-from ranksearch.study.front import Row
 from ranksearch.study.ledger import Ledger
+from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.trial.metric import Metric
 from ranksearch.words import COST_RATIOS
@@ -61,7 +62,7 @@ class View:
 
     @property
     def complete(self) -> list[Row]:
-        return [row for row in self.trials if row["status"] == "complete"]
+        return [row for row in self.trials if row.complete]
 
     @property
     def front_rows(self) -> list[Row]:
@@ -77,8 +78,8 @@ class View:
     def budget_ratio(self, cost: str) -> float | None:
         """The budget on `cost` as a share of the dense net's; None where there is none."""
         dense = Cost(*(self.dense[key] for key in ("macs", "params", "size_bytes", "latency_ms")))
-        same = ("macs", "flops") if cost in ("macs", "flops") else (cost,)
-        limits = [b.limit(dense) / cost_value(dense, b.cost) for b in self.space.parsed_budgets() if b.cost in same]
+        same = [budget for budget in self.space.parsed_budgets() if same_cost(budget.cost, cost)]
+        limits = [budget.limit(dense) / cost_value(dense, budget.cost) for budget in same]
         return min(limits, default=None)
 
     def progress(self) -> list[tuple[Row, dict[str, float]]]:

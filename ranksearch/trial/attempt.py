@@ -16,12 +16,10 @@ from ranksearch.tasks.parallel import ALONE, Group, PeerLost
 from ranksearch.tasks.task import Task
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.checkpoint import CheckpointFile, Leaving, stays
-from ranksearch.trial.result import TrialResult
+from ranksearch.trial.result import Status, TrialResult
 from ranksearch.trial.session import Report
 from ranksearch.trial.trial import run_trial
 
-NO_SPACE, NO_PLACE = "no space", "no place"
-"""What ends a trial that could not write its net or state: a full disk, or a place of results that refuses. It is run again."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -51,9 +49,9 @@ def attempt(
     except (Leaving, PeerLost):
         raise
     except torch.OutOfMemoryError as error:
-        return TrialResult("failed", candidate.seed, 0.0, reason=out_of_memory(error))
+        return TrialResult(Status.FAILED, candidate.seed, 0.0, reason=out_of_memory(error))
     except Exception as error:
         lines = traceback.format_exc().strip().splitlines()[-6:]
         full = isinstance(error, OSError) and error.errno in FULL
-        status = NO_SPACE if full else NO_PLACE if isinstance(error, PlaceError) else "failed"
+        status = Status.NO_SPACE if full else Status.NO_PLACE if isinstance(error, PlaceError) else Status.FAILED
         return TrialResult(status, candidate.seed, 0.0, reason="\n".join([f"{type(error).__name__}: {error}", *lines]))

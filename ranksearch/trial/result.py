@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from typing import Any
+
+
+class Status(StrEnum):
+    """How a trial ended."""
+
+    COMPLETE = "complete"
+    DIVERGED = "diverged"
+    """A loss, a weight or the metric was not finite."""
+    STOPPED = "stopped"
+    """It fell behind at a rung."""
+    FAILED = "failed"
+    NO_SPACE = "no space"
+    """Its net or state could not be written, since the disk is full; it is run again."""
+    NO_PLACE = "no place"
+    """The place of results refused them; it is run again."""
 
 
 @dataclass(frozen=True)
 class TrialResult:
     """What a trial found. `val_accuracy` is the task's metric, in percent where that is accuracy; what was not measured is None."""
 
-    status: str  # "complete", "diverged", "stopped", "failed", or "no space": that one is to be run again
+    status: Status
     seed: int
     epochs: float
     val_accuracy: float | None = None
@@ -34,6 +50,9 @@ class TrialResult:
     """The training curve: step and mean training loss since the point before."""
     projections: list[dict[str, Any]] = field(default_factory=list)
     """Recorded projections: step, loss on one training batch before and after, removed energy (share of ||W||²) per layer."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", Status(self.status))  # a result that has travelled holds it as text
 
     def to_dict(self) -> dict[str, Any]:
         """By name; the lists are the result's own: copies of every point of its curves would take longer than writing them."""

@@ -21,7 +21,7 @@ from ranksearch.tasks.train import Diverged
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe
-from ranksearch.trial.result import TrialResult
+from ranksearch.trial.result import Status, TrialResult
 from ranksearch.trial.session import Report, Session, Stopped
 
 
@@ -86,7 +86,7 @@ def run_trial(
     Of a `group` every process runs the trial, each on its part of every batch; rank 0 alone evaluates and writes, and all report alike.
     """
     cost = plan_cost(net, plan)
-    status, reason, measured = "complete", None, (None, None)
+    status, reason, measured = Status.COMPLETE, None, (None, None)
     session = Session(
         task, dense, net, recipe, seed=seed, report=report, checkpoint=checkpoint, rungs=rungs, group=group
     )
@@ -94,9 +94,9 @@ def run_trial(
         session.report_rungs()
         small = learn_low_rank(session, plan)
     except Stopped as stopped:
-        status, reason = "stopped", str(stopped)
+        status, reason = Status.STOPPED, str(stopped)
     except (Diverged, NonFiniteError) as error:
-        status, reason = "diverged", str(error)
+        status, reason = Status.DIVERGED, str(error)
     else:
         if save_to is not None:
             group.together(lambda: _write_net(small, plan, save_to))
