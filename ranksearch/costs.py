@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # a table of words and rules, for whoever shows a front, too: it loads no torch
-    from ranksearch.compress import Cost
+from typing import Protocol
 
 BYTES_PER_WEIGHT = 4
 """Of a weight as it is exported, in float32."""
@@ -21,6 +18,19 @@ NS_PER_MS = 1_000_000
 """Latency is counted in whole nanoseconds, so that a budget is kept exactly."""
 _COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 _BYTES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+class Cost(Protocol):
+    """What a net costs, as `compress.Cost` has it: this table is for whoever shows a front, too, and loads no torch."""
+
+    @property
+    def macs(self) -> int: ...
+    @property
+    def params(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def latency_ms(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
