@@ -59,6 +59,7 @@ _HOMES = {
     "RankPlan": "ranksearch.compress:RankPlan",
     "LayerPlan": "ranksearch.compress:LayerPlan",
     "LayerRule": "ranksearch.allocate:LayerRule",
+    "weightings": "ranksearch.allocate.weightings:weightings",
     "Task": "ranksearch.tasks.task:Task",
     "Study": "ranksearch.study.study:Study",
     "Terminal": "ranksearch.console:Terminal",

@@ -24,10 +24,7 @@ SPECS = {
 CASES = [
     pytest.param(lowering, spec, id=f"{name}-{label}")
     for (name, lowering), (label, spec) in itertools.product(LOWERINGS.items(), SPECS.items())
-    if lowering.supports(spec)
-    and lowering.has_rank
-    and (name == "tiled_c2" or lowering.family != "tiled")
-    and name != "cp"
+    if lowering.supports(spec) and lowering.has_rank and not name.startswith(("tiled", "cp"))
 ]
 cases = pytest.mark.parametrize(("lowering", "spec"), CASES)
 
@@ -72,8 +69,6 @@ def middle(lowering, spec):
 @cases
 @pytest.mark.parametrize("outputs", [False, True])
 def test_removed_is_the_error_in_the_metric_and_no_more_than_the_curve_says(lowering, spec, outputs):
-    if lowering.name == "tiled_c2":
-        pytest.skip("tiles see diagonal blocks alone: the test below")
     weight, weighting = weight_of(spec), separable(spec, outputs=outputs)
     view = lowering.seen(weighting, spec)
     curve = view.curve(weight)

@@ -24,6 +24,7 @@ from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.compress.surgery import compress
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import default_lowerings, expand_families
+from ranksearch.lowering.weighting import Weighting
 
 SOLVERS: dict[str, Solver] = {"solver": solve, "milp": partial(solve_exactly, time_limit=60.0)}
 METHODS = (*SOLVERS, *BASELINES, "greedy")
@@ -44,6 +45,7 @@ def allocate(
     measure: str = "log_kept_energy",
     calibration: Sequence[Any] = (),
     loss: Loss | None = None,
+    weightings: Mapping[str, Weighting] | None = None,
     score: Callable[[nn.Module], float] | None = None,
     latency: LatencyTable | None = None,
     seed: int = 0,
@@ -65,6 +67,7 @@ def allocate(
         calibration: batches of inputs as the model takes them, a list; "greedy" re-estimates BN statistics on them.
         loss: output of the model -> sum of the samples' losses, for "fisher" and "kfac"; left out, cross-entropy against labels drawn
             from the model's own prediction.
+        weightings: layer -> the metric of its data (`ranksearch.weightings`) in which errors are measured; give `compress` the same ones.
         score: net -> figure of merit, higher is better.
         latency: for a budget on it, such as `LatencyTable(Stopwatch(LatencySetting("eager", batch=1, threads=1)))`; what it lacks is
             measured here.
@@ -83,14 +86,16 @@ def allocate(
         expand_families(lowerings or default_lowerings()), tuple(include), tuple(exclude), tuple(rules), rank_multiple
     )
     found.check(net)
-    curves = rank_curves(model, net, found)
+    curves = rank_curves(model, net, found, weightings=weightings)
     if latency is not None:
         if not isinstance(example_input, Tensor):
             raise UsageError("Latency is measured of models that take one tensor; this one takes several.")
         curves = timed(curves, model, example_input, latency, lambda text: None)
     parsed = [parse_budget(cost, text) for cost, text in budgets.items()]
     if method in SOLVERS:
-        damage = weigh(curves, model, calibration, sensitivity, MEASURES[measure], seed=seed, loss=loss)
+        damage = weigh(
+            curves, model, calibration, sensitivity, MEASURES[measure], seed=seed, loss=loss, weightings=weightings
+        )
         return allocate_plan(curves, parsed, damage=damage, solver=SOLVERS[method]).plan
     if method == "random":
         return random(curves, parsed, seed=seed)

@@ -21,6 +21,7 @@ from ranksearch.costs import COSTS, NANOSECONDS, NS_PER_MS
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import Lowering, lowering_named
 from ranksearch.lowering.contract import RankCurve, Spectrum, sides
+from ranksearch.lowering.weighting import Weighting
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,11 +245,16 @@ def _options(layer: Layer, rule: LayerRule, curve_of: Callable[[Layer, Lowering,
 
 
 def rank_curves(
-    model: nn.Module, net: Net, rules: LayerRules, known: MutableMapping[str, RankCurve] | None = None
+    model: nn.Module,
+    net: Net,
+    rules: LayerRules,
+    known: MutableMapping[str, RankCurve] | None = None,
+    weightings: Mapping[str, Weighting] | None = None,
 ) -> Curves:
     """Options of every layer of `net` under `rules`, from the weights of `model`.
 
     Args:
+        weightings: layer -> the metric in which its error is measured; ||.|| of the weight for those that are not named.
         known: curves by content hash, such as a `CurveCache`; what is not there is computed and added.
 
     Raises:
@@ -256,13 +262,22 @@ def rank_curves(
         NonFiniteError: a weight is not finite; the text names the layer.
     """
     slots, found = find_slots(model), {} if known is None else known
+    digests: dict[str, str] = {}
 
     def curve_of(layer: Layer, lowering: Lowering, multiple: int) -> RankCurve:
         weight = slots[layer.name].weight.detach()
+        weighting = (weightings or {}).get(layer.name)
+        view = lowering.seen(weighting, layer.spec) if weighting is not None else None
         key = curve_key(weight, layer.spec, lowering.curve_name, multiple)
+        if weighting is not None and view is not None:
+            if layer.name not in digests:
+                digests[layer.name] = weighting.digest()
+            key = f"{key}-{digests[layer.name][:24]}"
         if key not in found:
             try:
-                found[key] = lowering.curve(weight, layer.spec, multiple)
+                found[key] = (
+                    view.curve(weight, multiple) if view is not None else lowering.curve(weight, layer.spec, multiple)
+                )
             except NonFiniteError as error:
                 raise NonFiniteError(f"Layer {layer.name!r}: {error}") from error
         return found[key]

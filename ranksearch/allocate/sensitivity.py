@@ -19,7 +19,7 @@ handful of reconstructions per layer and lowering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from ranksearch.allocate.damage import Damage, Measure
 from ranksearch.allocate.statistics import Loss, Statistics, collect
 from ranksearch.compress.slots import find_slots
 from ranksearch.lowering import LayerSpec, lowering_named
+from ranksearch.lowering.weighting import Weighting
 
 SAMPLES = 8
 """Ranks per layer and lowering at which the form is evaluated."""
@@ -77,7 +78,9 @@ def _blocks(weight: Tensor, spec: LayerSpec) -> Tensor:
     return spec.blocks(weight).flatten(2)
 
 
-def _shares(options: LayerOptions, weight: Tensor, form: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, float]:
+def _shares(
+    options: LayerOptions, weight: Tensor, form: Callable[[Tensor], Tensor], weighting: Weighting | None
+) -> tuple[np.ndarray, float]:
     """(share of the weight's own form that every option removes [n options], the weight's own form)"""
     spec = options.layer.spec
     total = float(form(_blocks(weight, spec)))
@@ -94,9 +97,13 @@ def _shares(options: LayerOptions, weight: Tensor, form: Callable[[Tensor], Tens
         probed = usable[places]
         ranks = [options.choices[i].rank for i in probed]
         found = []
-        for approximation in lowering_named(name).approximations(weight, ranks, spec):
+        lowering = lowering_named(name)
+        view = lowering.seen(weighting, spec) if weighting is not None else None
+        near = lowering.approximations(weight, ranks, spec) if view is None else view.approximations(weight, ranks)
+        for option, approximation in zip(probed, near, strict=True):
             error = _blocks(weight - approximation.to(weight), spec)
-            energy = float(error.square().sum() / weight.square().sum())
+            plain = view is None
+            energy = float(error.square().sum() / weight.square().sum()) if plain else float(options.removed[option])
             found.append(float(form(error)) / total / max(energy, NEGLIGIBLE))
         logs = np.log(np.maximum(found, 1e-12))
         at, known = np.log(options.removed[usable]), np.log(options.removed[probed])
@@ -115,6 +122,7 @@ def weigh(
     loss: Loss | None = None,
     damping: float = DAMPING,
     temper: float = TEMPER,
+    weightings: Mapping[str, Weighting] | None = None,
 ) -> Damage:
     """The damage of every option as `sensitivity` weighs it, from `batches` of inputs as the model takes them.
 
@@ -124,6 +132,7 @@ def weigh(
             model's own prediction where None.
         damping: of the factors (in units of their mean diagonal), as in K-FAC; see `DAMPING`.
         temper: exponent of the absolute scale of a layer's damage; see `TEMPER`.
+        weightings: those that the curves were made in, and the layers will be cut in.
 
     Raises:
         UsageError: no batches, or an output that the default loss cannot read.
@@ -141,6 +150,8 @@ def weigh(
         weight = slots[name].weight.detach().float()
         found = statistics.pop(name)  # each layer's moments are dropped as soon as they are used
         with torch.no_grad():
-            shares[name], total = _shares(options, weight, partial(form, found=found, norm=norm, damping=damping))
+            shares[name], total = _shares(
+                options, weight, partial(form, found=found, norm=norm, damping=damping), (weightings or {}).get(name)
+            )
         scales[name] = total**temper if sensitivity in ABSOLUTE else 1.0
     return Damage(measure, shares, scales)

@@ -33,6 +33,7 @@ from ranksearch.compress.inputs import (
 from ranksearch.compress.surgery import open_attentions_
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec
+from ranksearch.lowering.weighting import SecondMoment
 
 ROWS = 8192
 """Positions of one batch and layer that enter a moment; more are drawn from at random."""
@@ -48,8 +49,12 @@ Loss = Callable[[Any], Tensor]
 class Moment:
     """Means of rows x [m, g, n] and of x xᵀ, as a matrix [g, n, n] or, where n is large, as drawn rows that stand for it."""
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
+    def __init__(self, generator: torch.Generator, widest: int | None = None) -> None:
+        """
+        Args:
+            widest: the most inputs of which the whole matrix is kept; `WIDE` where None.
+        """
+        self._generator, self._widest = generator, WIDE if widest is None else widest
         self.rows = 0
         self._sum: Tensor | None = None
         self._second: Tensor | None = None  # [g, n, n], a sum
@@ -61,7 +66,7 @@ class Moment:
         self.rows += len(rows)
         total = rows.sum(dim=0)
         self._sum = total if self._sum is None else self._sum + total
-        if rows.shape[2] <= WIDE:
+        if rows.shape[2] <= self._widest:
             grouped = rows.transpose(0, 1)  # [g, m, n]
             second = grouped.mT @ grouped
             self._second = second if self._second is None else self._second + second
@@ -77,6 +82,18 @@ class Moment:
         """[g, n]"""
         assert self._sum is not None
         return self._sum / max(self.rows, 1)
+
+    def shrunk(self, shrinkage: float, *, centred: bool) -> SecondMoment:
+        """M, or where `centred` the covariance, with `shrinkage` times its mean diagonal added to the diagonal."""
+        mean = self.mean
+        if self._second is not None:
+            core = self._second / self.rows
+            return SecondMoment.shrunk(core - mean[:, :, None] * mean[:, None] if centred else core, shrinkage)
+        assert self._kept is not None
+        kept = self._kept.transpose(0, 1)
+        return SecondMoment.shrunk(
+            (kept - mean[:, None] if centred else kept) / kept.shape[1] ** 0.5, shrinkage, wide=True
+        )
 
     def times(self, matrix: Tensor, *, centred: bool, damping: float) -> Tensor:
         """matrix [g, t, n] · (M + damping · mean diagonal of M · I), M = E[x xᵀ] or, where `centred`, the covariance: [g, t, n]"""
@@ -188,20 +205,38 @@ def _without_fused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
+def drawn_directions_loss(generator: torch.Generator) -> Loss:
+    """For outputs that are compared by squared distance, such as embeddings: the gradient of ½‖output − label‖² at a label drawn from
+    a unit normal around the output. The second moment of such gradients is the Gauss-Newton matrix of the outputs, exactly.
+
+    Reference: Martens 2020, arXiv 1412.1193, sections 5 and 6 (the Fisher information of a normal density is the Gauss-Newton matrix).
+    """
+
+    def loss(output: Any) -> Tensor:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise UsageError(
+                "The net's output is no floating tensor, so no direction can be drawn in it: give a loss of your own."
+            )
+        noise = torch.randn(output.shape, generator=generator).to(output)
+        return (output * noise).sum()
+
+    return loss
+
+
 class _Collector:
     """Hooks on the layers of a net."""
 
-    def __init__(self, gradients: bool, fisher: bool, generator: torch.Generator) -> None:
+    def __init__(self, gradients: bool, fisher: bool, generator: torch.Generator, widest: int | None) -> None:
         self.statistics: dict[str, Statistics] = {}
         self.samples = 0
-        self._gradients, self._fisher, self._generator = gradients, fisher, generator
+        self._gradients, self._fisher, self._generator, self._widest = gradients, fisher, generator, widest
 
     def watch(self, name: str, spec: LayerSpec, module: nn.Module) -> None:
         found = self.statistics.setdefault(
             name,
             Statistics(
-                Moment(self._generator),
-                Moment(self._generator) if self._gradients else None,
+                Moment(self._generator, self._widest),
+                Moment(self._generator, self._widest) if self._gradients else None,
                 torch.zeros(spec.groups, spec.out_channels // spec.groups, _width(spec)) if self._fisher else None,
             ),
         )
@@ -241,10 +276,12 @@ def collect(
     fisher: bool,
     loss: Loss | None,
     generator: torch.Generator,
+    widest: int | None = None,
 ) -> dict[str, Statistics]:
     """Layer -> its statistics over `batches` of inputs (tensors, tuples or dicts of a model's arguments), in evaluation mode.
 
     `model` is not changed: a copy is run, on the model's device. Without `gradients` and `fisher` nothing is differentiated.
+    Moments over more than `widest` inputs (`WIDE` where None) are kept as drawn rows.
 
     Raises:
         UsageError: no batches, or an output that the default loss cannot read.
@@ -252,7 +289,7 @@ def collect(
     """
     probe = copy.deepcopy(model).eval()
     open_attentions_(probe, [layer.name for layer in net.layers])
-    collector = _Collector(gradients, fisher, generator)
+    collector = _Collector(gradients, fisher, generator, widest)
     for layer in net.layers:
         modules = {id(m): m for m in map(probe.get_submodule, (layer.name, *layer.shared_with))}
         for module in modules.values():

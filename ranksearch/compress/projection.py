@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.compress.slots import slots_of
 from ranksearch.errors import NonFiniteError
-from ranksearch.lowering import LayerSpec, lowering_named
+from ranksearch.lowering import LayerSpec, Lowering, lowering_named
+from ranksearch.lowering.contract import View
+from ranksearch.lowering.weighting import Weighting
 
 FLOOR = 1e-3
 """Channels that BN all but silences keep this share of the largest channel's weight in a rectified projection, so that it can be undone."""
@@ -28,7 +30,12 @@ class Projector:
     """
 
     def __init__(
-        self, plan: RankPlan, *, energy_transfer: bool = False, norms: Mapping[str, str] | None = None
+        self,
+        plan: RankPlan,
+        *,
+        energy_transfer: bool = False,
+        norms: Mapping[str, str] | None = None,
+        weightings: Mapping[str, Weighting] | None = None,
     ) -> None:
         """
         Args:
@@ -36,10 +43,26 @@ class Projector:
             norms: layer -> the BN layer that takes its output (`Net.norms`). BN rectification: such a layer's output channels are
                 weighted by |gamma| / sqrt(var + eps), by which BN will scale them, for the choice of what is kept. `cp` goes without:
                 it has to find its own terms again when it decomposes.
+            weightings: layer -> the metric of its data, in which what is kept of it is nearest to it; BN rectification then leaves it
+                alone. `weigh` brings fresher ones.
         """
         self.plan, self.energy_transfer, self.norms = plan, energy_transfer, dict(norms or {})
         self.warm: dict[str, Any] = {}
         self._warm_plan: dict[str, LayerPlan] = {}
+        self.weigh(weightings or {})
+
+    def weigh(self, weightings: Mapping[str, Weighting]) -> None:
+        """Projects in these metrics from now on, in those of before where a layer is not named."""
+        self.weightings: dict[str, Weighting] = {**getattr(self, "weightings", {}), **weightings}
+        self._views: dict[tuple[str, str], View | None] = {}
+
+    def _view(self, name: str, lowering: Lowering, spec: LayerSpec) -> View | None:
+        """Made once: it holds what the lowering's matrices see of the layer's metric."""
+        if name not in self.weightings:
+            return None
+        if (name, lowering.name) not in self._views:
+            self._views[name, lowering.name] = lowering.seen(self.weightings[name], spec)
+        return self._views[name, lowering.name]
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, plan: RankPlan | None = None) -> dict[str, float]:
@@ -58,16 +81,23 @@ class Projector:
         removed, written = {}, []
         for name, (slot, choice) in slots_of(model, plan or self.plan).items():
             lowering = lowering_named(choice.lowering)
-            rectified = name in self.norms and lowering.is_projection
+            view = self._view(name, lowering, slot.spec)
+            rectified = view is None and name in self.norms and lowering.is_projection
             scale = _channel_scale(model, self.norms[name], slot.spec) if rectified else None
             weight = slot.weight.detach() if scale is None else slot.weight.detach() * scale
             warm = self.warm.get(name) if self._warm_plan.get(name, choice) == choice else None
             try:
-                projected, share, self.warm[name] = lowering.project(weight, choice.rank, slot.spec, warm)
+                found = (
+                    lowering.project(weight, choice.rank, slot.spec, warm)
+                    if view is None
+                    else view.project(weight, choice.rank, warm)
+                )
             except NonFiniteError as error:
                 raise NonFiniteError(f"Layer {name!r}: {error}") from error
+            projected, share, self.warm[name] = found
             if scale is not None:
                 projected = projected / scale
+            if scale is not None or view is not None:
                 share = _removed(slot.weight, projected)
             if self.energy_transfer and share < 1 and projected.norm() > 0:
                 projected = projected * (slot.weight.norm() / projected.norm())
@@ -86,13 +116,18 @@ class Projector:
 
 
 def project_(
-    model: nn.Module, plan: RankPlan, *, energy_transfer: bool = False, norms: Mapping[str, str] | None = None
+    model: nn.Module,
+    plan: RankPlan,
+    *,
+    energy_transfer: bool = False,
+    norms: Mapping[str, str] | None = None,
+    weightings: Mapping[str, Weighting] | None = None,
 ) -> dict[str, float]:
     """Projects the layers of `plan` in place, once; a training loop that does so every `period` steps is faster with a `Projector`.
 
     Arguments, result and errors are those of `Projector`.
     """
-    return Projector(plan, energy_transfer=energy_transfer, norms=norms)(model)
+    return Projector(plan, energy_transfer=energy_transfer, norms=norms, weightings=weightings)(model)
 
 
 def _removed(weight: Tensor, projected: Tensor) -> float:

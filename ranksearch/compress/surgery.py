@@ -16,9 +16,16 @@ from ranksearch.compress.slots import Slot, find_slots, slots_of
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.contract import running_layers
+from ranksearch.lowering.weighting import Weighting
 
 
-def compress(model: nn.Module, plan: RankPlan, *, warm: Mapping[str, Any] | None = None) -> nn.Module:
+def compress(
+    model: nn.Module,
+    plan: RankPlan,
+    *,
+    warm: Mapping[str, Any] | None = None,
+    weightings: Mapping[str, Weighting] | None = None,
+) -> nn.Module:
     """A copy of `model` whose layers named in `plan` are chains of smaller layers with the decomposed weights.
 
     The model may be any `nn.Module`: no wrapper, no naming rules. `model` itself is not changed. A weight that several layers
@@ -26,23 +33,28 @@ def compress(model: nn.Module, plan: RankPlan, *, warm: Mapping[str, Any] | None
 
     Args:
         warm: what a `Projector` keeps of its last projection of this model; `cp` needs it to find the projected weight's own terms.
+        weightings: layer -> the metric of its data (`ranksearch.weightings`), in which what is kept of it is nearest to it; of layers that
+            are not named, and of lowerings that know no other metric (`cp`), the weight's own norm decides.
 
     Raises:
         UsageError: a layer that is not there, a lowering that refuses it, a rank outside its range.
         NonFiniteError: weights that are not finite; the text names the layer.
     """
-    return _restructured(copy.deepcopy(model), plan, fill=True, warm=warm or {})
+    return _restructured(copy.deepcopy(model), plan, fill=True, warm=warm or {}, weightings=weightings or {})
 
 
 def restructure_(model: nn.Module, plan: RankPlan) -> nn.Module:
     """Gives `model` the architecture of `plan` in place, with initial weights: the form to load a state dict into."""
-    return _restructured(model, plan, fill=False, warm={})
+    return _restructured(model, plan, fill=False, warm={}, weightings={})
 
 
-def _restructured(model: nn.Module, plan: RankPlan, *, fill: bool, warm: Mapping[str, Any]) -> nn.Module:
+def _restructured(
+    model: nn.Module, plan: RankPlan, *, fill: bool, warm: Mapping[str, Any], weightings: Mapping[str, Weighting]
+) -> nn.Module:
     open_attentions_(model, slots_of(model, plan))  # everything wrong is told before anything is changed
     for name, (slot, choice) in slots_of(model, plan).items():
-        _replace_(model, slot, choice, fill=fill, warm=warm.get(name))
+        nearest = _nearest(slot, choice, weightings.get(name)) if fill else slot.weight
+        _replace_(model, slot, choice, nearest, fill=fill, warm=warm.get(name))
     return model
 
 
@@ -66,7 +78,22 @@ def open_attentions_(model: nn.Module, names: Iterable[str]) -> None:
         open_attention_(model, paths, found)
 
 
-def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, *, fill: bool, warm: Any) -> None:
+def _nearest(slot: Slot, choice: LayerPlan, weighting: Weighting | None) -> Tensor:
+    """What is to be decomposed of a layer: its weight, or what is nearest to it in a metric and has the rank already.
+
+    In fp64: a whitened weight is steeper than the weight, and this is done once.
+    """
+    view = lowering_named(choice.lowering).seen(weighting, slot.spec) if weighting is not None else None
+    weight = slot.weight.detach()
+    if view is None:
+        return weight
+    try:
+        return view.project(weight.double(), choice.rank).weight
+    except NonFiniteError as error:
+        raise NonFiniteError(f"Layer {slot.name!r}: {error}") from error
+
+
+def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, nearest: Tensor, *, fill: bool, warm: Any) -> None:
     lowering, weight = lowering_named(choice.lowering), slot.weight
     built: dict[int, nn.Module] = {}
     shared: tuple[Tensor, ...] | None = None
@@ -79,7 +106,7 @@ def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, *, fill: bool, wa
             if shared is None:
                 shared = own
                 if fill:
-                    _fill_(own, slot, choice, warm)
+                    _fill_(own, slot, nearest, choice, warm)
             else:
                 _share_(chain, own, shared)
             if spec.bias:
@@ -91,10 +118,10 @@ def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, *, fill: bool, wa
             stored.requires_grad_(weight.requires_grad)
 
 
-def _fill_(parameters: tuple[Tensor, ...], slot: Slot, choice: LayerPlan, warm: Any) -> None:
+def _fill_(parameters: tuple[Tensor, ...], slot: Slot, nearest: Tensor, choice: LayerPlan, warm: Any) -> None:
     with torch.no_grad():
         try:
-            factors = lowering_named(choice.lowering).decompose(slot.weight.detach(), choice.rank, slot.spec, warm)
+            factors = lowering_named(choice.lowering).decompose(nearest.detach(), choice.rank, slot.spec, warm)
         except NonFiniteError as error:
             raise NonFiniteError(f"Layer {slot.name!r}: {error}") from error
         for parameter, factor in zip(parameters, factors, strict=True):

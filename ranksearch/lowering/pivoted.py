@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ranksearch.lowering.contract import LOWERINGS, Lowering, Projected, Rank, RankCurve
+from ranksearch.lowering.contract import LOWERINGS, Lowering, Projected, Rank, RankCurve, View
 from ranksearch.lowering.spec import Ints, LayerSpec
+from ranksearch.lowering.weighting import Weighting
 from ranksearch.maxvol import pivot_rows
 
 FIRST, LAST = "first", "last"
@@ -64,6 +65,9 @@ class PivotedLowering(Lowering):
 
     def approximations(self, weight: Tensor, ranks: Sequence[Rank], spec: LayerSpec) -> Iterator[Tensor]:
         return self.plain.approximations(weight, ranks, spec)
+
+    def seen(self, weighting: Weighting, spec: LayerSpec) -> View | None:
+        return self.plain.seen(weighting, spec)
 
     # What is stored and runs -----------------------------------------------------------------------------------------
 
