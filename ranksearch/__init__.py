@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what an editor and mypy see; at run time a name is imported at its first use
     from ranksearch.allocate import LayerRule
     from ranksearch.allocate.allocate import allocate
+    from ranksearch.allocate.weightings import weightings
     from ranksearch.api import export, load, preview, report, resume, search, sync
     from ranksearch.compress import (
         LayerPlan,
@@ -95,6 +96,7 @@ __all__ = [
     "search",
     "sync",
     "trace",
+    "weightings",
 ]
 
 
