@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 BYTES_PER_WEIGHT = 4
-"""Of a weight as it is exported, in float32."""
+"""Bytes of a weight as it is exported, in float32."""
 MACS, PARAMS, NANOSECONDS = 0, 1, 2
 """What the solver counts in every layer, in the order of its axes."""
 NS_PER_MS = 1_000_000

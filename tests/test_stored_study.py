@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ranksearch.study.driver import run_inline
 from ranksearch.study.study import Study
 from ranksearch.trial.result import Status
 
@@ -29,10 +30,11 @@ def test_an_earlier_study_reports_the_same_front(folder):
 
 
 def test_an_earlier_study_goes_on(folder, bench):
-    safetensors.torch.save_file(
-        {name: value.contiguous() for name, value in bench.dense.items()}, folder / DENSE_WEIGHTS
-    )
-    study = ranksearch.resume("stored", runs=folder.parent, trials=5, inline=True)
+    study, seen = Study.open(folder), []
+    study.plan_for(5)
+    assert study.requeue_interrupted() == 0
+    run_inline(study, bench, seen.append, print)
+    assert [row.trial for row in seen] == [4]
     assert [row.trial for row in study.trials][:4] == [0, 1, 2, 3]
     assert study.finished == 5
     assert study.trials[-1].status is Status.COMPLETE

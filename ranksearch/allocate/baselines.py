@@ -24,7 +24,7 @@ Pick = Callable[[LayerOptions, float], int]
 
 
 def cheapest(options: LayerOptions, fine: np.ndarray) -> int:
-    """Of the options that are `fine` [n options], the one with the fewest MACs, then params, then the smallest error."""
+    """Returns the option with the fewest MACs among those that are `fine` [n options], then params, then the smallest error."""
     index = np.flatnonzero(fine)
     order = np.lexsort((options.removed[index], options.params[index], options.macs[index]))
     return int(index[order[0]])
@@ -64,7 +64,7 @@ def largest_within(curves: Curves, budgets: Sequence[Budget], pick: Pick, model:
 def _best_lowering(
     curves: Curves, budgets: Sequence[Budget], pick_of: Callable[[str], Pick], names: Sequence[str], model: str | None
 ) -> RankPlan:
-    """Of the plans with one lowering each, `pick_of(name)` by the knob, the one that keeps most energy."""
+    """Returns the plan that keeps most energy among those with one lowering each, `pick_of(name)` by the knob."""
     limits_of(curves, budgets)  # a budget that no plan can meet is told as such
     plans = []
     for name in names:

@@ -37,7 +37,7 @@ FAIR_GAP = 4e-3
 """Above this share HiGHS looks among the few options that could still improve the plan: a second for a net of fifty layers, milliseconds
 for a small one."""
 NODES = 10
-"""Of HiGHS's search among the few options that could still improve a plan."""
+"""Nodes that HiGHS may search among the few options that could still improve a plan."""
 SEARCH_SECONDS = 20.0
 """How long HiGHS may look for a feasible choice where the prices found none, or for the smallest feasible value of a cost."""
 

@@ -114,12 +114,12 @@ class Moment:
 
 @dataclass
 class Statistics:
-    """Of one layer, over all of its uses; what was not asked for is None."""
+    """The statistics of one layer over all of its uses; what was not asked for is None."""
 
     inputs: Moment
-    """Of the inputs of one output: [m, g, n]."""
+    """Second moments of the inputs of one output: [m, g, n]."""
     gradients: Moment | None
-    """Of the loss gradients at the outputs, per position: [m, g, T/g]."""
+    """Second moments of the loss gradients at the outputs, per position: [m, g, T/g]."""
     fisher: Tensor | None
     """Mean squared gradient of one sample's loss by the weight, [g, T/g, n] (a sum until the collection ends)."""
     positions: float = 0.0

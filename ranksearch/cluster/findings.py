@@ -18,7 +18,7 @@ LOW_MEMORY_MIB, LOW_DISK_MIB, NO_DISK_MIB = 2048, 2048, 200
 LOW_FILES = 4096
 SKEW_S, MUCH_SKEW_S = 2.0, 300.0
 FREE_SHARE = 0.5
-"""Of a GPU's memory; with less of it free somebody else is at work there."""
+"""The share of a GPU's memory that must be free; with less, somebody else is at work there."""
 
 Report = Mapping[str, Any]
 

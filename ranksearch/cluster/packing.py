@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import floor
 
 MARGIN = 0.10
-"""Of a trial's measured peak that is added: plans differ, and an allocator's blocks do not fit each other exactly."""
+"""The share of a trial's measured peak that is added: plans differ, and an allocator's blocks do not fit each other exactly."""
 MOST = 16
 """Trials on one GPU; with more each is slowed down by as much as the GPU gains."""
 GIB = 2**30
@@ -23,7 +23,7 @@ class Machine:
 
     @classmethod
     def of(cls, resources: Mapping[str, float]) -> Machine:
-        """Of a node's resources as Ray names them."""
+        """The offer of a node, from its resources as Ray names them."""
         return cls(resources.get("CPU", 0.0), resources.get("GPU", 0.0), resources.get("memory", 0.0))
 
 

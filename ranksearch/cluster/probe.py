@@ -30,7 +30,7 @@ Log = Callable[[str], None]
 FindMemory = Callable[[], DeviceMemory | None]
 STEPS, BN_BATCHES, IMAGES = 8, 2, 1000
 SLIVER = 0.01
-"""Of a GPU, for a look at its size."""
+"""The share of a GPU that a look at its size takes."""
 
 
 @dataclass(frozen=True)

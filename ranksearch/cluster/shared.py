@@ -49,7 +49,7 @@ class Shared:
 
     run: str
     key: str
-    """Of the content: a process that has it asks no more."""
+    """A digest of the content: a process that has it asks no more."""
     bytes: int
     goods: Any
     """Ray's reference. It lies in a field, where passing the value on does not fetch it."""
@@ -90,7 +90,7 @@ def share(bench: Workbench, own: TaskFile | None, staging: Staging | None) -> tu
 
 
 def digest(packed: Packed, dense: dict[str, Array]) -> str:
-    """Of the content of both."""
+    """A digest of the content of both."""
     found = hashlib.sha256(packed.rest)
     halves = {f"{split}.{n}": half for split, pair in packed.arrays.items() for n, half in enumerate(pair)}
     for name, array in sorted({**halves, **dense}.items()):

@@ -19,7 +19,7 @@ from ranksearch.errors import StudyError, UsageError
 from ranksearch.lowering.tiled import settle_
 
 TOLERANCE = 1e-4
-"""Of max |a - b| / max |a|, a the net's outputs and b those of its exported form."""
+"""The largest allowed max |a - b| / max |a|, with the net's outputs a and those of its exported form b."""
 TRACED_BATCH = 2
 """Never 1, which torch.export may take for a constant."""
 CHECKED_BATCHES = (1, 3, TRACED_BATCH)
@@ -36,7 +36,7 @@ class Exported:
     """BN layers that are gone."""
     max_rel_error: float
     latency_ms: float
-    """Of one call with one image, measured in turn with the next two."""
+    """Milliseconds of one call with one sample, measured in turn with the next two."""
     latency_eager_ms: float
     others_ms: tuple[float, ...]
 

@@ -29,7 +29,7 @@ Function = Callable[[Tensor], Any]
 """A net as what it computes: a batch [N, ...] -> outputs [N, ...]."""
 
 OPSET = 20
-"""Of the default ONNX domain; torch's exporter writes 18 and newer."""
+"""The oldest version of the default ONNX domain; torch's exporter writes 18 and newer."""
 ONE_FILE_BYTES = 1_900_000_000
 """Above it an ONNX model's weights go to a second file: its own format ends at 2 GiB."""
 FREE_BATCH = ({0: Dim("batch", min=1)},)
@@ -50,7 +50,7 @@ class Format:
     needs: tuple[str, ...] = ()
     """Packages of the extra of the format's name."""
     opset: int | None = None
-    """Of the default ONNX domain."""
+    """The version of the default ONNX domain."""
 
 
 def format_named(name: str) -> Format:

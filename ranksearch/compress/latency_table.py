@@ -36,7 +36,7 @@ FINE = 4
 STEEP = 0.1
 """Times of neighbouring measured ranks differ by at most this share of the dense layer's time, unless no rank lies between them."""
 LEVELS = 5
-"""Of each side of a rank that has several."""
+"""How many values of each side are measured where a rank has several."""
 
 
 def measured_ranks(lowering: Lowering, shape: Shape, step: int, multiple: int) -> list[Rank]:
@@ -55,12 +55,13 @@ def measured_ranks(lowering: Lowering, shape: Shape, step: int, multiple: int) -
 
 
 def amid_steep(times: Mapping[Rank, float], steep: float, multiple: int) -> list[Rank]:
-    """Of a format of one rank what is to be measured next: amid neighbours of one kind (multiples of `FINE`, others) whose times differ by
-    more than `steep`.
+    """Returns the ranks to measure next: those half-way between neighbouring measured ranks whose times differ by more than `steep`.
+
+    Multiples of `FINE` and other ranks run different kernels, so that neighbours are looked for within each kind.
 
     Args:
-        times: those that are known; of a format with several ranks nothing follows.
-        multiple: what every rank that is asked for is a multiple of.
+        times: what was measured so far, rank -> time; for a format with several ranks nothing is returned.
+        multiple: a number that every rank must be a multiple of.
     """
     found: list[Rank] = []
     for fine in (True, False):

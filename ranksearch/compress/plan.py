@@ -31,7 +31,7 @@ class RankPlan:
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)
     model: str | None = None
     gap: float | None = field(default=None, compare=False)
-    """Of a solver's plan: its predicted damage is at most this share of itself above the least possible within the budgets."""
+    """How far a solver's plan may be from the optimum: its predicted damage is at most this share of itself above the least possible."""
 
     def __getitem__(self, name: str) -> LayerPlan:
         return self.layers.get(name, DENSE)

@@ -40,7 +40,7 @@ class LatencySetting:
     batch: int
     """Inputs of one call."""
     threads: int
-    """Of the CPU."""
+    """Threads of the CPU."""
 
 
 class Stopwatch:

@@ -104,7 +104,7 @@ class RankCurve:
     residual: np.ndarray
     """Relative operator-norm error: the largest singular value left out, sigma_{r+1} / sigma_1."""
     spectra: tuple[Spectrum, ...] = ()
-    """Of the matrices that the rank cuts, one spectrum per side of the rank; none where the format cuts no matrix (`cp`)."""
+    """Singular values of the matrices that the rank cuts, one spectrum per side of the rank; none for `cp`, which cuts none."""
 
 
 class View(Protocol):

@@ -43,7 +43,7 @@ class LayerSpec:
     padding_mode: str = "zeros"
     transposed: bool = False
     output_padding: Ints = ()
-    """Of a transposed convolution alone."""
+    """What a transposed convolution adds to its output; 0 elsewhere."""
 
     @classmethod
     def conv(cls, in_channels: int, out_channels: int, kernel_size: Ints, **settings: Any) -> LayerSpec:

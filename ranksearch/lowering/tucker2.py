@@ -119,7 +119,7 @@ class Tucker2(Lowering):
         return tuple(sorted(ladder | {(rs, rt) for rs in _grid(full_s, multiple) for rt in _grid(full_t, multiple)}))
 
     def curve(self, weight: Tensor, spec: LayerSpec, multiple: int = 1) -> RankCurve:
-        """Of the truncated HOSVD: with all basis vectors, the energies of the core's prefixes are the kept ones."""
+        """The curve of the truncated HOSVD: with all basis vectors, the energies of the core's prefixes are the kept ones."""
         area = kernel_area(spec)
         moderate, scale = _moderate(spec.blocks(weight))
         tensor = moderate.double()

@@ -131,7 +131,7 @@ class Weighting:
     outputs: SecondMoment | None = None  # [g, T/g, T/g]; None: all outputs count alike, and none goes with another
 
     def digest(self) -> str:
-        """Of its content, for caches."""
+        """A digest of its content, for caches."""
         found = hashlib.sha256()
         for moment in (self.inputs, self.outputs):
             for tensor in () if moment is None else (moment.core, moment.ridge):

@@ -105,7 +105,7 @@ class LocalTPE(BaseSampler):
         self._seen = Seen()
         self._looked_at = 0
         self._open: list[int] = []
-        """Of the trials that were looked at, those that had not ended."""
+        """Trials that had not ended when they were last looked at."""
         self._independent = RandomSampler(seed=seed)
 
     def reseed_rng(self) -> None:
@@ -246,7 +246,7 @@ def _nearest(table: np.ndarray, level: float, count: int = NEIGHBOURS) -> np.nda
 
 
 def _beside(running: Sequence[Mapping[str, Any]], level: float) -> list[Mapping[str, Any]]:
-    """Of the parameters of running trials those that TPE keeps away from: where hundreds run, the nearest in level."""
+    """The parameters of the running trials that TPE keeps away from: where hundreds run, those nearest in level."""
     if len(running) <= NEIGHBOURS:
         return list(running)
     distances = [abs(np.log(params[LEVEL] / level)) if LEVEL in params else np.inf for params in running]

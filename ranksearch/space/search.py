@@ -57,7 +57,7 @@ class SearchSpace(Strict):
     sampler: Literal["tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "tpe"
     """`tpe` around an allocation is our own use of Optuna's (`local_tpe.py`); `gp` takes seconds per trial from a few dozen on."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of the proposals and of every trial."""
+    """The seed of the proposals and of every trial."""
     objectives: list[Literal["accuracy", *COSTS]] = Field(default=["accuracy", "macs"])  # type: ignore[valid-type]
     """Accuracy (the task's metric, whatever it is) and up to two costs, of which the front is made; accuracy alone searches the best net
     within the budgets. `latency` is predicted from a table before a trial and measured after it, in turn with the dense net;

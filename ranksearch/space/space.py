@@ -67,7 +67,7 @@ class LayersSpace(Strict):
     rank_multiple: int = Field(default=1, ge=1)
     """Every rank is a multiple of this (a rule may say otherwise for its layers): many devices compute in tiles of 8, 16 or more."""
     rules: list[LayerRuleSpace] = Field(default=[])
-    """Of several rules that match a layer a later one overrides what it names."""
+    """Rules for layers by name; where several match a layer, a later one overrides what it names."""
 
     @field_validator("lowerings")
     @classmethod
@@ -95,7 +95,7 @@ class LatencySpace(Strict):
     batch: int = Field(default=1, ge=1)
     """Inputs of one call."""
     threads: int = Field(default=1, ge=1)
-    """Of the CPU."""
+    """Threads of the CPU."""
 
     def as_setting(self) -> LatencySetting:
         return LatencySetting(self.runtime, self.batch, self.threads)
@@ -123,7 +123,7 @@ class ResourcesSpace(Strict):
     """What one trial takes of the cluster; as many trials run at once as fit."""
 
     cpus_per_trial: int = Field(default=1, ge=1)
-    """Of each worker, where a trial has several; `cpus` is another spelling. PyTorch computes with as many threads, less `data_workers`."""
+    """CPU cores of a trial, or of each of its workers (also spelled `cpus`). PyTorch computes with as many threads, less `data_workers`."""
     gpus_per_trial: float | Literal["auto"] | None = None
     """A fraction lets trials share a GPU; `auto` measures a trial's memory and packs as many onto a GPU as fit; more than one makes the
     trial data-parallel, a worker per GPU. Left out, a trial takes one GPU where the cluster has any. `gpus` is another spelling."""
@@ -182,12 +182,12 @@ class Space(Strict):
     """A search-space file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Of the study, and of its folder."""
+    """The name of the study, and of its folder."""
     task: str
     """The name of a task, or a function of your own that returns a `ranksearch.Task`: FILE.py:FUNCTION, the file beside the space's, or in
     the working directory."""
     model: str | None = Field(default=None, validate_default=True)
-    """Of the task; left out where the task is your own, which brings its model."""
+    """The net, by a name that the task knows; left out where the task is your own, which brings its model."""
     checkpoint: str = "auto"
     """Dense weights: "auto" (those of your own task's model, the public checkpoint, else trained once), "train", or a file."""
     data: str | None = None

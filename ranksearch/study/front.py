@@ -45,7 +45,7 @@ def front_hypervolume(front: Sequence[Row], objectives: Sequence[str]) -> float:
 
 
 def directions_of(objectives: Sequence[str], metric: Metric) -> list[str]:
-    """Of each objective: "maximize" or "minimize"."""
+    """Returns "maximize" or "minimize" for each objective."""
     return [metric.direction if name == "accuracy" else "minimize" for name in objectives]
 
 

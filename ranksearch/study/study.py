@@ -399,7 +399,7 @@ class Study:
 
     @property
     def hypervolume(self) -> float:
-        """Of the front in (share, costs as ratios of dense), against share 0 and the dense costs."""
+        """The hypervolume of the front in (share, costs as ratios of dense), against share 0 and the dense costs."""
         return self._ledger.hypervolume
 
     def status(self, number: int) -> str | None:

@@ -22,7 +22,7 @@ from ranksearch.words import COST_NAMES, MADE_BY, describe_budgets, percent_of_d
 Record = Mapping[str, Any]
 
 SCHEMA = 2
-"""Of a front's record: raised where a key changes its meaning or goes. 1 had neither this key nor the state, counts and verdict."""
+"""The version of a front's record, raised where a key changes or goes. 1 had neither this key nor the state, counts and verdict."""
 KEYS = {"test": "test_accuracy", "validation": "val_accuracy"}
 NOISE = 2.0
 """Standard errors below which a difference is called noise."""
@@ -54,11 +54,11 @@ class Verdict:
     """How many trials ended how, with the commonest reason of failures."""
     warning: str
     split: str | None
-    """Of which samples `value`, `dense` and `difference` are: "test", or "validation" where the test set was not read."""
+    """The samples that `value`, `dense` and `difference` were measured on: "test", or "validation" where the test set was not read."""
     value: float | None = None
     dense: float | None = None
     difference: float | None = None
-    """Of the net's metric from the dense net's, in the metric's own unit."""
+    """The net's metric less the dense net's, in the metric's own unit."""
     plus_minus: float | None = None
     """One standard error of the difference; None where the metric is no accuracy in percent, or the number of samples is not known."""
 
@@ -284,7 +284,7 @@ def _mend(record: Record) -> str:
 
 
 def commonest(reasons: Sequence[str]) -> dict[str, Any]:
-    """Of failed trials' reasons: how many there are, the commonest first line, and how many are like it (numbers apart)."""
+    """Returns how many trials failed, the commonest first line of their reasons, and how many are like it (numbers apart)."""
     import re
 
     alike: dict[str, list[str]] = {}

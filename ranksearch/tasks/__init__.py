@@ -39,7 +39,7 @@ class TaskKind:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one input, without the batch."""
+        """The shape of one input, without the batch."""
         return tuple(self.example_input.shape[1:])
 
 

@@ -37,7 +37,7 @@ def use_bf16(precision: str, device: torch.device, macs: int) -> bool:
 
 
 CONTEXT_BYTES = 512 * 2**20
-"""Of a process's own on a GPU beside what PyTorch allocates (CUDA context, kernels); an estimate, used where none was measured."""
+"""Bytes that a process takes of a GPU beside what PyTorch allocates (CUDA context, kernels): an estimate, used where none was measured."""
 
 
 class DeviceMemory(Protocol):

@@ -31,7 +31,7 @@ FILES = {
 NORMALISE = Normalise(mean=(0.286,), std=(0.353,))
 """Fashion-MNIST's."""
 BYTES = 0x08
-"""Of the format's types of elements, the one that images and labels have."""
+"""The element type of images and labels: unsigned bytes."""
 
 
 class ConvNet(nn.Module):

@@ -17,7 +17,7 @@ from ranksearch.tasks.source import Batch
 from ranksearch.tasks.task import Task
 
 SAMPLES = 2
-"""Of each split that are tried; a loader gives a whole batch, of which the first are taken."""
+"""How many samples of each split are tried; a loader gives a whole batch, of which the first are taken."""
 
 
 def check_task(task: Task) -> None:

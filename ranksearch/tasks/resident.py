@@ -66,7 +66,7 @@ class Resident:
     normalise: Normalise | None = None
     """Makes of stored inputs what the model takes; None where they are that already."""
     augment: Augment | None = None
-    """Of training batches alone."""
+    """How training batches are augmented; validation and test batches never are."""
 
     def __len__(self) -> int:
         return len(self.targets)

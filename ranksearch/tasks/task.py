@@ -49,9 +49,9 @@ class Task:
     metric_name: str | None = None
     """Left out, the metric's own."""
     direction: str = "maximize"
-    """Of the metric: "maximize" or "minimize"."""
+    """Which way the metric is better: "maximize" or "minimize"."""
     unit: str | None = None
-    """Of the metric, such as "K". A metric in "%" lies between 0 and 100; left out, "%" for accuracy and none for others."""
+    """The metric's unit, such as "K". A metric in "%" lies between 0 and 100; left out, "%" for accuracy and none for others."""
     example_input: Tensor | None = None
     """One input as a batch of one, [1, ...]; left out, the first training sample."""
     trained: bool = True

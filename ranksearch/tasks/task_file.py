@@ -75,7 +75,7 @@ class TaskFile:
 
     @classmethod
     def parse(cls, text: str, origin: str | None = None) -> TaskFile:
-        """Of `FILE.py:FUNCTION`.
+        """Reads `FILE.py:FUNCTION`.
 
         Raises:
             UsageError: no function is named, or there is no such file; the text names the nearest one.

@@ -92,7 +92,7 @@ class Optimisation:
 
 
 CURVE_POINTS = 50
-"""Of a training curve, about."""
+"""About how many points a training curve has."""
 
 
 @dataclass(frozen=True)

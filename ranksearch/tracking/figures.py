@@ -30,7 +30,7 @@ SHORT = {"im2col": "i", "channel": "c", "spatial": "s", "tucker2": "t", "cp": "c
 """Lowerings in a cell of a heat-map."""
 SHOWN_IMPORTANCES = 15
 ROOM_BELOW = 0.5
-"""Of a front's height, that a figure goes down below it: one failed net must not flatten the front."""
+"""How far a figure goes down below a front, as a share of its height: one failed net must not flatten the front."""
 
 
 def study_charts(view: View, importances: Mapping[str, Mapping[str, float]]) -> dict[str, Chart]:

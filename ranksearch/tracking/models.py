@@ -31,9 +31,9 @@ from mlflow.types import Schema, TensorSpec  # noqa: E402
 
 CHAMPION = "champion"
 TOLERANCE = 1e-5
-"""Of a model that is loaded again: largest difference of outputs, as a share of the largest output."""
+"""How far a model that is loaded again may be off: the largest difference of outputs, as a share of the largest output."""
 BATCH = 2
-"""Of the input example: from two on, the exported batch can be of any size."""
+"""Samples of the input example: from two on, the exported batch can be of any size."""
 
 
 def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model: Model) -> None:

@@ -22,7 +22,7 @@ class Leaving(Exception):
 
 
 def stays() -> bool:
-    """Of a machine that nobody takes away."""
+    """Says that a machine is one that nobody takes away."""
     return False
 
 

@@ -58,7 +58,7 @@ class Load:
     ip: str
     pid: int
     key: str
-    """Of the data's content."""
+    """A digest of the data's content."""
     bytes: int
     data_loaded: bool
     seconds: float

@@ -36,7 +36,7 @@ class TrialResult:
     size_bytes: int | None = None
     latency_ms: float | None = None
     latency_ratio: float | None = None
-    """Of the dense net's latency, measured in turn with it."""
+    """Latency as a ratio of the dense net's, measured in turn with it."""
     images_per_second: float | None = None
     seconds: float | None = None
     projection_share: float | None = None
