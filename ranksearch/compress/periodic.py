@@ -21,6 +21,7 @@ from ranksearch.compress.projection import Projector
 from ranksearch.compress.slots import find_slots, slots_of
 from ranksearch.compress.surgery import compress
 from ranksearch.errors import UsageError
+from ranksearch.lowering.weighting import Weighting
 
 COMPILED = "_orig_mod"
 """Where torch.compile keeps the module that it wraps."""
@@ -109,6 +110,7 @@ def project_every(
     period: int,
     energy_transfer: bool = False,
     norms: Mapping[str, str] | None = None,
+    weightings: Mapping[str, Weighting] | None = None,
 ) -> PeriodicProjection:
     """Projects the layers of `plan` after every `period`-th step of `optimizer`, whatever loop makes the steps.
 
@@ -119,7 +121,7 @@ def project_every(
     Args:
         model: may be wrapped by DistributedDataParallel, DataParallel or torch.compile; the plan's names are those of the model itself.
         period: optimizer steps between two projections; ten projections or more pay.
-        energy_transfer, norms: as for `Projector`.
+        energy_transfer, norms, weightings: as for `Projector`; its `weigh` brings fresher weightings on the way.
 
     Raises:
         UsageError: a layer that is not there or is sharded, a rank outside its range, a period below 1, or an optimizer of other weights.
@@ -128,7 +130,8 @@ def project_every(
         raise UsageError(f"project_every: period is a whole number of optimizer steps, 1 or more, got {period!r}.")
     bare = unwrapped(model)[0]
     _check(bare, _bare(optimizer), _without_prefixes(plan, bare))
-    return PeriodicProjection(model, optimizer, Projector(plan, energy_transfer=energy_transfer, norms=norms), period)
+    projector = Projector(plan, energy_transfer=energy_transfer, norms=norms, weightings=weightings)
+    return PeriodicProjection(model, optimizer, projector, period)
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
