@@ -33,7 +33,7 @@ import torch
 from report import Report, arguments
 from structures import INPUT, STRUCTURES
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 import ranksearch
 from ranksearch.allocate.rules import LayerRules
@@ -97,7 +97,9 @@ def counted(model: nn.Module, x: Tensor) -> tuple[int, int]:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        # torch passes over the attention of a CPU
+        known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+        with FlopCounterMode(display=False, custom_mapping=known) as counter, torch.no_grad():
             model(x[:1])
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

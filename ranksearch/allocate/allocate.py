@@ -20,6 +20,7 @@ from ranksearch.allocate.sensitivity import SENSITIVITIES, weigh
 from ranksearch.allocate.solver import Solver, allocate_plan, solve
 from ranksearch.allocate.statistics import Loss
 from ranksearch.compress import RankPlan, reestimate_bn_, trace
+from ranksearch.compress.bare import bare
 from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.compress.surgery import compress
 from ranksearch.errors import UsageError, nearest
@@ -76,6 +77,7 @@ def allocate(
     Raises:
         UsageError: an unknown name, a pattern that matches nothing, data that is missing, or a budget that cannot be met.
     """
+    model = bare(model)
     for what, name, valid in (
         ("allocation method", method, METHODS), ("damage measure", measure, MEASURES), ("sensitivity", sensitivity, SENSITIVITIES),
     ):  # fmt: skip

@@ -10,7 +10,6 @@ measured whole, in turn with the dense net, once per net, and held near 1.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ranksearch.allocate.curves import Curves, LayerOptions, Timing
 from ranksearch.compress import restructure_
+from ranksearch.compress.copying import copied
 from ranksearch.compress.latency_table import FINE, LatencyTable, shapes_of
 from ranksearch.compress.trace import Net
 from ranksearch.costs import NS_PER_MS
@@ -91,7 +91,7 @@ def _times_ms(curves: Curves, table: LatencyTable, layers_ms: Mapping[str, float
 
 def _measured_net(curves: Curves, model: nn.Module, example: Tensor, table: LatencyTable) -> dict[str, Any]:
     plans, layers = _fitting_plans(curves), curves.net.layers
-    nets = [model, *(restructure_(copy.deepcopy(model), curves.plan(picks)) for picks in plans)]
+    nets = [model, *(restructure_(copied(model), curves.plan(picks)) for picks in plans)]
     shapes = list(dict.fromkeys(shape for layer in layers for shape in shapes_of(layer)))
     (dense_ms, *found), alone = table.stopwatch.nets_and_layers_ms(nets, example, shapes)
     alone_ms = dict(zip(shapes, alone, strict=True))

@@ -8,7 +8,6 @@ Letters: g groups, N samples, P positions of a layer's output, n = S/g·k inputs
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from ranksearch.compress.inputs import (
     moved,
     tensors,
 )
+from ranksearch.compress.copying import copied
 from ranksearch.compress.surgery import open_attentions_
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec
@@ -287,7 +287,7 @@ def collect(
         UsageError: no batches, or an output that the default loss cannot read.
         NonFiniteError: the net's activations or gradients are not finite; the text names the layer.
     """
-    probe = copy.deepcopy(model).eval()
+    probe = copied(model).eval()
     open_attentions_(probe, [layer.name for layer in net.layers])
     collector = _Collector(gradients, fisher, generator, widest)
     for layer in net.layers:

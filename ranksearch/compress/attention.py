@@ -22,7 +22,7 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 def attention_refusal(module: Any) -> str | None:
     """Why an `nn.MultiheadAttention` cannot be opened; None where it can."""
-    if type(module).forward is not nn.MultiheadAttention.forward:
+    if type(module).forward is not nn.MultiheadAttention.forward or "forward" in vars(module):
         return f"{type(module).__name__} is an attention with a forward of its own."
     if module.bias_k is not None or module.add_zero_attn:
         return "its attention adds rows to keys and values (add_bias_kv, add_zero_attn)."
@@ -38,41 +38,21 @@ def hooks_refusal(module: Any) -> str | None:
     return None
 
 
-class OpenAttention(nn.Module):
-    """Multi-head attention over plain Linears; takes and returns what `nn.MultiheadAttention` does."""
+class OpenAttention(nn.MultiheadAttention):
+    """Multi-head attention over plain Linears; takes and returns what `nn.MultiheadAttention` does, and still is one."""
 
-    def __init__(self, attention: nn.MultiheadAttention, *, packed: bool) -> None:
-        """Shares the parameters of `attention`; `packed` keeps query, key and value in one Linear."""
-        super().__init__()
-        self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
-        self.batch_first, self.dropout = attention.batch_first, attention.dropout
-        # what torch's encoder layers ask before they take a fused path of their own: not here
-        self.in_proj_weight = self.in_proj_bias = None
-        self._qkv_same_embed_dim = False
-        weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, self.embed_dim
-        if packed:
-            self.in_proj = _linear(weight, bias)
-        else:
-            biases: Any = (None, None, None) if bias is None else bias.detach().split(width)
-            weights = (
-                (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-                if weight is None
-                else weight.detach().split(width)
-            )
-            for name, part, part_bias in zip(QKV, weights, biases, strict=True):
-                self.add_module(name, _linear(part, part_bias))
-        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
-        self.train(attention.training)
+    packed: bool
+    __constants__ = [*nn.MultiheadAttention.__constants__, "packed"]  # noqa: RUF012
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        layers: Any = self._modules
-        if IN_PROJ not in layers:
-            q_proj, k_proj, v_proj = (layers[name] for name in QKV)
-            return q_proj(query), k_proj(key), v_proj(value)
-        in_proj = layers[IN_PROJ]
+        if not self.packed:
+            return self.q_proj(query), self.k_proj(key), self.v_proj(value)  # type: ignore[operator]
         if query is key and key is value:
-            return in_proj(query).chunk(3, dim=-1)
-        return tuple(in_proj(x).chunk(3, dim=-1)[i] for i, x in enumerate((query, key, value)))  # type: ignore[return-value]
+            q, k, v = self.in_proj(query).chunk(3, dim=-1)  # type: ignore[operator]
+            return q, k, v
+        q = self.in_proj(query).chunk(3, dim=-1)[0]  # type: ignore[operator]
+        k = self.in_proj(key).chunk(3, dim=-1)[1]  # type: ignore[operator]
+        return q, k, self.in_proj(value).chunk(3, dim=-1)[2]  # type: ignore[operator]
 
     def _heads(self, x: Tensor) -> Tensor:
         """[N, L, E] -> [N, heads, L, E / heads]"""
@@ -99,7 +79,7 @@ class OpenAttention(nn.Module):
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
         mask = self._mask(attn_mask, key_padding_mask, q, k)
         dropout = self.dropout if self.training else 0.0
-        weights = None
+        weights: Tensor | None = None
         if need_weights:
             scores = q @ k.mT * (q.shape[-1] ** -0.5)
             weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
@@ -118,7 +98,7 @@ class OpenAttention(nn.Module):
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """Both masks as one that is added to the scores: [N, heads, L, S] or what broadcasts to it; -inf hides."""
-        whole = None
+        whole: Tensor | None = None
         if attn_mask is not None:
             whole = _additive(attn_mask, q.dtype)
             whole = whole.unflatten(0, (-1, self.num_heads)) if whole.dim() == 3 else whole
@@ -143,20 +123,54 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def open_attention_(model: nn.Module, paths: Iterable[str], parts: Set[str]) -> None:
-    """Replaces the attention that goes by the names `paths`: packed, unless `parts`, which are to be lowered, name one of the three."""
+    """Opens the attention that goes by the names `paths`, in place: packed, unless `parts`, to be lowered, name one of the three."""
     paths = list(paths)
     attention: Any = model.get_submodule(paths[0])
-    opened = OpenAttention(attention, packed=attention.in_proj_weight is not None and not parts & set(QKV))
+    _open_(attention, packed=attention.in_proj_weight is not None and not parts & set(QKV))
     for path in paths:
-        set_module_(model, path, opened)
+        leave_fused_(model, path)
+
+
+def _open_(attention: Any, *, packed: bool) -> None:
+    """Its own parameters become Linears, which share them; `packed` keeps query, key and value in one Linear."""
+    weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, attention.embed_dim
+    if packed:
+        layers = {IN_PROJ: _linear(weight, bias)}
+    else:
+        biases: Any = (None, None, None) if bias is None else bias.detach().split(width)
+        weights = (
+            (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+            if weight is None
+            else weight.detach().split(width)
+        )
+        layers = {name: _linear(*pair) for name, *pair in zip(QKV, weights, biases, strict=True)}
+    out = attention.out_proj
+    layers[OUT_PROJ] = _linear(out.weight, out.bias)
+    attention._parameters.clear()
+    attention._modules.clear()
+    for name, layer in layers.items():
+        attention._modules[name] = layer.train(attention.training)
+    # what torch's encoder layers ask before they take a fused path of their own: not here
+    attention._parameters |= dict.fromkeys(("in_proj_weight", "in_proj_bias"))
+    attention._qkv_same_embed_dim = False
+    attention.packed = packed
+    own = type(attention)
+    attention.__class__ = (
+        OpenAttention if own is nn.MultiheadAttention else type(own.__name__, (OpenAttention, own), {})
+    )
 
 
 def set_module_(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` in the place `path`; torch's encoder layers around it forgo their fused path, which reads weights that are gone."""
+    """Puts `module` in the place `path`."""
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-    parts = parent.split(".") if parent else []
-    for depth in range(len(parts) + 1):
+    leave_fused_(model, path)
+
+
+def leave_fused_(model: nn.Module, path: str) -> None:
+    """Makes torch's encoder layers around `path` forgo their fused path, which reads weights and calls no layers."""
+    parts = path.split(".")
+    for depth in range(len(parts)):
         ancestor: Any = model.get_submodule(".".join(parts[:depth]))
         if isinstance(ancestor, nn.TransformerEncoderLayer):
             ancestor.activation_relu_or_gelu = 0

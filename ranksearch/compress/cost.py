@@ -28,7 +28,7 @@ def layer_cost(layer: Layer, choice: LayerPlan) -> tuple[int, int]:
     """
     lowering = lowering_named(choice.lowering)
     lowering.check_rank(layer.spec, choice.rank)
-    macs = sum(lowering.macs(layer.spec, choice.rank, size) for size in layer.in_sizes)
+    macs = layer.summed(lambda size: lowering.macs(layer.spec, choice.rank, size))
     return macs, lowering.params(layer.spec, choice.rank)
 
 

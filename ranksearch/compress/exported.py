@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ranksearch.compress.copying import copied
 from ranksearch.compress.export import Build
 from ranksearch.compress.fold import fold_bn_
 from ranksearch.compress.formats import FORMATS, Format, Function, told, traced
@@ -68,11 +68,11 @@ def export_net(
     check_fold(form, fold_bn)
     generator = torch.Generator().manual_seed(0)
     batch = _sample(example, TRACED_BATCH, generator)
-    stored = copy.deepcopy(model).cpu().eval()
-    eager = settle_(copy.deepcopy(stored))
+    stored = copied(model).cpu().eval()
+    eager = settle_(copied(stored))
     source, folded = eager if form.traced else stored, 0
     if fold_bn:
-        source = copy.deepcopy(eager)
+        source = copied(eager)
         folded = fold_bn_(source, traced(source, batch))
     form.write(source, plan, batch, folder)
     with told(f"What was written as {form.name} cannot be used, and was removed"):

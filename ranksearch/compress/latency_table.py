@@ -253,7 +253,7 @@ class LatencyTable:
 
 def shapes_of(layer: Layer) -> list[Shape]:
     """One per use of the layer."""
-    return [(layer.spec, size) for size in layer.in_sizes]
+    return [(layer.spec, size) for size in layer.sizes_per_sample()]
 
 
 def _text(shape: Shape) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from ranksearch.compress.bare import COMPILED, unwrapped
 from ranksearch.compress.plan import RankPlan
 from ranksearch.compress.projection import Projector
 from ranksearch.compress.slots import find_slots, slots_of
@@ -23,8 +23,6 @@ from ranksearch.compress.surgery import compress
 from ranksearch.errors import UsageError
 from ranksearch.lowering.weighting import Weighting
 
-COMPILED = "_orig_mod"
-"""Where torch.compile keeps the module that it wraps."""
 PREFIXES = (f"{COMPILED}.", "module.")
 """What names have in front in a wrapped model."""
 
@@ -132,20 +130,6 @@ def project_every(
     _check(bare, _bare(optimizer), _without_prefixes(plan, bare))
     projector = Projector(plan, energy_transfer=energy_transfer, norms=norms, weightings=weightings)
     return PeriodicProjection(model, optimizer, projector, period)
-
-
-def unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
-    """(the model inside DDP, DataParallel and torch.compile; the process group of its replicas, or None)"""
-    replicas = None
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model, replicas = model.module, model.process_group
-        elif isinstance(model, DataParallel):
-            model = model.module
-        elif COMPILED in model._modules:
-            model = model._modules[COMPILED]  # type: ignore[assignment]
-        else:
-            return model, replicas
 
 
 def _without_prefixes(plan: RankPlan, model: nn.Module) -> RankPlan:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ranksearch.compress.bare import bare
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.compress.slots import slots_of
 from ranksearch.errors import NonFiniteError
@@ -127,7 +128,7 @@ def project_(
 
     Arguments, result and errors are those of `Projector`.
     """
-    return Projector(plan, energy_transfer=energy_transfer, norms=norms, weightings=weightings)(model)
+    return Projector(plan, energy_transfer=energy_transfer, norms=norms, weightings=weightings)(bare(model))
 
 
 def _removed(weight: Tensor, projected: Tensor) -> float:

@@ -14,10 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV, attention_refusal, hooks_refusal
+from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV, OpenAttention, attention_refusal, hooks_refusal
+from ranksearch.compress.bare import is_lazy
+from ranksearch.compress.copying import memory
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import LayerSpec, lowering_named
+from ranksearch.lowering.chain import Chain
+from ranksearch.lowering.spec import own_forward
 
 KINDS = "Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear"
 
@@ -87,18 +91,23 @@ def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
     """(slots by name; every other layer that has a weight of at least two dimensions, and why it is no slot)"""
     slots: dict[str, Slot] = {}
     skipped: dict[str, str] = {}
-    owners: dict[int, list[str]] = defaultdict(list)
+    owners: dict[Any, list[str]] = defaultdict(list)
+    stored: dict[int, set[Any]] = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
-    sharing: dict[int, list[tuple[LayerSpec, Any, list[str]]]] = defaultdict(list)
+        owners[memory(parameter)].append(name)
+        if len(memory(parameter)) > 1:
+            stored[memory(parameter)[0]].add(memory(parameter))
+    sharing: dict[Any, list[tuple[LayerSpec, Any, list[str]]]] = defaultdict(list)
     inside: set[int] = set()
     for module, names in _paths(model).values():
         if id(module) in inside:
             continue
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) and not isinstance(module, OpenAttention):
             inside |= {id(child) for child in module.modules()}
             own = _own(names)
-            tied = [name for p in module.parameters() for name in owners[id(p)] if name.rpartition(".")[0] not in own]
+            tied = [
+                name for p in module.parameters() for name in owners[memory(p)] if name.rpartition(".")[0] not in own
+            ]
             reason = f"this attention shares a weight with {tied[0]!r}." if tied else attention_refusal(module)
             if reason is None:
                 slots |= {slot.name: slot for slot in _attention_slots(module, names)}
@@ -107,15 +116,24 @@ def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
         elif _has_matrix(module):
             reason, spec = _refusal(module), LayerSpec.of(module)
             if reason is None and spec is not None:
-                sharing[id(module.weight)].append((spec, module, names))
+                sharing[memory(module.weight)].append((spec, module, names))
             else:
                 skipped[names[0] or "(the model itself)"] = reason or ""
+        elif _is_quantised(module):
+            skipped[names[0] or "(the model itself)"] = (
+                f"{type(module).__name__} is quantised; lower the net first, then quantise it."
+            )
     for key, holders in sharing.items():
         spec, module, _ = holders[0]
         names = [name for _, _, holder in holders for name in holder]
-        others = [owner for owner in owners[key] if owner.removesuffix(".weight") not in names]
+        others = [owner for owner in owners[key] if owner.rpartition(".")[0] not in names]
+        beside = [owner for other in stored.get(key[0], set()) - {key} for owner in owners[other]]
         if others:
             skipped |= dict.fromkeys(names, f"its weight is shared with {others[0]!r}, which is no such layer.")
+        elif beside:
+            skipped |= dict.fromkeys(
+                names, f"its weight shares memory with {beside[0]!r}, which sees it in another shape."
+            )
         elif len({replace(other, bias=False) for other, _, _ in holders}) > 1:
             reason = f"{' and '.join(map(repr, names))} share a weight, but are different kinds of layer."
             skipped |= dict.fromkeys(names, reason)
@@ -126,8 +144,15 @@ def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
 
 def _has_matrix(module: Any) -> bool:
     """Whether the module has a parameter of its own, or a computed weight, of at least two dimensions."""
+    if isinstance(module, Chain):
+        return True
     weights = [*module._parameters.values(), getattr(module, "weight", None)]
-    return any(isinstance(w, Tensor) and w.dim() > 1 for w in weights)
+    return any(isinstance(w, Tensor) and (is_lazy(w) or w.dim() > 1) for w in weights)
+
+
+def _is_quantised(module: Any) -> bool:
+    """Whether it is one of torch's quantised layers, whose weight is no parameter but a method."""
+    return "quantized" in type(module).__module__ and callable(getattr(module, "weight", None))
 
 
 def _own(names: list[str]) -> set[str]:
@@ -136,9 +161,15 @@ def _own(names: list[str]) -> set[str]:
 
 def _refusal(module: Any) -> str | None:
     """Why a module with a weight cannot be lowered; None where it can."""
+    if any(map(is_lazy, module._parameters.values())):
+        return "it is lazy, and the forward pass does not call it: its shape is not known."
+    if isinstance(module, Chain):
+        return f"it is lowered already, by {module.lowering.name}."
     if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor):
         return "its weight is computed (weight norm, spectral norm, pruning or another parametrization); remove that first."
     if LayerSpec.of(module) is None:
+        if (reason := own_forward(module)) is not None:
+            return reason
         own = [name for name, p in module._parameters.items() if p is not None and p.dim() > 1]
         if own and next(module.children(), None) is not None:
             return f"{type(module).__name__} computes with {', '.join(own)} itself; the layers in it are treated one by one."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -10,6 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from ranksearch.compress.copying import copied
 from ranksearch.compress.latency import hardware_name, latencies_ms, threads_set
 from ranksearch.compress.plan import DENSE, LayerPlan
 from ranksearch.compress.runtimes import Function, runtime_named
@@ -72,7 +72,7 @@ class Stopwatch:
         batch = torch.randn(batch.shape, dtype=batch.dtype) if batch.is_floating_point() else batch.contiguous()
         batch = batch.to(self.device)
         with threads_set(self.setting.threads):
-            copies = [copy.deepcopy(net).to(self.device).eval() for net in nets]
+            copies = [copied(net).to(self.device).eval() for net in nets]
             functions = [self._runtime.net(net, batch) for net in copies] + [self._alone(shape) for shape in shapes]
             times = latencies_ms(
                 functions, batch, NET_ROUNDS, seconds=NET_SECONDS * len(nets) + LAYER_SECONDS * len(shapes)

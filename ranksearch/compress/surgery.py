@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.attention import IN_PROJ, QKV, open_attention_, set_module_
+from ranksearch.compress.attention import IN_PROJ, QKV, leave_fused_, open_attention_
+from ranksearch.compress.bare import bare
+from ranksearch.compress.copying import copied
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.compress.slots import Slot, find_slots, slots_of
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
+from ranksearch.lowering.chain import become_
 from ranksearch.lowering.contract import running_layers
 from ranksearch.lowering.weighting import Weighting
 
@@ -40,7 +42,7 @@ def compress(
         UsageError: a layer that is not there, a lowering that refuses it, a rank outside its range.
         NonFiniteError: weights that are not finite; the text names the layer.
     """
-    return _restructured(copy.deepcopy(model), plan, fill=True, warm=warm or {}, weightings=weightings or {})
+    return _restructured(copied(bare(model)), plan, fill=True, warm=warm or {}, weightings=weightings or {})
 
 
 def restructure_(model: nn.Module, plan: RankPlan) -> nn.Module:
@@ -94,25 +96,28 @@ def _nearest(slot: Slot, choice: LayerPlan, weighting: Weighting | None) -> Tens
 
 
 def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, nearest: Tensor, *, fill: bool, warm: Any) -> None:
+    """Turns the layers that compute with the slot's weight into chains, in place: whatever refers to them goes on."""
     lowering, weight = lowering_named(choice.lowering), slot.weight
-    built: dict[int, nn.Module] = {}
+    done: set[int] = set()
     shared: tuple[Tensor, ...] | None = None
     for path in slot.paths:
         module: Any = model.get_submodule(path)
-        if id(module) not in built:
-            spec = LayerSpec.of(module) or slot.spec
-            chain = lowering.build(spec, choice.rank, device=weight.device, dtype=weight.dtype)
-            own = lowering.stored_weights(chain)
-            if shared is None:
-                shared = own
-                if fill:
-                    _fill_(own, slot, nearest, choice, warm)
-            else:
-                _share_(chain, own, shared)
-            if spec.bias:
-                running_layers(chain)[-1].bias = module.bias
-            built[id(module)] = chain.train(module.training)
-        set_module_(model, path, built[id(module)])
+        leave_fused_(model, path)
+        if id(module) in done:
+            continue
+        spec, bias = LayerSpec.of(module) or slot.spec, module.bias
+        built = lowering.build(spec, choice.rank, device=weight.device, dtype=weight.dtype)
+        own = lowering.stored_weights(built)
+        if shared is None:
+            shared = own
+            if fill:
+                _fill_(own, slot, nearest, choice, warm)
+        else:
+            _share_(built, own, shared)
+        if spec.bias:
+            running_layers(built)[-1].bias = bias
+        become_(module, built.train(module.training), spec, lowering, choice.rank)
+        done.add(id(module))
     for stored in shared or ():
         if stored.is_floating_point():
             stored.requires_grad_(weight.requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV
+from ranksearch.compress.bare import bare, is_lazy
+from ranksearch.compress.copying import memory
+from ranksearch.compress.counting import counter, macs
 from ranksearch.compress.inputs import batch_size, call
 from ranksearch.compress.slots import KINDS, Slot, survey
+from ranksearch.compress.undisturbed import own, undisturbed
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import LayerSpec
 from ranksearch.lowering.spec import Ints
@@ -32,11 +36,32 @@ class Layer:
     """The BN layer that takes its output."""
     shared_with: tuple[str, ...] = ()
     """Other layers that compute with the same weight; they become what this one becomes."""
+    samples: tuple[int, ...] = ()
+    """How many maps (of a Linear: rows, or sequences of them) every use took when the net was given `batch` samples; () where as many."""
+    batch: int = 1
 
     @property
     def macs(self) -> int:
         """MACs of the dense layer for one sample, summed over its uses."""
-        return sum(self.spec.macs(size) for size in self.in_sizes)
+        return self.summed(self.spec.macs)
+
+    def summed(self, of_one: Callable[[Ints], int]) -> int:
+        """What all uses cost for one sample of the net, rounded up, where `of_one` says it of one map of a size."""
+        if not self.samples:
+            return sum(map(of_one, self.in_sizes))
+        sizes = dict.fromkeys(self.in_sizes)
+        each = {size: of_one(size) for size in sizes}
+        total = sum(count * each[size] for size, count in zip(self.in_sizes, self.samples, strict=True))
+        return -(-total // self.batch)
+
+    def sizes_per_sample(self) -> tuple[Ints, ...]:
+        """Input sizes as one sample of the net meets them: a use that takes k maps a sample counts k times, at least once."""
+        if not self.samples:
+            return self.in_sizes
+        counts = defaultdict[Ints, int](int)
+        for size, count in zip(self.in_sizes, self.samples, strict=True):
+            counts[size] += count
+        return tuple(size for size, count in counts.items() for _ in range(max(1, round(count / self.batch))))
 
 
 @dataclass(frozen=True)
@@ -68,11 +93,34 @@ class Net:
         return {layer.name: layer.norm for layer in self.layers if layer.norm is not None}
 
 
-class _Recorder:
-    """What one forward pass shows of a model's layers: input sizes by module, calls that no chain could take, BN layers behind layers."""
+Use = tuple[Ints, int]
+"""(size of one map or extents of its rows, number of maps)"""
 
-    def __init__(self, model: nn.Module, batch: int) -> None:
-        self.uses: dict[int, list[Ints]] = defaultdict(list)
+
+class _Elsewhere(TorchDispatchMode):
+    """Notes whose weights are computed with outside of their own calls: there a lowered layer would have to make its weight anew."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.running: list[nn.Module] = []
+        """The layers that are being called, outermost first."""
+        self.found: set[int] = set()
+        self._holders = {id(m._parameters["weight"]): m for m in model.modules() if LayerSpec.of(m) is not None}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in args:
+            holder = self._holders.get(id(value))
+            if holder is not None and holder not in self.running:
+                self.found.add(id(value))
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder:
+    """What one forward pass shows of a model's layers: uses by module, calls that no chain could take, BN layers behind layers."""
+
+    def __init__(self, model: nn.Module, batch: int, elsewhere: _Elsewhere) -> None:
+        self.elsewhere = elsewhere
+        self.uses: dict[int, list[Use]] = defaultdict(list)
         self.odd: dict[int, str] = {}
         self.crossing: set[int] = set()
         """Attentions whose query, key and value are not one tensor."""
@@ -88,9 +136,12 @@ class _Recorder:
         for hook in self._hooks:
             hook.remove()
 
-    def _tokens(self, x: Tensor) -> Ints:
-        """Leading extents of one sample's rows; where the batch is not in front, their number."""
-        return tuple(x.shape[1:-1]) if x.shape[0] == self._batch else (x.numel() // x.shape[-1] // self._batch,)
+    def _tokens(self, x: Tensor) -> Use:
+        """Rows [.., S]: with the batch in front, or as many to each sample as there are, or one by one."""
+        if x.dim() > 1 and x.shape[0] == self._batch:
+            return tuple(x.shape[1:-1]), self._batch
+        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        return ((rows // self._batch,), self._batch) if rows % self._batch == 0 else ((), rows)
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if isinstance(module, nn.MultiheadAttention):
@@ -99,10 +150,17 @@ class _Recorder:
                 self.crossing.add(id(module))
             self.uses[id(module)] += [self._tokens(x) for x in (query, key, value)]
         elif (spec := LayerSpec.of(module)) is not None:
+            self.elsewhere.running.append(module)
             inputs = [*args, *kwargs.values()]
             if len(inputs) != 1:
                 self.odd[id(module)] = "it is called with more than its input (an output size)."
-            self.uses[id(module)].append(tuple(inputs[0].shape[2:]) if spec.is_conv else self._tokens(inputs[0]))
+            if not isinstance(inputs[0], Tensor):
+                self.odd[id(module)] = f"it is called with a {type(inputs[0]).__name__}, not with a tensor."
+            elif spec.is_conv:
+                axes = len(spec.kernel_size)  # without a batch axis, too
+                self.uses[id(module)].append((tuple(inputs[0].shape[-axes:]), inputs[0].shape[: -axes - 1].numel()))
+            else:
+                self.uses[id(module)].append(self._tokens(inputs[0]))
         elif isinstance(module, _BatchNorm) and module.track_running_stats and args:
             _, source = self._outputs.get(id(args[0]), (None, None))
             if source is not None:
@@ -111,38 +169,41 @@ class _Recorder:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if LayerSpec.of(module) is not None:
             self._outputs[id(output)] = output, module
+            if self.elsewhere.running and self.elsewhere.running[-1] is module:
+                self.elsewhere.running.pop()
 
 
 @contextmanager
 def _recording(model: nn.Module, batch: int) -> Iterator[_Recorder]:
-    """Records one forward pass in evaluation mode, outside torch's fused attention, which calls no layers; all is restored."""
-    recorder = _Recorder(model, batch)
-    training = {module: module.training for module in model.modules()}
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
-    try:
-        yield recorder
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        recorder.close()
-        for module, mode in training.items():
-            module.training = mode
+    """Records one forward pass, which leaves no trace."""
+    with undisturbed(model):
+        elsewhere = _Elsewhere(model)
+        recorder = _Recorder(model, batch, elsewhere)
+        try:
+            with elsewhere:
+                yield recorder
+        finally:
+            recorder.close()
 
 
 def trace(model: nn.Module, example_input: Any) -> Net:
-    """Runs `model` once on `example_input` (a batched tensor, a tuple of arguments or a dict of them, as `inputs.py` says; mode and
-    buffers are restored).
+    """Runs `model` once on `example_input` (a batched tensor, a tuple of arguments or a dict of them, as `inputs.py` says).
 
-    The total of MACs is `torch.utils.flop_counter`'s, so what is computed outside of layers (attention, functional
-    convs) is in `other_macs` and no cost is missed.
+    Model, inputs and random numbers stay as they are.
+
+    The total of MACs is measured (`counting.py`), so what is computed outside of layers (attention, functional convs) is in
+    `other_macs` and no cost is missed. Costs are those of the whole example divided by its number of samples, the
+    first axis of its first tensor: a layer counts by the rows that it gets, whatever its place in the net.
 
     Raises:
-        UsageError: the model has no layer that can be lowered, or the example holds no batched tensor.
+        UsageError: the model has no layer that can be lowered (the text says why of each), or the example holds no batched tensor.
     """
+    model = bare(model)
     batch = batch_size(example_input)
-    with _recording(model, batch) as recorder, torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call(model, example_input)
+    if batch == 0:
+        raise UsageError("The example input holds no sample: its first axis is 0 long.")
+    with _recording(model, batch) as recorder, torch.no_grad(), counter() as counted:
+        call(model, own(example_input))
 
     slots, skipped = survey(model)  # now: lazy layers have their shapes
     names = {id(module): name for name, module in model.named_modules()}
@@ -155,32 +216,38 @@ def trace(model: nn.Module, example_input: Any) -> Net:
             norm = None
         else:
             modules = list({id(m): m for m in map(model.get_submodule, slot.paths)}.values())
-            uses = [size for module in modules for size in recorder.uses[id(module)]]
+            uses = [use for module in modules for use in recorder.uses[id(module)]]
             reason = next((recorder.odd[id(m)] for m in modules if id(m) in recorder.odd), None)
+            if any(id(m._parameters["weight"]) in recorder.elsewhere.found for m in modules):
+                reason = "its weight is computed with outside of its own calls, where a lowered layer would have to make it anew."
             behind = [recorder.norm_behind.get(id(m)) for m in modules]
             norm = names[id(behind[0])] if len(behind) == 1 and behind[0] is not None else None
         if not uses:
             reason = "the forward pass does not call it as a module."
         if reason is None:
-            layers.append(Layer(slot.name, slot.spec, tuple(uses), norm, slot.paths[1:]))
+            sizes, samples = tuple(size for size, _ in uses), tuple(count for _, count in uses)
+            samples = () if all(count == batch for count in samples) else samples
+            layers.append(Layer(slot.name, slot.spec, sizes, norm, slot.paths[1:], samples, batch))
         else:
             skipped |= dict.fromkeys(slot.paths, reason)
     if not layers:
-        raise UsageError(f"{type(model).__name__} has no {KINDS} layer that can be lowered.")
-    # shared weights are counted once: parameters() and buffers() yield every tensor once
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
+        raise UsageError(f"{type(model).__name__} has no {KINDS} layer that can be lowered.{reasons}")
+    params = {memory(p): p.numel() for p in model.parameters() if not is_lazy(p)}  # shared weights are counted once
     buffers = list(model.buffers())
+    measured = -(-macs(counted) // batch)
     return Net(
         layers=tuple(layers),
         skipped=tuple(skipped.items()),
-        other_macs=counter.get_total_flops() // 2 // batch - sum(layer.macs for layer in layers),
-        other_params=sum(p.numel() for p in model.parameters()) - sum(layer.spec.params for layer in layers),
+        other_macs=max(0, measured - sum(layer.macs for layer in layers)),  # each layer is rounded up
+        other_params=sum(params.values()) - sum(layer.spec.params for layer in layers),
         other_floats=sum(b.numel() for b in buffers if b.is_floating_point()),
         other_bytes=sum(b.numel() * b.element_size() for b in buffers if not b.is_floating_point()),
     )
 
 
-def _attention_uses(recorder: _Recorder, attention: nn.Module, slot: Slot) -> list[Ints] | None:
-    """Input sizes of one projection of an attention; None for the form, packed or in three, that it is not opened in."""
+def _attention_uses(recorder: _Recorder, attention: nn.Module, slot: Slot) -> list[Use] | None:
+    """Uses of one projection of an attention; None for the form, packed or in three, that it is not opened in."""
     tokens = recorder.uses[id(attention)]
     part = slot.name.rpartition(".")[2]
     packed = id(attention) not in recorder.crossing and attention.in_proj_weight is not None

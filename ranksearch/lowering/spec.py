@@ -59,16 +59,18 @@ class LayerSpec:
     def of(cls, module: nn.Module) -> LayerSpec | None:
         """The spec of a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear; None for any other module.
 
-        None also for a subclass with a `forward` of its own (weight standardisation, LoRA, ...), which computes something else, and
-        where the weight is no parameter of the module but computed (weight norm, spectral norm, pruning, other parametrizations):
-        what is written into it would not last.
+        None also for one that computes something else (`own_forward`: weight standardisation, LoRA, ...), and where the weight is no
+        parameter of the module but computed (weight norm, spectral norm, pruning, other parametrizations): what is written into it
+        would not last.
         """
-        if "weight" not in module._parameters or module.weight is None:
+        if module._parameters.get("weight") is None or own_forward(module) is not None:
             return None
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        if torch.nn.parameter.is_lazy(module.weight):  # type: ignore[arg-type]
+            return None
+        if isinstance(module, nn.Linear):
             return cls(module.in_features, module.out_features, bias=module.bias is not None)
         for (axes, transposed), conv in _CONVS.items():
-            if isinstance(module, conv) and type(module).forward is conv.forward:
+            if isinstance(module, conv):
                 padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
                 return cls(
                     module.in_channels,
@@ -180,3 +182,28 @@ class LayerSpec:
     def weight_of(self, blocks: Tensor) -> Tensor:
         """[g, T/g, S/g, *k] -> torch's layout, the inverse of `blocks`."""
         return (blocks.transpose(1, 2) if self.transposed else blocks).flatten(0, 1)
+
+
+_COMPUTING = (
+    "forward",
+    "_conv_forward",
+    "_output_padding",
+    "__call__",
+    "_call_impl",
+    "_wrapped_call_impl",
+    "__getattr__",
+)
+"""What decides what a Conv or Linear computes when it is called."""
+
+
+def own_forward(module: nn.Module) -> str | None:
+    """Which of a Conv's or Linear's methods are not torch's own, as a sentence; None where all are, and for other modules."""
+    base = next((c for c in (*_CONVS.values(), nn.Linear) if isinstance(module, c)), None)
+    if base is None:
+        return None
+    for name in _COMPUTING:
+        if name in vars(module):
+            return f"its {name} was replaced on the instance, so that it computes something else than {base.__name__}."
+        if getattr(type(module), name, None) is not getattr(base, name, None):
+            return f"{type(module).__name__} is no plain {base.__name__}: it has a {name} of its own."
+    return None

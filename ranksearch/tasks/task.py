@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ranksearch.compress.copying import copied
 from ranksearch.errors import UsageError, nearest
 from ranksearch.tasks.loaded import as_source
 from ranksearch.tasks.scores import Accuracy, Loss, Metric, cross_entropy, is_accumulator
@@ -103,7 +104,7 @@ class Task:
 
     def dense_model(self) -> nn.Module:
         """A fresh copy of the model as it was given."""
-        return copy.deepcopy(self.model)
+        return copied(self.model)
 
     def loss_on(self, device: torch.device) -> Loss:
         """The loss; a module, which may hold class weights, is copied to `device`."""

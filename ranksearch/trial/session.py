@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from ranksearch.compress import Net, RankPlan, dense_cost, project_, reestimate_bn_
+from ranksearch.compress.copying import copied
 from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import pick_device, use_bf16
@@ -150,7 +150,7 @@ class Session:
             plan: what the copy is projected by; None where the model is factored already.
         """
         started = time.perf_counter()
-        step, model = training.steps[training.done - 1] + 1, copy.deepcopy(training.model)
+        step, model = training.steps[training.done - 1] + 1, copied(training.model)
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             if plan is not None:
                 project_(model, plan)
