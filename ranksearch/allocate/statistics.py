@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ranksearch.compress import Net
+from ranksearch.compress.copying import copied
 from ranksearch.compress.inputs import (
     LOGITS,
     batch_size,
@@ -29,7 +30,6 @@ from ranksearch.compress.inputs import (
     moved,
     tensors,
 )
-from ranksearch.compress.copying import copied
 from ranksearch.compress.surgery import open_attentions_
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec

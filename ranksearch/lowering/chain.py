@@ -8,7 +8,6 @@ smaller layers are its children "0", "1", …, as those of an `nn.Sequential` ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -148,8 +147,3 @@ def become_(layer: nn.Module, built: nn.Module, spec: LayerSpec, lowering: Lower
     layer._modules = built._modules
     injected = {name: value for name, value in vars(type(built)).items() if name in _INJECTED}
     layer.__class__ = type(type(built).__name__, (type(layer),), injected)
-
-
-def running_layers(built: nn.Module) -> Sequence[Any]:
-    """The layers of a built module or of a chain, first to last; the bias is the last one's."""
-    return tuple(built.children()) if isinstance(built, nn.Sequential | Chain) else (built,)

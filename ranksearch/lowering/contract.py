@@ -283,8 +283,12 @@ class Lowering(ABC):
 
     def stored_weights(self, built: nn.Module) -> tuple[Tensor, ...]:
         """The parameters, and buffers of whole numbers, of a built module that hold the factors, in the order of `stored_shapes`."""
-        layers = tuple(built) if isinstance(built, nn.Sequential) else (built,)
-        return tuple(layer.weight for layer in layers)  # type: ignore[misc]
+        return tuple(layer.weight for layer in running_layers(built))  # type: ignore[misc]
+
+
+def running_layers(built: nn.Module) -> tuple[Any, ...]:
+    """The layers of a built module, first to last; the bias is the last one's."""
+    return tuple(built) if isinstance(built, nn.Sequential) else (built,)
 
 
 def _scaled_side(side: int, ratio: float, multiple: int) -> int:
