@@ -5,6 +5,8 @@
    against the solver.
 2. ResNet-20 and ResNet-32 on CIFAR-10 from the public checkpoints: a plan by every allocator at 75, 50 and 35 % of the FLOPs, decomposed,
    BN statistics re-estimated, scored on validation images. No training. Test accuracy is read for the solver's plans and the uniform ones.
+3. The same nets, the solver's plans at 50, 35 and 28 % of the FLOPs with and without the pivoted forms, scored on test images
+   (`test_{net}_{percent}_{lowerings}`), of which nothing here is chosen by. `--only pivoted` is this part alone.
 
     python scripts/bench_allocators.py --json > allocators.json       about 40 minutes on two cores
     python scripts/bench_allocators.py --quick                        less of everything, within a minute
@@ -51,6 +53,7 @@ from ranksearch.allocate.problem import OPTIMAL as MILP_GAP
 from ranksearch.allocate.problem import Poser, by_milp
 from ranksearch.compress import RankPlan, dense_cost, plan_cost, trace
 from ranksearch.errors import UsageError
+from ranksearch.lowering import LOWERINGS
 from ranksearch.search.preview import damage_of
 from ranksearch.search.scorer import Scorer
 from ranksearch.tasks import cifar10
@@ -59,6 +62,7 @@ from ranksearch.tasks.source import calibration_batches
 
 CONVS = ("im2col", "channel", "spatial")
 PERCENTS = (75, 50, 35)
+PIVOTED_PERCENTS = (50, 35, 28)
 
 
 def optimum(curves: Curves, budgets: list[Budget], seconds: float) -> tuple[float, float]:
@@ -242,6 +246,38 @@ def trained_net(report: Report, name: str, options: argparse.Namespace) -> dict[
     return figures
 
 
+def pivoted_rows(report: Report, name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Test accuracy of the solver's plans from plain lowerings and from these and their pivoted forms, without and with Tucker-2."""
+    task = cifar10.make_task(name, data=options.data, validation=options.images, split_seed=0)
+    model = task.dense_model()
+    model.load_state_dict(
+        dense_state(task, checkpoint="auto", data=options.data, fallback=Path("runs"), log=report.say)
+    )
+    net, known, figures = trace(model.eval(), task.example_input), {}, {}
+    images = task.val if options.quick or task.test is None else task.test
+    scorer = Scorer(task, model, images.first(options.test_images), bn_batches=10, batch_size=128)
+    for with_tucker, pivoted in ((False, False), (False, True), (True, False), (True, True)):
+        plain = (*CONVS, "tucker2") if with_tucker else CONVS
+        forms = tuple(f"{lowering}_pivoted" for lowering in plain if f"{lowering}_pivoted" in LOWERINGS)
+        label = ("tucker2_" if with_tucker else "") + ("pivoted" if pivoted else "plain")
+        curves = rank_curves(model, net, LayerRules(plain + forms if pivoted else plain, exclude=("linear",)), known)
+        for percent in PIVOTED_PERCENTS:
+            started = time.perf_counter()
+            plan = allocate_plan(curves, [parse_budget("flops", f"{percent}%")]).plan
+            solved = time.perf_counter() - started
+            found, cost, dense = scorer(plan), plan_cost(net, plan), dense_cost(net)
+            figures[f"test_{name}_{percent}_{label}"] = found.accuracy
+            report.rows.append(
+                {
+                    "part": f"{name} pivoted", "budget": f"flops {percent}%", "allocator": label, "test_accuracy": found.accuracy,
+                    "macs": cost.macs / dense.macs, "params": cost.params / dense.params, "plan": plan.summary(),
+                    "seconds": solved,
+                }
+            )  # fmt: skip
+            report.say(f"{name}: {label} at {percent} %: {found.accuracy:.2f} on {options.test_images} test images")
+    return figures
+
+
 def verdict(figures: dict[str, Any], options: argparse.Namespace) -> bool:
     """Whether, for every net and budget, the best allocator of ours is above the uniform ratio."""
     return all(
@@ -252,7 +288,7 @@ def verdict(figures: dict[str, Any], options: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    parser = arguments(__doc__, images=5000, random_plans=20, greedy_images=1000, milp_seconds=30.0)
+    parser = arguments(__doc__, images=5000, test_images=3000, random_plans=20, greedy_images=1000, milp_seconds=30.0)
     parser.add_argument(
         "--nets", default="resnet20,resnet32", help="trained nets, comma-separated (default: %(default)s)"
     )
@@ -260,7 +296,7 @@ def main() -> None:
         "--percents", default="75,50,35", help="budgets in percent of the dense FLOPs (default: %(default)s)"
     )
     parser.add_argument("--lowerings", default=",".join(CONVS), help="of the trained nets (default: %(default)s)")
-    parser.add_argument("--only", choices=("resnet50", "trained"), help="one half of the measurement")
+    parser.add_argument("--only", choices=("resnet50", "trained", "pivoted"), help="one part of the measurement")
     parser.add_argument("--no-test", dest="test", action="store_false", help="leave the test set alone")
     parser.add_argument("--data", help="data folder (default: $RANKSEARCH_DATA, else ~/.cache/ranksearch)")
     options = parser.parse_args()
@@ -269,14 +305,18 @@ def main() -> None:
     budgets, pairs = 20, 100
     if options.quick:
         options.images, options.random_plans = min(options.images, 500), 0
+        options.test_images = min(options.test_images, 500)
         options.greedy_images, options.test = 0, False
         options.milp_seconds, options.nets, options.percents, budgets, pairs = 5.0, ["resnet20"], [50], 2, 5
     report, figures = Report("bench_allocators", options), {}
-    if options.only != "trained":
+    if options.only in (None, "resnet50"):
         curves = resnet50_curves(report)
         figures |= one_budget(report, curves, budgets, options.milp_seconds)
         figures |= two_budgets(report, curves, pairs, options.milp_seconds)
-    if options.only != "resnet50":
+    if options.only in (None, "pivoted"):
+        for name in options.nets:
+            figures |= pivoted_rows(report, name, options)
+    if options.only in (None, "trained"):
         for name in options.nets:
             figures |= trained_net(report, name, options)
         figures["best_above_uniform_everywhere"] = verdict(figures, options)

@@ -85,7 +85,11 @@ def allocate(
             raise UsageError(f"There is no {what} {name!r}. {nearest(name, valid)}")
     net = trace(model, example_input)
     found = LayerRules(
-        expand_families(lowerings or default_lowerings()), tuple(include), tuple(exclude), tuple(rules), rank_multiple
+        expand_families(lowerings or default_lowerings(timed=latency is not None)),
+        tuple(include),
+        tuple(exclude),
+        tuple(rules),
+        rank_multiple,
     )
     found.check(net)
     curves = rank_curves(model, net, found, weightings=weightings)

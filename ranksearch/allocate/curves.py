@@ -16,6 +16,7 @@ from ranksearch.allocate.budget import Budget, check_feasible
 from ranksearch.allocate.curve_cache import curve_key
 from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.compress import DENSE, Cost, Layer, LayerPlan, Net, RankPlan, dense_cost, layer_cost, plan_cost
+from ranksearch.compress.cost import layer_indices
 from ranksearch.compress.slots import find_slots
 from ranksearch.costs import COSTS, NANOSECONDS, NS_PER_MS
 from ranksearch.errors import NonFiniteError, UsageError
@@ -175,7 +176,13 @@ class Curves:
             assert self.timing is not None
             return self.timing.other_ns
         layers = sum((layer.macs, layer.spec.params)[kind.axis] for layer in self.net.layers)
-        return (kind.of(self.dense) or 0) - kind.per_unit * layers
+        room = kind.per_unit * self.indices if cost == "size" else 0
+        return (kind.of(self.dense) or 0) - kind.per_unit * layers + room
+
+    @cached_property
+    def indices(self) -> int:
+        """The most whole numbers that the layers' options store beside their params; a size budget leaves room for them all."""
+        return sum(max(layer_indices(o.layer, choice) for choice in o.choices) for o in self.layers)
 
     def smallest(self) -> dict[str, int]:
         """The smallest reachable value of every cost, each taken alone."""

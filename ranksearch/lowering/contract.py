@@ -57,9 +57,14 @@ def lowering_named(name: str) -> Lowering:
     return LOWERINGS[name]
 
 
-def default_lowerings() -> tuple[str, ...]:
-    """Names of the lowerings that a search takes where none are named: all but the opt-in ones and `dense`, which is always allowed."""
-    return tuple(name for name, lowering in LOWERINGS.items() if not lowering.opt_in and lowering.has_rank)
+def default_lowerings(*, timed: bool = False) -> tuple[str, ...]:
+    """Names of the lowerings that a search takes where none are named: all but the opt-in ones and `dense`, which is always allowed.
+
+    Args:
+        timed: whether latency counts. A pivoted form removes the same for less, its plain form has no use beside it unless it is faster.
+    """
+    fit = {name: it for name, it in LOWERINGS.items() if it.has_rank and not it.opt_in}
+    return tuple(name for name, it in fit.items() if timed or not it.pivoted_ends)
 
 
 def expand_families(names: Iterable[str]) -> tuple[str, ...]:

@@ -36,12 +36,11 @@ FIRST, LAST = "first", "last"
 class PivotedLowering(Lowering):
     """The pivoted form of `plain`; everything but how the chain's ends are stored and run is the plain form's."""
 
-    opt_in = True
     family = "pivoted"
 
     def __init__(self, plain: Lowering) -> None:
         self.plain, self.name = plain, f"{plain.name}_pivoted"
-        self.is_projection = plain.is_projection
+        self.is_projection, self.opt_in = plain.is_projection, plain.opt_in
 
     @property
     def curve_name(self) -> str:

@@ -63,7 +63,8 @@ class LayersSpace(Strict):
     exclude: list[str] = Field(default=[])
     """Name patterns of layers that stay dense."""
     lowerings: list[str] = Field(default_factory=lambda: list(default_lowerings()), min_length=1)
-    """Names of lowerings, or of a family of them (`tiled`); left out, all but those that have to be asked for (`cp`, square tiles)."""
+    """Names of lowerings, or of a family of them (`tiled`, `pivoted`); left out, all but those that have to be asked for (`cp`, square
+    tiles), of forms with a pivoted one this alone unless latency counts."""
     rank_multiple: int = Field(default=1, ge=1)
     """Every rank is a multiple of this (a rule may say otherwise for its layers): many devices compute in tiles of 8, 16 or more."""
     rules: list[LayerRuleSpace] = Field(default=[])
@@ -208,6 +209,14 @@ class Space(Strict):
     tracking: TrackingSpace = Field(default_factory=TrackingSpace)
     _given: str | None = PrivateAttr(default=None)
     _own: dict[str, str] | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _fast_forms_too(self) -> Space:
+        if self.has_latency and "lowerings" not in self.layers.model_fields_set:
+            names = list(default_lowerings(timed=True))
+            # a frozen model is still being made here
+            self.__dict__["layers"] = self.layers.model_copy(update={"lowerings": names})
+        return self
 
     @field_validator("model", "validation")
     @classmethod
