@@ -8,8 +8,9 @@ from torch import nn
 import ranksearch
 from ranksearch.allocate import LayerRules, rank_curves
 from ranksearch.compress import LayerPlan, RankPlan, plan_cost, restructure_, trace
-from ranksearch.lowering import LOWERINGS, LayerSpec, expand_families
+from ranksearch.lowering import LOWERINGS, LayerSpec, default_lowerings, expand_families
 from ranksearch.maxvol import BOUND
+from ranksearch.space.reading import parse_space
 
 PIVOTED = expand_families(["pivoted"])
 CONV = LayerSpec.conv(16, 24, (3, 3), padding=(1, 1), bias=True)
@@ -140,6 +141,27 @@ def test_tied_weights_attention_costs_and_files(tmp_path):
     again = restructure_(Tied().eval(), plan)
     again.load_state_dict(load_file(tmp_path / "net.safetensors"))
     torch.testing.assert_close(again(x), small(x), rtol=0, atol=0)
+
+
+def test_plain_forms_are_taken_by_default_only_where_they_may_be_faster_or_alone():
+    default, timed = default_lowerings(), default_lowerings(timed=True)
+    assert set(PIVOTED) <= set(default) < set(timed)
+    assert set(timed) - set(default) == {"im2col", "channel", "tucker2", "svd", "tiled_c2", "tiled_c4", "tiled_c8"}
+    space = {"name": "a", "task": "digits", "model": "resnet8", "validation": 100, "recipe": {"steps": 1}}
+    for budget, names in (({"flops": "50%"}, default), ({"latency": "50%"}, timed)):
+        assert parse_space(space | {"budgets": budget}, "test").layers.lowerings == list(names)
+    named = parse_space(space | {"budgets": {"latency": "50%"}, "layers": {"lowerings": ["im2col"]}}, "test")
+    assert named.layers.lowerings == ["im2col"]
+
+
+@pytest.mark.parametrize("share", ["40%", "70%"])
+def test_a_size_budget_holds_with_the_indices(share):
+    dense = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 12, 3))
+    plan = ranksearch.allocate(dense, torch.zeros(1, 8, 9, 9), {"size": share})
+    assert any(name.endswith("_pivoted") for name in {layer.lowering for layer in plan.layers.values()})
+    small = ranksearch.compress(dense, plan)
+    sizes = [sum(t.numel() * t.element_size() for t in net.state_dict().values()) for net in (small, dense)]
+    assert sizes[0] <= float(share.rstrip("%")) / 100 * sizes[1]
 
 
 def test_one_decomposition_serves_the_plain_and_the_pivoted_form():

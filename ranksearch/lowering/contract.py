@@ -64,7 +64,7 @@ def default_lowerings(*, timed: bool = False) -> tuple[str, ...]:
         timed: whether latency counts. A pivoted form removes the same for less, its plain form has no use beside it unless it is faster.
     """
     fit = {name: it for name, it in LOWERINGS.items() if it.has_rank and not it.opt_in}
-    return tuple(name for name, it in fit.items() if timed or not it.pivoted_ends)
+    return tuple(name for name, it in fit.items() if timed or it.takes_more or not it.pivoted_ends)
 
 
 def expand_families(names: Iterable[str]) -> tuple[str, ...]:
@@ -138,7 +138,9 @@ class Lowering(ABC):
     has_rank: bool = True
     """False for `dense` alone."""
     pivoted_ends: tuple[str, ...] = ()
-    """Which of the chain's 1x1 convs or Linears at its ends, "first" or "last", have a pivoted form (`pivoted.py`)."""
+    """Which ends of the chain have a pivoted form (`pivoted.py`): a "first" layer of any kernel, a "last" 1x1 conv or Linear."""
+    takes_more: bool = False
+    """Whether it takes layers that its pivoted form refuses."""
 
     @property
     def curve_name(self) -> str:

@@ -3,9 +3,10 @@
 A rank-r matrix n x m is spanned by r of its own rows, the pivots; the others are combinations of them. Where the chain's last layer is a
 1x1 conv or a Linear, the layer before it computes the pivot channels of the output themselves and the last one the others from them,
 y[pivots] = h, y[others] = A h: r² MACs per output position and r² params less (`im2col`, `svd`, `tucker2`; `tiled`: r² per tile).
-Where the first layer is one, h = x[pivots] + A x[others], r² per input position (`channel`, `tucker2`). So every rank below full costs
-fewer params than dense. The pivots are rows of maximum volume (`maxvol.py`): no entry of A exceeds 1.05 in absolute value, whatever the
-weight is, of deficient rank or zero too; 16 bits lose no more than they do of the plain form, and no weight has to be refused.
+The first layer's inputs pivot likewise, h = x[pivots] + A x[others], r² per position (`channel`, `tucker2`); where it has a kernel
+(`spatial`) x are the channels as each of its taps reads them, put side by side, and A is a 1x1 conv. So a rank below full costs fewer
+params than dense (of `tucker2`, most do). The pivots are rows of maximum volume (`maxvol.py`): no entry of A exceeds 1.05 in absolute
+value, whatever the weight is, of deficient rank or zero too; 16 bits lose about what they do of the plain form, no weight is refused.
 
 It does **not** help latency as it does MACs: a gather and a concatenation move the whole map, in a tiled form once per tile, and the
 batch norm behind a pivoted output is not folded at export. The index of every pivoted side is stored as int32: it counts as size,
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ranksearch.lowering.contract import LOWERINGS, Lowering, Projected, Rank, RankCurve, View
+from ranksearch.lowering.contract import LOWERINGS, Lowering, Projected, Rank, RankCurve, View, kernel_area
 from ranksearch.lowering.spec import Ints, LayerSpec
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.maxvol import pivot_rows
@@ -47,7 +49,16 @@ class PivotedLowering(Lowering):
         return self.plain.curve_name
 
     def refusal(self, spec: LayerSpec) -> str | None:
-        return self.plain.refusal(spec)
+        if (reason := self.plain.refusal(spec)) is not None:
+            return reason
+        if FIRST in self.plain.pivoted_ends and self._at_rank_one(spec)[0].transposed:
+            return f"{self.name} gathers what a kernel's taps read, and a transposed convolution writes with them: take {self.plain.name}."
+        return None
+
+    def _at_rank_one(self, spec: LayerSpec) -> tuple[LayerSpec, ...]:
+        """The plain chain at the smallest rank: layouts do not depend on it."""
+        full = self.plain.full_rank(spec)
+        return self.plain.factor_specs(spec, 1 if isinstance(full, int) else (1,) * len(full))
 
     def full_rank(self, spec: LayerSpec) -> Rank:
         return self.plain.full_rank(spec)
@@ -77,13 +88,14 @@ class PivotedLowering(Lowering):
             layers[-1] = _output_others(layers[-2], layers[-1])
         if FIRST in self.plain.pivoted_ends:
             first, hidden = layers[0], layers[0].out_channels
-            layers[0] = replace(first, in_channels=first.in_channels - hidden)
+            inputs = kernel_area(first) * first.in_channels - hidden
+            layers[0] = spec.pointwise(inputs, hidden, groups=first.groups, stride=first.stride)
         return tuple(layers)
 
     def _orders(self, spec: LayerSpec, rank: Rank) -> dict[str, int]:
-        """Lengths of the stored indices: a pivoted output has one number per channel and tile, a pivoted input one per channel."""
+        """Lengths of the stored indices: one number per channel and tile of a pivoted output, per channel and tap of a pivoted input."""
         layers = self.plain.factor_specs(spec, rank)
-        lengths = {FIRST: spec.in_channels, LAST: spec.out_channels * _tiles(layers)}
+        lengths = {FIRST: spec.in_channels * kernel_area(layers[0]), LAST: spec.out_channels * _tiles(layers)}
         return {end: lengths[end] for end in self.plain.pivoted_ends}
 
     def stored_shapes(self, spec: LayerSpec, rank: Rank) -> tuple[Ints, ...]:
@@ -96,6 +108,14 @@ class PivotedLowering(Lowering):
 
     def params(self, spec: LayerSpec, rank: Rank) -> int:
         return super().params(spec, rank) - self.indices(spec, rank)
+
+    def macs(self, spec: LayerSpec, rank: Rank, in_size: Ints) -> int:
+        total = 0
+        for own, plain in zip(self.factor_specs(spec, rank), self.plain.factor_specs(spec, rank), strict=True):
+            out_size = plain.out_size(in_size)  # a pivoted layer runs where the plain one does
+            total += prod(in_size if plain.transposed else out_size) * prod(own.weight_shape)
+            in_size = out_size
+        return total
 
     def break_even_rank(self, spec: LayerSpec, cost: str, in_size: Ints = ()) -> Rank:
         """From the top: the costs of a pivoted form need not grow with the rank where its first layer runs on a larger map."""
@@ -117,7 +137,7 @@ class PivotedLowering(Lowering):
         layers: list[nn.Module] = []
         for i, layer in enumerate(own):
             if i == 0 and FIRST in ends:
-                layers.append(PivotedInput(layer, device=device, dtype=dtype))
+                layers.append(PivotedInput(layer, plain[0], device=device, dtype=dtype))
             elif i == count - 1 and LAST in ends:
                 layers.append(PivotedOutput(layer, spec, _tiles(plain), device=device, dtype=dtype))
             else:
@@ -136,12 +156,12 @@ class PivotedLowering(Lowering):
         blocks = [layer.blocks(factor).double() for layer, factor in zip(layers, factors, strict=True)]
         orders = {}
         if FIRST in self.plain.pivoted_ends:
-            right = blocks[0].flatten(2)  # [g, r, S/g]
+            right = blocks[0].flatten(2)  # [g, r, S/g·k]
             found = pivot_rows(right.mT)
             square = _rows(right.mT, found.pivots).mT
             blocks[1] = torch.einsum("gtr...,grs->gts...", blocks[1], square)
             blocks[0] = found.coefficients.mT
-            orders[FIRST] = _input_order(found.pivots, found.others)
+            orders[FIRST] = _tap_major(_input_order(found.pivots, found.others), kernel_area(layers[0]))
         if LAST in self.plain.pivoted_ends:
             left = _per_tile(blocks[-1].flatten(2), _tiles(layers))  # [b, T/g, r]
             found = pivot_rows(left)
@@ -155,20 +175,16 @@ class PivotedLowering(Lowering):
 
     def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
         ends, ones = self.plain.pivoted_ends, (1,) * len(spec.kernel_size)
+        layers = self._at_rank_one(spec)
         count = len(factors) - len(ends)
         orders = dict(zip(ends, factors[count:], strict=True))
-        layers = self.plain.factor_specs(
-            spec, _smallest(self.plain.full_rank(spec))
-        )  # a layout does not depend on the rank
         whole = list(factors[:count])
         if FIRST in ends:
             hidden = layers[1].blocks(factors[1]).shape[2]
-            order = orders[FIRST].long()
-            right = _with_identity(factors[0].reshape(spec.groups, hidden, -1).mT)  # [g, S/g, r], pivots first
-            place = torch.empty_like(order)
-            place[order] = torch.arange(len(order), device=order.device)
+            place = _inverse(orders[FIRST].long()).reshape(kernel_area(layers[0]), -1).T  # [S, k]
+            right = _with_identity(factors[0].reshape(spec.groups, hidden, -1).mT)  # [g, S/g·k, r], pivots first
             found = _rows(right, _local(place.reshape(spec.groups, -1), hidden, spec.groups))
-            whole[0] = found.mT.flatten(0, 1).reshape(-1, found.shape[1], *ones)
+            whole[0] = found.mT.flatten(0, 1).reshape(found.shape[2] * spec.groups, *layers[0].block_shape[1:])
         if LAST in ends:
             before = layers[-2].blocks(factors[count - 2])
             blocks, hidden = before.shape[:2]
@@ -200,10 +216,6 @@ def _output_others(before: LayerSpec, last: LayerSpec) -> LayerSpec:
     return replace(last, out_channels=before.groups * (outputs - hidden), groups=before.groups)
 
 
-def _smallest(full: Rank) -> Rank:
-    return 1 if isinstance(full, int) else (1,) * len(full)
-
-
 def _rows(matrix: Tensor, index: Tensor) -> Tensor:
     """[b, n, r], [b, c] -> [b, c, r]"""
     return matrix.gather(1, index[..., None].expand(-1, -1, matrix.shape[2]))
@@ -228,11 +240,20 @@ def _input_order(pivots: Tensor, others: Tensor) -> Tensor:
     return torch.cat([(start + pivots).flatten(), (start + others).flatten()])
 
 
-def _output_order(pivots: Tensor, others: Tensor, tiles: int) -> Tensor:
-    """Where every channel lies in what a pivoted output puts together: [b, r], [b, n - r] -> [q·g·n], the tiles outermost."""
-    order = _input_order(pivots, others)
+def _tap_major(order: Tensor, taps: int) -> Tensor:
+    """Numbers s·k + i of channel s at tap i -> i·S + s"""
+    return order % taps * (len(order) // taps) + order // taps
+
+
+def _inverse(order: Tensor) -> Tensor:
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
+    return place
+
+
+def _output_order(pivots: Tensor, others: Tensor, tiles: int) -> Tensor:
+    """Where every channel lies in what a pivoted output puts together: [b, r], [b, n - r] -> [q·g·n], the tiles outermost."""
+    place = _inverse(_input_order(pivots, others))
     return place.reshape(-1, tiles, pivots.shape[1] + others.shape[1]).transpose(0, 1).flatten()
 
 
@@ -275,20 +296,56 @@ class _Others(nn.Module):
 
 
 class PivotedInput(_Others):
-    """h = x[pivots] + A x[others]"""
+    """h = x[pivots] + A x[others], x the input's channels as every tap of a kernel reads them."""
 
     def __init__(
-        self, layer: LayerSpec, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        layer: LayerSpec,
+        plain: LayerSpec,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(layer, layer.in_channels + layer.out_channels, device, dtype)
         self.hidden, self.rest = layer.out_channels, layer.in_channels
+        self.taps = None if plain == layer_like(plain) else Taps(plain)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.taps is None else self.taps(x)
         ordered = x.index_select(self.axis, self.order)
         if not self.rest:
             return ordered
         pivots, others = ordered.split((self.hidden, self.rest), dim=self.axis)
         return pivots + self.others(others)
+
+
+def layer_like(layer: LayerSpec) -> LayerSpec:
+    """The layer as one that reads every position by itself."""
+    return layer.pointwise(layer.in_channels, layer.out_channels, groups=layer.groups) if layer.is_conv else layer
+
+
+class Taps:
+    """What every tap of a conv's kernel reads, side by side: [N, S, *in] -> [N, k·S, *out], the taps outermost."""
+
+    def __init__(self, conv: LayerSpec) -> None:
+        reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        same = [(total // 2, total - total // 2) for total in reach]
+        sides = same if isinstance(conv.padding, str) else [(p, p) for p in conv.padding]
+        self.conv, self.reach = conv, reach
+        self.padding = [p for pair in reversed(sides) for p in pair]
+        self.mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if any(self.padding):
+            x = F.pad(x, self.padding, mode=self.mode)
+        conv, read = self.conv, []
+        for tap in product(*map(range, conv.kernel_size)):
+            part = x
+            for axis, (i, d, s, reach) in enumerate(zip(tap, conv.dilation, conv.stride, self.reach, strict=True), 2):
+                last = x.shape[axis] - reach + i * d
+                part = part[(slice(None),) * axis + (slice(i * d, last, s),)]
+            read.append(part)
+        return torch.cat(read, dim=1) if len(read) > 1 else read[0]
 
 
 class PivotedOutput(_Others):

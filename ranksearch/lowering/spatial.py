@@ -21,6 +21,8 @@ from ranksearch.lowering.spec import LayerSpec
 @register
 class Spatial(MatrixLowering):
     name = "spatial"
+    pivoted_ends = ("first",)
+    takes_more = True
 
     def refusal(self, spec: LayerSpec) -> str | None:
         if len(spec.kernel_size) == 2:

@@ -27,7 +27,7 @@ from ranksearch.words import COST_NAMES, describe_budgets
 Record = Mapping[str, Any]
 
 SHORT = {"im2col": "i", "channel": "c", "spatial": "s", "tucker2": "t", "cp": "cp", "svd": "v", "dense": ""}
-SHORT |= {f"{name}_pivoted": f"{SHORT[name]}*" for name in ("im2col", "channel", "tucker2", "svd")}
+SHORT |= {f"{name}_pivoted": f"{SHORT[name]}*" for name in ("im2col", "channel", "spatial", "tucker2", "svd")}
 """Lowerings in a cell of a heat-map."""
 SHOWN_IMPORTANCES = 15
 ROOM_BELOW = 0.5
