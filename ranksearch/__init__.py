@@ -31,9 +31,9 @@ if TYPE_CHECKING:  # what an editor and mypy see; at run time a name is imported
         project_,
         project_every,
         reestimate_bn_,
-        trace,
     )
     from ranksearch.compress.surgery import compress
+    from ranksearch.compress.trace import trace
     from ranksearch.console import Terminal
     from ranksearch.errors import RanksearchError, StudyError, UsageError
     from ranksearch.study.study import Study

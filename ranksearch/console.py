@@ -139,7 +139,10 @@ class Terminal:
         done, best = study.finished, study.leader
         assert self._started is not None
         pace = (time.monotonic() - self._started) / max(1, done - self._done_before)
-        parts = [f"{study.running} running", f"best {study.metric.text(best and best['val_accuracy'])}"]
+        parts = [
+            f"{study.running} running",
+            f"best {study.metric.text(best.val_accuracy if best is not None else None)}",
+        ]
         if len(study.space.search.objectives) > 1:
             parts.append(f"hypervolume {study.hypervolume:.4f}")
         return " · ".join([*parts, f"about {_duration(pace * (study.planned - done))} left"])

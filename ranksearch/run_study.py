@@ -126,6 +126,7 @@ def run_study(
                 f"early stopping: {stopped} of {study.finished} trials stopped, {saved:.0f} % of all training steps saved"
             )
         if study.space.has_latency:
+            assert bench.task.example_input is not None
             measure_front(
                 study, bench.dense_model(), lambda row: _net_of(study, row), bench.task.example_input, observer.log
             )

@@ -122,7 +122,12 @@ def submit(
     if (space is None) == (resume is None):
         raise UsageError("Name a search-space file, or a study to go on with by --resume NAME: one of them.")
     places = {"working_dir": working_dir, "exclude": exclude or (), "include": include or ()}
-    common = {"runs": check_runs(runs), "passed": variables(env or (), os.environ), "now": datetime.now(UTC), **places}
+    common: dict[str, Any] = {
+        "runs": check_runs(runs),
+        "passed": variables(env or (), os.environ),
+        "now": datetime.now(UTC),
+    }
+    common |= places
     if space is None:
         if budget or setting or name or warm_start:
             raise UsageError("--resume: a study keeps its space and its name; --trials alone may change.")

@@ -74,7 +74,7 @@ def parallel_trial(config: dict[str, Any], shared: Shared, terms: Terms) -> None
             name=f"{config['number']:03d}-{uuid.uuid4().hex[:8]}",  # a run of the same name would be taken up by Train
             storage_path=os.path.join(terms.folder, "ray", "workers"),
             failure_config=FailureConfig(max_failures=0),  # the study does the retrying
-            callbacks=[Relay(reports)],
+            callbacks=[Relay(reports)],  # type: ignore[list-item]
         ),
     )
 
@@ -121,7 +121,9 @@ def _worker(config: dict[str, Any]) -> None:
     work, own = take(shared)
     settle_in(terms, work.task)
     placement = _placed(group, own)
-    ray.train.report(message(placement) | {GROUP: get_current_placement_group().id.hex()})
+    placed_by = get_current_placement_group()
+    assert placed_by is not None
+    ray.train.report(message(placement) | {GROUP: placed_by.id.hex()})
     with watched_leave() as watch:  # rank 0's counts, which writes the state
         result = attempt(
             work.task, work.dense, work.net, candidate_of(config["trial"]), checkpoint_seconds=terms.checkpoint_seconds, group=group,

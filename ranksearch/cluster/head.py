@@ -27,7 +27,7 @@ class HeadWatch:
     def __init__(self, says: str) -> None:
         self._says = says
         self._address = ray.get_runtime_context().gcs_address
-        self._client = ray._private.worker.global_worker.gcs_client
+        self._client = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
         self.lost = False
         self._over = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="head-watch").start()

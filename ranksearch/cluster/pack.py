@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import ray
@@ -65,7 +66,9 @@ def pack(task: Task, own: TaskFile | None = None) -> Packed:
     resident = {name: source for name, source in splits.items() if isinstance(source, Resident)}
     arrays = {name: (Array.of(source.inputs), Array.of(source.targets)) for name, source in resident.items()}
     nothing = torch.empty(0)
-    hollow = {name: replace(source, inputs=nothing, targets=nothing) for name, source in resident.items()}
+    hollow: dict[str, Any] = {
+        name: replace(source, inputs=nothing, targets=nothing) for name, source in resident.items()
+    }
     try:
         rest = ray.cloudpickle.dumps(replace(task.without_test(), **hollow))
     except (TypeError, AttributeError, RuntimeError, NotImplementedError, pickle.PicklingError) as error:

@@ -16,7 +16,7 @@ from ranksearch.compress import Net, RankPlan
 from ranksearch.errors import StudyError
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.recipe import RecipeSpace
-from ranksearch.space.settings import values_of
+from ranksearch.space.settings import numbers_of, values_of
 from ranksearch.space.space import Space
 from ranksearch.study.study import Study
 from ranksearch.tasks.dense import State
@@ -47,9 +47,9 @@ def probe_recipe(space: RecipeSpace) -> Recipe:
     optimizer = "adamw" if "adamw" in values_of(space.optimizer) else recipe.optimizer  # it keeps two moments
     return replace(
         recipe, steps=STEPS, optimizer=optimizer, bn_batches=min(BN_BATCHES, recipe.bn_batches),
-        factor_share=0.5 if max(values_of(space.factor_share)) > 0 else 0.0, ema=max(values_of(space.ema)),
+        factor_share=0.5 if max(numbers_of(space.factor_share)) > 0 else 0.0, ema=max(numbers_of(space.ema)),
         projection=replace(recipe.projection, period=2, start=0.0, until_end=1.0),
-        distillation=replace(recipe.distillation, weight=max(values_of(space.distillation.weight))),
+        distillation=replace(recipe.distillation, weight=max(numbers_of(space.distillation.weight))),
     )  # fmt: skip
 
 

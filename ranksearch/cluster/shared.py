@@ -95,7 +95,7 @@ def digest(packed: Packed, dense: dict[str, Array]) -> str:
     halves = {f"{split}.{n}": half for split, pair in packed.arrays.items() for n, half in enumerate(pair)}
     for name, array in sorted({**halves, **dense}.items()):
         found.update(name.encode())
-        found.update(array.values)
+        found.update(array.values.data)
     return found.hexdigest()[:16]
 
 

@@ -71,7 +71,7 @@ class AskTell(Searcher):
         self._stopped: set[str] = set()
         self.error: BaseException | None = None
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         if self.error is not None or self._lost_head() or self.interrupted() or self._without_room():
             return Searcher.FINISHED
         if len(self._numbers) >= self._room():  # nodes come and go

@@ -144,10 +144,8 @@ class LocalTPE(BaseSampler):
         """Takes up trials that ended since the last look; returns the parameters of those that run beside this one."""
         trials = study._get_trials(deepcopy=False, use_cache=True)
         looked_at, self._looked_at = self._looked_at, len(trials)
-        running, self._open = (
-            [],
-            [n for n in (*self._open, *range(looked_at, len(trials))) if not self._ended(trials[n])],
-        )
+        self._open = [n for n in (*self._open, *range(looked_at, len(trials))) if not self._ended(trials[n])]
+        running: list[Mapping[str, Any]] = []
         for number in self._open:
             if number != own and trials[number].state == TrialState.RUNNING:
                 running.append(trials[number].params)

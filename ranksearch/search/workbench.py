@@ -17,7 +17,7 @@ from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.search.budgets import check_feasible_space
 from ranksearch.space.recipe import RecipeSpace
-from ranksearch.space.settings import values_of
+from ranksearch.space.settings import numbers_of
 from ranksearch.space.space import Space
 from ranksearch.tasks import Task
 from ranksearch.tasks.dense import State, dense_state, read_checkpoint
@@ -165,11 +165,11 @@ class PairedBatches:
 
 def check_recipe(recipe: RecipeSpace, task: Task) -> None:
     """Raises UsageError where a setting of the recipe means nothing under the task's loss."""
-    if max(values_of(recipe.label_smoothing)) > 0 and not task.cross_entropy:
+    if max(numbers_of(recipe.label_smoothing)) > 0 and not task.cross_entropy:
         raise UsageError(
             "recipe.label_smoothing goes with the default loss, cross-entropy: smooth in your own loss, and leave it 0 here."
         )
-    if max(values_of(recipe.distillation.weight)) > 0 and not task.classifies:
+    if max(numbers_of(recipe.distillation.weight)) > 0 and not task.classifies:
         raise UsageError(
             "recipe.distillation compares softened class probabilities, which the outputs of a task with a loss of its own need not be: "
             "leave recipe.distillation.weight at 0."

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ranksearch.space.settings import SWITCH, Strict, searchable, searchable_choice, values_of
+from ranksearch.space.settings import SWITCH, Strict, numbers_of, searchable, searchable_choice
 from ranksearch.tasks.schedule import SCHEDULES
 from ranksearch.tasks.train import OPTIMIZERS
 
@@ -40,7 +40,7 @@ class ProjectionSpace(Strict):
 
     @model_validator(mode="after")
     def _in_order(self) -> ProjectionSpace:
-        latest, earliest = max(values_of(self.start)), min(values_of(self.until_end))
+        latest, earliest = max(numbers_of(self.start)), min(numbers_of(self.until_end))
         if latest > earliest:
             raise ValueError(f"start {latest:g} is after until_end {earliest:g}")
         return self

@@ -88,6 +88,11 @@ def values_of(setting: Scalar | Range | Choices) -> tuple[Scalar, ...]:
     return tuple(setting.choices) if isinstance(setting, Choices) else (setting,)
 
 
+def numbers_of(setting: Scalar | Range | Choices) -> tuple[float, ...]:
+    """The extreme values of a setting that is a number."""
+    return tuple(float(value) for value in values_of(setting))
+
+
 @dataclass(frozen=True)
 class Within:
     """What a number may be: low..high, and whole where `whole`."""

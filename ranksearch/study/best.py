@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ranksearch.allocate import parse_budget
 from ranksearch.compress import Cost
@@ -32,12 +33,13 @@ def _cost_of(row: Row, budget: str) -> Cost:
     latency = row.latency_ms if row.latency_ms is not None else row.latency_predicted_ms
     if budget == "latency" and latency is None:
         raise UsageError("Latency is neither a budget nor an objective of this study: it was not measured.")
-    return Cost(row.macs, row.params, row.size_bytes, latency)
+    return replace(row.cost, latency_ms=latency)
 
 
 def steps_saved(rows: Sequence[Row]) -> float:
     """Share of the rows' training steps that early stopping spared."""
-    planned = sum(row.recipe["steps"] for row in rows)
+    steps = {row.trial: row.recipe["steps"] for row in rows if row.recipe is not None}
+    planned = sum(steps.values())
     stopped = [row for row in rows if row.status is Status.STOPPED]
-    spared = sum(row.recipe["steps"] - row.history[-1]["step"] for row in stopped)
+    spared = sum(steps[row.trial] - row.history[-1]["step"] for row in stopped)
     return spared / planned if planned else 0.0

@@ -9,18 +9,18 @@ from ranksearch.pareto import hypervolume
 from ranksearch.space.space import Space
 from ranksearch.study.row import Row
 from ranksearch.study.verdict import SCHEMA, verdict_of
-from ranksearch.trial.metric import Metric
+from ranksearch.trial.metric import Direction, Metric
 from ranksearch.words import COST_RATIOS
 
 
 def objective_values(row: Row, objectives: Sequence[str]) -> list[float]:
     """A complete row's values as Optuna is told them: the metric in its own unit, costs as ratios of dense."""
-    return [row.val_accuracy if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives]
+    return [row.value if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives]
 
 
 def _points(rows: Sequence[Row], objectives: Sequence[str]) -> list[list[float]]:
     """Rows in minimisation form: 1 - share, costs as ratios of dense."""
-    return [[1 - row.share if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives] for row in rows]
+    return [[1 - row.worth if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives] for row in rows]
 
 
 def dominates(row: Row, other: Row, objectives: Sequence[str]) -> bool:
@@ -31,12 +31,12 @@ def dominates(row: Row, other: Row, objectives: Sequence[str]) -> bool:
 
 def merit(row: Row) -> tuple[float, int]:
     """What makes a complete row the best of several: its metric, then fewer MACs."""
-    return row.share, -row.macs
+    return row.worth, -row.cost.macs
 
 
 def in_order(front: Sequence[Row]) -> list[Row]:
     """The rows of a front, the best metric first."""
-    return sorted(front, key=lambda row: (-row.share, row.macs, row.trial))
+    return sorted(front, key=lambda row: (-row.worth, row.cost.macs, row.trial))
 
 
 def front_hypervolume(front: Sequence[Row], objectives: Sequence[str]) -> float:
@@ -44,7 +44,7 @@ def front_hypervolume(front: Sequence[Row], objectives: Sequence[str]) -> float:
     return hypervolume(_points(front, objectives), [1.0] * len(objectives)) if front else 0.0
 
 
-def directions_of(objectives: Sequence[str], metric: Metric) -> list[str]:
+def directions_of(objectives: Sequence[str], metric: Metric) -> list[Direction]:
     """Returns "maximize" or "minimize" for each objective."""
     return [metric.direction if name == "accuracy" else "minimize" for name in objectives]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import optuna
@@ -31,7 +32,7 @@ def importances(study: optuna.Study, rows: Sequence[Row], objectives: Sequence[s
     if len(complete) < FEWEST:
         return {}
     above = dict(zip((row.trial for row in complete), accuracy_at_cost(complete, objectives).tolist(), strict=True))
-    targets = {FRONT: None} if len(objectives) > 1 else {}
+    targets: dict[str, Callable[[Any], float] | None] = {FRONT: None} if len(objectives) > 1 else {}
     targets[AT_COST] = lambda trial: -above[trial.number]  # the least is the best
     found: dict[str, dict[str, float]] = {}
     with warnings.catch_warnings():
@@ -44,7 +45,7 @@ def importances(study: optuna.Study, rows: Sequence[Row], objectives: Sequence[s
 
 def accuracy_at_cost(rows: Sequence[Row], objectives: Sequence[str]) -> np.ndarray:
     """How far the metrics of complete rows [n], as shares in percent, lie above a parabola in log cost through them."""
-    accuracy = np.array([100 * row.share for row in rows])
+    accuracy = np.array([100 * row.worth for row in rows])
     costs = [name for name in objectives if name != "accuracy"]
     x = np.log([row[COST_RATIOS[costs[0]]] for row in rows]) if costs else np.zeros(len(rows))
     degree = min(2, len(np.unique(x)) - 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import filelock
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import get_lock_file
+from optuna.storages.journal._file import BaseJournalFileLock, get_lock_file
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.errors import StudyError
@@ -29,7 +29,7 @@ CURVES = ("losses", "projections")
 """The long lists of a result: read from the journal they are kept folded."""
 
 
-class KernelLock:
+class KernelLock(BaseJournalFileLock):
     """What Optuna asks of a lock (acquire, release); the kernel releases it when its process dies."""
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +93,7 @@ class WholeLines(JournalFileBackend):
         self._lines += len(self._held)  # what was held counts already, and is not read again
         self._bytes += sum(len(line.encode()) for line in self._held)
 
-    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """The lines from a number on, then what is held; raises ValueError where a line is broken and is not the last one."""
         if log_number_from < self._lines:
             self._lines, self._bytes = 0, 0

@@ -86,7 +86,7 @@ class Ledger:
     def progress(self) -> dict[str, float]:
         """How far the study is, in numbers: finished trials by status, hypervolume, size of the front, the best metric."""
         found = {"finished_trials": len(self), "hypervolume": self.hypervolume, "front_size": len(self._front)}
-        best = {} if self._best is None else {"best_within_budget": self._best.val_accuracy}
+        best = {} if self._best is None else {"best_within_budget": self._best.value}
         return found | best | {f"{status.replace(' ', '_')}_trials": count for status, count in self.counts.items()}
 
     def gains(self) -> dict[str, float] | None:

@@ -70,6 +70,7 @@ class Proposals:
             with together(self._study._storage):
                 candidate, cost = self._draw(searched, bench)
             if candidate is not None:
+                assert cost is not None
                 return candidate, cost
             known |= cost is not None
         if not self.keys:
@@ -92,7 +93,7 @@ class Proposals:
         self._may_hold_returned = False
         return None
 
-    def _draw(self, searched: Searched, bench: Workbench) -> tuple[Candidate, Cost] | tuple[None, Cost | None]:
+    def _draw(self, searched: Searched, bench: Workbench) -> tuple[Candidate | None, Cost | None]:
         """One proposal and its cost; no candidate where it was turned down, and no cost where that was for the budgets."""
         trial = self._returned() or self._study.ask()
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from ranksearch.study.folded import Folded
+from ranksearch.compress import Cost
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.result import Status
 
@@ -64,6 +64,26 @@ class Row:
         """Whether the trial has a net that counts."""
         return self.status is Status.COMPLETE
 
+    @property
+    def worth(self) -> float:
+        """The share of a complete trial."""
+        assert self.share is not None
+        return self.share
+
+    @property
+    def value(self) -> float:
+        """The metric of a complete trial, in its own unit."""
+        assert self.val_accuracy is not None
+        return self.val_accuracy
+
+    @property
+    def cost(self) -> Cost:
+        """What the trial's plan costs, which is known of every trial, with its latency as predicted."""
+        assert self.macs is not None
+        assert self.params is not None
+        assert self.size_bytes is not None
+        return Cost(self.macs, self.params, self.size_bytes, self.latency_predicted_ms)
+
     def __getitem__(self, name: str) -> Any:
         if name not in FIELDS:
             raise KeyError(name)
@@ -88,8 +108,8 @@ class Row:
 
     def unfolded(self) -> Row:
         """The same with plain lists in the place of packed curves."""
-        curves = {name: getattr(self, name) for name in CURVES}
-        return replace(self, **{name: c.unfolded() if isinstance(c, Folded) else list(c) for name, c in curves.items()})
+        history, projections, losses = (list(getattr(self, name)) for name in CURVES)
+        return replace(self, history=history, projections=projections, losses=losses)
 
     def record(self) -> dict[str, Any]:
         """The row as `front.json` holds it."""

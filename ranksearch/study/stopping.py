@@ -90,6 +90,5 @@ def recorded_rungs(
     for row in rows:
         for entry in row.history:
             if entry["phase"] == RUNG:
-                cost = Cost(row.macs, row.params, row.size_bytes, row.latency_predicted_ms)
-                rungs.record(row.trial, entry["rung"], point(entry["val_accuracy"], cost))
+                rungs.record(row.trial, entry["rung"], point(entry["val_accuracy"], row.cost))
     return rungs

@@ -18,6 +18,7 @@ from ranksearch.places.urls import CONNECT_SECONDS, DRIVER_HINT, OWN_DATABASE, d
 from ranksearch.space.space import Space
 from ranksearch.study.folder import JOURNAL
 from ranksearch.study.journal import open_journal
+from ranksearch.trial.metric import Direction
 
 
 def open_storage(where: str | None, folder: Path) -> BaseStorage:
@@ -67,7 +68,7 @@ def study_name(space: Space, info: dict[str, Any]) -> str:
     return info["study"] if space.storage.optuna is None else f"{info['study']}-{info['id']}"
 
 
-def make_study(space: Space, folder: Path, info: dict[str, Any], directions: list[str]) -> optuna.Study:
+def make_study(space: Space, folder: Path, info: dict[str, Any], directions: list[Direction]) -> optuna.Study:
     """A new study of Optuna's.
 
     Raises:

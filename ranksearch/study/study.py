@@ -367,7 +367,7 @@ class Study:
     @property
     def counts(self) -> dict[str, int]:
         """Status -> number of finished trials."""
-        return dict(self._ledger.counts)
+        return {str(status): count for status, count in self._ledger.counts.items()}
 
     @property
     def front(self) -> list[Row]:

@@ -81,7 +81,7 @@ def verdict_of(record: Record, *, where: str | None = None) -> Verdict:
         where: how commands name the study; None is its name.
     """
     trials, state = record["trials"], record.get("state", "complete")
-    said = {"trials": _trials(record), "done": _done(record)}
+    said: dict[str, Any] = {"trials": _trials(record), "done": _done(record)}
     if not trials:
         return Verdict(state, None, _nothing(record), "", "", "", "", "", warning="", split=None, **said)
     row, dense = trials[0], record["dense"]

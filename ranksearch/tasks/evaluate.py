@@ -30,6 +30,8 @@ def evaluate(model: nn.Module, source: Source, task: Task) -> Evaluation:
     Raises:
         UsageError: the task's metric is no number.
     """
+    assert task.metric is not None
+    assert task.metric_name is not None
     training = model.training
     model.eval()
     device = next(model.parameters()).device

@@ -80,7 +80,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box), dtype=np.float32)
         if self.training and torch.rand(()) < 0.5:
             pixels = pixels[:, ::-1]
-        mean, std = (np.float32(values) for values in (NORMALISE.mean, NORMALISE.std))
+        mean, std = (np.asarray(values, dtype=np.float32) for values in (NORMALISE.mean, NORMALISE.std))
         pixels = (pixels / np.float32(NORMALISE.scale) - mean) / std
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), number
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ranksearch.errors import RanksearchError, UsageError
 
@@ -181,11 +182,12 @@ def synchronised(model: nn.Module, group: Group) -> Iterator[None]:
 
 def swap_bn_(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, nn.Module]]:
     """Puts synchronised layers in the place of BN layers; (parent, name, the layer as it was, the one in its place)."""
-    swapped = []
+    swapped: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
             if type(norm) not in SYNCHRONISED:
                 continue
+            assert isinstance(norm, _NormBase)
             other = nn.SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
             other._parameters, other._buffers = norm._parameters, norm._buffers
             other.train(norm.training)

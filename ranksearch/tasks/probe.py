@@ -30,6 +30,7 @@ def check_task(task: Task) -> None:
     for split, source in (("train", task.train), ("val", task.val), ("test", task.test)):
         if source is not None:
             _check_batch(task, model, split, next(source.in_order(SAMPLES)))
+    assert task.example_input is not None
     _call(f"the model on example_input {list(task.example_input.shape)}", model, task.example_input)
 
 
@@ -45,6 +46,7 @@ def _check_batch(task: Task, model: nn.Module, split: str, batch: Batch) -> None
     if not loss.requires_grad and any(p.requires_grad for p in model.parameters()):
         raise UsageError("Task: the loss has no gradient by the model's weights; is it a metric?")
     with torch.no_grad():
+        assert task.metric is not None
         metric = accumulator(task.metric)
         _call(f"the metric on {fed}", metric.update, _detached(outputs), targets)
         value = _call(f"the metric on {fed}", metric.compute)

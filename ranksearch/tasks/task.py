@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ class Task:
     batch (torchmetrics' are such). Both are given tensors on the CPU. Left out, accuracy in percent."""
     metric_name: str | None = None
     """Left out, the metric's own."""
-    direction: str = "maximize"
+    direction: Literal["maximize", "minimize"] = "maximize"
     """Which way the metric is better: "maximize" or "minimize"."""
     unit: str | None = None
     """The metric's unit, such as "K". A metric in "%" lies between 0 and 100; left out, "%" for accuracy and none for others."""
@@ -78,7 +78,7 @@ class Task:
                 raise UsageError(f"Task: {name} is a function of (outputs, targets), got {_kind(value)}.")
         if self.metric is None and self.direction == "minimize":
             raise UsageError("Task: direction 'minimize' needs a metric; accuracy, the default, is maximised.")
-        settled = {
+        settled: dict[str, Any] = {
             "train": as_source(self.train, "train"), "val": as_source(self.val, "val"),
             "test": as_source(self.test, "test") if self.test is not None else None,
             "loss": cross_entropy if _is_cross_entropy(self.loss) else self.loss,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ MARKERS = {
     "circle": "circle", "diamond": "diamond", "star": "star", "square": "square", "triangle": "triangle-up",
     "inverted": "triangle-down", "plus": "cross", "cross": "x",
 }  # fmt: skip
-LINES = {
+LINES: dict[str, dict[str, Any]] = {
     "straight": {"dash": "solid"}, "steps": {"shape": "hv"}, "dotted": {"dash": "dot"}, "": {"width": 0},
 }  # fmt: skip
 
@@ -56,10 +56,11 @@ def _plot(figure: Any, chart: Plot) -> None:
 
 def _draw_series(figure: Any, series: Series) -> None:
     labelled = bool(series.labels) and len(series.labels) <= LABELLED
+    line: dict[str, Any] = {"color": series.colour, **LINES[series.line]}
     shown = [("lines", series.line), ("markers", series.marker), ("text", labelled)]
     figure.add_scatter(
         x=list(series.x), y=list(series.y), name=series.name, mode="+".join(name for name, wanted in shown if wanted),
-        line={"color": series.colour, **LINES[series.line]}, opacity=0.5 if series.faint else 1.0,
+        line=line, opacity=0.5 if series.faint else 1.0,
         marker={"symbol": MARKERS.get(series.marker), "color": series.colour, "size": 13 if series.marker == "star" else 9},
         text=list(series.labels) if labelled else None, textposition="bottom right", textfont={"size": 10},
         hovertext=list(series.hover) or None, hoverinfo="text+x+y" if series.hover else "x+y+name",
@@ -69,14 +70,16 @@ def _draw_series(figure: Any, series: Series) -> None:
 def _heat_map(figure: Any, chart: HeatMap) -> None:
     from math import log10
 
-    names, bar = list(chart.colours), {"title": {"text": chart.scale.replace(" of the ", "<br>of the ")}}
+    names: list[Any] = list(chart.colours)
+    values: list[list[Any]]
+    bar: dict[str, Any] = {"title": {"text": chart.scale.replace(" of the ", "<br>of the ")}}
     if names:
         values = [[names.index(v) if v is not None else None for v in row] for row in chart.values]
         low, high, n = -0.5, len(names) - 0.5, len(names)
         shades: Any = [[at, colour] for i, colour in enumerate(chart.colours.values()) for at in (i / n, (i + 1) / n)]
         bar |= {"tickvals": list(range(n)), "ticktext": names}
     else:
-        scaled = log10 if chart.log else float
+        scaled: Callable[[Any], float] = log10 if chart.log else float
         values = [[scaled(v) if v is not None else None for v in row] for row in chart.values]
         low, high, shades = scaled(chart.low), scaled(chart.high), "Cividis"
         if chart.log:

@@ -73,7 +73,9 @@ def _draw_series(axes: Any, series: Series, order: int) -> None:
 def _heat_map(figure: Any, axes: Any, chart: HeatMap) -> None:
     from matplotlib.colors import ListedColormap, LogNorm, Normalize
 
-    names = list(chart.colours)
+    names: list[Any] = list(chart.colours)
+    shades: Any
+    values: list[list[Any]]
     if names:
         shades, norm = ListedColormap(list(chart.colours.values())), Normalize(-0.5, len(names) - 0.5)
         values = [[names.index(v) if v is not None else float("nan") for v in row] for row in chart.values]

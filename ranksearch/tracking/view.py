@@ -97,7 +97,7 @@ def shown_costs(space: Space) -> list[str]:
     return [name for name in space.search.objectives if name != "accuracy"] or budgets[:1] or ["macs"]
 
 
-def cost_percent(row: Mapping[str, Any], cost: str) -> float | None:
+def cost_percent(row: Row | Mapping[str, Any], cost: str) -> float | None:
     """A row's cost in percent of the dense net's; None where it was not measured."""
     ratio = row.get(COST_RATIOS[cost])
     return 100 * ratio if ratio is not None else None

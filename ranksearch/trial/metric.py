@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from ranksearch.tasks.task import Task
@@ -23,12 +23,15 @@ TOLD_WORST = 10.0
 """How many |d| worse than dense a sampler is told that a plan is which could not be tried."""
 
 
+Direction = Literal["maximize", "minimize"]
+
+
 @dataclass(frozen=True)
 class Metric:
     """A task's metric with the dense net's validation value."""
 
     name: str
-    direction: str
+    direction: Direction
     """"maximize" or "minimize"."""
     unit: str
     dense: float

@@ -221,6 +221,7 @@ class Session:
 
     def time(self, model: nn.Module, latency: LatencySetting) -> tuple[float, float]:
         """(milliseconds, ratio of the dense net, timed in turn with it)."""
+        assert self.task.example_input is not None
         own, of_dense = Stopwatch(latency).nets_ms([model, self.dense_net()], self.task.example_input)
         return own, own / of_dense
 

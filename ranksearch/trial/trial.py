@@ -86,7 +86,8 @@ def run_trial(
     Of a `group` every process runs the trial, each on its part of every batch; rank 0 alone evaluates and writes, and all report alike.
     """
     cost = plan_cost(net, plan)
-    status, reason, measured = Status.COMPLETE, None, (None, None)
+    status, reason = Status.COMPLETE, None
+    measured: tuple[float, float] | tuple[None, None] = (None, None)
     session = Session(
         task, dense, net, recipe, seed=seed, report=report, checkpoint=checkpoint, rungs=rungs, group=group
     )
