@@ -105,12 +105,15 @@ class _Elsewhere(TorchDispatchMode):
         self.running: list[nn.Module] = []
         """The layers that are being called, outermost first."""
         self.found: set[int] = set()
-        self._holders = {id(m._parameters["weight"]): m for m in model.modules() if LayerSpec.of(m) is not None}
+        self._holders = defaultdict[int, list[nn.Module]](list)
+        for module in model.modules():
+            if LayerSpec.of(module) is not None:
+                self._holders[id(module._parameters["weight"])].append(module)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in args:
-            holder = self._holders.get(id(value))
-            if holder is not None and holder not in self.running:
+            holders = self._holders.get(id(value))
+            if holders is not None and not any(holder in self.running for holder in holders):
                 self.found.add(id(value))
         return func(*args, **(kwargs or {}))
 
