@@ -33,7 +33,7 @@ import torch
 from report import Report, arguments
 from structures import INPUT, STRUCTURES
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import ranksearch
 from ranksearch.allocate.rules import LayerRules
@@ -98,7 +98,11 @@ def counted(model: nn.Module, x: Tensor) -> tuple[int, int]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # torch passes over the attention of a CPU
-        known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+        known = {
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: sdpa_flop_count(
+                q, k, v
+            )
+        }
         with FlopCounterMode(display=False, custom_mapping=known) as counter, torch.no_grad():
             model(x[:1])
     finally:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import ranksearch
 from ranksearch.compress import (
@@ -25,7 +25,11 @@ from ranksearch.errors import UsageError
 def flops(model: nn.Module, *inputs: torch.Tensor) -> int:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}  # which torch passes over on a CPU
+    known = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: sdpa_flop_count(
+            q, k, v
+        )
+    }  # which torch passes over on a CPU
     with FlopCounterMode(display=False, custom_mapping=known) as counter, torch.no_grad():
         model(*inputs)
     torch.backends.mha.set_fastpath_enabled(fused)
