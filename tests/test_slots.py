@@ -29,7 +29,7 @@ def flops(model: nn.Module, *inputs: torch.Tensor) -> int:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: sdpa_flop_count(
             q, k, v
         )
-    }  # which torch passes over on a CPU
+    }
     with FlopCounterMode(display=False, custom_mapping=known) as counter, torch.no_grad():
         model(*inputs)
     torch.backends.mha.set_fastpath_enabled(fused)
