@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ranksearch.allocate import CurveCache
+from ranksearch.allocate.budget import Budgets
 from ranksearch.cluster.address import check_address
 from ranksearch.compress import RankPlan, load_net
 from ranksearch.compress.exported import check_fold
@@ -30,7 +31,7 @@ from ranksearch.search.preview import (
 )
 from ranksearch.search.scorer import Scorer
 from ranksearch.search.workbench import prepare
-from ranksearch.space.reading import read_space
+from ranksearch.space.reading import Settings, read_space
 from ranksearch.space.space import Space
 from ranksearch.study.export_trial import export_trial, pick_trial, target_folder
 from ranksearch.study.folder import (
@@ -59,10 +60,10 @@ from ranksearch.trial.metric import Metric
 def search(
     space: str | Path | Space,
     *,
-    budgets: Sequence[str] = (),
+    budgets: Budgets = (),
     trials: int | None = None,
     name: str | None = None,
-    settings: Sequence[str] = (),
+    settings: Settings = (),
     warm_start: Sequence[str | Path] = (),
     runs: str | Path = "runs",
     address: str | None = None,
@@ -73,8 +74,8 @@ def search(
 
     Args:
         space: a search-space file, or a `Space`.
-        budgets: laid over the file's, such as ["flops=50%", "size=1MiB"].
-        settings: other values laid over the file's, such as ["recipe.steps=100"].
+        budgets: laid over the file's, such as "flops=50%", ["flops=50%", "size=1MiB"] or {"flops": "50%"}.
+        settings: other values laid over the file's, such as ["recipe.steps=100"] or {"recipe": {"steps": 100}}.
         warm_start: earlier studies, by name or folder, or front files: their plans are tried first.
         runs: folder of the studies; this one goes to `runs`/NAME.
         address: Ray cluster to join ("auto" or "HOST:PORT"); Ray is started on this machine where None.
@@ -204,8 +205,8 @@ def report(name: str, *, output: str | Path | None = None, runs: str | Path = "r
 def preview(
     space: str | Path | Space,
     *,
-    budgets: Sequence[str] = (),
-    settings: Sequence[str] = (),
+    budgets: Budgets = (),
+    settings: Settings = (),
     levels: Sequence[float] = LEVELS,
     allocators: Sequence[str] = DEFAULT_ALLOCATORS,
     images: int = 1000,

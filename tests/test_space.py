@@ -211,3 +211,25 @@ def test_every_field_of_the_schema_reaches_the_recipe():
 def test_a_resolved_space_is_read_back_the_same(digits_yaml):
     space = read_space(digits_yaml)
     assert parse_space(yaml.safe_load(yaml.safe_dump(space.model_dump())), "again") == space
+
+
+@pytest.mark.parametrize(
+    "budgets", ["flops=40%, size=1MiB", ["flops=40%", "size=1MiB"], {"flops": "40%", "size": "1MiB"}], ids=str
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["recipe.steps=7", "recipe.lr={low: 0.01, high: 0.1}", "layers.exclude=[linear]"],
+        {"recipe": {"steps": 7, "lr": {"low": 0.01, "high": 0.1}}, "layers.exclude": ["linear"]},
+    ],
+    ids=["texts", "values"],
+)  # fmt: skip
+def test_budgets_and_settings_mean_the_same_however_they_are_spelled(digits_yaml, budgets, settings):
+    space = read_space(digits_yaml, budgets=budgets, settings=settings)
+    assert space.budgets == {"flops": "40%", "size": "1MiB"}
+    assert (space.recipe.steps, space.recipe.lr.high, space.layers.exclude) == (7, 0.1, ["linear"])
+
+
+def test_budgets_that_are_nothing_of_the_kind_are_refused(digits_yaml):
+    with pytest.raises(UsageError, match=r'budgets: expected "flops=50%", a list of such'):
+        read_space(digits_yaml, budgets=0.5)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ranksearch.allocate.baselines import BASELINES, random
-from ranksearch.allocate.budget import parse_budget
+from ranksearch.allocate.budget import Budgets, assignments, parse_budget
 from ranksearch.allocate.curves import rank_curves
 from ranksearch.allocate.damage import MEASURES
 from ranksearch.allocate.exact import solve_exactly
@@ -34,7 +34,7 @@ METHODS = (*SOLVERS, *BASELINES, "greedy")
 def allocate(
     model: nn.Module,
     example_input: Any,
-    budgets: Mapping[str, object],
+    budgets: Budgets,
     *,
     lowerings: Sequence[str] | None = None,
     include: Sequence[str] = ("*",),
@@ -55,7 +55,7 @@ def allocate(
 
     Args:
         example_input: a batched input tensor, or a tuple of them.
-        budgets: cost -> limit, such as {"flops": "50%", "size": "1.2MiB"}.
+        budgets: such as {"flops": "50%", "size": "1.2MiB"}, "flops=50%" or ["flops=50%", "size=1.2MiB"].
         lowerings: names of the allowed lowerings or of families of them; all but the opt-in ones (`cp`, square tiles) where None.
         include, exclude: name patterns of the layers that may be lowered.
         rules: what holds for some layers: their lowerings, smallest rank, rank multiple, one ratio for all of them.
@@ -97,7 +97,7 @@ def allocate(
         if not isinstance(example_input, Tensor):
             raise UsageError("Latency is measured of models that take one tensor; this one takes several.")
         curves = timed(curves, model, example_input, latency, lambda text: None)
-    parsed = [parse_budget(cost, text) for cost, text in budgets.items()]
+    parsed = [parse_budget(*text.partition("=")[::2]) for text in assignments(budgets)]
     if method in SOLVERS:
         damage = weigh(
             curves, model, calibration, sensitivity, MEASURES[measure], seed=seed, loss=loss, weightings=weightings

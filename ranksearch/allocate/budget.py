@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -73,6 +73,25 @@ def parse_budget(cost: str, text: object) -> Budget:
     if not unit and value <= 1:
         raise UsageError(f"Budget {cost}={text}: a share is written in percent, {cost}={value * 100:f}%.")
     return Budget(cost, value * units[unit], relative=False, text=str(text).strip())
+
+
+Budgets = str | Mapping[str, object] | Sequence[str]
+"""Budgets as one may write them: "flops=40%", ["flops=40%", "size=1MiB"] or {"flops": "40%"}."""
+
+
+def assignments(budgets: Budgets) -> list[str]:
+    """Returns every budget as "cost=limit", however they were written.
+
+    Raises:
+        UsageError: they are neither text, a mapping of costs to limits, nor a sequence of texts.
+    """
+    if isinstance(budgets, str):
+        return [part.strip() for part in budgets.split(",")]
+    if isinstance(budgets, Mapping):
+        return [f"{cost}={limit}" for cost, limit in budgets.items()]
+    if not isinstance(budgets, Sequence) or not all(isinstance(budget, str) for budget in budgets):
+        raise UsageError(f'budgets: expected "flops=50%", a list of such, or {{"flops": "50%"}}, got {budgets!r:.80}.')
+    return list(budgets)
 
 
 def check_feasible(budgets: Iterable[Budget], smallest: dict[str, int], dense: Cost) -> None:

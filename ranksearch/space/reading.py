@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ranksearch.allocate.budget import Budgets, assignments
 from ranksearch.costs import COSTS, same_cost
 from ranksearch.errors import UsageError, nearest
 from ranksearch.space.space import SPELLINGS, Space, one_spelling
@@ -65,6 +66,23 @@ def parse_space(data: Any, source: str) -> Space:
         raise UsageError("\n".join(f"{source}: {sentence}" for sentence in sentences)) from None
 
 
+SEARCHED_BY = {"low", "high", "choices"}
+"""Keys of a setting that is searched; a mapping without them is a group of settings."""
+Settings = Sequence[str] | Mapping[str, Any]
+"""Settings as one may write them: ["recipe.steps=100"], or Python values, {"recipe": {"steps": 100}} and {"recipe.steps": 100} alike."""
+
+
+def setting_texts(settings: Settings, prefix: str = "") -> list[str]:
+    """Returns every setting as "key=value", however they were written; a mapping goes down to the keys that hold values."""
+    if not isinstance(settings, Mapping):
+        return [settings] if isinstance(settings, str) else list(settings)
+    found = []
+    for name, value in settings.items():
+        group = isinstance(value, Mapping) and not SEARCHED_BY & value.keys()
+        found += setting_texts(value, f"{prefix}{name}.") if group else [f"{prefix}{name}={json.dumps(value)}"]
+    return found
+
+
 def _set(data: dict[str, Any], assignment: str) -> None:
     key, sign, text = assignment.partition("=")
     if not sign or not key:
@@ -100,8 +118,8 @@ def _placed(task: Any, folder: Path) -> Any:
 def read_space(
     path: str | Path,
     *,
-    budgets: Sequence[str] = (),
-    settings: Sequence[str] = (),
+    budgets: Budgets = (),
+    settings: Settings = (),
     trials: int | None = None,
     name: str | None = None,
     warm_start: Sequence[str] = (),
@@ -128,6 +146,7 @@ def read_space(
         data |= {"resources": one_spelling(data["resources"])} if "resources" in data else {}
     except ValueError as error:
         raise UsageError(f"{path}: resources: {error}") from error
+    settings, budgets = setting_texts(settings), assignments(budgets)
     for assignment in settings:
         _set(data, assignment)
     for assignment in budgets:
