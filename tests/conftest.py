@@ -94,7 +94,9 @@ def digits_yaml() -> Path:
 @pytest.fixture(scope="session")
 def short_settings() -> list[str]:
     """A digits study in seconds, without models in MLflow."""
-    return ["recipe.steps=20", "recipe.bn_batches=2", "search.trials=3", "tracking.models=false"]
+    return [
+        "recipe.steps=20", "recipe.bn_batches=2", "search.trials=3", "search.sensitivity=kfac", "tracking.models=false",
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -118,7 +120,7 @@ def data_folder_for_tests(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    space = read_space(REPOSITORY / "search_spaces" / "digits_resnet8.yaml")
+    space = read_space(REPOSITORY / "search_spaces" / "digits_resnet8.yaml", settings=["search.sensitivity=kfac"])
     return prepare(space, fallback=tmp_path_factory.mktemp("dense"), log=print)
 
 

@@ -130,7 +130,13 @@ def test_the_probe_runs_a_real_short_trial_and_reads_the_peak_after_it(bench, di
     found = measure(bench.task, bench.dense, bench.net, probe_plan(bench.curves), recipe, memory)
     assert (found.device, found.peak) == ("made up", 2 * GIB)
     assert memory.calls == ["reset", "trial", "peak"]
-    assert [entry["phase"] for entry in ran[0].history] == ["trained", "projected", "decomposed", "factors"]
+    assert [entry["phase"] for entry in ran[0].history] == [
+        "untrained",
+        "trained",
+        "projected",
+        "decomposed",
+        "factors",
+    ]
     assert ran[0].status == "complete"
 
 

@@ -177,6 +177,47 @@ def test_trust_and_weights_change_the_plan_and_their_neutral_point_is_the_uncorr
         assert plan_cost(bench.net, changed).macs <= 0.3 * 747_136
 
 
+def test_what_competes_makes_its_own_plans_and_opens_the_study(bench, digits_yaml):
+    from ranksearch.allocate import Damage
+
+    space = read_space(digits_yaml, trials=32, settings=["search.predictions=[uniform, kfac, none]"])
+    rivals = {"kfac": bench.damage, "none": Damage(bench.damage.measure)}
+    form = Allocated(space, bench.curves, bench.damage, rivals)
+    neutral, budget = form.neutral(0.6), [parse_budget("flops", "30%")]
+    assert neutral["prediction"] == "uniform"
+    assert form.plan(neutral).digest() == BASELINES["uniform"](bench.curves, budget, form._reference).digest()
+    alone = Allocated(read_space(digits_yaml), bench.curves, bench.damage)
+    assert "prediction" not in alone.distributions
+    assert form.plan(neutral | {"prediction": "kfac"}).digest() == alone.plan(alone.neutral(0.6)).digest()
+    assert form.plan(neutral | {"prediction": "none"}).digest() != alone.plan(alone.neutral(0.6)).digest()
+    opened = [point.params.get("prediction") for point in first_points(space, bench.curves, form, form)]
+    assert opened[:4] == ["uniform", "uniform", "kfac", "kfac"]
+    assert "none" in opened
+
+
+def test_the_prediction_is_settled_by_scores_on_the_tasks_metric(bench, digits_yaml):
+    """Where damage is of no use, the rule that scores best leads; a settled space leaves nothing open, and says so of one that is named."""
+    from ranksearch.allocate import Damage
+    from ranksearch.search.predicting import CLOSE, settle, usual
+
+    space, said = read_space(digits_yaml), []
+    assert space.search.sensitivity == space.search.measure == "auto"
+    # the less a layer keeps the better, it says: the solver's plans are the smallest of all
+    shares = {options.layer.name: 0.5 * (1 - options.removed) for options in bench.curves.layers}
+    void = Damage(bench.damage.measure, shares)
+    found = settle(space, bench.task, bench.dense_model(), bench.curves, lambda name: void, said.append)
+    assert found.predictions[0] in ("uniform", "energy", "minimax")
+    leading = found.scores[found.predictions[0]]
+    assert leading == max(found.scores.values())
+    assert all(leading - found.scores[name] <= 100 * CLOSE + 1e-9 for name in found.predictions)
+    assert "plans without training" in said[0]
+    settled = found.settled(space).search
+    assert settled.sensitivity in ("kfac", "activation", "none")
+    assert settled.measure in ("log_kept_energy", "relative_energy")
+    named = read_space(digits_yaml, settings=["search.sensitivity=fisher"])
+    assert usual(named).search.sensitivity == "fisher"
+
+
 def test_the_direct_form_finds_back_its_own_plans(bench, digits_yaml):
     form = Direct(read_space(digits_yaml, settings=["search.parametrization=direct"]), bench.curves)
     rng = np.random.default_rng(0)

@@ -8,8 +8,9 @@ from torch import nn
 
 import ranksearch
 from ranksearch.allocate import MEASURES, SENSITIVITIES, LayerRules, rank_curves, statistics, weigh
+from ranksearch.allocate.drawn import default_loss, drawn_for
 from ranksearch.allocate.sensitivity import activation, fisher, kfac
-from ranksearch.allocate.statistics import Moment, collect, drawn_labels_loss, patches
+from ranksearch.allocate.statistics import Moment, collect, patches
 from ranksearch.compress import trace
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
@@ -178,12 +179,10 @@ def test_gradients_at_the_logits_have_the_covariance_of_a_draw():
     assert float(found.mean.abs().max()) < 0.01
 
 
-@pytest.mark.parametrize(
-    "output", [(torch.zeros(2, 3), torch.zeros(2, 3)), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4)]
-)
+@pytest.mark.parametrize("output", [(torch.zeros(2, 3), torch.zeros(2, 3)), torch.zeros(2, 3, dtype=torch.int64)])
 def test_an_output_without_classes_is_told_what_to_do(output):
     with pytest.raises(UsageError, match="give the sensitivity a loss"):
-        drawn_labels_loss(torch.Generator())(output)
+        default_loss(torch.Generator(), balanced=False)(output)
 
 
 def test_moments_add_up_over_batches():
@@ -324,8 +323,6 @@ def test_missing_and_broken_data_are_errors():
 def test_a_loss_of_ones_own_serves_a_regression():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 1), nn.Flatten(0)), torch.randn(40, 12)
-    with pytest.raises(UsageError, match="loss of its own"):
-        ranksearch.allocate(model, x, {"params": "60%"}, sensitivity="kfac", calibration=[x])
     plan = ranksearch.allocate(
         model,
         x,
@@ -345,3 +342,83 @@ def test_public_allocate_with_every_sensitivity(small_net, image, sensitivity):
     assert 0 <= plan.gap < 1
     net = ranksearch.trace(small_net, image)
     assert ranksearch.plan_cost(net, plan).macs <= 0.5 * ranksearch.plan_cost(net, ranksearch.RankPlan()).macs
+
+
+def squared_gradients(loss, output, draws):
+    """Mean of g gᵀ over draws, g the gradient by one sample's output [n]."""
+    total = torch.zeros(output.numel(), output.numel())
+    for _ in range(draws):
+        leaf = output.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf, None), leaf)
+        total += torch.outer(gradient.flatten(), gradient.flatten())
+    return total / draws
+
+
+@pytest.mark.parametrize("kind", ["labels", "weighted", "binary", "squared"])
+def test_drawn_targets_give_the_fisher_information_of_the_likelihood(kind):
+    """diag(p) - p pᵀ of classes, times their mean weight; p (1 - p) of yes and no, 1 of a mean: closed forms."""
+    output = torch.tensor([[0.5, -0.3, 1.0]])
+    weight = torch.tensor([1.0, 2.0, 4.0])
+    p, q = output.softmax(1)[0], output.sigmoid()[0]
+    classes = p.diag() - torch.outer(p, p)
+    loss, expected = {
+        "labels": (None, classes),
+        "weighted": (nn.CrossEntropyLoss(weight=weight), (p @ weight) * classes),
+        "binary": (nn.BCEWithLogitsLoss(), (q * (1 - q)).diag()),
+        "squared": (nn.MSELoss(), torch.eye(3)),
+    }[kind]
+    drawn = drawn_for(loss, torch.Generator().manual_seed(0), balanced=False)
+    torch.testing.assert_close(
+        squared_gradients(drawn, output, 3000), expected, rtol=0.1, atol=0.05 * expected.max().item()
+    )
+
+
+@pytest.mark.parametrize("loss", [None, nn.BCEWithLogitsLoss()], ids=["classes", "binary"])
+def test_balanced_draws_count_the_rare_class_as_much_as_the_common_one(loss):
+    """Of a prediction and its mirror image, 95 to 5, the squared gradients are alike; balanced, the rare one has several times as much."""
+    rare, common = (torch.tensor([[0.0, 6.0]]), torch.tensor([[6.0, 0.0]])) if loss is None else (6.0, -6.0)
+    samples = [common] * 95 + [rare] * 5
+    output = 0.5 * (torch.cat(samples) if loss is None else torch.tensor(samples)[:, None])
+    for balanced in (False, True):
+        drawn = drawn_for(loss, torch.Generator().manual_seed(0), balanced=balanced)
+        leaf = output.clone().requires_grad_()
+        total = torch.zeros(len(output))
+        for _ in range(400):
+            (gradient,) = torch.autograd.grad(drawn(leaf, None), leaf)
+            total += gradient.square().sum(1)
+        ratio = (total[95:].mean() / total[:95].mean()).item()
+        assert ratio > 3 if balanced else ratio == pytest.approx(1, rel=0.4)
+
+
+def test_positions_to_be_ignored_have_no_gradient():
+    targets = torch.tensor([[0, -100, 1]])
+    drawn = drawn_for(nn.CrossEntropyLoss(), torch.Generator().manual_seed(0), balanced=False)
+    leaf = torch.zeros(1, 2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(drawn(leaf, targets), leaf)
+    assert gradient[0, :, 1].abs().max() == 0
+    assert gradient[0, :, (0, 2)].abs().min() > 0
+
+
+def test_one_output_is_no_longer_void(image):
+    """Softmax of a single output is 1 whatever the net does: labels drawn from it had no gradient, and every layer fell to rank 1."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 1)),
+        torch.randn(40, 12),
+    )
+    curves = rank_curves(model, trace(model, x), LayerRules(("svd",)))
+    damage = weigh(curves, model, [x], "kfac", MEASURES["relative_energy"], seed=0)
+    assert all(scale > 0 for scale in damage.scales.values())
+    assert all(damage(o)[1:].min() > 0 for o in curves.layers if len(o.choices) > 1)
+
+
+@pytest.mark.parametrize("sensitivity", ["kfac", "fisher"])
+def test_a_void_sensitivity_is_said_and_gives_way_to_the_activations(sensitivity):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 4)), torch.randn(40, 12)
+    curves = rank_curves(model, trace(model, x), LayerRules(("svd",)))
+    measure = MEASURES["relative_energy"]
+    with pytest.warns(UserWarning, match="is void here"):
+        found = weigh(curves, model, [x], sensitivity, measure, seed=0, loss=lambda y: 0 * y.sum())
+    known = weigh(curves, model, [x], "activation", measure, seed=0)
+    assert all(np.array_equal(found(o), known(o)) for o in curves.layers)

@@ -56,13 +56,14 @@ def test_a_trial_ends_accurate_within_its_cost_and_loses_nothing_by_decomposing(
     result, reports = run(bench, save_to=tmp_path)
     assert result.status == "complete"
     assert result.macs <= 0.3 * dense_cost(net).macs
-    assert [entry["phase"] for entry in reports] == ["trained", "projected", "decomposed", "factors"]
+    assert [entry["phase"] for entry in reports] == ["untrained", "trained", "projected", "decomposed", "factors"]
     assert reports == result.history
     phases = {entry["phase"]: entry for entry in reports}
     # the dense form has the plan's ranks when it is decomposed: no image of 360 changes sides, or a borderline one
     assert abs(phases["decomposed"]["val_accuracy"] - phases["projected"]["val_accuracy"]) < 100 / 360 + 1e-9
     assert phases["decomposed"]["val_loss"] == pytest.approx(phases["projected"]["val_loss"], rel=1e-3)
     assert result.val_accuracy == phases["factors"]["val_accuracy"] > 90
+    assert result.kept == {"phase": "factors", "step": 60}
     assert 0 < phases["projected"]["removed_energy_mean"] <= phases["projected"]["removed_energy_max"] < 1
     assert phases["projected"]["projections"] == 3  # after steps 10 and 20, and the last one
     assert [record["step"] for record in result.projections] == [10, 20, 30]
@@ -90,7 +91,7 @@ def test_projection_training_ends_on_the_low_rank_set(bench, monkeypatch):
 
     monkeypatch.setattr(trial, "compress", checked_compress)
     result, reports = run(bench, factor_share=0.0)
-    assert [entry["phase"] for entry in reports] == ["trained", "projected", "decomposed"]
+    assert [entry["phase"] for entry in reports] == ["untrained", "trained", "projected", "decomposed"]
     assert result.status == "complete"
     assert checked[0] < 1e-4
 
@@ -111,6 +112,25 @@ def test_no_steps_at_all_is_decomposition_with_fresh_bn_statistics(bench, share)
     assert result.epochs == 0
     assert result.images_per_second is None
     assert result.val_accuracy > 60  # near chance, 10 %, without the re-estimation
+
+
+def test_a_trial_keeps_its_best_net(bench, tmp_path):
+    """Trained to pieces, though not to infinity: what was decomposed without training is the result, also after a restart."""
+    harmful = {"steps": 12, "factor_share": 0.5, "lr": 0.4, "warmup": 0.0, "schedule": "constant", "weight_decay": 0.5}
+    result, reports = run(bench, save_to=tmp_path / "whole", **harmful)
+    scores = {entry["phase"]: entry["val_accuracy"] for entry in reports}
+    assert scores["factors"] < scores["untrained"] - 5, "the training did no harm: the test tells nothing"
+    assert result.status == "complete"
+    assert result.kept == {"phase": "untrained", "step": 0}
+    assert result.val_accuracy == max(scores[phase] for phase in ("untrained", "decomposed", "factors"))
+    task = bench[0]
+    assert evaluate(ranksearch.load(tmp_path / "whole"), task.val, task).accuracy == result.val_accuracy
+    path = tmp_path / "state.pt"
+    with pytest.raises(Stopped):
+        run(bench, checkpoint=StopsAt(path, 8), **harmful)
+    resumed, _ = run(bench, save_to=tmp_path / "resumed", checkpoint=CheckpointFile(path, 60), **harmful)
+    assert (resumed.kept, resumed.val_accuracy) == (result.kept, result.val_accuracy)
+    assert torch.equal(final_weights(tmp_path / "resumed"), final_weights(tmp_path / "whole"))
 
 
 def test_divergence_is_a_result(bench, tmp_path):
@@ -268,7 +288,9 @@ def test_a_restarted_trial_ends_as_if_it_had_not_stopped(bench, tmp_path, stop, 
         assert one["loss_after"] == pytest.approx(other["loss_after"], rel=1e-4)
         assert one["removed_energy"] == pytest.approx(other["removed_energy"], rel=1e-3, abs=1e-7)
     assert resumed.epochs == whole.epochs
-    assert len(reports) == (4 if stop <= 17 else 1)  # phases that were scored before the stop are not scored again
+    # phases that were scored before the stop are not scored again; of an average the last weights are scored, too
+    assert len(reports) == (4 if stop <= 17 else 1) + (changes.get("ema", 0) > 0)
+    assert resumed.kept == whole.kept
     assert path.exists()  # its result may be lost on the way to the study, which removes it
 
 
@@ -280,7 +302,7 @@ def test_a_checkpoint_of_another_kind_of_device_starts_the_trial_anew(bench, tmp
     torch.save(torch.load(path, weights_only=True) | {"device": "cuda"}, path)
     result, reports = run(bench, checkpoint=CheckpointFile(path, 60), **PLAIN)
     assert result.status == "complete"
-    assert len(reports) == 4
+    assert len(reports) == 5
     assert result.epochs == pytest.approx(30 * 64 / len(bench[0].train))
 
 

@@ -12,13 +12,13 @@ from ranksearch.allocate.baselines import BASELINES, random
 from ranksearch.allocate.budget import Budgets, assignments, parse_budget
 from ranksearch.allocate.curves import rank_curves
 from ranksearch.allocate.damage import MEASURES
+from ranksearch.allocate.drawn import Loss
 from ranksearch.allocate.exact import solve_exactly
 from ranksearch.allocate.greedy import greedy, measure_scores
 from ranksearch.allocate.latency import timed
 from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.allocate.sensitivity import SENSITIVITIES, weigh
 from ranksearch.allocate.solver import Solver, allocate_plan, solve
-from ranksearch.allocate.statistics import Loss
 from ranksearch.compress import RankPlan, reestimate_bn_, trace
 from ranksearch.compress.bare import bare
 from ranksearch.compress.latency_table import LatencyTable
@@ -63,11 +63,12 @@ def allocate(
         method: "solver" (milliseconds, within a fraction of a percent of the optimum), "milp" (the optimum to 0.01 %, or the best that
             a minute allows), or a baseline: "uniform", "energy", "minimax", "evbmf", "stable_rank", "random", or "greedy", which
             evaluates the net nine times a layer with `score`.
-        sensitivity: what weighs a layer's error: "none" (the weights alone), or with `calibration` "activation", "fisher", "kfac".
+        sensitivity: what weighs a layer's error: "none" (the weights alone), or with `calibration` "activation", "fisher", "kfac",
+            "kfac_balanced" (every class counts alike).
         measure: damage as a function of the share that a layer loses, "log_kept_energy" or "relative_energy".
         calibration: batches of inputs as the model takes them, a list; "greedy" re-estimates BN statistics on them.
         loss: output of the model -> sum of the samples' losses, for "fisher" and "kfac"; left out, cross-entropy against labels drawn
-            from the model's own prediction.
+            from the model's own prediction, or, of a model with one output, the squared error against that plus noise.
         weightings: layer -> the metric of its data (`ranksearch.weightings`) in which errors are measured; give `compress` the same ones.
         score: net -> figure of merit, higher is better.
         latency: for a budget on it, such as `LatencyTable(Stopwatch(LatencySetting("eager", batch=1, threads=1)))`; what it lacks is

@@ -8,8 +8,9 @@ With E = W - W_r the error of a layer at rank r, A the second moment of its inpu
 | `activation` | tr(E A Eᵀ) / tr(W A Wᵀ): share of the output's energy | Zhang et al. 2016, arXiv 1505.06798 |
 | `fisher` | ½ Σ F_ij E_ij², F the diagonal Fisher information | LeCun et al. 1990; Hsu et al. 2022, arXiv 2207.00112 |
 | `kfac` | ½ P tr(G E A Eᵀ), P positions per sample | Martens & Grosse 2015, arXiv 1503.05671; convs: arXiv 1602.01407 |
+| `kfac_balanced` | the same with G of a loss in which every class counts alike, whatever its share | for metrics that do so |
 
-`fisher` and `kfac` are in units of the loss (nats): second-order estimates of what the error costs. Where a BN layer follows, a shift
+`fisher` and the `kfac`s are in units of the loss (nats): second-order estimates of what the error costs. Where a BN layer follows, a shift
 of the outputs' mean is gone once its statistics are re-estimated, so A is the covariance there.
 
 The forms are evaluated at a few ranks of every lowering, whatever its format, and their quotient with ‖E‖² is interpolated over
@@ -19,6 +20,7 @@ handful of reconstructions per layer and lowering.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -29,7 +31,8 @@ from torch import Tensor, nn
 
 from ranksearch.allocate.curves import Curves, LayerOptions
 from ranksearch.allocate.damage import Damage, Measure
-from ranksearch.allocate.statistics import Loss, Statistics, collect
+from ranksearch.allocate.drawn import Loss, default_loss
+from ranksearch.allocate.statistics import Statistics, collect
 from ranksearch.compress.slots import find_slots
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.weighting import Weighting
@@ -67,9 +70,10 @@ def kfac(error: Tensor, found: Statistics, norm: bool, damping: float) -> Tensor
     return 0.5 * found.positions * (left * found.inputs.times(error, centred=norm, damping=damping)).sum()
 
 
-FORMS: dict[str, Form] = {"activation": activation, "fisher": fisher, "kfac": kfac}
+BALANCED = "kfac_balanced"
+FORMS: dict[str, Form] = {"activation": activation, "fisher": fisher, "kfac": kfac, BALANCED: kfac}
 SENSITIVITIES = ("none", *FORMS)
-ABSOLUTE = ("fisher", "kfac")
+ABSOLUTE = ("fisher", "kfac", BALANCED)
 """Those in units of the loss; the other shares are of the layer's own output."""
 
 
@@ -119,6 +123,7 @@ def weigh(
     measure: Measure,
     *,
     seed: int,
+    generator: torch.Generator | None = None,
     loss: Loss | None = None,
     damping: float = DAMPING,
     temper: float = TEMPER,
@@ -128,8 +133,8 @@ def weigh(
 
     Args:
         measure: of the weighted share, such as -log of what is kept.
-        loss: output of the model -> sum of the samples' losses, for `fisher` and `kfac`; cross-entropy against labels drawn from the
-            model's own prediction where None.
+        generator: draws positions, and labels where `loss` is None; one of `seed` where None.
+        loss: output of the model -> sum of the samples' losses, for all but `activation`; where None, `drawn.default_loss`.
         damping: of the factors (in units of their mean diagonal), as in K-FAC; see `DAMPING`.
         temper: exponent of the absolute scale of a layer's damage; see `TEMPER`.
         weightings: those that the curves were made in, and the layers will be cut in.
@@ -140,10 +145,19 @@ def weigh(
     """
     if sensitivity == "none":
         return Damage(measure)
+    generator, absolute = generator or torch.Generator().manual_seed(seed), sensitivity in ABSOLUTE
+    if loss is None and absolute:
+        loss = default_loss(generator, balanced=sensitivity == BALANCED)
     statistics = collect(
-        model, curves.net, batches, gradients=sensitivity == "kfac", fisher=sensitivity == "fisher", loss=loss,
-        generator=torch.Generator().manual_seed(seed),
+        model, curves.net, batches, gradients=FORMS[sensitivity] is kfac, fisher=sensitivity == "fisher", loss=loss, generator=generator
     )  # fmt: skip
+    if absolute and not _informative(curves, statistics):
+        warnings.warn(
+            f"Sensitivity {sensitivity!r} is void here: the gradients of the loss are zero at every layer's output. The layers are "
+            f"weighed by their activations instead; a loss of your own (output -> sum of the samples' losses) says more.",
+            UserWarning, stacklevel=2,
+        )  # fmt: skip
+        sensitivity, absolute = "activation", False
     shares, scales, slots, form = {}, {}, find_slots(model), FORMS[sensitivity]
     for options in curves.layers:
         name, norm = options.layer.name, options.layer.norm is not None
@@ -153,5 +167,11 @@ def weigh(
             shares[name], total = _shares(
                 options, weight, partial(form, found=found, norm=norm, damping=damping), (weightings or {}).get(name)
             )
-        scales[name] = total**temper if sensitivity in ABSOLUTE else 1.0
+        scales[name] = total**temper if absolute else 1.0
     return Damage(measure, shares, scales)
+
+
+def _informative(curves: Curves, statistics: Mapping[str, Statistics]) -> bool:
+    """Whether the loss has a gradient at the output of any layer that may be lowered."""
+    found = (statistics[options.layer.name] for options in curves.layers)
+    return any(bool((s.fisher if s.fisher is not None else s.gradients.energy).any()) for s in found)  # type: ignore[union-attr]

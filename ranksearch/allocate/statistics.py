@@ -1,14 +1,14 @@
 """What a few calibration batches show of every layer: moments of its inputs, of the loss gradients at its outputs, and of its weight.
 
-Hooks on a copy of the net; batches are inputs alone. Gradients are those of the log-likelihood of labels drawn from the net's own
-prediction, so the Fisher information is the true one, needs no labels, and does not vanish on data that the net has learnt by heart.
+Hooks on a copy of the net; batches are inputs alone. Gradients are those of the loss that the caller gives, as a rule against targets that
+are drawn from the net's own prediction (`drawn.py`).
 
 Letters: g groups, N samples, P positions of a layer's output, n = S/g·k inputs of one output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ranksearch.allocate.drawn import Loss, default_loss
 from ranksearch.compress import Net
 from ranksearch.compress.copying import copied
 from ranksearch.compress.inputs import (
-    LOGITS,
     batch_size,
     call,
-    class_logits,
     detached,
-    field_of,
     mapped,
     moved,
     tensors,
@@ -41,9 +39,6 @@ WIDE = 1024
 """A moment over more inputs than this is kept as that many rows drawn at random, which stand for it: 4608² numbers are too many."""
 FISHER_NUMBERS = 2**24
 """Numbers that the per-sample gradients of one chunk may take."""
-
-Loss = Callable[[Any], Tensor]
-"""Output of the net on a batch -> the sum of the samples' losses."""
 
 
 class Moment:
@@ -94,6 +89,14 @@ class Moment:
         return SecondMoment.shrunk(
             (kept - mean[:, None] if centred else kept) / kept.shape[1] ** 0.5, shrinkage, wide=True
         )
+
+    @property
+    def energy(self) -> Tensor:
+        """Mean squares of the columns, [g, n]; of a wide one, those of the kept rows."""
+        if self._second is not None:
+            return self._second.diagonal(dim1=-2, dim2=-1) / self.rows
+        assert self._kept is not None
+        return self._kept.square().mean(dim=0)
 
     def times(self, matrix: Tensor, *, centred: bool, damping: float) -> Tensor:
         """matrix [g, t, n] · (M + damping · mean diagonal of M · I), M = E[x xᵀ] or, where `centred`, the covariance: [g, t, n]"""
@@ -173,25 +176,6 @@ def _width(spec: LayerSpec) -> int:
     for extent in spec.kernel_size:
         inputs *= extent
     return inputs
-
-
-def drawn_labels_loss(generator: torch.Generator) -> Loss:
-    """Cross-entropy, summed, against labels drawn from the prediction itself: classes in dimension 1 of a floating output."""
-
-    def loss(output: Any) -> Tensor:
-        found = field_of(output, LOGITS) is not None or isinstance(output, Tensor)
-        classes = class_logits(output) if found else None
-        if classes is None or classes.dim() < 2 or not classes.is_floating_point():
-            raise UsageError(
-                "The net's output is no tensor [N, classes, ...], nor holds one called 'logits', so no labels can be drawn from it: give "
-                "the sensitivity a loss of its own (output -> sum of the samples' losses), or take sensitivity 'activation' or 'none'."
-            )
-        logits = classes.movedim(1, -1).flatten(0, -2).float()
-        chances = logits.detach().softmax(-1).cpu()
-        labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
-        return F.cross_entropy(logits, labels, reduction="sum")
-
-    return loss
 
 
 @contextmanager
@@ -280,11 +264,12 @@ def collect(
 ) -> dict[str, Statistics]:
     """Layer -> its statistics over `batches` of inputs (tensors, tuples or dicts of a model's arguments), in evaluation mode.
 
-    `model` is not changed: a copy is run, on the model's device. Without `gradients` and `fisher` nothing is differentiated.
+    `model` is not changed: a copy is run, on the model's device. Without `gradients` and `fisher` nothing is differentiated; with one of
+    them it is `loss`, or `default_loss` where that is None.
     Moments over more than `widest` inputs (`WIDE` where None) are kept as drawn rows.
 
     Raises:
-        UsageError: no batches, or an output that the default loss cannot read.
+        UsageError: no batches, or an output that the loss cannot read.
         NonFiniteError: the net's activations or gradients are not finite; the text names the layer.
     """
     probe = copied(model).eval()
@@ -294,7 +279,7 @@ def collect(
         modules = {id(m): m for m in map(probe.get_submodule, (layer.name, *layer.shared_with))}
         for module in modules.values():
             collector.watch(layer.name, layer.spec, module)
-    differentiated = (loss or drawn_labels_loss(generator)) if gradients or fisher else None
+    differentiated = (loss or default_loss(generator, balanced=False)) if gradients or fisher else None
     samples = _run(probe, batches, differentiated)
     if samples == 0:
         raise UsageError("This sensitivity is measured on data: give it at least one batch of inputs (calibration).")

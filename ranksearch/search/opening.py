@@ -13,9 +13,10 @@ from typing import Any
 from ranksearch.allocate import BASELINES, Budget, Curves
 from ranksearch.compress import RankPlan
 from ranksearch.errors import UsageError
-from ranksearch.search.allocated import Allocated
+from ranksearch.search.allocated import PREDICTION, Allocated
 from ranksearch.search.budgets import at_level, budgets_of, has_levels, violations
 from ranksearch.search.parametrize import Form, Opening
+from ranksearch.space.search import RULES
 from ranksearch.space.settings import Choices, is_whole
 from ranksearch.space.space import Space
 from ranksearch.tasks import model_reference
@@ -66,10 +67,12 @@ def _classics(space: Space, curves: Curves, form: Form, known: Allocated, names:
     if not space.budgets and has_levels(space):
         levels = levels[1:]  # without a budget the optimum at level 1 is the dense net
     solver = [_solver(level, form, known, settled) for level in levels] if SOLVER in names else []
+    rivals = [_rival(name, level, form, known, settled) for name in known.predictions[1:] for level in levels[:2]]
     # a baseline is compared with the solver at one and the same level
     budgets = at_level(budgets_of(space, curves), 1.0 if space.budgets else _level(space, 0.5), curves)
     others = [o for name in names if name != SOLVER for o in _baseline(name, space, curves, budgets, form, settled)]
-    yield from [*solver[:3], *others[:1], *solver[3:], *others[1:]]
+    rivals = rivals if SOLVER in names else []
+    yield from [*solver[:2], *rivals[:2], *solver[2:3], *others[:1], *rivals[2:], *solver[3:], *others[1:]]
 
 
 def _level(space: Space, share: float) -> float:
@@ -79,9 +82,20 @@ def _level(space: Space, share: float) -> float:
 
 def _solver(level: float, form: Form, known: Allocated, settled: dict[str, Any]) -> Opening:
     values = known.neutral(level)
+    leading = values.get(PREDICTION)
+    allocator = leading if leading in RULES else SOLVER
     if isinstance(form, Allocated):
-        return Opening(settled | values, SOLVER)
-    return _given(known.plan(values), SOLVER, form, settled)
+        return Opening(settled | values, allocator)
+    return _given(known.plan(values), allocator, form, settled)
+
+
+def _rival(name: str, level: float, form: Form, known: Allocated, settled: dict[str, Any]) -> Opening:
+    """Another prediction that competes, at a level at which the first one is tried."""
+    values = known.neutral(level) | {PREDICTION: name}
+    allocator = name if name in RULES else SOLVER
+    if isinstance(form, Allocated):
+        return Opening(settled | values, allocator)
+    return _given(known.plan(values), allocator, form, settled)
 
 
 def _baseline(

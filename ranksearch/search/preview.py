@@ -160,13 +160,13 @@ def preview_record(
     """What `preview --json` prints and `preview.json` holds: every plan, and which of them no other betters."""
     cost = budgets_of(space, bench.curves)[0].cost
     ratio = COST_RATIOS[cost]
-    metric = Metric.of(bench.task, dense.accuracy)
+    metric, search = Metric.of(bench.task, dense.accuracy), bench.settled(space).search
     best = nondominated([[-metric.share(row["val_accuracy"]), row[ratio]] for row in rows])
     full = bench.curves.dense
     return {
         "space": space.name, "task": space.task, "model": space.model, "metric": metric.to_dict(), "cost": cost, "cost_ratio": ratio,
         "own_level": _own_level(space, bench.curves), "budgets": {name: str(text) for name, text in space.budgets.items()},
-        "sensitivity": space.search.sensitivity, "measure": space.search.measure, "seed": space.search.seed,
+        "sensitivity": search.sensitivity, "measure": search.measure, "seed": search.seed,
         "images": min(images, len(bench.task.val)), "bn_batches": BN_BATCHES, "seconds": round(seconds, 1),
         "dense": {
             "val_accuracy": dense.accuracy, "val_loss": dense.loss, "macs": full.macs, "params": full.params,

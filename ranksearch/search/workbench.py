@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,22 @@ import torch
 
 from ranksearch.allocate import MEASURES, CurveCache, Curves, Damage, rank_curves, weigh
 from ranksearch.allocate.curves import cost_curves
+from ranksearch.allocate.drawn import Drawn, drawn_for, predicted
 from ranksearch.allocate.latency import timed
+from ranksearch.allocate.sensitivity import BALANCED
 from ranksearch.compress import Net, trace
 from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.search.budgets import check_feasible_space
+from ranksearch.search.predicting import Prediction, settle, usual
 from ranksearch.space.recipe import RecipeSpace
+from ranksearch.space.search import AUTO, RULES
 from ranksearch.space.settings import numbers_of
 from ranksearch.space.space import Space
 from ranksearch.tasks import Task
 from ranksearch.tasks.dense import State, dense_state, read_checkpoint
 from ranksearch.tasks.device import pick_device
-from ranksearch.tasks.source import Batch, calibration_batches
+from ranksearch.tasks.source import Batch
 
 Log = Callable[[str], None]
 
@@ -37,6 +41,15 @@ class Workbench:
     curves: Curves
     damage: Damage
     """What every option is predicted to cost."""
+    rivals: Mapping[str, Damage] = field(default_factory=dict)
+    """The same by the other sensitivities that compete, by name."""
+    prediction: Prediction | None = None
+    """What was settled by untrained scores, where the space left it open."""
+
+    def settled(self, space: Space) -> Space:
+        """A space with nothing left open of what plans are predicted by."""
+        asked = space.search.sensitivity == AUTO and self.prediction is not None
+        return self.prediction.settled(space) if asked else usual(space)  # type: ignore[union-attr]
 
     def dense_model(self) -> torch.nn.Module:
         """The dense net with its trained weights."""
@@ -118,35 +131,60 @@ def prepare(
         dense = dense_state(task, checkpoint=space.checkpoint, data=space.data, fallback=fallback, log=log)
     model.load_state_dict(dense)
     curves = with_latency(rank_curves(model, net, rules, known), model, example, table, log)
-    return Workbench(task, dense, net, curves, _damage(space, task, model, curves, log))
+    return Workbench(task, dense, net, curves, *_predicted(space, task, model, curves, log))
 
 
-def _damage(space: Space, task: Task, model: torch.nn.Module, curves: Curves, log: Log) -> Damage:
-    """What the space's sensitivity predicts, from augmented training inputs, always the same ones."""
-    sensitivity, measure = space.search.sensitivity, MEASURES[space.search.measure]
+def _predicted(
+    space: Space, task: Task, model: torch.nn.Module, curves: Curves, log: Log
+) -> tuple[Damage, Mapping[str, Damage], Prediction | None]:
+    """(the damage that plans are made by, that of rival sensitivities, what was settled)."""
+    known: dict[str, Damage] = {}
+
+    def weigh_by(name: str) -> Damage:
+        if name not in known:
+            known[name] = _damage(usual(space), name, task, model, curves, log)
+        return known[name]
+
+    prediction, open_ = None, space.search.sensitivity == AUTO
+    if open_ and space.search.parametrization == "allocated" and any(len(o.choices) > 1 for o in curves.layers):
+        prediction = settle(space, task, model, curves, weigh_by, log)
+    settled = prediction.settled(space) if prediction is not None else usual(space)
+    measure = MEASURES[settled.search.measure]
+    names = dict.fromkeys(
+        [settled.search.sensitivity, *(n for n in settled.search.predictions or () if n not in RULES)]
+    )
+    found = {n: Damage(measure, weigh_by(n).shares, weigh_by(n).scales) for n in names}
+    return found[settled.search.sensitivity], found if settled.search.predictions else {}, prediction
+
+
+def _damage(space: Space, sensitivity: str, task: Task, model: torch.nn.Module, curves: Curves, log: Log) -> Damage:
+    """What a sensitivity predicts, from augmented training inputs, always the same ones."""
+    measure = MEASURES[space.search.measure]
     if sensitivity == "none":
         return Damage(measure)
     count, size = space.search.calibration_batches, space.recipe.batch_size
     log(f"sensitivity {sensitivity} of {len(curves.layers)} layers on {count} batches of {min(size, len(task.train))}")
     device = pick_device()
     generator = torch.Generator().manual_seed(space.search.seed)
-    if task.classifies:
-        batches, loss = calibration_batches(task.train, count, size, generator), None
-    else:
-        paired = PairedBatches(task.to(device), count, size, torch.Generator(device).manual_seed(space.search.seed))
-        batches, loss = iter(paired), paired.loss
-    return weigh(curves, model.to(device).eval(), batches, sensitivity, measure, seed=space.search.seed, loss=loss)
+    drawn = drawn_for(None if task.cross_entropy else task.loss, generator, balanced=sensitivity == BALANCED)
+    paired = PairedBatches(task.to(device), count, size, torch.Generator(device).manual_seed(space.search.seed), drawn)
+    return weigh(
+        curves, model.to(device).eval(), paired, sensitivity, measure,
+        seed=space.search.seed, generator=generator, loss=paired.loss,
+    )  # fmt: skip
 
 
 class PairedBatches:
-    """Calibration batches of a task whose loss is the user's own: inputs to run, and the loss of what comes out against their targets.
+    """Calibration batches of a task: inputs to run, and the loss of what comes out against targets that are `drawn` or, where that is None,
+    against their own.
 
-    No labels can be drawn from the outputs then, so the gradients are those of the loss on the training targets (the empirical Fisher).
     The loss is asked for after each batch, before the next is drawn.
     """
 
-    def __init__(self, task: Task, count: int, batch_size: int, generator: torch.Generator) -> None:
-        self._task, self._count = task, count
+    def __init__(
+        self, task: Task, count: int, batch_size: int, generator: torch.Generator, drawn: Drawn | None
+    ) -> None:
+        self._task, self._count, self._drawn = task, count, drawn
         self._stream = task.train.stream(batch_size, generator)
         self._batch: Batch | None = None
 
@@ -160,6 +198,9 @@ class PairedBatches:
         assert self._batch is not None
         assert self._task.loss is not None
         inputs, targets = self._batch
+        found = predicted(outputs)
+        if self._drawn is not None and found is not None:
+            return self._drawn(found, targets)
         return self._task.loss(outputs, targets) * len(inputs)
 
 

@@ -13,8 +13,13 @@ from ranksearch.costs import COSTS, same_cost
 from ranksearch.errors import nearest
 from ranksearch.space.settings import Range, Strict, searchable
 
+AUTO = "auto"
+USUAL_SENSITIVITY, USUAL_MEASURE = "kfac", "log_kept_energy"
+"""What "auto" stands for where nothing is scored."""
 GROUPINGS = ("stage", "shape", "layer", "all")
 """Ways to group layers by themselves; names with patterns are another."""
+RULES = ("uniform", "energy", "minimax")
+"""Baselines that may compete with the solver throughout a search."""
 
 
 class EarlyStoppingSpace(Strict):
@@ -77,13 +82,18 @@ class SearchSpace(Strict):
     """Whether a group may be confined to a single lowering. Off: the solver's own choice is hard to better, and fewer numbers are
     searched. ResNet-20 on CIFAR-10, 16 trials without training (1,500 validation images, CPU, seeds 0 and 1): hypervolume .643 and
     .642 without, .642 and .639 with it."""
-    sensitivity: str = "kfac"
-    """What weighs a layer's error: "none" (the weights alone), or from a few batches "activation", "fisher", "kfac". How they compare is in
-    `allocate/README.md`."""
+    sensitivity: str = AUTO
+    """What weighs a layer's error: "none" (the weights alone), or from a few batches "activation", "fisher", "kfac", "kfac_balanced"
+    (every class counts alike); gradients follow the task's loss. "auto" settles it, with `measure`, `trust` and `predictions`, before the
+    first trial, by a handful of untrained scores on the task's metric. How they compare is in `allocate/README.md`."""
+    predictions: list[str] | None = None
+    """What competes at making plans, the first one first: sensitivities of the solver, and "uniform", "energy", "minimax". Left out:
+    `sensitivity` alone, or under "auto" what comes close to the best."""
     calibration_batches: int = Field(default=8, ge=1)
     """Batches, augmented as in training, that the sensitivity is measured on."""
-    measure: str = "log_kept_energy"
-    """Damage as a function of the share that a layer loses."""
+    measure: str = AUTO
+    """Damage as a function of the share that a layer loses: "log_kept_energy", "relative_energy"; "auto" settles it with the sensitivity,
+    and is "log_kept_energy" where that is named."""
     first_points: list[str] | None = None
     """Uncorrected plans that open the study, as far as half of the trials allows: "solver" or the name of a baseline. Left out: solver,
     uniform, energy, minimax, and none where the parametrization is `direct`."""
@@ -107,16 +117,25 @@ class SearchSpace(Strict):
     @field_validator("measure")
     @classmethod
     def _measured(cls, name: str) -> str:
-        if name not in MEASURES:
-            raise ValueError(f"there is no damage measure {name!r}. {nearest(name, MEASURES)}")
+        if name not in (AUTO, *MEASURES):
+            raise ValueError(f"there is no damage measure {name!r}. {nearest(name, [AUTO, *MEASURES])}")
         return name
 
     @field_validator("sensitivity")
     @classmethod
     def _sensible(cls, name: str) -> str:
-        if name not in SENSITIVITIES:
-            raise ValueError(f"there is no sensitivity {name!r}. {nearest(name, SENSITIVITIES)}")
+        if name not in (AUTO, *SENSITIVITIES):
+            raise ValueError(f"there is no sensitivity {name!r}. {nearest(name, [AUTO, *SENSITIVITIES])}")
         return name
+
+    @field_validator("predictions")
+    @classmethod
+    def _predicting(cls, names: list[str] | None) -> list[str] | None:
+        valid = (*SENSITIVITIES, *RULES)
+        for name in names or ():
+            if name not in valid:
+                raise ValueError(f"there is no prediction {name!r}. {nearest(name, valid)}")
+        return names
 
     @field_validator("first_points")
     @classmethod

@@ -22,7 +22,7 @@ from ranksearch.space.reading import parse_space
 from ranksearch.space.space import Space
 from ranksearch.study.folder import DENSE_WEIGHTS, INFO, SPACE, UNFINISHED, keep_task_file
 from ranksearch.study.front import directions_of
-from ranksearch.study.proposals import form_of
+from ranksearch.study.proposals import allocated, form_of
 from ranksearch.study.provenance import provenance
 from ranksearch.study.storage import make_study
 from ranksearch.tasks import is_own
@@ -39,19 +39,21 @@ def begin(
     """
     if space.data is not None:  # the study is opened from other working directories too
         space = space.model_copy(update={"data": str(Path(space.data).expanduser().resolve())})
+    space = bench.settled(space)
     (folder / UNFINISHED).touch()
     own = keep_task_file(space, folder)
     space = space.kept_in(folder, own)
     safetensors.torch.save_file({k: v.contiguous().clone() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
     dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(bench.curves.dense)
     metric = Metric.of(bench.task, val_accuracy)
-    form = form_of(space, bench.curves, bench.damage)
-    known = form if isinstance(form, Allocated) else Allocated(space, bench.curves, bench.damage)
+    form = form_of(space, bench)
+    known = form if isinstance(form, Allocated) else allocated(space, bench)
     opening = first_points(space, bench.curves, form, known)
     info = {
         "study": space.name, "id": uuid.uuid4().hex, "metric": metric.to_dict(), "task_file": own, "dense": dense,
         "samples": samples_of(bench.task), "seed": space.search.seed, "provenance": provenance(folder),
         "opened_with": dict(Counter(point.allocator for point in opening)), "layers": bench.layer_facts(),
+        "prediction": dict(bench.prediction.scores) if bench.prediction is not None else None,
         "latency_key": Stopwatch(space.latency.as_setting()).key if space.has_latency else None,
     }  # fmt: skip
     study = make_study(space, folder, info, directions_of(space.search.objectives, metric))

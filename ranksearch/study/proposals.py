@@ -13,7 +13,6 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from ranksearch.allocate import Curves, Damage
 from ranksearch.compress import Cost
 from ranksearch.costs import cost_ratio
 from ranksearch.errors import StudyError, UsageError
@@ -35,9 +34,14 @@ MAX_REJECTED = 200
 """So many proposals in a row that were infeasible or known already, and the space counts as exhausted."""
 
 
-def form_of(space: Space, curves: Curves, damage: Damage) -> Form:
+def form_of(space: Space, bench: Workbench) -> Form:
     """The space's parametrization."""
-    return Direct(space, curves) if space.search.parametrization == "direct" else Allocated(space, curves, damage)
+    return Direct(space, bench.curves) if space.search.parametrization == "direct" else allocated(space, bench)
+
+
+def allocated(space: Space, bench: Workbench) -> Allocated:
+    """The default form, with everything that the workbench predicts by."""
+    return Allocated(space, bench.curves, bench.damage, bench.rivals)
 
 
 class Proposals:
@@ -109,7 +113,7 @@ class Proposals:
     def _search(self, bench: Workbench) -> Searched:
         """The form, and with it the sampler, made at the first proposal."""
         if self._searched is None:
-            self._searched = Searched(form_of(self._space, bench.curves, bench.damage), self._space.recipe)
+            self._searched = Searched(form_of(self._space, bench), self._space.recipe)
             self._study.sampler = make_sampler(
                 self._space, self._searched.distributions, opened_with=len(self._study.get_trials(deepcopy=False)),
                 metric=self._metric,

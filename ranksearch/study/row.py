@@ -33,6 +33,8 @@ class Row:
     val_accuracy: float | None = None
     """The task's metric in its own unit."""
     val_loss: float | None = None
+    kept: dict[str, Any] | None = None
+    """Which net of the trial this is: the `phase` and the `step` it was scored after (`trial/kept.py`)."""
     macs: int | None = None
     params: int | None = None
     size_bytes: int | None = None
@@ -119,7 +121,7 @@ class Row:
 FIELDS = tuple(found.name for found in fields(Row))
 RATIOS = {"macs_ratio": "macs", "params_ratio": "params", "size_ratio": "size_bytes"}
 FROM_RESULT = (
-    "epochs", "val_accuracy", "val_loss", "macs", "params", "size_bytes", "latency_predicted_ms", "latency_ms", "latency_ratio",
+    "epochs", "val_accuracy", "val_loss", "kept", "macs", "params", "size_bytes", "latency_predicted_ms", "latency_ms", "latency_ratio",
     "images_per_second", "projection_share", "seconds", "reason", "placement",
 )  # fmt: skip
 FROM_CANDIDATE = ("plan", "recipe", "allocator", "seed")

@@ -112,7 +112,18 @@ def _projection(record: Mapping[str, Any]) -> dict[str, float]:
 
 def trial_file(row: Row) -> dict[str, Any]:
     """What `trial.json` holds beside the run's metrics: the whole recipe, scores, losses, removed energy per layer."""
-    names = ("trial", "seed", "status", "reason", "recipe", "params_searched", "history", "losses", "projections")
+    names = (
+        "trial",
+        "seed",
+        "status",
+        "reason",
+        "kept",
+        "recipe",
+        "params_searched",
+        "history",
+        "losses",
+        "projections",
+    )
     return {name: row.unfolded()[name] for name in names}
 
 

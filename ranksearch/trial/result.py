@@ -31,6 +31,8 @@ class TrialResult:
     epochs: float
     val_accuracy: float | None = None
     val_loss: float | None = None
+    kept: dict[str, Any] | None = None
+    """Which net of a complete trial this is, the best on the validation set (`kept.py`): the `phase` and the `step` it was scored after."""
     macs: int | None = None
     params: int | None = None
     size_bytes: int | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.compress import Net, RankPlan, dense_cost, project_, reestimate_bn_
+from ranksearch.compress import Net, RankPlan, dense_cost, reestimate_bn_
 from ranksearch.compress.copying import copied
 from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
+from ranksearch.compress.surgery import compress
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import pick_device, use_bf16
 from ranksearch.tasks.evaluate import Evaluation, evaluate
@@ -22,6 +24,7 @@ from ranksearch.tasks.source import calibration_batches
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training, TrainStats
 from ranksearch.trial.checkpoint import CheckpointFile
+from ranksearch.trial.kept import Kept
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe
 
@@ -29,10 +32,23 @@ Report = Callable[[dict[str, Any]], None]
 RUNG = "rung"
 """The phase of a score that early stopping compares."""
 RUNG_BN_BATCHES = 3
+UNTRAINED, LAST = "untrained", "last"
+"""The phases of two candidates beside what each phase ends with: the dense net decomposed as it is, and the weights of the last step where
+a moving average takes their place."""
 
 
 class Stopped(Exception):
     """Raised by `report`: the trial has fallen behind at a rung and is to end here."""
+
+
+@contextmanager
+def _aside(training: Training) -> Iterator[None]:
+    """What is done within takes no training time."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        training.seconds -= time.perf_counter() - started
 
 
 class Session:
@@ -76,6 +92,8 @@ class Session:
         self.projections: list[dict[str, Any]] = []
         self.losses: list[dict[str, float]] = []
         self.images, self.seconds, self.projecting_seconds = 0, 0.0, 0.0
+        self.kept: Kept | None = None
+        """The best low-rank net so far."""
         state = group.together(checkpoint.load)
         # another kind of device has other random numbers: there the trial starts anew
         self._resumed = state if state is not None and state["device"] == device.type else None
@@ -87,6 +105,7 @@ class Session:
         self.losses = list(known["losses"])
         self.images, self.seconds, self.projecting_seconds = known["images"], known["seconds"], known["projecting"]
         self._started -= known["elapsed"]
+        self.kept = Kept.from_state(known.get("kept"))
 
     def report_rungs(self) -> None:
         """Reports again what a checkpoint knows of rungs: a driver that is another one now has not heard of it."""
@@ -129,8 +148,11 @@ class Session:
         def after_step(training: Training) -> None:
             if projecting is not None:
                 projecting.after_step(training)
-            if (rung := self._rungs.get(steps[training.done - 1] + 1)) is not None:
-                self._score_at_rung(rung, training, plan if projecting is not None else None)
+            with _aside(training):
+                if (rung := self._rungs.get(steps[training.done - 1] + 1)) is not None:
+                    self._score_at_rung(rung, training, plan if projecting is not None else None)
+                if phase == "factors" and self.recipe.ema > 0 and training.done == len(steps):
+                    self._score_copy(LAST, training.model, steps.stop, None, self.recipe.bn_batches)
             due = self.group.rank == 0 and self._checkpoint.due
             if due and training.done < len(steps):  # what follows a phase needs its last batch
                 self._save(phase, training, projecting)
@@ -143,24 +165,35 @@ class Session:
             self.losses += training.losses
             self._note(projecting)
 
+    def score_untrained(self, plan: RankPlan) -> None:
+        """Scores the dense net decomposed as it is, so that training never makes a trial worse than none; once, and aside as a rung is.
+
+        A net whose outputs are not finite then is no candidate: training may mend it.
+        """
+        if not any(entry["phase"] == UNTRAINED for entry in self.history):
+            with suppress(Diverged):
+                self._score_copy(UNTRAINED, self.dense_net(), 0, plan, self.recipe.bn_batches)
+
     def _score_at_rung(self, rung: int, training: Training, plan: RankPlan | None) -> None:
         """Scores a copy of the model as it would be if the trial ended here; the training does not notice.
 
         Args:
-            plan: what the copy is projected by; None where the model is factored already.
+            plan: what the copy is decomposed by; None where the model is factored already.
         """
-        started = time.perf_counter()
-        step, model = training.steps[training.done - 1] + 1, copied(training.model)
+        step = training.steps[training.done - 1] + 1
+        done = {"epochs": (self.images + training.images) / len(self.task.train), "seconds": self.elapsed}
+        self._score_copy(RUNG, training.model, step, plan, RUNG_BN_BATCHES, rung=rung, **done)
+
+    def _score_copy(
+        self, phase: str, model: nn.Module, step: int, plan: RankPlan | None, bn_batches: int, **metrics: float
+    ) -> None:
+        """Scores a copy of `model`, decomposed by `plan` where there is one, as a candidate; what it draws, nothing else notices."""
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            if plan is not None:
-                project_(model, plan)
+            net = copied(model) if plan is None else self.same_(compress(model, plan))
             generator = torch.Generator(self._device).manual_seed(step)
-            reestimate_bn_(
-                model, calibration_batches(self.task.train, RUNG_BN_BATCHES, self.recipe.batch_size, generator)
-            )
-            done = {"epochs": (self.images + training.images) / len(self.task.train), "seconds": self.elapsed}
-            training.seconds -= time.perf_counter() - started
-            self.score(RUNG, model, step, rung=rung, **done)
+            batches = calibration_batches(self.task.train, bn_batches, self.recipe.batch_size, generator)
+            reestimate_bn_(net, batches)
+            self.score(phase, net, step, candidate=True, **metrics)
 
     def project_at_last_(self, projecting: Projecting, training: Training) -> None:
         """The projection that the dense training ends on; it counts as training time, like the others."""
@@ -185,6 +218,7 @@ class Session:
             "session": {
                 "history": self.history, "projections": self.projections, "losses": self.losses, "images": self.images,
                 "seconds": self.seconds, "projecting": self.projecting_seconds, "elapsed": self.elapsed,
+                "kept": self.kept.to_state() if self.kept is not None else None,
             },
         })  # fmt: skip
 
@@ -203,8 +237,14 @@ class Session:
             model, calibration_batches(self.task.train, recipe.bn_batches, recipe.batch_size, self._generator)
         )
 
-    def score(self, phase: str, model: nn.Module, step: int, **metrics: float | None) -> None:
-        """Evaluates `model` on the validation set, adds it to the history and reports it."""
+    def score(
+        self, phase: str, model: nn.Module, step: int, *, candidate: bool = False, **metrics: float | None
+    ) -> None:
+        """Evaluates `model` on the validation set, adds it to the history and reports it.
+
+        Args:
+            candidate: whether it is the trial's low-rank net as it would be if the trial ended here; the best of those is kept.
+        """
         found = self.group.together(lambda: self._evaluate(model))
         for name, value in (("loss", found.loss), (self.task.metric_name, found.accuracy)):
             if not isfinite(value):
@@ -212,7 +252,15 @@ class Session:
         known = {name: value for name, value in metrics.items() if value is not None}
         entry = {"phase": phase, "step": step, "val_accuracy": found.accuracy, "val_loss": found.loss, **known}
         self.history.append(entry)
+        if candidate and (self.kept is None or self.kept.gives_way_to(found, self.task.direction)):
+            self.kept = Kept.of(phase, step, found, model)
         self._tell(entry)
+
+    def best_of_trial_(self, small: nn.Module) -> nn.Module:
+        """The trial's last net with the weights of the best candidate: one low-rank net has one structure throughout."""
+        if self.kept is not None:
+            small.load_state_dict(self.kept.weights)
+        return small
 
     def _evaluate(self, model: nn.Module) -> Evaluation:
         """On rank 0 alone, since a metric may be any function of the whole split; its random numbers stay those of the others."""

@@ -26,7 +26,7 @@ from ranksearch.trial.session import Report, Session, Stopped
 
 
 def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
-    """The method: from the dense net to the trained low-rank net of `plan`.
+    """The method: from the dense net to the trained low-rank net of `plan`, the best of those that were scored on the way.
 
     Reference: Lee, Kwon, Kim & Wei 2019, arXiv 1905.10145 (projection training); fine-tuning the factors after it is ours.
     """
@@ -35,8 +35,8 @@ def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
     if recipe.dense_steps < recipe.steps:
         _, stats = session.train_("factors", small, range(recipe.dense_steps, recipe.steps), plan)
         session.reestimate_bn_(small)
-        session.score("factors", small, recipe.steps, train_loss=stats.loss)
-    return small
+        session.score("factors", small, recipe.steps, candidate=True, train_loss=stats.loss)
+    return session.best_of_trial_(small)
 
 
 def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
@@ -45,8 +45,9 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     if not steps:  # decomposed first: the dense net as it is has no score of its own
         small = session.same_(compress(model, plan))
         session.reestimate_bn_(small)
-        session.score("decomposed", small, 0)
+        session.score("decomposed", small, 0, candidate=True)
         return small
+    session.score_untrained(plan)
     projecting = Projecting(plan, session.net, recipe.projection, [session.settings.lr_at(step) for step in steps])
     training, stats = session.train_("dense", model, steps, plan, projecting)
     session.reestimate_bn_(model)
@@ -56,7 +57,7 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     session.score("projected", model, len(steps), projections=projecting.count, **projecting.summary())
     # computes the same, so BN's fresh statistics fit
     small = session.same_(compress(model, plan, warm=projecting.projector.warm))
-    session.score("decomposed", small, len(steps))
+    session.score("decomposed", small, len(steps), candidate=True)
     return small
 
 
@@ -103,11 +104,12 @@ def run_trial(
             group.together(lambda: _write_net(small, plan, save_to))
         if latency is not None:
             measured = group.together(lambda: session.time(small, latency))
-    last, seconds = session.history[-1] if session.history else {}, session.seconds
+    seconds, kept = session.seconds, session.kept if status is Status.COMPLETE else None
+    last = vars(kept) if kept is not None else session.history[-1] if session.history else {}
     return TrialResult(
         status, seed, session.images / len(task.train), reason=reason,
         history=session.history, projections=session.projections, losses=session.losses,
-        val_accuracy=last.get("val_accuracy"), val_loss=last.get("val_loss"),
+        val_accuracy=last.get("val_accuracy"), val_loss=last.get("val_loss"), kept=kept.facts() if kept is not None else None,
         macs=cost.macs, params=cost.params, size_bytes=cost.size_bytes, latency_ms=measured[0], latency_ratio=measured[1],
         images_per_second=session.images / seconds if session.images else None,
         projection_share=session.projecting_seconds / seconds if session.images else None,

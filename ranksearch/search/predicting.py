@@ -1,0 +1,174 @@
+"""Which prediction suits this net and this metric: settled by a few untrained scores on the task's own metric before the first trial.
+
+Candidates are the solver under every sensitivity, and the classic rules that know no data. Each plans at two levels of the study's range;
+the plans are decomposed, get fresh BN statistics and are scored on validation images, as `preview` does. What comes close to the best
+competes with it in the search (`allocated.py`), where trained scores decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from torch import nn
+
+from ranksearch.allocate import BASELINES, MEASURES, Curves, Damage, allocate_plan
+from ranksearch.allocate.sensitivity import ABSOLUTE, BALANCED
+from ranksearch.compress import RankPlan
+from ranksearch.errors import UsageError
+from ranksearch.search.budgets import at_level, budgets_of, has_levels
+from ranksearch.search.scorer import Scorer
+from ranksearch.space.search import AUTO, RULES, USUAL_MEASURE, USUAL_SENSITIVITY
+from ranksearch.space.settings import Range
+from ranksearch.space.space import Space
+from ranksearch.tasks.evaluate import Evaluation
+from ranksearch.tasks.scores import Accuracy
+from ranksearch.tasks.task import Task
+from ranksearch.trial.metric import Metric
+
+SENSITIVE = (USUAL_SENSITIVITY, "activation", "none", BALANCED)
+LEVELS = (0.7, 0.25)
+"""Of the way from the lowest level of the study to its budgets."""
+IMAGES, WORK = (100, 1000), 5e11
+"""A plan is scored on as many images as take `WORK` MACs of the dense net, within these bounds."""
+BN_BATCHES = 5
+MARGIN = 0.005
+"""Share by which a candidate must be better than the usual prediction to take its place: scores are noisy."""
+CLOSE, MOST = 0.03, 3
+"""What is within this share of the best competes in the search, so many at most."""
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a study predicts by, settled."""
+
+    predictions: tuple[str, ...]
+    """Sensitivities of the solver, and rules, that compete; the best first."""
+    sensitivity: str
+    measure: str
+    trust: float | None
+    """The exponent on the layers' scales to begin with; None leaves the space's."""
+    scores: Mapping[str, float]
+    """Candidate -> mean metric of its untrained plans."""
+
+    def settled(self, space: Space) -> Space:
+        """The space with what was settled in place of `auto`."""
+        changes: dict[str, Any] = {
+            "sensitivity": self.sensitivity, "measure": self.measure,
+            "predictions": list(self.predictions) if len(self.predictions) > 1 else None,
+        }  # fmt: skip
+        if self.trust is not None and isinstance(space.search.trust, Range):
+            changes["trust"] = space.search.trust.model_copy(update={"default": self.trust})
+        return space.model_copy(update={"search": space.search.model_copy(update=changes)})
+
+
+def _may_weigh_classes(task: Task) -> bool:
+    """Whether there are classes, and a metric that may count them otherwise than by their share, as accuracy does."""
+    return (task.classifies or isinstance(task.loss, nn.BCEWithLogitsLoss)) and not isinstance(task.metric, Accuracy)
+
+
+def usual(space: Space) -> Space:
+    """The space with the usual prediction in place of `auto`, where nothing is scored."""
+    search = space.search
+    changes = {"sensitivity": USUAL_SENSITIVITY} if search.sensitivity == AUTO else {}
+    changes |= {"measure": USUAL_MEASURE} if search.measure == AUTO else {}
+    return space.model_copy(update={"search": search.model_copy(update=changes)}) if changes else space
+
+
+class _Trial:
+    """Untrained mean shares of candidates, each scored at every level; equal plans once."""
+
+    def __init__(self, space: Space, task: Task, model: nn.Module, curves: Curves) -> None:
+        low = space.search.front_from
+        levels = [low + share * (1 - low) for share in LEVELS] if has_levels(space) else [1.0]
+        self.levels = [at_level(budgets_of(space, curves), level, curves) for level in levels]
+        least, most = IMAGES
+        images = int(min(most, max(least, WORK / max(curves.dense.macs, 1)), len(task.val)))
+        self._score = Scorer(
+            task, model, task.val.first(images), bn_batches=BN_BATCHES, batch_size=space.recipe.batch_size
+        )
+        self.curves, self.images = curves, images
+        self.metric = Metric.of(task, self._score(RankPlan()).accuracy)
+        self._known: dict[str, Evaluation] = {}
+        self.found: dict[str, list[float]] = {}
+        """Candidate -> its metric at every level."""
+
+    def add(self, name: str, plan_at: Callable[[list[Any]], RankPlan]) -> None:
+        try:
+            plans = [plan_at(budgets) for budgets in self.levels]
+        except UsageError:
+            return  # a rule without a plan there
+        for plan in plans:
+            if plan.digest() not in self._known:
+                self._known[plan.digest()] = self._score(plan)
+        self.found[name] = [self._known[plan.digest()].accuracy for plan in plans]
+
+    def share(self, name: str) -> float:
+        """Mean share; a metric that is no number counts as worst."""
+        shares = [self.metric.share(value) for value in self.found[name]]
+        return fmean(share if share == share else 0.0 for share in shares)
+
+    @property
+    def scored(self) -> int:
+        return len(self._known)
+
+    def best_of(self, names: Iterable[str], usual: str) -> str:
+        """The best; the usual one where that is as good as the best, within `MARGIN`."""
+        best = max(names, key=self.share)
+        return usual if usual in self.found and self.share(usual) >= self.share(best) - MARGIN else best
+
+
+def settle(
+    space: Space, task: Task, model: nn.Module, curves: Curves, weigh_by: Callable[[str], Damage], log: Log
+) -> Prediction:
+    """Scores the candidates and settles what the study predicts by.
+
+    Args:
+        weigh_by: sensitivity -> the damage that it predicts, under the usual measure.
+    """
+    trial, damages = _Trial(space, task, model, curves), {}
+
+    def solver(damage: Damage, trust: float) -> Callable[[list[Any]], RankPlan]:
+        weights = {name: scale ** (trust - 1) for name, scale in damage.scales.items() if scale > 0}
+        return lambda budgets: allocate_plan(curves, budgets, damage=damage, weights=weights).plan
+
+    for name in SENSITIVE:
+        if name == BALANCED and not _may_weigh_classes(task):
+            continue
+        damages[name] = weigh_by(name)
+        trial.add(name, solver(damages[name], 1.0))
+    for rule in RULES:
+        trial.add(rule, lambda budgets, rule=rule: BASELINES[rule](curves, budgets))  # type: ignore[misc]
+    sensitivity = trial.best_of(damages, USUAL_SENSITIVITY)
+    damage, trust, measure = damages[sensitivity], None, USUAL_MEASURE
+    best = sensitivity
+    if sensitivity in ABSOLUTE:
+        trial.add(f"{sensitivity}, trust 0", solver(damage, 0.0))
+        best = trial.best_of((sensitivity, f"{sensitivity}, trust 0"), sensitivity)
+        trust = 1.0 if best == sensitivity else 0.0
+    for other in MEASURES:
+        if other != USUAL_MEASURE:
+            name = f"{best}, {other}"
+            trial.add(
+                name, solver(Damage(MEASURES[other], damage.shares, damage.scales), 1.0 if trust is None else trust)
+            )
+            if trial.best_of((best, name), best) == name:
+                measure, best = other, name
+    own = {name: trial.share(name) for name in (*damages, *RULES) if name in trial.found} | {
+        sensitivity: trial.share(best)
+    }
+    top = max(own.values())
+    ranked = sorted(
+        (n for n in own if own[n] >= top - CLOSE), key=lambda n: (own[n] < top - MARGIN, n != sensitivity, -own[n])
+    )
+    scores = {name: fmean(values) for name, values in trial.found.items()}
+    leading = best if ranked[0] == sensitivity else ranked[0]
+    log(
+        f"prediction: {trial.scored} plans without training on {trial.images} validation images: {leading} is best with "
+        f"{trial.metric.text(scores[leading])} ({', '.join(f'{n} {trial.metric.text(v)}' for n, v in scores.items() if n != leading)})"
+    )
+    return Prediction(tuple(ranked[:MOST]), sensitivity, measure, trust, scores)
