@@ -291,6 +291,12 @@ class _Others(nn.Module):
         extra = {"groups": self.groups} if self.axes else {}
         return _POINTWISE[self.axes](x, self.weight, **extra)
 
+    def ordered(self, x: Tensor) -> Tensor:
+        """The channels of x in the order of the index. Along a Linear's last axis `index_select` takes seven times as long as `gather`."""
+        if self.axes:
+            return x.index_select(1, self.order)
+        return x.gather(-1, self.order.long().expand(x.shape))
+
     def extra_repr(self) -> str:
         return f"weight={list(self.weight.shape)}, channels={len(self.order)}, groups={self.groups}"
 
@@ -312,7 +318,7 @@ class PivotedInput(_Others):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.taps is None else self.taps(x)
-        ordered = x.index_select(self.axis, self.order)
+        ordered = self.ordered(x)
         if not self.rest:
             return ordered
         pivots, others = ordered.split((self.hidden, self.rest), dim=self.axis)
@@ -367,7 +373,7 @@ class PivotedOutput(_Others):
 
     def forward(self, h: Tensor) -> Tensor:
         y = torch.cat([h, self.others(h)], dim=self.axis) if self.rest else h
-        y = y.index_select(self.axis, self.order)
+        y = self.ordered(y)
         if self.tiles > 1:
             y = y.unflatten(1, (self.tiles, -1)).sum(dim=1)
         return y if self.bias is None else y + self.bias.reshape(-1, *(1 for _ in range(self.axes)))
