@@ -39,6 +39,7 @@ from ranksearch.study.folder import (
     DENSE_WEIGHTS,
     LATENCY,
     PREVIEW,
+    REPORT,
     find_front,
     find_study,
     locked,
@@ -193,7 +194,7 @@ def report(name: str, *, output: str | Path | None = None, runs: str | Path = "r
         UsageError: no such study, or the file cannot be written.
     """
     study = Study.open(find_study(name, Path(runs)))
-    path = Path(output) if output is not None else study.folder / "report.html"
+    path = Path(output) if output is not None else study.folder / REPORT
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, report_html(View.of(study), study.importances()))

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ranksearch.study.verdict import verdict_of
 from ranksearch.trial.metric import metric_column, metric_text
-from ranksearch.words import describe_budgets, mix_of
+from ranksearch.words import describe_budgets, mix_of, shown_costs
 
 if TYPE_CHECKING:
     from ranksearch.study.row import Row
@@ -46,38 +46,48 @@ def number(value: float | None, form: str = ",d") -> str:
 
 
 def _measured(row: Mapping[str, Any], dense: Mapping[str, Any], metric: Mapping[str, str]) -> list[str]:
-    """A net's cells of the front's table, from its validation accuracy to its latency, measured and predicted."""
+    """A net's cells of the front's table, from its validation accuracy to its size."""
+    ratio, dense_ms = row.get("latency_ratio"), None
+    if row.get("latency_ms") is not None and ratio:
+        dense_ms = row["latency_ms"] / ratio
     return [
         metric_text(metric, row["val_accuracy"]), metric_text(metric, row["test_accuracy"]),
-        number(row["macs"]), number(100 * row["macs"] / dense["macs"], ".2f"),
-        number(row["params"]), number(100 * row["params"] / dense["params"], ".2f"),
-        number(row["size_bytes"] / 1024, ".1f"), number(row["latency_ms"], ".2f"),
-        number(row.get("latency_predicted_ms"), ".2f"),
+        number(100 * row["macs"] / dense["macs"], ".1f"), number(100 * row["params"] / dense["params"], ".1f"),
+        number(100 * row["size_bytes"] / dense["size_bytes"], ".1f"), number(None if ratio is None else 100 * ratio, ".1f"),
+        number(row["latency_ms"], ".2f"), number(dense_ms, ".2f"), number(row.get("latency_predicted_ms"), ".2f"),
+        number(row["macs"]), number(row["params"]), number(row["size_bytes"] / 1024, ".1f"),
     ]  # fmt: skip
 
 
+SPARE = ("plan", "KiB", "params", "MACs", "made by", "ms predicted", "dense ms", "size %", "params %", "ms %", "ms")
+"""Columns of the front's table that a narrow terminal loses, the first ones first; never those of an objective or a budget."""
+
+
 def front_table(front: Mapping[str, Any]) -> None:
-    """The front, best first, with the dense net as the last line."""
+    """The front, best first, with the dense net as the last line; costs in percent of dense before the absolute ones."""
     dense, metric = front["dense"], front["metric"]
     unit = metric_column(metric)
     best = "the most accurate" if metric["name"] == "accuracy" else f"the best {metric['name']}"
     worth = f", hypervolume {front['hypervolume']:.4f}" if len(front["objectives"]) > 1 else f", {best}"
     title = f"{front['study']}: {describe_budgets(front)}{worth}"
+    compute = "FLOPs %" if "flops" in shown_costs(front) else "MACs %"
     columns = {
-        "trial": "right", f"val {unit}": "right", f"test {unit}": "right", "MACs": "right", "% of dense": "right", "params": "right",
-        "params %": "right", "size KiB": "right", "ms": "right", "predicted": "right", "chosen by": "left", "plan": "left",
+        "trial": "right", f"val {unit}": "right", f"test {unit}": "right", compute: "right", "params %": "right", "size %": "right",
+        "ms %": "right", "ms": "right", "dense ms": "right", "ms predicted": "right", "MACs": "right", "params": "right", "KiB": "right",
+        "made by": "left", "plan": "left",
     }  # fmt: skip
     rows = [
         [str(row["trial"]), *_measured(row, dense, metric), row["allocator"], mix_of(row["plan"])]
         for row in front["trials"]
     ]
-    rows.append(["dense", *_measured(dense, dense, metric), "", ""])
-    known = [name for name in columns if name not in ("ms", "predicted")]
-    if any(row["latency_ms"] is not None or row["latency_predicted_ms"] is not None for row in front["trials"]):
-        known = list(columns)
+    rows.append(["dense", *_measured(dense | {"latency_ms": None}, dense, metric), "", ""])
+    times = {"ms %", "ms", "dense ms"} if all(row["latency_ms"] is None for row in front["trials"]) else set()
+    times |= {"ms predicted"} if all(row["latency_predicted_ms"] is None for row in front["trials"]) else set()
+    known = [name for name in columns if name not in times]
     rows = [[cell for name, cell in zip(columns, row, strict=True) if name in known] for row in rows]
-    columns = {name: columns[name] for name in known}
-    table(title, columns, rows, spare=("size KiB", "params", "plan", "params %", "MACs"))
+    searched = {f"{'ms' if cost == 'latency' else cost} %" for cost in (*shown_costs(front), *front["budgets"])}
+    spare = [name for name in SPARE if name not in searched and name in known]
+    table(title, {name: columns[name] for name in known}, rows, spare=spare)
 
 
 def print_verdict(front: Mapping[str, Any], where: str) -> None:
@@ -145,7 +155,8 @@ class Terminal:
         ]
         if len(study.space.search.objectives) > 1:
             parts.append(f"hypervolume {study.hypervolume:.4f}")
-        return " · ".join([*parts, f"about {_duration(pace * (study.planned - done))} left"])
+        left = f"about {_duration(pace * (study.planned - done))} left" if done < study.planned else "then the test set"
+        return " · ".join([*parts, left])
 
     def row(self, study: Study, row: Row) -> None:
         if self._started is None:  # what went before the first trial, such as Ray's start, says nothing of the pace
@@ -155,12 +166,15 @@ class Terminal:
         else:
             what = f"{row['status']}: {(row['reason'] or '').splitlines()[0] if row['reason'] else ''}"
         state = self._state(study)
-        line = f"trial {row['trial']:03d} ({row['allocator']}): {what}"
+        joined = row["status"] == "complete" and row["trial"] in study.on_front
+        line = f"trial {row['trial']:03d} ({row['allocator']}): {what}{' · joins the front' if joined else ''}"
+        bad = row["status"] in ("failed", "diverged")
         if self.progress is not None:
-            self.log(line)
+            self.console.print(line, markup=False, soft_wrap=True, style="red" if bad else "")
             self.progress.update(self._task, completed=study.finished, state=state)
         else:
-            self.log(f"[{study.finished}/{study.planned}] {line} · {state}")
+            counted = f"[{study.finished}/{study.planned}] {line} · {state}"
+            self.console.print(counted, markup=False, soft_wrap=True, style="red" if bad else "")
 
     def stop(self) -> None:
         if self.progress is not None:

@@ -26,7 +26,9 @@ from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.source import Source
 from ranksearch.tasks.task import Task
 from ranksearch.tracking.background import BackgroundMirror
+from ranksearch.tracking.report import write_report
 from ranksearch.tracking.store import store_uri
+from ranksearch.tracking.view import View
 from ranksearch.trial.result import Status
 
 
@@ -98,6 +100,14 @@ def _test_accuracy(study: Study, bench: Workbench, row: Row | None) -> float:
     return _accuracy(model, bench.task.test, bench.task)
 
 
+def _write_pages(study: Study, observer: Observer) -> None:
+    """The report and the front's picture, in the study's folder; a disk that is full costs them alone."""
+    try:
+        write_report(View.of(study), study.importances(), study.folder)
+    except OSError as error:
+        observer.log(f"the report was not written ({error}); `ranksearch report {study.space.name}` tries again")
+
+
 def run_study(
     study: Study, bench: Workbench, runs: Path, observer: Observer, *, address: str | None, inline: bool
 ) -> Study:
@@ -133,6 +143,7 @@ def run_study(
         if bench.task.test is not None:
             study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)
         study.conclude()
+        _write_pages(study, observer)
     except BaseException:
         observer.stop()
         mirror.finish(complete=False)

@@ -15,7 +15,7 @@ from rich.table import Table
 from ranksearch.allocate.budget import cost_value, shown
 from ranksearch.allocate.curves import Curves, cost_curves
 from ranksearch.allocate.damage import MEASURES, Damage
-from ranksearch.cluster.findings import Finding
+from ranksearch.cluster.findings import ERROR, WARNING, Finding
 from ranksearch.compress import RankPlan, dense_cost
 from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.compress.stopwatch import Stopwatch
@@ -331,6 +331,15 @@ def print_findings(report: Mapping[str, Any], found: Sequence[Finding]) -> None:
         what = f"{finding.what}.\n{finding.mend}" if finding.mend else finding.what
         made.add_row(finding.level, finding.check, finding.where, escape(what))
     console.print(made, highlight=False)
+    print(ending(found))
+
+
+def ending(found: Sequence[Finding]) -> str:
+    """What `doctor` found in one sentence."""
+    errors, warnings = (sum(finding.level == level for finding in found) for level in (ERROR, WARNING))
+    if errors:
+        return f"Not ready: {errors} of {len(found)} checks would stop a search; each says how to mend it."
+    return f"Ready: a search can start{f', with {warnings} warnings above' if warnings else ''}."
 
 
 def _node_cells(node: Mapping[str, Any]) -> list[str]:

@@ -26,13 +26,21 @@ MADE_BY = {
 
 
 def describe_budgets(record: Mapping[str, Any]) -> str:
-    """The budgets of a front's record in words, such as `flops ≤ 50%, size ≤ 1MiB`."""
-    return ", ".join(f"{cost} ≤ {text}" for cost, text in record["budgets"].items()) or "no budget"
+    """The budgets of a front's record in words, such as `MACs ≤ 50%, size ≤ 1MiB`."""
+    words = []
+    for cost, text in record["budgets"].items():
+        compute = "FLOPs" if "flops" in shown_costs(record) else "MACs"
+        relative = cost in ("macs", "flops") and str(text).strip().endswith(
+            "%"
+        )  # one share of both: one word in a study
+        words.append(f"{compute if relative else COST_NAMES[cost]} ≤ {text}")
+    return ", ".join(words) or "no budget"
 
 
 def shown_costs(record: Mapping[str, Any]) -> list[str]:
     """The costs that a front's record is shown over: the objectives, else the first budget's, else MACs."""
-    objectives = [objective["name"] for objective in record["objectives"]]
+    given = record["objectives"]  # a preview's record has their names alone
+    objectives = [objective if isinstance(objective, str) else objective["name"] for objective in given]
     return [name for name in objectives if name != "accuracy"] or list(record["budgets"])[:1] or ["macs"]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -116,7 +117,8 @@ def test_mlflow_holds_the_same_numbers(studied):
         assert data.tags["plan"].split("; ") == lowered
         assert data.params["projection.period"] == str(row["params_searched"]["projection.period"])
     names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
-    assert {"front.json", "front.csv", "front_table.json", "front.png", "front.html", "report.html"} <= names
+    assert {"front.json", "front.csv", "front_table.json", "front.png", "report.html"} <= names
+    assert [name for name in names if name.endswith(".html")] == ["report.html"]
     given = Path(client.download_artifacts(parent.info.run_id, "space.given.yaml", str(folder))).read_text()
     assert "# --trials 3" in given
     assert "space.yaml" in names
@@ -161,7 +163,11 @@ def test_ui_serves_the_study_on_loopback(studied):
                 time.sleep(0.5)
         assert "digits_resnet8" in {e["name"] for e in found["experiments"]}
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 0
+    assert server.stdout.read().count("http") == 2  # the study's page and its trials, labelled
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0  # nobody serves any more
 
 
 def start_search(folder, space, name, *options):

@@ -275,7 +275,9 @@ def test_a_study_whose_first_trials_all_fail_ends_with_the_reason(make, bench, m
 
     monkeypatch.setattr("ranksearch.trial.attempt.run_trial", broken)
     study = make(trials=8)
-    with pytest.raises(StudyError, match=r"first 3 trials failed.*MemoryError: the plan was too large"):
+    with pytest.raises(
+        StudyError, match=r"first 3 trials failed or diverged. 3 of 3: MemoryError: the plan was too large"
+    ):
         runner.run_inline(study, bench, lambda row: None, print)
     assert study.finished == 3
 

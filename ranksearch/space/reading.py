@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
     ]
     where = ".".join(str(part) for part in path)
     if error["type"] == "extra_forbidden":
-        return f"{where}: there is no such key. {nearest(str(path[-1]), _fields_at(path))}"
+        return f"{where}: there is no such key. {_nearest_key(str(path[-1]), _fields_at(path))}"
     if error["type"] == "missing":
         return f"{where}: this key is missing."
     if error["type"] == "literal_error":
@@ -49,6 +49,21 @@ def _sentence(error: Mapping[str, Any]) -> str:
     given = "" if error["type"] == "value_error" else f" (got {error['input']!r})"
     where = where or "space"
     return f"{where}: {message[0].lower() + message[1:]}{given}"
+
+
+ALSO_CALLED = {
+    "learning_rate": "lr", "batch": "batch_size", "batchsize": "batch_size", "epochs": "steps", "iterations": "steps",
+    "n_trials": "trials", "max_trials": "trials", "wd": "weight_decay", "l2": "weight_decay", "dataset": "task", "network": "model",
+    "net": "model", "weights": "checkpoint", "flops": "budgets", "budget": "budgets", "objective": "objectives", "algorithm": "sampler",
+}  # fmt: skip
+"""What others call a key, that no likeness of letters leads to -> its name here."""
+
+
+def _nearest_key(name: str, valid: Iterable[str]) -> str:
+    """As `nearest`, knowing what others call a key."""
+    names = list(valid)
+    other = ALSO_CALLED.get(name.lower())
+    return nearest(name, names) if other not in names else f"Did you mean {other!r}? Valid: {', '.join(sorted(names))}."
 
 
 def parse_space(data: Any, source: str) -> Space:

@@ -17,6 +17,7 @@ from ranksearch.places.place import PlaceError
 from ranksearch.search.workbench import Workbench
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
+from ranksearch.study.verdict import commonest, mend
 from ranksearch.trial.attempt import attempt
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.metric import Metric
@@ -121,16 +122,16 @@ class Driver:
         counts = {status: n - self._before.get(status, 0) for status, n in self._study.counts.items()}
         total, failed = sum(counts.values()), sum(counts.get(status, 0) for status in UNSUCCESSFUL)
         allowed = self._study.space.search.max_failures
-        early = total >= min(GIVE_UP_AFTER, self._study.planned) and counts.get(Status.FAILED, 0) == total
+        early = total >= min(GIVE_UP_AFTER, self._study.planned) and failed == total
         if not early and not (total >= JUDGED_FROM and failed > allowed * total):
             return
-        last = [row.reason for row in self._study.rows if row.status in UNSUCCESSFUL][-1]
+        found = commonest([row.reason or row.status.value for row in self._study.rows if row.status in UNSUCCESSFUL])
         what = (
-            f"All of the first {total} trials failed"
+            f"All of the first {total} trials failed or diverged"
             if early
             else f"{failed} of {total} trials failed or diverged, more than search.max_failures={allowed:g} allows"
         )
-        raise StudyError(f"{what}. The last reason: {last}")
+        raise StudyError(f"{what}. {found['alike']} of {found['count']}: {found['reason']}. {mend(found['reason'])}")
 
 
 def run_inline(study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:

@@ -6,6 +6,7 @@ runs/NAME/study.json        dense net, versions, seed   runs/NAME/test.json    t
 runs/NAME/optuna.journal    Optuna's storage            runs/NAME/mlflow.json  which runs of which MLflow store mirror it
 runs/NAME/FILE.py           the file of a task of the user's own, as it was when the study was made
 runs/NAME/latency.json      times of its layers         runs/NAME/latencies.json  of the front's nets, measured at the end
+runs/NAME/report.html       figures and tables, at the end     runs/NAME/front.png      the front's picture
 runs/NAME/checkpoints/      states of running trials    runs/NAME/exports/     nets in the formats of other runtimes
 
 With `storage.results` workers write trials/ and checkpoints/ there, and finished nets are brought here; with `storage.optuna` a database

@@ -40,11 +40,11 @@ class Late:
     ) -> dict[str, float]:
         """Scores the dense net (`evaluate(None)`) and a front's nets, once each; returns all that is known."""
         known = self.test_accuracies()
-        for row in [None, *front]:
-            key = DENSE if row is None else str(row.trial)
+        keys = {DENSE if row is None else str(row.trial): row for row in [None, *front]}
+        for i, (key, row) in enumerate(keys.items(), start=1):
             if key not in known:
                 known[key] = evaluate(row)
                 net = "the dense net" if row is None else f"trial {key}"
-                log(f"test {metric.name} of {net}: {metric.text(known[key])}")
+                log(f"[{i}/{len(keys)}] test {metric.name} of {net}: {metric.text(known[key])}")
                 write_atomically(self._test, json.dumps(known, indent=2))
         return known

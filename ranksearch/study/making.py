@@ -23,6 +23,7 @@ from ranksearch.space.space import Space
 from ranksearch.study.folder import DENSE_WEIGHTS, INFO, SPACE, UNFINISHED, keep_task_file
 from ranksearch.study.front import directions_of
 from ranksearch.study.proposals import allocated, form_of
+from ranksearch.study.layer_costs import layer_records
 from ranksearch.study.provenance import provenance
 from ranksearch.study.storage import make_study
 from ranksearch.tasks import is_own
@@ -54,6 +55,7 @@ def begin(
         "samples": samples_of(bench.task), "seed": space.search.seed, "provenance": provenance(folder),
         "opened_with": dict(Counter(point.allocator for point in opening)), "layers": bench.layer_facts(),
         "prediction": dict(bench.prediction.scores) if bench.prediction is not None else None,
+        "layer_costs": layer_records(bench.net.layers, {}),
         "latency_key": Stopwatch(space.latency.as_setting()).key if space.has_latency else None,
     }  # fmt: skip
     study = make_study(space, folder, info, directions_of(space.search.objectives, metric))

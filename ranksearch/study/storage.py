@@ -6,6 +6,7 @@ environment variable, or the database's own client finds it (`PGPASSWORD`, `~/.p
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ranksearch.space.space import Space
 from ranksearch.study.folder import JOURNAL
 from ranksearch.study.journal import open_journal
 from ranksearch.trial.metric import Direction
+from ranksearch.words import COST_RATIOS
 
 
 def open_storage(where: str | None, folder: Path) -> BaseStorage:
@@ -69,14 +71,19 @@ def study_name(space: Space, info: dict[str, Any]) -> str:
 
 
 def make_study(space: Space, folder: Path, info: dict[str, Any], directions: list[Direction]) -> optuna.Study:
-    """A new study of Optuna's.
+    """A new study of Optuna's, its objectives named (`optuna-dashboard` shows the names).
 
     Raises:
         UsageError: the driver or the variable of `storage.optuna` is missing.
         StudyError: its database does not answer.
     """
     storage = open_storage(space.storage.optuna, folder)
-    return optuna.create_study(storage=storage, study_name=study_name(space, info), directions=directions)
+    made = optuna.create_study(storage=storage, study_name=study_name(space, info), directions=directions)
+    names = [info["metric"]["name"] if name == "accuracy" else COST_RATIOS[name] for name in space.search.objectives]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names of metrics are experimental
+        made.set_metric_names(names)
+    return made
 
 
 def open_study(space: Space, folder: Path, info: dict[str, Any]) -> optuna.Study:

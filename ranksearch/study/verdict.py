@@ -270,12 +270,12 @@ def _nothing(record: Record) -> str:
             "No net to ship: every net was measured to be slower than the dense one. `ranksearch latency` says which layers gain; "
             "allow other lowerings, or another runtime or batch (latency.runtime, latency.batch)."
         )
-    return f"No net to ship: none of {sum(counts.values())} trials was completed. {_mend(record)}"
+    return f"No net to ship: none of {sum(counts.values())} trials was completed. {mend((record.get('failures') or {}).get('reason'))}"
 
 
-def _mend(record: Record) -> str:
-    """What to change, by the commonest reason of the failures."""
-    reason = ((record.get("failures") or {}).get("reason") or "").lower()
+def mend(reason: str | None) -> str:
+    """What to change, by the commonest reason of failures."""
+    reason = (reason or "").lower()
     if any(word in reason for word in ("nan", "finite", "diverged", "loss is", "inf")):
         return "They diverged: lower the learning rate (`--set recipe.lr=…`)."
     if "memory" in reason:

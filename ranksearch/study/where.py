@@ -12,7 +12,7 @@ from ranksearch.study.verdict import SCHEMA
 SPACE, GIVEN, INFO, JOURNAL = "space.yaml", "space.given.yaml", "study.json", "optuna.journal"
 FRONT, TEST = "front.json", "test.json"
 DENSE_WEIGHTS, CHECKPOINTS, TRIALS = "dense.safetensors", "checkpoints", "trials"
-REPORT = "report.html"
+REPORT, FRONT_PNG = "report.html", "front.png"
 CURVES, PREVIEW, EXPORTS = "curves.safetensors", "preview", "exports"
 LATENCY, MEASURED = "latency.json", "latencies.json"
 LOCK, UNFINISHED = ".lock", ".unfinished"

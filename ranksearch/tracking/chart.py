@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 BLACK, GREY = "#000000", "#999999"
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, "#8C6D00", "#F0E442")
+LOWERING_COLOURS = {
+    "dense": "#E5E5E5", "im2col": BLUE, "channel": ORANGE, "spatial": GREEN, "tucker2": PINK, "svd": YELLOW, "cp": SKY,
+}  # fmt: skip
+"""Lowering -> colour, the same in every figure; others take what is left of the palette."""
 LABELLED = 25
 """Points of a series up to which each is labelled."""
 ANNOTATED = 45
@@ -53,6 +57,8 @@ class Plot:
     series: Sequence[Series]
     limits: Sequence[Limit] = ()
     y_range: tuple[float, float] | None = None
+    counted: bool = False
+    """Whether x counts something, so that only whole numbers are marked."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ def save_html(charts: Sequence[Chart], path: Path, *, title: str) -> None:
 
 def fragment(chart: Chart, *, script: bool) -> str:
     """A chart as a part of a page; the first of a page brings the script along."""
-    return _figure(chart).to_html(full_html=False, include_plotlyjs=script, config={"displaylogo": False})
+    return _figure(chart).to_html(
+        full_html=False, include_plotlyjs=script, config={"displayModeBar": False, "responsive": True}
+    )
 
 
 def _figure(chart: Chart) -> Any:
@@ -38,7 +40,11 @@ def _figure(chart: Chart) -> Any:
 
     figure = go.Figure()
     {Plot: _plot, HeatMap: _heat_map, Bars: _bars}[type(chart)](figure, chart)  # type: ignore[operator]
-    figure.update_layout(title=chart.title, template="plotly_white", margin={"t": 60, "b": 60})
+    figure.update_layout(
+        title={"text": chart.title, "font": {"size": 14}},
+        template="plotly_white",
+        margin={"t": 60, "b": 60, "l": 60, "r": 20},
+    )
     return figure
 
 
@@ -51,7 +57,11 @@ def _plot(figure: Any, chart: Plot) -> None:
     figure.update_yaxes(title_text=chart.y)
     if chart.y_range is not None:
         figure.update_yaxes(range=chart.y_range)
-    figure.update_layout(height=480)
+    figure.update_layout(height=520, legend={"orientation": "h", "y": -0.16, "yanchor": "top", "x": 0})
+    if chart.counted:
+        figure.update_xaxes(
+            tickformat="d", dtick=max(1, round(max((x for s in chart.series for x in s.x), default=1) / 10))
+        )
 
 
 def _draw_series(figure: Any, series: Series) -> None:
@@ -63,7 +73,7 @@ def _draw_series(figure: Any, series: Series) -> None:
         line=line, opacity=0.5 if series.faint else 1.0,
         marker={"symbol": MARKERS.get(series.marker), "color": series.colour, "size": 13 if series.marker == "star" else 9},
         text=list(series.labels) if labelled else None, textposition="bottom right", textfont={"size": 10},
-        hovertext=list(series.hover) or None, hoverinfo="text+x+y" if series.hover else "x+y+name",
+        hovertext=list(series.hover) or None, hoverinfo="text" if series.hover else "x+y+name",
     )  # fmt: skip
 
 

@@ -55,6 +55,8 @@ def _plot(figure: Any, axes: Any, chart: Plot) -> None:
     if chart.y_range is not None:
         axes.set_ylim(*chart.y_range)
     axes.grid(alpha=0.25)
+    if chart.counted:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if any(series.name for series in chart.series) or chart.limits:
         axes.legend(fontsize=8)
 

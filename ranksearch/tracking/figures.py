@@ -12,6 +12,7 @@ from ranksearch.tracking.chart import (
     BLACK,
     BLUE,
     GREY,
+    LOWERING_COLOURS,
     ORANGE,
     PALETTE,
     Bars,
@@ -57,26 +58,30 @@ def front_chart(view: View, cost: str) -> Plot:
     front = sorted((r for r in rows if r["trial"] in view.on_front), key=lambda r: cost_percent(r, cost) or 0.0)
     others = [row for row in rows if row["trial"] not in view.on_front]
     several = len(view.costs) > 1  # the nondominated of three objectives are no stairs in two of them
-    series = [
-        _points(view, cost, others, "other trials", GREY, "circle", faint=True),
+    main = [
         _points(
-            view, cost, front, "front", BLUE, "diamond", line="" if several else "steps", labels=[f"t{r['trial']}" for r in front]
+            view, cost, front, "front, validation", BLUE, "diamond", line="" if several else "steps",
+            labels=[f"t{r['trial']}" for r in front],
         ),
-        Series("dense net", [100.0], [view.dense["val_accuracy"]], BLACK, "star", hover=[_dense_hover(view)]),
+        Series("dense net, validation", [100.0], [view.dense["val_accuracy"]], BLACK, "star", hover=[_dense_hover(view)]),
     ]  # fmt: skip
     tested = [row for row in front if row["test_accuracy"] is not None]
     if tested:
         x = [cost_percent(row, cost) or 0.0 for row in tested]
         hover = [_hover(view, row) for row in tested]
-        series.insert(
-            2, Series("front, test set", x, [r["test_accuracy"] for r in tested], ORANGE, "cross", hover=hover)
-        )
+        main.append(Series("front, test", x, [r["test_accuracy"] for r in tested], ORANGE, "cross", hover=hover))
+    if (test := view.dense["test_accuracy"]) is not None:
+        main.append(Series("dense net, test", [100.0], [test], ORANGE, "star", hover=[_dense_hover(view)]))
+    y_range = _range_around(main, [row["val_accuracy"] for row in others])
+    below = sum(row["val_accuracy"] < y_range[0] for row in others) if y_range else 0
+    rest = f"other trials ({below} below)" if below else "other trials"
+    series = [_points(view, cost, others, rest, GREY, "circle", faint=True), *main]
     limit = view.budget_ratio(cost)
     name = COST_NAMES[cost]
     return Plot(
-        f"{view.name}: front of {len(view.trials)} trials", f"{name} (% of dense)", f"{view.metric.heading}, validation unless said",
+        f"{view.name}: front of {len(view.trials)} trials", f"{name} (% of dense)", view.metric.heading,
         [s for s in series if len(s.x)], limits=[] if limit is None else [Limit(100 * limit, f"budget {describe_budgets(view.front)}")],
-        y_range=_range_around(series[1:], series[0]),
+        y_range=y_range,
     )  # fmt: skip
 
 
@@ -88,12 +93,12 @@ def _points(
     return Series(name, x, y, colour, marker, line, [_hover(view, row) for row in rows], labels, faint)
 
 
-def _range_around(main: Sequence[Series], rest: Series) -> tuple[float, float] | None:
+def _range_around(main: Sequence[Series], rest: Sequence[float]) -> tuple[float, float] | None:
     """Where trials lie far below the front: the range that shows the front well; else None, which shows everything."""
     values = [y for series in main for y in series.y]
     low, high = min(values), max(values)
     bottom = low - ROOM_BELOW * max(high - low, 1.0)
-    if not rest.y or min(rest.y) >= bottom:
+    if not rest or min(rest) >= bottom:
         return None
     return bottom, high + 0.08 * (high - bottom)
 
@@ -129,7 +134,7 @@ def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
             "hypervolume",
             Plot(
                 f"{view.name}: hypervolume of the front", "finished trials", f"hypervolume in ({axes}), as shares",
-                [Series("hypervolume", [n for n, _ in entries], worth, BLUE, "circle", "steps")],
+                [Series("hypervolume", [n for n, _ in entries], worth, BLUE, "circle", "steps")], counted=True,
             ),
         )  # fmt: skip
     own = [(n, row) for n, (row, _) in entries if row.complete]
@@ -148,7 +153,7 @@ def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
         "best_accuracy",
         Plot(
             f"{view.name}: best within {describe_budgets(view.front)}", "finished trials", f"validation {view.metric.heading}", series,
-            y_range=_range_around(series[1:], each),
+            y_range=_range_around(series[1:], each.y), counted=True,
         ),
     )  # fmt: skip
 
@@ -217,7 +222,10 @@ def lowering_chart(view: View) -> HeatMap:
     rows, layers = view.front_rows, [layer["name"] for layer in view.info["layers"]]
     chosen = [[row["plan"]["layers"].get(n, {"lowering": "dense"})["lowering"] for row in rows] for n in layers]
     used = sorted({lowering for row in chosen for lowering in row} - {"dense"})
-    colours = {"dense": "#E5E5E5"} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(used)}
+    spare = [colour for colour in PALETTE if colour not in LOWERING_COLOURS.values()]
+    strange = [name for name in used if name not in LOWERING_COLOURS]
+    taken = LOWERING_COLOURS | {name: spare[i % len(spare)] for i, name in enumerate(strange)}
+    colours = {name: taken[name] for name in ("dense", *used)}
     columns = _columns(view, rows)
     return HeatMap(
         f"{view.name}: lowering chosen per layer along the front", _along_the_front(view), layers, columns, chosen,

@@ -11,6 +11,7 @@ from ranksearch.compress import load_net
 from ranksearch.errors import StudyError
 from ranksearch.study.folder import trial_folder
 from ranksearch.study.row import Row
+from ranksearch.study.verdict import verdict_of
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.runs import (
     KIND_TAG,
@@ -53,7 +54,11 @@ def log_front_nets(
     if tracking.models and tracking.register and best is not None and best["trial"] in models:
         from ranksearch.tracking.models import register  # seconds of imports
 
-        description = f"Trial {best['trial']} of {view.name}: {run_name(best, view.costs[0], view.metric)}"
+        verdict = verdict_of(view.front)
+        description = (
+            f"Trial {best['trial']} of {view.name} ({run_name(best, view.costs[0], view.metric)}). {verdict.ship}\n\n"
+            f'`mlflow.pytorch.load_model("models:/{view.name}@champion")`, or `{verdict.export}`.'
+        )
         register(client, view.name, models[best["trial"]], runs[best["trial"]], description=description)
 
 

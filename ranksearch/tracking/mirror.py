@@ -17,14 +17,13 @@ import sqlalchemy.exc
 
 from ranksearch.places.files import write_atomically
 from ranksearch.places.urls import DRIVER_HINT
-from ranksearch.study.folder import GIVEN, SPACE
+from ranksearch.study.folder import FRONT, GIVEN, REPORT, SPACE
 from ranksearch.study.row import Row
-from ranksearch.tracking.draw_html import save_html
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.figures import study_charts
 from ranksearch.tracking.front_nets import FIGURES, log_front_nets
-from ranksearch.tracking.note import front_csv, front_table, note
-from ranksearch.tracking.report import report_html
+from ranksearch.tracking.note import experiment_note, front_csv, front_table, note, trial_note
+from ranksearch.tracking.report import write_report
 from ranksearch.tracking.runs import (
     ENDED,
     MODEL_TAG,
@@ -33,7 +32,7 @@ from ranksearch.tracking.runs import (
     TRIAL_TAG,
     Step,
     created,
-    dense_metrics,
+    dense_tags,
     run_name,
     study_params,
     study_tags,
@@ -123,7 +122,8 @@ class Mirror:
             experiment = self.client.create_experiment(name, artifact_location=artifacts)
             # the UI's pages for model training, not GenAI's
             self.client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")
-        for tag, value in trials_view(view.costs, view.metric).items():
+        described = {"mlflow.note.content": experiment_note(view)}
+        for tag, value in (trials_view(view.costs, view.metric) | described).items():
             self.client.set_experiment_tag(experiment, tag, value)
         return self.client.create_run(experiment, run_name=self._space.name, tags=study_tags(self._info, self._space))
 
@@ -133,8 +133,8 @@ class Mirror:
         known = parent.data.params  # they cannot be changed
         params = {name: value for name, value in study_params(self._space).items() if name not in known}
         self._batch(
-            self.parent_id, at=created(self._info), params=params, metrics=[(0, dense_metrics(view))],
-            tags={"planned_trials": str(self._space.search.trials)},
+            self.parent_id, at=created(self._info), params=params,
+            tags={"planned_trials": str(self._space.search.trials)} | dense_tags(view),
         )  # fmt: skip
         for file in (SPACE, GIVEN):
             if (self._folder / file).is_file():
@@ -193,6 +193,7 @@ class Mirror:
         number, cost, ended = row["trial"], shown_costs(self._space)[0], row["ended"] or time.time()
         if number not in self._runs:
             tags = trial_tags(row, self._info, self._space, on_front=on_front) | {PARENT_TAG: self.parent_id}
+            tags["mlflow.note.content"] = trial_note(row, self._folder, self._info, self._metric)
             started = int(1000 * (ended - (row["seconds"] or 0.0)))
             run = self.client.create_run(self.experiment_id, started, tags, run_name(row, cost, self._metric))
             self._runs[number] = run.info.run_id
@@ -236,13 +237,12 @@ class Mirror:
                 folder = Path(scratch) / ("" if name == "front" else FIGURES)  # the front lies beside its table
                 folder.mkdir(exist_ok=True)
                 save_png([chart], folder / f"{name}.png")
-                save_html([chart], folder / f"{name}.html", title=chart.title)
             self.client.log_artifacts(parent, scratch)
         registered = self._space.tracking.models and self._space.tracking.register
         self._batch(
             parent, at=time.time(),
             tags={
-                "mlflow.note.content": note(view, complete=complete, registered=registered and complete),
+                "mlflow.note.content": note(view, registered=registered and complete, run_id=parent),
                 "mlflow.loggedArtifacts": json.dumps([{"path": "front_table.json", "type": "table"}]),
             },
         )  # fmt: skip
@@ -258,12 +258,16 @@ class Mirror:
             if row["test_accuracy"] is not None:
                 score = {"test_accuracy": row["test_accuracy"]}
                 self._batch(self._runs[row["trial"]], metrics=[(0, score)], at=row["ended"] or 0.0)
-        self._batch(self.parent_id, metrics=[(0, dense_metrics(view))], at=created(self._info))
+        self._batch(self.parent_id, tags=dense_tags(view), at=created(self._info))
         self.show(view, importances, complete=complete)
         if complete:
-            self.client.log_text(self.parent_id, report_html(view, importances), "report.html")
+            page, front = self._folder / REPORT, self._folder / FRONT
+            if not page.is_file() or page.stat().st_mtime < front.stat().st_mtime:  # else it was written just now
+                write_report(view, importances, self._folder)
+            self.client.log_artifact(self.parent_id, str(page))
             log_front_nets(self.client, self.experiment_id, self._runs, self._models, view, log)
-        self.client.set_terminated(self.parent_id, "FINISHED" if complete else "KILLED")
+        ended = "FAILED" if view.trials and not view.complete else "FINISHED" if complete else "KILLED"
+        self.client.set_terminated(self.parent_id, ended)
 
     def _catch_up(self, view: View) -> None:
         """Progress after trials that were logged late."""

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from ranksearch.study.layer_costs import layer_costs
+from ranksearch.study.row import Row
+from ranksearch.study.verdict import verdict_of
 from ranksearch.tasks import model_reference
+from ranksearch.tracking.runs import TAG_LENGTH
 from ranksearch.tracking.view import View, cost_percent
-from ranksearch.trial.metric import metric_text
-from ranksearch.words import COST_NAMES, describe_budgets
+from ranksearch.trial.metric import Metric, metric_text
+from ranksearch.words import COST_NAMES, COST_RATIOS, MADE_BY, describe_budgets
 
 COLUMNS = (
     "trial", "val_accuracy", "test_accuracy", "macs", "macs_ratio", "params", "params_ratio", "size_bytes", "size_ratio", "latency_ms",
     "latency_ratio", "allocator", "epochs", "seed",
 )  # fmt: skip
-SHOWN = 40
+SHOWN = 30
 """Nets of a front that the description lists: a store takes 5,000 characters."""
 
 
@@ -33,40 +39,77 @@ def front_table(front: dict[str, Any]) -> dict[str, Any]:
     return {"columns": list(COLUMNS), "data": [[row[name] for name in COLUMNS] for row in front["trials"]]}
 
 
-def note(view: View, *, complete: bool, registered: bool) -> str:
-    """What was searched, the dense baseline, the front, how to get at its nets: Markdown."""
-    front, search = view.front, view.space.search
-    state = f"{len(view.trials)} trials" if complete else f"{len(view.trials)} of {search.trials} trials so far"
-    dense, metric, net = view.dense, view.metric, model_reference(view.space.task, view.space.model)
-    costs = [cost for cost in dict.fromkeys([*view.costs, "macs", "params"]) if cost != "flops"]
-    heads = " | ".join(f"{COST_NAMES[cost]} % of dense" for cost in costs)
-    lines = [
-        f"**{view.name}**: low-rank forms of {net} for {' and '.join(search.objectives)} within "
-        f"{describe_budgets(front)}; {state}, {search.parametrization} parametrization, sampler {search.sampler}"
-        + (f", hypervolume {front['hypervolume']:.4f}." if len(search.objectives) > 1 else "."),
-        "",
-        f"Dense net: validation {metric.text(dense['val_accuracy'])}, test {metric.text(dense['test_accuracy'])}, "
-        f"{dense['macs']:,} MACs, {dense['params']:,} parameters, {dense['size_bytes'] / 1024:,.0f} KiB.",
+def experiment_note(view: View) -> str:
+    """One sentence on what an experiment holds."""
+    search, net = view.space.search, model_reference(view.space.task, view.space.model)
+    wanted = " and ".join(view.metric.name if name == "accuracy" else COST_NAMES[name] for name in search.objectives)
+    return f"Low-rank forms of {net} for {wanted} within {describe_budgets(view.front)}: a run per study, its trials beneath it."
+
+
+def note(view: View, *, registered: bool, run_id: str | None = None) -> str:
+    """Which net to ship, the front, how to get at its nets: Markdown. The verdict is first, above what the UI folds away.
+
+    Args:
+        run_id: of the study's run, beneath which `front.png` lies; None shows no picture.
+    """
+    front, dense, metric, verdict = view.front, view.dense, view.metric, verdict_of(view.front)
+    costs = view.table_costs[:-1]
+    lines = [f"**{verdict.ship}**", ""]
+    if verdict.export:
+        lines += [f"`{verdict.export}`", ""]
+    lines += [f"- {heading}: {text}" for heading, text in verdict.sentences().items()]
+    if not front["trials"]:
+        return "\n".join(lines)
+    if run_id is not None:
+        lines += ["", f"![the front](get-artifact?path=front.png&run_uuid={run_id})"]
+    heads = " | ".join(f"{COST_NAMES[cost]} %" for cost in costs)
+    lines += [
         "",
         f"| trial | validation {metric.column} | test {metric.column} | {heads} | plan made by |",
         "|---" * (4 + len(costs)) + "|",
     ]
     for row in front["trials"][:SHOWN]:
-        cells = [metric_text(metric.to_dict(), row[name]) for name in ("val_accuracy", "test_accuracy")]
-        cells += [f"{percent:.1f}" if (percent := cost_percent(row, cost)) is not None else "–" for cost in costs]
-        lines.append(f"| {row['trial']} | {' | '.join(cells)} | {row['allocator']} |")
-    if more := len(front["trials"]) - SHOWN:
-        lines += [f"| … | {more} more in front.csv |"] if more > 0 else []
+        lines.append(f"| {row['trial']} | {' | '.join(_cells(row, costs, metric))} | {row['allocator']} |")
+    if (more := len(front["trials"]) - SHOWN) > 0:
+        lines += [f"| … | {more} more in front.csv |"]
+    lines += [f"| dense | {' | '.join(_cells(dense | dict.fromkeys(COST_RATIOS.values(), 1.0), costs, metric))} | |"]
     return "\n".join([*lines, "", *_hints(view, registered=registered)])
+
+
+def _cells(row: Mapping[str, Any], costs: Sequence[str], metric: Metric) -> list[str]:
+    cells = [metric_text(metric.to_dict(), row[name]) for name in ("val_accuracy", "test_accuracy")]
+    return cells + [f"{percent:.1f}" if (percent := cost_percent(row, cost)) is not None else "–" for cost in costs]
+
+
+def trial_note(row: Row, folder: Path, info: Mapping[str, Any], metric: Metric) -> str:
+    """What became of a trial, how to load its net, and every layer that is lowered: Markdown, cut to what a store takes."""
+    load = f'`ranksearch.load("{folder.parent.name}/{folder.name}/trials/{row["trial"]:03d}")`'
+    if row["status"] != "complete":
+        return f"**{row['status']}**: {row['reason'] or 'no reason was given'}"[:TAG_LENGTH]
+    lines = [
+        f"**validation {metric.text(row['val_accuracy'])}** with {100 * row['macs_ratio']:.0f} % of the MACs and "
+        f"{100 * row['params_ratio']:.0f} % of the parameters; its plan: {MADE_BY.get(row['allocator'], row['allocator'])}.", "",
+        f"To load it: {load}.",
+    ]  # fmt: skip
+    if info.get("layer_costs"):
+        lines += ["", "| layer | becomes | MACs | dense MACs |", "|---|---|---|---|"]
+        for layer in layer_costs(info["layer_costs"], row["plan"]):
+            lines.append(f"| {layer.name} | {layer.becomes} | {layer.kept_macs:,} | {layer.macs:,} |")
+    text = ""
+    for line in lines:
+        if len(text) + len(line) > TAG_LENGTH - 60:
+            return f"{text}| … | all of them in plan.json | | |"
+        text += f"{line}\n"
+    return text.rstrip()
 
 
 def _hints(view: View, *, registered: bool) -> list[str]:
     """How to get at the nets."""
     best = view.champion
     if best is None:
-        return ["No trial was completed."]
+        return []
     hints = [
-        "Figures are among the artifacts: `front.html`, more in `figures/`, all of them on one page in `report.html`. Trials of the front: "
+        "Figures are among the artifacts: all of them, to point at, on one page in `report.html`. Trials of the front: "
         "filter `tags.on_front = 'true'`.",
         "",
         "To use a net:",

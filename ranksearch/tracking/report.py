@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from ranksearch import __version__
-from ranksearch.compress import RankPlan
+from ranksearch.places.files import write_atomically
+from ranksearch.study.layer_costs import LayerCost, layer_costs
 from ranksearch.study.row import Row
+from ranksearch.study.verdict import verdict_of
+from ranksearch.study.where import FRONT_PNG, REPORT
+from ranksearch.tasks import model_reference
 from ranksearch.tracking.draw_html import fragment
-from ranksearch.tracking.figures import study_charts
+from ranksearch.tracking.draw_png import save_png
+from ranksearch.tracking.figures import front_chart, study_charts
+from ranksearch.tracking.learnt import learnt
 from ranksearch.tracking.runs import plan_line
 from ranksearch.tracking.trial_figures import trial_charts
 from ranksearch.tracking.view import View, cost_percent
-from ranksearch.trial.metric import PERCENT, metric_text
-from ranksearch.words import COST_NAMES, describe_budgets
+from ranksearch.trial.metric import metric_text
+from ranksearch.words import COST_NAMES, MADE_BY, describe_budgets, mix_of
 
+LAYER_FIGURES = ("kept_rank", "lowerings")
 DRAWN_TRIALS = 30
 """Nets of the front whose training is drawn; a page with more is slow to open."""
 
@@ -28,8 +36,8 @@ def report_html(view: View, importances: Mapping[str, Mapping[str, float]]) -> s
     from jinja2 import Environment, select_autoescape
 
     charts = study_charts(view, importances)
-    drawn = [fragment(chart, script=i == 0) for i, chart in enumerate(charts.values())]
-    shown = view.front_rows[::-1]
+    figures = _in_their_places({name: fragment(chart, script=i == 0) for i, (name, chart) in enumerate(charts.items())})
+    shown, verdict = view.front_rows[::-1], verdict_of(view.front)
     trials = [
         {"row": row, "figures": [fragment(chart, script=False) for chart in trial_charts(row, view.metric).values()]}
         for row in shown[:DRAWN_TRIALS]
@@ -41,16 +49,47 @@ def report_html(view: View, importances: Mapping[str, Mapping[str, float]]) -> s
         "number": _number,
         "percent": _percent,
         "line": plan_line,
-        "mix": _mix,
+        "mix": mix_of,
         "first_line": _first_line,
     }
     template = page.from_string(files(__package__).joinpath("report.html.j2").read_text())
-    costs = [cost for cost in dict.fromkeys([*view.costs, "macs", "params", "size"]) if cost != "flops"]
+    layers = _layers(view, verdict.trial)
     return template.render(
-        view=view, figures=drawn, trials=trials, costs=[(cost, COST_NAMES[cost]) for cost in costs], shown=shown, drawn_trials=DRAWN_TRIALS,
-        budgets=describe_budgets(view.front), version=__version__, written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        saved=_saved(view),
+        view=view, verdict=verdict, net=model_reference(view.space.task, view.space.model), figures=figures, trials=trials, shown=shown,
+        costs=[(cost, COST_NAMES[cost]) for cost in view.table_costs], drawn_trials=DRAWN_TRIALS, budgets=describe_budgets(view.front),
+        objectives=[view.metric.name if name == "accuracy" else COST_NAMES[name] for name in view.objectives],
+        counts=", ".join(f"{count} {status}" for status, count in view.front["counts"].items()) or "none done",
+        timed=any(row["latency_ms"] is not None for row in shown), layers=layers, most=max((layer.macs for layer in layers), default=1),
+        layers_timed=any(layer.dense_ms is not None for layer in layers), makers=_makers(shown), learnt=learnt(view, importances),
+        version=__version__, written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
+
+
+def write_report(view: View, importances: Mapping[str, Mapping[str, float]], folder: Path) -> None:
+    """Writes `report.html` and `front.png` into a folder."""
+    write_atomically(folder / REPORT, report_html(view, importances))
+    if view.complete:
+        save_png([front_chart(view, view.costs[0])], folder / FRONT_PNG)
+
+
+def _in_their_places(drawn: Mapping[str, str]) -> dict[str, list[str]]:
+    """The figures by the section that they stand in; empty where there are none."""
+    places: dict[str, list[str]] = {"front": [], "layers": [], "learnt": []} if drawn else {}
+    for name, figure in drawn.items():
+        places["front" if name.startswith("front") else "layers" if name in LAYER_FIGURES else "learnt"].append(figure)
+    return places
+
+
+def _layers(view: View, trial: int | None) -> list[LayerCost]:
+    """Every layer under the plan of a trial; none of a study that was made before these were kept."""
+    row = next((row for row in view.trials if row["trial"] == trial), None)
+    records = view.info.get("layer_costs")
+    return layer_costs(records, row["plan"]) if row is not None and records else []
+
+
+def _makers(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    names = dict.fromkeys(row["allocator"] for row in rows)
+    return [(name, MADE_BY[name]) for name in names if name in MADE_BY]
 
 
 def _number(value: float | None, form: str = ".2f") -> str:
@@ -61,18 +100,5 @@ def _percent(row: Mapping[str, Any], cost: str) -> str:
     return _number(cost_percent(row, cost), ".1f")
 
 
-def _mix(plan: Mapping[str, Any]) -> str:
-    return RankPlan.from_dict(plan).summary()
-
-
 def _first_line(text: str | None) -> str:
     return text.splitlines()[0] if text else ""
-
-
-def _saved(view: View) -> Row | None:
-    """The net of the front with the fewest MACs among those at most one point below the dense net; None where points mean nothing."""
-    if view.metric.unit != PERCENT:
-        return None
-    least = view.metric.share(view.metric.dense) - 0.01
-    near = [row for row in view.front_rows if row["share"] >= least]
-    return min(near, key=lambda row: row["macs"], default=None)

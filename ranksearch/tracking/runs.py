@@ -12,10 +12,11 @@ from ranksearch.lowering.contract import sides
 from ranksearch.space.settings import Choices, Range, Strict
 from ranksearch.space.space import Space
 from ranksearch.study.row import Row
+from ranksearch.tracking.store import TRIALS_VIEW
 from ranksearch.tracking.view import View, cost_percent
-from ranksearch.trial.metric import Metric
+from ranksearch.trial.metric import PERCENT, Metric
 from ranksearch.trial.result import Status
-from ranksearch.words import COST_RATIOS
+from ranksearch.words import COST_NAMES, COST_RATIOS
 
 PARENT_TAG = "mlflow.parentRunId"
 KIND_TAG, STUDY_TAG, TRIAL_TAG, MODEL_TAG = (
@@ -33,8 +34,8 @@ FINAL = (
     "epochs", "images_per_second", "projection_share", "seconds",
 )  # fmt: skip
 
-TRIALS_VIEW = "ranksearch"
-"""The name of the view below, as a link has it."""
+PERCENTS = {ratio.replace("_ratio", "_percent"): ratio for ratio in dict.fromkeys(COST_RATIOS.values())}
+"""Metrics beside the exact ratios, in percent with one decimal, as a table is read."""
 
 Step = tuple[int, dict[str, float]]
 
@@ -43,13 +44,14 @@ Step = tuple[int, dict[str, float]]
 
 
 def run_name(row: Row, cost: str, metric: Metric) -> str:
-    """A child run's readable name, such as `t017 macs 48% acc 91.2`."""
+    """A child run's readable name, such as `t017 91.2% @48% MACs`: it sorts, and what matters survives a narrow column."""
     if not row.complete:
         return f"t{row['trial']:03d} {row['status']}"
     percent = cost_percent(row, cost)
     value = row["val_accuracy"]
-    scored = f"acc {value:.1f}" if metric.name == "accuracy" else f"{metric.name} {metric.text(value)}"
-    return f"t{row['trial']:03d} {cost} {percent:.0f}% {scored}"
+    scored = f"{value:.1f}%" if metric.unit == PERCENT else metric.text(value)
+    scored = scored if metric.name == "accuracy" else f"{metric.name} {scored}"
+    return f"t{row['trial']:03d} {scored} @{percent:.0f}% {COST_NAMES[cost]}"
 
 
 def plan_line(plan: Mapping[str, Any]) -> str:
@@ -87,7 +89,7 @@ def trial_metrics(row: Row) -> Iterator[Step]:
     for entry in row["losses"]:
         yield entry["step"], {"train_loss": entry["train_loss"]}
     for entry in row["history"]:
-        yield entry["step"], {f"{entry['phase']}_{name}": entry[name] for name in ("val_accuracy", "val_loss")}
+        yield entry["step"], {f"phases/{name}": entry[name] for name in ("val_accuracy", "val_loss")}
     for record in row["projections"]:
         yield record["step"], _projection(record)
 
@@ -95,7 +97,10 @@ def trial_metrics(row: Row) -> Iterator[Step]:
 def final_metrics(row: Row) -> dict[str, float]:
     """A trial's results; what a diverged or stopped one had before its end stands under its phases alone."""
     names = ("val_accuracy", "val_loss", *FINAL) if row.complete else FINAL
-    return {name: float(row[name]) for name in names if row.get(name) is not None}
+    found = {name: float(row[name]) for name in names if row.get(name) is not None}
+    return found | {
+        percent: round(100 * row[ratio], 1) for percent, ratio in PERCENTS.items() if row.get(ratio) is not None
+    }
 
 
 def _projection(record: Mapping[str, Any]) -> dict[str, float]:
@@ -172,9 +177,9 @@ def _settings(group: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def trials_view(costs: Sequence[str], metric: Metric) -> dict[str, str]:
     """The experiment's tag that makes a link open the table of trials with these columns: MLflow's own way to share a view."""
-    metrics = ["val_accuracy", "test_accuracy", *(COST_RATIOS[cost] for cost in costs), "params_ratio", "seconds"]
-    columns = [f"metrics.`{name}`" for name in dict.fromkeys(metrics)]
-    columns += ["tags.`status`", "tags.`on_front`", "tags.`lowerings`", "params.`allocator`"]
+    shown = [COST_RATIOS[cost].replace("_ratio", "_percent") for cost in costs]
+    columns = [f"metrics.`{name}`" for name in dict.fromkeys(["val_accuracy", "test_accuracy", *shown])]
+    columns += ["tags.`status`", "tags.`on_front`", "params.`allocator`"]
     view = {
         "searchFilter": f"tags.`{KIND_TAG}` = 'trial'", "orderByKey": "metrics.`val_accuracy`",
         "orderByAsc": metric.direction == "minimize", "selectedColumns": columns,
@@ -182,8 +187,9 @@ def trials_view(costs: Sequence[str], metric: Metric) -> dict[str, str]:
     return {f"mlflow.sharedViewState.{TRIALS_VIEW}": json.dumps(view)}
 
 
-def dense_metrics(view: View) -> dict[str, float]:
-    return {f"dense_{name}": float(value) for name, value in view.dense.items() if value is not None}
+def dense_tags(view: View) -> dict[str, str]:
+    """The dense net's metric and costs: as tags, since charts of single points would crowd out the others."""
+    return {f"dense_{name}": f"{value:.10g}" for name, value in view.dense.items() if value is not None}
 
 
 def created(info: Mapping[str, Any]) -> float:

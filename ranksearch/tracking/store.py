@@ -9,6 +9,8 @@ from ranksearch.errors import UsageError
 from ranksearch.places.urls import FROM_ENVIRONMENT, from_environment, without_password
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
+TRIALS_VIEW = "ranksearch"
+"""The name of the view of an experiment's trials, as a link has it."""
 VARIABLE = "MLFLOW_TRACKING_URI"
 NOTED = "mlflow.json"
 """In a study's folder: which store, experiment and run mirror it."""

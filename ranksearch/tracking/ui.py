@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
-from ranksearch.errors import StudyError, UsageError, nearest
+from ranksearch.errors import StudyError, Terminated, UsageError, nearest
 from ranksearch.places.urls import FROM_ENVIRONMENT, from_environment
-from ranksearch.study.folder import INFO
-from ranksearch.tracking.runs import TRIALS_VIEW
+from ranksearch.study.where import INFO
 from ranksearch.tracking.store import (
     DATABASE,
     NOTED,
+    TRIALS_VIEW,
     VARIABLE,
     artifact_root,
     is_server,
@@ -32,6 +37,7 @@ from ranksearch.tracking.store import (
 HOST, SQLITE = "127.0.0.1", "sqlite:///"
 WORKFLOW = "workflowType=machine_learning"
 """Without it the UI shows what is for language models."""
+END_SECONDS = 5.0
 PATIENCE_SECONDS = 180.0
 """How long a server may take to answer: half a minute on a busy machine, more where a database's schema is upgraded."""
 
@@ -101,7 +107,10 @@ def _noted(folder: Path) -> dict[str, str]:
     if not known:
         return known
     uri = known["uri"] = noted_uri(known["uri"])
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file() and (folder.parent / DATABASE).is_file():
+    beside, noted = folder.parent / DATABASE, Path(uri.removeprefix(SQLITE))
+    # a copy of a folder of studies opens the copy's store, not the original's, which may be there still
+    own = noted.name == DATABASE and noted.parent.name == folder.parent.name
+    if uri.startswith(SQLITE) and beside.is_file() and (own or not noted.is_file()):
         known["uri"] = store_uri(folder.parent, None)
     return known
 
@@ -134,25 +143,68 @@ def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
         command += ["--default-artifact-root", root]
     address = f"http://{HOST}:{port}"
     # in the environment: who lists the machine's processes reads their command lines, and the URI may hold a password
-    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": opened.uri}
-    server = subprocess.Popen([*command, "--workers", "1"], stdout=sys.stderr, env=environment)
-    try:
-        _wait_until_it_answers(server, address)
-        say(f"MLflow UI: {address} (Ctrl-C ends it)")
-        say_pages(opened, address, say)
-        code = server.wait()
-    except KeyboardInterrupt:
-        server.terminate()
-        server.wait()
+    # the job executor, a queue for judges of language models, is half a dozen processes that no study needs
+    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": opened.uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with tempfile.TemporaryFile() as said, _ended_alike():
+        # a session of its own: Ctrl-C reaches this process alone, which ends the whole group without a word from it
+        server = subprocess.Popen(
+            [*command, "--workers", "1"], stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            _wait_until_it_answers(server, address)
+            say(f"MLflow UI: {address} (Ctrl-C ends it)")
+            say_pages(opened, address, say)
+            code = server.wait()
+        except KeyboardInterrupt:
+            return
+        except StudyError as error:
+            raise StudyError(f"{error}{_last_words(said)}") from None
+        finally:
+            _end(server)
+        raise StudyError(f"MLflow's server ended with exit code {code}.{_last_words(said)}")
+
+
+@contextmanager
+def _ended_alike() -> Iterator[None]:
+    """SIGTERM, and a terminal that closes, end what Ctrl-C ends; the handlers that were there before are put back."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
         return
-    raise StudyError(f"MLflow's server ended with exit code {code}.")
+    before = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """Ends the server with its workers; what does not end within seconds is killed."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(END_SECONDS)
+            return
+
+
+def _last_words(said: IO[bytes]) -> str:
+    """The last lines that a server said which ended by itself."""
+    said.seek(0)
+    lines = said.read().decode(errors="replace").strip().splitlines()
+    return f" Its last words: {' | '.join(lines[-3:])}" if lines else ""
 
 
 def say_pages(opened: Opened, address: str, say: Callable[[str], None]) -> None:
-    """The links of the newest studies."""
+    """The links of the newest studies, each said what it shows."""
     for page in opened.pages[:10]:
-        say(f"  {page.study}: {address.rstrip('/')}{page.front}")
-        say(f"  {' ' * len(page.study)}  {address.rstrip('/')}{page.trials}")
+        say(f"  {page.study}")
+        say(f"    which net to ship: {address.rstrip('/')}{page.front}")
+        say(f"    all trials:        {address.rstrip('/')}{page.trials}")
 
 
 def _wait_until_it_answers(server: subprocess.Popen[bytes], address: str) -> None:
@@ -164,8 +216,7 @@ def _wait_until_it_answers(server: subprocess.Popen[bytes], address: str) -> Non
             with urllib.request.urlopen(f"{address}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    server.terminate()
+            time.sleep(0.1)
     raise StudyError(f"MLflow's server at {address} did not answer within {PATIENCE_SECONDS:.0f} s.")
 
 

@@ -56,6 +56,12 @@ class View:
         return shown_costs(self.space)
 
     @property
+    def table_costs(self) -> list[str]:
+        """The columns of a table: what is searched, then params and size; MACs and FLOPs are one cost and have one name in a study."""
+        compute = "flops" if "flops" in self.costs else "macs"
+        return list(dict.fromkeys([*self.costs, compute, "params", "size"]))
+
+    @property
     def on_front(self) -> set[int]:
         """Numbers of the trials on the front."""
         return {row["trial"] for row in self.front["trials"]}

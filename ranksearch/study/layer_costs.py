@@ -1,0 +1,61 @@
+"""Where a net's MACs are, layer by layer: the dense net's, and what a plan keeps of them. From what `study.json` holds alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ranksearch.compress import Layer, RankPlan, layer_cost
+from ranksearch.lowering import LayerSpec
+from ranksearch.lowering.contract import sides
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer under a plan; MACs of one sample, over all its uses."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the dense weight."""
+    macs: int
+    kept_macs: int
+    params: int
+    kept_params: int
+    becomes: str
+    """Such as `im2col 14`, or `dense`."""
+    dense_ms: float | None
+    """Of the dense layer by itself, where it was measured."""
+
+
+def layer_records(layers: Sequence[Layer], dense_ms: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What `study.json` keeps of the layers: enough to count each of them under any plan, without the net."""
+    return [
+        {
+            "name": layer.name,
+            "spec": asdict(layer.spec),
+            "in_sizes": layer.in_sizes,
+            "dense_ms": dense_ms.get(layer.name),
+        }
+        for layer in layers
+    ]
+
+
+def layer_costs(records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> list[LayerCost]:
+    """Every layer of the net under a plan (its dictionary), in the net's order."""
+    chosen, found = RankPlan.from_dict(plan), []
+    for record in records:
+        layer = _layer(record)
+        choice = chosen[layer.name]
+        kept_macs, kept_params = layer_cost(layer, choice)
+        rank = "·".join(map(str, sides(choice.rank))) if choice.rank else ""
+        becomes, spec = f"{choice.lowering} {rank}".strip(), layer.spec
+        costs = (layer.macs, kept_macs, spec.params, kept_params)
+        found.append(LayerCost(layer.name, spec.weight_shape, *costs, becomes, record.get("dense_ms")))
+    return found
+
+
+def _layer(record: Mapping[str, Any]) -> Layer:
+    given = {field.name: record["spec"][field.name] for field in fields(LayerSpec)}
+    spec = LayerSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    return Layer(record["name"], spec, tuple(tuple(size) for size in record["in_sizes"]))

@@ -1,0 +1,98 @@
+"""What a search learnt, in sentences: which of the searched numbers decide, and whether more or less of them is better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ranksearch.study.importance import BEST, FEWEST, accuracy_at_cost
+from ranksearch.tracking.view import View
+
+SAID = 5
+"""Parameters that sentences are made of."""
+CLEAR = 2.0
+"""Standard errors, 1 / sqrt(n - 1), from which a rank correlation is said to have a direction."""
+MEANINGS = {
+    "lr": "learning rate",
+    "factor_lr": "learning rate of the factors",
+    "factor_share": "share of the steps that fine-tune the factors",
+    "projection.period": "steps between projections",
+    "projection.start": "when projections begin",
+    "trust": "how far measured sensitivities are believed",
+    "level": "how much of the budget a plan takes",
+    "weight_decay": "weight decay",
+}
+GROUPED = {
+    "log_weight": "care for the layers {} (more keeps more of their rank)",
+    "lowering": "lowering of the layers {}",
+    "ratio": "rank kept in the layers {}",
+}
+"""What stands before the slash of a parameter of a group of layers."""
+
+
+def in_words(name: str) -> str:
+    """A searched parameter's name as a stranger understands it, its own name behind it where that is another."""
+    kind, _, group = name.partition("/")
+    if group and kind in GROUPED:
+        return GROUPED[kind].format(group)
+    return f"{MEANINGS[name]} ({name})" if name in MEANINGS else name
+
+
+def learnt(view: View, importances: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A sentence per parameter that matters, the most important first; or why there is none."""
+    complete = view.complete
+    if len(complete) < 4:
+        return [
+            f"Nothing yet: {len(complete)} complete trials tell no direction (from 4 on), and importances come from {FEWEST} on."
+        ]
+    found = directions(view)
+    shares = {
+        name: max(target.get(name, 0.0) for target in importances.values())
+        for target in importances.values()
+        for name in target
+    }
+    names = sorted(found, key=lambda name: (-shares.get(name, 0.0), -abs(found[name])))
+    lines = [_sentence(name, found[name], shares.get(name), len(complete)) for name in names[:SAID]]
+    if not importances:
+        lines.append(
+            f"Importances are estimated from {FEWEST} complete trials on; there are {len(complete)}, so these are rank correlations alone."
+        )
+    return lines
+
+
+def directions(view: View) -> dict[str, float]:
+    """Searched number -> rank correlation with the metric at its cost (what a parabola through all trials leaves), -1 to 1.
+
+    Reference: Spearman 1904. Parameters that are names, or are the same in all trials, are left out.
+    """
+    complete = view.complete
+    above = _ranks(accuracy_at_cost(complete, view.objectives))
+    found = {}
+    for name in {name for row in complete for name in row["params_searched"]}:
+        known = [(row["params_searched"].get(name), y) for row, y in zip(complete, above, strict=True)]
+        pairs = [(x, y) for x, y in known if isinstance(x, int | float) and not isinstance(x, bool)]
+        if len(pairs) >= 4 and len({x for x, _ in pairs}) > 1:
+            ranks = _ranks(np.array([float(x) for x, _ in pairs]))
+            others = _ranks(np.array([y for _, y in pairs]))
+            found[name] = float(np.corrcoef(ranks, others)[0, 1]) if np.ptp(others) else 0.0
+    return found
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks [n], those of equal values averaged."""
+    order = {value: np.flatnonzero(np.sort(values) == value).mean() for value in set(values.tolist())}
+    return np.array([order[value] for value in values.tolist()])
+
+
+def _sentence(name: str, direction: float, share: float | None, trials: int) -> str:
+    clear = CLEAR / (trials - 1) ** 0.5
+    which = (
+        "no clear direction" if abs(direction) < clear else "more was better" if direction > 0 else "less was better"
+    )
+    weight = (
+        ""
+        if share is None
+        else f", {share:.0%} of what tells the best {BEST:.0%} of the trials from the others".replace("%", " %")
+    )
+    return f"{in_words(name)}: {which} (rank correlation {direction:+.2f} over {trials} trials{weight})"
