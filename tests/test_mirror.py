@@ -200,7 +200,7 @@ def test_the_table_of_trials_has_a_view_with_the_columns_that_matter(make, tmp_p
     Mirror(View.of(study), tmp_path)
     client = MlflowClient(tracking_uri=uri)
     view = json.loads(client.get_experiment_by_name("digits_resnet8").tags["mlflow.sharedViewState.ranksearch"])
-    assert {"metrics.`val_accuracy`", "metrics.`latency_ratio`", "tags.`on_front`"} <= set(view["selectedColumns"])
+    assert {"metrics.`val_accuracy`", "metrics.`latency_percent`", "tags.`on_front`"} <= set(view["selectedColumns"])
     assert client.search_runs(["1"], view["searchFilter"]) == []  # a filter that MLflow understands
 
 

@@ -88,8 +88,8 @@ def trial_metrics(row: Row) -> Iterator[Step]:
     yield 0, final_metrics(row)
     for entry in row["losses"]:
         yield entry["step"], {"train_loss": entry["train_loss"]}
-    for entry in row["history"]:
-        yield entry["step"], {f"phases/{name}": entry[name] for name in ("val_accuracy", "val_loss")}
+    for order, entry in enumerate(row["history"], start=1):  # several phases end at one step of the optimizer
+        yield order, {f"phases/{name}": entry[name] for name in ("val_accuracy", "val_loss")}
     for record in row["projections"]:
         yield record["step"], _projection(record)
 
