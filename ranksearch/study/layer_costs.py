@@ -56,6 +56,8 @@ def layer_costs(records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -
 
 
 def _layer(record: Mapping[str, Any]) -> Layer:
-    given = {field.name: record["spec"][field.name] for field in fields(LayerSpec)}
-    spec = LayerSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    return Layer(record["name"], spec, tuple(tuple(size) for size in record["in_sizes"]))
+    given: dict[str, Any] = {field.name: record["spec"][field.name] for field in fields(LayerSpec)}
+    for name, value in given.items():
+        given[name] = tuple(value) if isinstance(value, list) else value
+    sizes, samples = tuple(tuple(size) for size in record["in_sizes"]), tuple(record["samples"])
+    return Layer(record["name"], LayerSpec(**given), sizes, samples=samples, batch=record["batch"])

@@ -72,7 +72,9 @@ def note(view: View, *, registered: bool, run_id: str | None = None) -> str:
         lines.append(f"| {row['trial']} | {' | '.join(_cells(row, costs, metric))} | {row['allocator']} |")
     if (more := len(front["trials"]) - SHOWN) > 0:
         lines += [f"| … | {more} more in front.csv |"]
-    lines += [f"| dense | {' | '.join(_cells(dense | dict.fromkeys(COST_RATIOS.values(), 1.0), costs, metric))} | |"]
+    lines += [
+        f"| dense | {' | '.join(_cells({**dense, **dict.fromkeys(COST_RATIOS.values(), 1.0)}, costs, metric))} | |"
+    ]
     return "\n".join([*lines, "", *_hints(view, registered=registered)])
 
 
