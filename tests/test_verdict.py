@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ranksearch.study.front_shape import knee, points_of
+from ranksearch.study.layer_costs import layer_costs
 from ranksearch.study.verdict import commonest, plus_minus, verdict_of
 from ranksearch.study.where import finished_front
 from ranksearch.trial.result import TrialResult
@@ -142,3 +143,13 @@ def test_the_front_of_a_study_that_is_over_is_shown_without_loading_torch(make, 
     assert done.returncode == 0, done.stderr
     assert f"Ship trial 0: validation {study.best()['val_accuracy']:.2f} %" in done.stdout
     assert done.stdout.rstrip().endswith(f"ranksearch export digits_resnet8 --runs {tmp_path} 0 --format onnx")
+
+
+def test_the_layers_of_a_plan_add_up_to_the_nets_macs(make, bench):
+    study = make(trials=2)
+    for _ in range(2):
+        row = study.tell((candidate := study.ask(bench)).number, simulated(candidate, bench))
+        layers = layer_costs(json.loads(json.dumps(study.info["layer_costs"])), row["plan"])
+        assert [layer.name for layer in layers] == [layer.name for layer in bench.net.layers]
+        saved = sum(layer.macs - layer.kept_macs for layer in layers)
+        assert study.dense.macs - saved == row["macs"]

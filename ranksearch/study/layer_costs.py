@@ -35,6 +35,8 @@ def layer_records(layers: Sequence[Layer], dense_ms: Mapping[str, float]) -> lis
             "name": layer.name,
             "spec": asdict(layer.spec),
             "in_sizes": layer.in_sizes,
+            "samples": layer.samples,
+            "batch": layer.batch,
             "dense_ms": dense_ms.get(layer.name),
         }
         for layer in layers
