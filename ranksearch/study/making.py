@@ -22,8 +22,8 @@ from ranksearch.space.reading import parse_space
 from ranksearch.space.space import Space
 from ranksearch.study.folder import DENSE_WEIGHTS, INFO, SPACE, UNFINISHED, keep_task_file
 from ranksearch.study.front import directions_of
-from ranksearch.study.proposals import allocated, form_of
 from ranksearch.study.layer_costs import layer_records
+from ranksearch.study.proposals import allocated, form_of
 from ranksearch.study.provenance import provenance
 from ranksearch.study.storage import make_study
 from ranksearch.tasks import is_own
