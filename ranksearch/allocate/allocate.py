@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ranksearch.allocate.baselines import BASELINES, random
 from ranksearch.allocate.budget import Budgets, assignments, parse_budget
@@ -54,7 +54,7 @@ def allocate(
     """The plan of least predicted damage within `budgets`; `plan.gap` says how far from the least it can be at most.
 
     Args:
-        example_input: a batched input tensor, or a tuple of them.
+        example_input: a batched input tensor, a tuple of arguments or a dict of keyword arguments (a `BatchEncoding`).
         budgets: such as {"flops": "50%", "size": "1.2MiB"}, "flops=50%" or ["flops=50%", "size=1.2MiB"].
         lowerings: names of the allowed lowerings or of families of them; all but the opt-in ones (`cp`, square tiles) where None.
         include, exclude: name patterns of the layers that may be lowered.
@@ -95,8 +95,6 @@ def allocate(
     found.check(net)
     curves = rank_curves(model, net, found, weightings=weightings)
     if latency is not None:
-        if not isinstance(example_input, Tensor):
-            raise UsageError("Latency is measured of models that take one tensor; this one takes several.")
         curves = timed(curves, model, example_input, latency, lambda text: None)
     parsed = [parse_budget(*text.partition("=")[::2]) for text in assignments(budgets)]
     if method in SOLVERS:

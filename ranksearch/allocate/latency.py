@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from ranksearch.allocate.curves import Curves, LayerOptions, Timing
 from ranksearch.compress import restructure_
@@ -37,7 +37,7 @@ Picks = Mapping[str, int]
 """Layer -> option."""
 
 
-def timed(curves: Curves, model: nn.Module, example: Tensor, table: LatencyTable, log: Callable[[str], None]) -> Curves:
+def timed(curves: Curves, model: nn.Module, example: Any, table: LatencyTable, log: Callable[[str], None]) -> Curves:
     """`curves` with the latency of every option; what the table lacks is measured, and the table's files written.
 
     Args:
@@ -89,7 +89,7 @@ def _times_ms(curves: Curves, table: LatencyTable, layers_ms: Mapping[str, float
     return found
 
 
-def _measured_net(curves: Curves, model: nn.Module, example: Tensor, table: LatencyTable) -> dict[str, Any]:
+def _measured_net(curves: Curves, model: nn.Module, example: Any, table: LatencyTable) -> dict[str, Any]:
     plans, layers = _fitting_plans(curves), curves.net.layers
     nets = [model, *(restructure_(copied(model), curves.plan(picks)) for picks in plans)]
     shapes = list(dict.fromkeys(shape for layer in layers for shape in shapes_of(layer)))

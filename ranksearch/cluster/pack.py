@@ -12,6 +12,7 @@ import ray
 import torch
 from torch import Tensor
 
+from ranksearch.compress.inputs import mapped
 from ranksearch.errors import UsageError
 from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.task import Task
@@ -48,12 +49,12 @@ class Packed:
 
     code: TaskCode | None
     rest: bytes
-    arrays: dict[str, tuple[Array, Array]]
-    """Split -> inputs, targets."""
+    arrays: dict[str, tuple[Any, Any]]
+    """Split -> inputs, targets, with arrays in the place of their tensors."""
 
     @property
     def nbytes(self) -> int:
-        return len(self.rest) + sum(half.values.nbytes for pair in self.arrays.values() for half in pair)
+        return len(self.rest) + sum(array.values.nbytes for array in _arrays(self.arrays))
 
 
 def pack(task: Task, own: TaskFile | None = None) -> Packed:
@@ -64,7 +65,9 @@ def pack(task: Task, own: TaskFile | None = None) -> Packed:
     """
     splits = {"train": task.train, "val": task.val}
     resident = {name: source for name, source in splits.items() if isinstance(source, Resident)}
-    arrays = {name: (Array.of(source.inputs), Array.of(source.targets)) for name, source in resident.items()}
+    arrays = {
+        name: (mapped(Array.of, source.inputs), mapped(Array.of, source.targets)) for name, source in resident.items()
+    }
     nothing = torch.empty(0)
     hollow: dict[str, Any] = {
         name: replace(source, inputs=nothing, targets=nothing) for name, source in resident.items()
@@ -80,13 +83,23 @@ def pack(task: Task, own: TaskFile | None = None) -> Packed:
     return Packed(own.code if own is not None else None, rest, arrays)
 
 
+def _arrays(value: Any) -> list[Array]:
+    found: list[Array] = []
+    mapped(found.append, value, Array)
+    return found
+
+
+def _laid_out(half: Any) -> Any:
+    return mapped(Array.tensor, half, Array)
+
+
 def unpack(packed: Packed) -> Task:
     """The task of `pack`, its tensors views of the object store's read-only memory: nothing writes to a data set."""
     if packed.code is not None:
         packed.code.module()
     task: Task = ray.cloudpickle.loads(packed.rest)
     whole = {
-        name: replace(getattr(task, name), inputs=inputs.tensor(), targets=targets.tensor())
+        name: replace(getattr(task, name), inputs=_laid_out(inputs), targets=_laid_out(targets))
         for name, (inputs, targets) in packed.arrays.items()
     }
     return replace(task, **whole)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,9 @@ from ranksearch.compress.copying import copied
 from ranksearch.compress.export import Build
 from ranksearch.compress.fold import fold_bn_
 from ranksearch.compress.formats import FORMATS, Format, Function, told, traced
+from ranksearch.compress.inputs import batch_size, call, mapped, shape_of, tensors
 from ranksearch.compress.latency import latencies_ms
+from ranksearch.compress.plain import named_inputs, plain_outputs
 from ranksearch.compress.plan import RankPlan
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.lowering.tiled import settle_
@@ -44,7 +48,7 @@ class Exported:
 def export_net(
     model: nn.Module,
     plan: RankPlan,
-    example: Tensor,
+    example: Any,
     folder: Path,
     *,
     form: Format,
@@ -54,15 +58,15 @@ def export_net(
 ) -> Exported:
     """Writes `model` to the empty `folder`, opens what was written and holds it against the model at several batch sizes.
 
-    The model maps one tensor [N, ...] to one tensor and is not changed; it may be in the form that its plan stores.
+    The model is not changed; it may be in the form that its plan stores. Other extents (tokens, height, width) are tried too.
 
     Args:
-        example: a batch of one input, of which shape and dtype (of integers, the values too) are taken.
+        example: a batch of one input, a tensor or arguments, of which shapes and dtypes (of integers, the values too) are taken.
         build: the dense model of `plan.model`, which `state_dict` needs.
         others: nets to time beside it, such as the dense one.
 
     Raises:
-        UsageError: `fold_bn` with a format that keeps layers, or a model that does not return a tensor.
+        UsageError: `fold_bn` with a format that keeps layers, or a model that returns no tensor.
         StudyError: the net cannot be traced or expressed, or what was written computes something else (by more than `TOLERANCE`).
     """
     check_fold(form, fold_bn)
@@ -79,6 +83,9 @@ def export_net(
         function = form.open(folder, build)
         batches = [_sample(example, count, generator) for count in CHECKED_BATCHES]
         error = max_rel_error(function, eager, batches, tolerance=TOLERANCE)
+        free = free_axes(source, batch) if form.traced else ()
+        if free and (longer := _stretched(eager, batches[1], free)) is not None:
+            error = max(error, max_rel_error(function, eager, [longer], tolerance=TOLERANCE))
     own, of_eager, *of_others = latencies_ms([function, eager, *others], _sample(example, 1, generator))
     files = sorted(path for path in folder.iterdir())
     return Exported(
@@ -98,7 +105,7 @@ def check_fold(form: Format, fold_bn: bool) -> None:
 
 
 @torch.inference_mode()
-def max_rel_error(function: Function, net: nn.Module, batches: Sequence[Tensor], *, tolerance: float) -> float:
+def max_rel_error(function: Function, net: nn.Module, batches: Sequence[Any], *, tolerance: float) -> float:
     """The largest max |a - b| / max |a| over `batches`, a = net(batch), b = function(batch).
 
     Raises:
@@ -107,28 +114,67 @@ def max_rel_error(function: Function, net: nn.Module, batches: Sequence[Tensor],
     """
     errors = []
     for batch in batches:
-        wanted, found = net(batch), function(batch)
-        if not isinstance(wanted, Tensor):
-            raise UsageError(
-                f"Nets that return one tensor can be exported; this one returns a {type(wanted).__name__}."
-            )
-        if found.shape != wanted.shape:
+        wanted, found = tensors(plain_outputs(call(net, batch))), tensors(plain_outputs(function(batch)))
+        if not wanted:
+            raise UsageError("Nets that return tensors can be exported; this one returns none.")
+        if [x.shape for x in found] != [x.shape for x in wanted]:
             raise StudyError(
-                f"The exported net returns {list(found.shape)} where the net returns {list(wanted.shape)}; it was removed."
+                f"The exported net returns {shape_of(tuple(found))} where the net returns {shape_of(tuple(wanted))}; it was removed."
             )
-        tiny = torch.finfo(wanted.dtype).tiny
-        errors.append(((found - wanted).abs().max() / wanted.abs().max().clamp_min(tiny)).item())
+        errors.append(max(starmap(_difference, zip(found, wanted, strict=True))))
         if not errors[-1] <= tolerance:  # NaN is no agreement either
             raise StudyError(
-                f"The exported net differs from the net by {errors[-1]:.2g} (max |a - b| / max |a|, {len(batch)} random inputs), "
+                f"The exported net differs from the net by {errors[-1]:.2g} (max |a - b| / max |a|, {batch_size(batch)} random inputs), "
                 f"more than {tolerance:g}; it was removed."
             )
     return max(errors)
 
 
-def _sample(example: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """[count, ...]: random inputs like `example`, normal ones, or where they are integers, drawn from its own."""
-    shape = (count, *example.shape[1:])
-    if example.is_floating_point():
-        return torch.randn(shape, generator=generator, dtype=example.dtype)
-    return example.flatten()[torch.randint(example.numel(), shape, generator=generator)].cpu()
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    """max |a - b| / max |a|"""
+    found, wanted = found.double(), wanted.double()
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).item()
+
+
+def _sample(example: Any, count: int, generator: torch.Generator) -> Any:
+    """[count, ...]: random inputs like `example`, normal ones, or where they are integers, drawn from its own; masks are repeated."""
+    size = batch_size(example)
+
+    def made(x: Tensor) -> Tensor:
+        if not x.dim() or x.shape[0] != size:
+            return x.cpu()
+        shape = (count, *x.shape[1:])
+        if x.is_floating_point():
+            return torch.randn(shape, generator=generator, dtype=x.dtype)
+        return x.flatten()[torch.randint(x.numel(), shape, generator=generator)].cpu()
+
+    return mapped(made, example)
+
+
+def free_axes(model: nn.Module, batch: Any) -> tuple[tuple[str, int], ...]:
+    """(input, axis) of every axis but the batch's that an exported form of `model` leaves free, such as tokens, height and width."""
+    program = traced(model, batch)
+    shapes = [n.meta["val"].shape for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
+    names = list(named_inputs(batch))
+    return tuple(
+        (n, i) for n, s in zip(names, shapes, strict=True) for i, e in enumerate(s) if i and not isinstance(e, int)
+    )
+
+
+@torch.inference_mode()
+def _stretched(net: nn.Module, batch: Any, free: Sequence[tuple[str, int]]) -> Any:
+    """`batch` with one more step along every free axis; None where the net itself takes no such input."""
+    names = {id(x): name for name, x in named_inputs(batch).items()}
+
+    def longer(x: Tensor) -> Tensor:
+        for axis in [axis for name, axis in free if name == names[id(x)]]:
+            x = torch.cat([x, x.narrow(axis, 0, 1)], axis)
+        return x
+
+    made = {id(x): longer(x) for x in tensors(batch)}
+    stretched = mapped(lambda x: made[id(x)], batch)
+    try:
+        call(net, stretched)
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return None
+    return stretched

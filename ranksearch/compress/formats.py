@@ -22,17 +22,18 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ranksearch.compress.export import Build, load_net, save_net
+from ranksearch.compress.inputs import batch_size, call
+from ranksearch.compress.plain import is_plain, named_inputs, plain, plain_outputs
 from ranksearch.compress.plan import RankPlan
 from ranksearch.errors import RanksearchError, StudyError, UsageError, nearest
 
-Function = Callable[[Tensor], Any]
-"""A net as what it computes: a batch [N, ...] -> outputs [N, ...]."""
+Function = Callable[[Any], Any]
+"""A net as what it computes: a batch, a tensor [N, ...] or arguments as `inputs.py` says -> outputs [N, ...]."""
 
 OPSET = 20
 """The oldest version of the default ONNX domain; torch's exporter writes 18 and newer."""
 ONE_FILE_BYTES = 1_900_000_000
 """Above it an ONNX model's weights go to a second file: its own format ends at 2 GiB."""
-FREE_BATCH = ({0: Dim("batch", min=1)},)
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -41,8 +42,8 @@ class Format:
     """A form of a net on disk."""
 
     name: str
-    write: Callable[[nn.Module, RankPlan, Tensor, Path], None]
-    """Writes a net in evaluation mode and its plan to a folder; the tensor is a batch to trace with."""
+    write: Callable[[nn.Module, RankPlan, Any, Path], None]
+    """Writes a net in evaluation mode and its plan to a folder; the third is a batch to trace with, as the net takes it."""
     open: Callable[[Path, Build], Function]
     """The net of such a folder as a function, with the threads of this process."""
     traced: bool
@@ -69,25 +70,47 @@ def format_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def traced(model: nn.Module, batch: Tensor) -> ExportedProgram:
-    """The exported graph of `model`, its first axis (images per call) free.
+def traced(model: nn.Module, batch: Any) -> ExportedProgram:
+    """The exported graph of `model`, its first axis (samples per call) free, and every other one (tokens, height, width) that can be.
+
+    Where the net does not map one tensor to one tensor, it is `plain(model, batch)` that is exported, called by keyword.
 
     Raises:
         StudyError: torch.export cannot trace the net; the text says why.
     """
+    free = True
+    try:
+        return _traced(model, batch, free)
+    except StudyError:
+        pass
+    return _traced(model, batch, not free)  # a net whose other axes cannot even be tried
+
+
+def _traced(model: nn.Module, batch: Any, free: bool) -> ExportedProgram:
+    first = Dim("batch", min=1)
+
+    def axes(x: Tensor) -> dict[int, Any]:
+        own = {0: first} if x.dim() and x.shape[0] == batch_size(batch) else {}
+        return own | (dict.fromkeys(range(1, x.dim()), Dim.AUTO) if free else {})
+
     with told("torch.export cannot trace this net with a free batch axis"), quiet():
-        return torch.export.export(model, (batch,), dynamic_shapes=FREE_BATCH)
+        if is_plain(model, batch):
+            return torch.export.export(model, (batch,), dynamic_shapes=(axes(batch),))
+        named = named_inputs(batch)
+        shapes = {name: axes(x) for name, x in named.items()}
+        return torch.export.export(plain(model, batch), (), named, dynamic_shapes=shapes)
 
 
-def _write_state_dict(model: nn.Module, plan: RankPlan, batch: Tensor, folder: Path) -> None:
+def _write_state_dict(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> None:
     save_net(model, plan, folder)
 
 
 def _open_state_dict(folder: Path, build: Build) -> Function:
-    return load_net(folder, build)
+    net = load_net(folder, build)
+    return lambda batch: call(net, batch)
 
 
-def _write_pt2(model: nn.Module, plan: RankPlan, batch: Tensor, folder: Path) -> None:
+def _write_pt2(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> None:
     program = traced(model, batch)
     with told("torch.export cannot save this net"), quiet():
         torch.export.save(program, folder / "model.pt2")
@@ -95,17 +118,23 @@ def _write_pt2(model: nn.Module, plan: RankPlan, batch: Tensor, folder: Path) ->
 
 def _open_pt2(folder: Path, build: Build) -> Function:
     with quiet():
-        net = torch.export.load(folder / "model.pt2").module()
-    return lambda batch: net(batch)  # not as a module: an exported one has no train() and eval()
+        program = torch.export.load(folder / "model.pt2")
+        net = program.module()
+    by_name = program.call_spec.in_spec.child(1).num_children > 0  # type: ignore[union-attr]
+    # not as a module: an exported one has no train() and eval()
+    return lambda batch: net(**named_inputs(batch)) if by_name else net(batch)
 
 
-def _write_onnx(model: nn.Module, plan: RankPlan, batch: Tensor, folder: Path) -> None:
+def _write_onnx(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    program, names = traced(model, batch), list(named_inputs(batch))
+    with torch.no_grad():
+        found = plain_outputs(call(model, batch))
+    outputs = ["output"] if isinstance(found, Tensor) else list(found)
     with told(f"torch.onnx cannot write this net at opset {OPSET}"), quiet():
         made: Any = torch.onnx.export(
-            model, (batch,), dynamo=True, dynamic_shapes=FREE_BATCH, opset_version=OPSET,
-            input_names=["input"], output_names=["output"], verbose=False,
-        )  # fmt: skip
+            program, dynamo=True, opset_version=OPSET, input_names=names, output_names=outputs, verbose=False
+        )
         made.save(folder / "model.onnx", external_data=size > ONE_FILE_BYTES)
 
 
@@ -122,8 +151,17 @@ def opened_onnx(model: Path | bytes) -> Function:
     # threads that spin after a call would slow down whatever is timed in turn with it
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    (name,) = (node.name for node in session.get_inputs())
-    return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
+    taken = [node.name for node in session.get_inputs()]  # an input that nothing is computed from is none
+    names = [node.name for node in session.get_outputs()]
+
+    def run(batch: Any) -> Any:
+        given = named_inputs(batch)
+        # a layer's input has the name that its graph was cut at
+        values = {n: (given[n] if n in given else next(iter(given.values()))).numpy() for n in taken}
+        found = dict(zip(names, map(torch.from_numpy, session.run(None, values)), strict=True))
+        return next(iter(found.values())) if len(found) == 1 else found
+
+    return run
 
 
 @contextlib.contextmanager

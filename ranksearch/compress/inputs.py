@@ -156,6 +156,20 @@ def picked(inputs: Any, index: Tensor) -> Any:
     return _batched(lambda x: x[index], inputs)
 
 
+def repeated(inputs: Any, count: int, generator: torch.Generator | None = None) -> Any:
+    """[count, ...] of the first sample of `inputs`: normal random numbers in the place of floats, everything else over and over."""
+
+    def made(x: Tensor) -> Tensor:
+        batch = x[:1].expand(count, *x.shape[1:])
+        return (
+            torch.randn(batch.shape, dtype=x.dtype, generator=generator)
+            if x.is_floating_point()
+            else batch.contiguous()
+        )
+
+    return _batched(made, inputs)
+
+
 def joined(parts: Sequence[Any]) -> Any:
     """Batches of one form laid end to end; what cannot be (no tensor, other extents) becomes the list of the parts."""
     first = parts[0]

@@ -13,11 +13,14 @@ import ctypes
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
+
+from ranksearch.compress.inputs import call, device_of
 
 ROUNDS, WARM_UP = 30, 3
 SECONDS = 3.0
@@ -30,8 +33,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's mal
 
 @torch.inference_mode()
 def latencies_ms(
-    models: Sequence[Callable[[torch.Tensor], Any]],
-    example: torch.Tensor,
+    models: Sequence[Callable[..., Any]],
+    example: Any,
     rounds: int = ROUNDS,
     *,
     seconds: float = SECONDS,
@@ -40,22 +43,24 @@ def latencies_ms(
     """Median time of one call in milliseconds, per model, on the device of `example` with the threads of this process.
 
     Args:
-        models: nets, which are moved there and set to evaluation mode, or any functions of a batch.
+        models: nets, which are moved there and set to evaluation mode, or any functions of a batch, which is one value to them.
         example: input batch, as the models take it.
         seconds: rounds end after this long, but not before `least` of them.
     """
-    device, clock = example.device, _clock(example.device)
+    device = device_of(example)
+    clock = _clock(device)
     times: list[list[float]] = [[] for _ in models]
     for model in models:
         if isinstance(model, nn.Module):
             model.to(device).eval()
+    functions = [partial(call, model) if isinstance(model, nn.Module) else model for model in models]
     with _memory_kept(device):
         started = time.perf_counter()
-        short = [_timed_ms(model, example, clock) < SHORT_MS for model in models]
+        short = [_timed_ms(model, example, clock) < SHORT_MS for model in functions]
         for turn in range(WARM_UP + rounds):
             if turn >= min(WARM_UP, least) + least and time.perf_counter() - started > seconds:
                 break
-            for model, found, brief in zip(models, times, short, strict=True):
+            for model, found, brief in zip(functions, times, short, strict=True):
                 if brief:
                     model(example)
                 found.append(_timed_ms(model, example, clock))
@@ -63,11 +68,12 @@ def latencies_ms(
     return [median(found[warm_up:]) for found in times]
 
 
-def _timed_ms(model: Callable[[torch.Tensor], Any], example: torch.Tensor, clock: Callable[[], float]) -> float:
-    _wait(example.device)
+def _timed_ms(model: Callable[[Any], Any], example: Any, clock: Callable[[], float]) -> float:
+    device = device_of(example)
+    _wait(device)
     before = clock()
     model(example)
-    _wait(example.device)
+    _wait(device)
     return 1000 * (clock() - before)
 
 

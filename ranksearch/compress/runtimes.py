@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import FunctionType
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.formats import FORMATS, OPSET, Function, format_named, opened_onnx, quiet, told
+from ranksearch.compress.inputs import call, repeated
 from ranksearch.compress.plan import RankPlan
 from ranksearch.errors import UsageError, nearest
 
@@ -28,7 +30,7 @@ class Runtime:
     """A way to run nets."""
 
     name: str
-    net: Callable[[nn.Module, Tensor], Function]
+    net: Callable[[nn.Module, Any], Function]
     """A net in evaluation mode and an input batch -> the net as a function of such a batch."""
     layers: Callable[[Sequence[nn.Module], Tensor], list[Function]]
     """Modules that take the same input -> a function each."""
@@ -66,21 +68,21 @@ def _own_frame(model: nn.Module) -> Function:
     further ones would silently run as they are, and every call would try the guards of all before it.
     """
 
-    def call(batch: Tensor) -> Any:
-        return model(batch)
+    def run(batch: Any) -> Any:
+        return call(model, batch)
 
-    return FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+    return FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
 
 
-def _compiled(model: nn.Module, batch: Tensor) -> Function:
+def _compiled(model: nn.Module, batch: Any) -> Function:
     compiled = torch.compile(_own_frame(model), dynamic=False)
     with told("torch.compile cannot compile this net here"), quiet(), torch.inference_mode():
         compiled(batch)
     return compiled
 
 
-def _net_in_onnx(model: nn.Module, batch: Tensor) -> Function:
-    example = batch[:1].expand(TRACED_BATCH, *batch.shape[1:]).contiguous()
+def _net_in_onnx(model: nn.Module, batch: Any) -> Function:
+    example = repeated(batch, TRACED_BATCH)
     with tempfile.TemporaryDirectory() as folder:
         FORMATS["onnx"].write(model.cpu(), RankPlan(), example, Path(folder))
         return FORMATS["onnx"].open(Path(folder), _no_build)
@@ -125,7 +127,7 @@ def _layers_in_onnx(modules: Sequence[nn.Module], example: Tensor) -> list[Funct
 RUNTIMES = {
     made.name: made
     for made in (
-        Runtime("eager", lambda model, batch: model, lambda modules, batch: list(modules), ("torch",)),
+        Runtime("eager", lambda model, batch: partial(call, model), lambda modules, batch: list(modules), ("torch",)),
         Runtime("compile", _compiled, lambda modules, batch: [_compiled(m, batch) for m in modules], ("torch",)),
         Runtime("onnx", _net_in_onnx, _layers_in_onnx, ("onnxruntime",), cpu_alone=True),
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.copying import copied
+from ranksearch.compress.inputs import moved, repeated
 from ranksearch.compress.latency import hardware_name, latencies_ms, threads_set
 from ranksearch.compress.plan import DENSE, LayerPlan
 from ranksearch.compress.runtimes import Function, runtime_named
@@ -56,21 +58,19 @@ class Stopwatch:
         s = self.setting
         return f"{hardware_name(self.device)}; {s.runtime} ({self._runtime.versions}); batch {s.batch}; threads {s.threads}"
 
-    def nets_ms(self, nets: Sequence[nn.Module], example: Tensor) -> list[float]:
+    def nets_ms(self, nets: Sequence[nn.Module], example: Any) -> list[float]:
         """Median time of each net, in turn; the nets are not changed.
 
         Args:
-            example: a batch of one input, of which shape and dtype are taken; integers are repeated as they are.
+            example: a batch of one input, a tensor or arguments, of which shapes and dtypes are taken; integers are repeated as they are.
         """
         return self.nets_and_layers_ms(nets, example, ())[0]
 
     def nets_and_layers_ms(
-        self, nets: Sequence[nn.Module], example: Tensor, shapes: Sequence[Shape]
+        self, nets: Sequence[nn.Module], example: Any, shapes: Sequence[Shape]
     ) -> tuple[list[float], list[float]]:
         """Median time of each net, as `nets_ms`, and of one dense layer of each shape, by itself, all in turn."""
-        batch = example[:1].expand(self.setting.batch, *example.shape[1:])
-        batch = torch.randn(batch.shape, dtype=batch.dtype) if batch.is_floating_point() else batch.contiguous()
-        batch = batch.to(self.device)
+        batch = moved(repeated(example, self.setting.batch), self.device)
         with threads_set(self.setting.threads):
             copies = [copied(net).to(self.device).eval() for net in nets]
             functions = [self._runtime.net(net, batch) for net in copies] + [self._alone(shape) for shape in shapes]

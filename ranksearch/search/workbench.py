@@ -15,6 +15,7 @@ from ranksearch.allocate.drawn import Drawn, drawn_for, predicted
 from ranksearch.allocate.latency import timed
 from ranksearch.allocate.sensitivity import BALANCED
 from ranksearch.compress import Net, trace
+from ranksearch.compress.inputs import batch_size, shape_of
 from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.search.budgets import check_feasible_space
@@ -66,9 +67,7 @@ class Workbench:
         ]
 
 
-def with_latency(
-    curves: Curves, model: torch.nn.Module, example: torch.Tensor, table: LatencyTable | None, log: Log
-) -> Curves:
+def with_latency(curves: Curves, model: torch.nn.Module, example: Any, table: LatencyTable | None, log: Log) -> Curves:
     """`curves` with the latencies of `table`, which is filled where it has to be; as they are without one."""
     return curves if table is None else timed(curves, model, example, table, log)
 
@@ -90,7 +89,7 @@ def open_net(space: Space) -> tuple[torch.nn.Module, Net]:
             raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"model: {space.model} does not take inputs {list(kind.example_input.shape)}: {first}"
+            f"model: {space.model} does not take inputs {shape_of(kind.example_input)}: {first}"
         ) from error
     space.layers.as_rules().check(net)
     return model, net
@@ -188,7 +187,7 @@ class PairedBatches:
         self._stream = task.train.stream(batch_size, generator)
         self._batch: Batch | None = None
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         for _ in range(self._count):
             self._batch = next(self._stream)
             yield self._batch[0]
@@ -201,7 +200,7 @@ class PairedBatches:
         found = predicted(outputs)
         if self._drawn is not None and found is not None:
             return self._drawn(found, targets)
-        return self._task.loss(outputs, targets) * len(inputs)
+        return self._task.loss(outputs, targets) * batch_size(inputs)
 
 
 def check_recipe(recipe: RecipeSpace, task: Task) -> None:
@@ -210,7 +209,7 @@ def check_recipe(recipe: RecipeSpace, task: Task) -> None:
         raise UsageError(
             "recipe.label_smoothing goes with the default loss, cross-entropy: smooth in your own loss, and leave it 0 here."
         )
-    if max(numbers_of(recipe.distillation.weight)) > 0 and not task.classifies:
+    if max(numbers_of(recipe.distillation.weight)) > 0 and not (task.classifies or task.nets_loss):
         raise UsageError(
             "recipe.distillation compares softened class probabilities, which the outputs of a task with a loss of its own need not be: "
             "leave recipe.distillation.weight at 0."

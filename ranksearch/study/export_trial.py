@@ -10,10 +10,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ranksearch.compress import RankPlan
 from ranksearch.compress.export import PLAN, Build, holds_net, load_stored_net
 from ranksearch.compress.exported import CHECKED_BATCHES, Exported, export_net
 from ranksearch.compress.formats import Format
+from ranksearch.compress.plain import named_inputs
 from ranksearch.errors import UsageError
 from ranksearch.places.files import new_folder_atomically, write_atomically
 from ranksearch.study.folder import EXPORTS
@@ -115,13 +118,22 @@ def export_trial(study: Study, row: Row, folder: Path, form: Format, *, build: B
     return record
 
 
+def _inputs(example: Any) -> dict[str, Any]:
+    """What one call takes: `inputs` by name, and of one tensor its shape and dtype, as they always were."""
+    named = [
+        {"name": name, "shape": ["batch", *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")}
+        for name, x in named_inputs(example).items()
+    ]
+    alone = named[0] if isinstance(example, Tensor) else {"shape": None, "dtype": None}
+    return {"input_shape": alone["shape"], "input_dtype": alone["dtype"], "inputs": named}
+
+
 def _record(study: Study, row: Row, form: Format, model: str | None, exported: Exported) -> dict[str, Any]:
     kind = study.space.kind()
     (dense_ms,) = exported.others_ms
     return {
         "study": study.space.name, "study_id": study.info["id"], "trial": row.trial, "format": form.name, "files": list(exported.files),
-        "size_bytes": exported.size_bytes, "model": model, "input_shape": ["batch", *kind.input_shape],
-        "input_dtype": str(kind.example_input.dtype).removeprefix("torch."),
+        "size_bytes": exported.size_bytes, "model": model, **_inputs(kind.example_input),
         "input_made_by": INPUT_FORMULA | asdict(kind.normalise) if kind.normalise is not None else None,
         "metric": study.metric.to_dict(),
         "opset": exported.opset, "folded_bn": exported.folded_bn, "max_rel_error": exported.max_rel_error,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.compress.stopwatch import Stopwatch
@@ -34,7 +35,7 @@ def open_table(space: Space, folder: Path | None, key: str | None = None) -> Lat
     return LatencyTable(Stopwatch(space.latency.as_setting()), [*files, data_folder(space.data) / LATENCY], key=key)
 
 
-def measure_front(study: Study, dense: nn.Module, load: Callable[[Row], nn.Module], example: Tensor, log: Log) -> None:
+def measure_front(study: Study, dense: nn.Module, load: Callable[[Row], nn.Module], example: Any, log: Log) -> None:
     """Times the nets of the front in turn with the dense one, each once; those that are slower leave the front, and what comes up in
     their place is timed too.
     """

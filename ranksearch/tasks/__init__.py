@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ class TaskKind:
     """A task before its data are loaded."""
 
     build_model: Callable[[str], nn.Module]
-    example_input: Tensor
-    """A batch of one: [1, ...]."""
+    example_input: Any
+    """A batch of one: a tensor [1, ...], or arguments as the net takes them."""
     make_task: Callable[..., Task]
     """(model, data, validation, split_seed) -> the task."""
     normalise: Normalise | None = None
@@ -38,9 +39,9 @@ class TaskKind:
     """Whether `make_task` takes `workers`, processes that read and prepare its images."""
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of one input, without the batch."""
-        return tuple(self.example_input.shape[1:])
+    def input_shape(self) -> tuple[int, ...] | None:
+        """The shape of one input, without the batch; None where a net takes several."""
+        return tuple(self.example_input.shape[1:]) if isinstance(self.example_input, Tensor) else None
 
 
 def _images(*shape: int) -> Tensor:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ranksearch.compress import dense_cost, trace
+from ranksearch.compress.inputs import tensors
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.tasks.device import pick_device, use_bf16
 from ranksearch.tasks.evaluate import evaluate
@@ -132,7 +133,9 @@ def _training_key(task: Task) -> str | None:
     """
     if not isinstance(task.train, Resident):
         return None
-    found = hashlib.sha256(task.train.targets.numpy().tobytes() + task.train.inputs[::7].numpy().tobytes())
+    found = hashlib.sha256()
+    for part in (*tensors(task.train.targets), *(x[::7] for x in tensors(task.train.inputs))):
+        found.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     if task.name not in KEYED_BY_NAME:
         for name, tensor in task.model.state_dict().items():
             found.update(f"{name} {list(tensor.shape)}".encode() + tensor.double().numpy().tobytes())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ranksearch.compress.inputs import batch_size as samples_of
+from ranksearch.compress.inputs import call
 from ranksearch.tasks.scores import accumulator, as_number, in_fp32
 from ranksearch.tasks.source import Source
 from ranksearch.tasks.task import Task
@@ -37,11 +39,12 @@ def evaluate(model: nn.Module, source: Source, task: Task) -> Evaluation:
     device = next(model.parameters()).device
     batch_size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
     loss = task.loss_on(device)
-    metric, samples, total = accumulator(task.metric), 0, 0.0
+    metric, samples, total = accumulator(task.metric, reads_logits=task.reads_logits), 0, 0.0
     for inputs, targets in source.in_order(batch_size):
-        outputs = in_fp32(model(inputs))
+        outputs = in_fp32(call(model, inputs))
         metric.update(outputs, targets)
-        total += loss(outputs, targets).item() * len(inputs)
-        samples += len(inputs)
+        count = samples_of(inputs)
+        total += loss(outputs, targets).item() * count
+        samples += count
     model.train(training)
     return Evaluation(accuracy=as_number(metric.compute(), task.metric_name), loss=total / samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,41 +11,42 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 
+from ranksearch.compress.inputs import batch_size, moved, shape_of, tensors
 from ranksearch.errors import UsageError
 from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.resident import Resident
-from ranksearch.tasks.scores import moved
 from ranksearch.tasks.source import Batch, Source, Stream
+from ranksearch.tasks.targets import split_batch
 
 CPU = torch.device("cpu")
 RANK_SEEDS = 1_000_003
 """Between the seeds of two ranks."""
 WANTED = (
-    "expected a pair of tensors (inputs, targets), a Dataset of (input, target) pairs, or a DataLoader or another iterable of "
-    "(inputs, targets) batches"
+    "expected a pair (inputs, targets) of tensors, a dict of tensors with `labels`, a Dataset of (input, target) pairs or of such dicts, "
+    "or a DataLoader or another iterable of (inputs, targets) batches or of such dicts"
 )
 
 
-def as_source(value: Any, split: str) -> Source:
+def as_source(value: Any, split: str, kept: tuple[str, ...] = ()) -> Source:
     """What a user gave as `split` ("train", "val", "test"), as a source.
+
+    Args:
+        kept: targets of a batch dict that the net takes too.
 
     Raises:
         UsageError: it is none of the forms, it is empty, or its halves differ in length.
     """
     if isinstance(value, Resident | LoadedDataset | Loaded):
         return value
-    if isinstance(value, TensorDataset) and len(value.tensors) == 2:
-        value = value.tensors
-    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(half, Tensor) for half in value):
+    if isinstance(value, TensorDataset) and len(value.tensors) >= 2:
+        value = split_batch(value.tensors, split, kept)
+    if isinstance(value, Mapping) and value and tensors(value):
+        value = split_batch(value, split, kept)
+    if _is_pair(value):
         inputs, targets = value
-        if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets) or len(inputs) == 0:
-            raise UsageError(
-                f"Task: {split} holds inputs {list(inputs.shape)} and targets {list(targets.shape)}: expected as many of one as of "
-                f"the other, and at least one."
-            )
-        return Resident(inputs, targets)
+        return _resident(inputs, targets, split)
     if isinstance(value, Dataset) and not isinstance(value, IterableDataset):
-        return LoadedDataset(value, split)
+        return LoadedDataset(value, split, kept=kept)
     if isinstance(value, IterableDataset):
         raise UsageError(
             f"Task: {split} is a {type(value).__name__}: wrap it in a DataLoader, which makes its batches."
@@ -54,15 +55,29 @@ def as_source(value: Any, split: str) -> Source:
         raise UsageError(f"Task: {split} is a {type(value).__name__}, which ends after one pass: {WANTED}.")
     if not isinstance(value, Iterable) or isinstance(value, Tensor | str | dict):
         raise UsageError(f"Task: {split} is a {type(value).__name__}: {WANTED}.")
-    return Loaded(value, split)
+    return Loaded(value, split, kept=kept)
 
 
-def _batch(found: Any, split: str, device: torch.device) -> Batch:
-    """A loader's batch on the device; UsageError where it is no pair."""
-    if not isinstance(found, tuple | list) or len(found) != 2 or not isinstance(found[0], Tensor):
-        parts = [type(part).__name__ for part in found] if isinstance(found, tuple | list) else type(found).__name__
-        raise UsageError(f"Task: a batch of {split} is {parts}: expected (inputs, targets), the inputs one tensor.")
-    return moved(found[0], device), moved(found[1], device)
+def _is_pair(value: Any) -> bool:
+    """Whether it is (inputs, targets) of a whole split: the inputs a tensor, or a dict or tuple of tensors."""
+    if not isinstance(value, tuple | list) or len(value) != 2 or not isinstance(value[1], Tensor | Mapping | None):
+        return False
+    inputs, targets = value
+    if isinstance(inputs, Tensor):
+        return isinstance(targets, Tensor)
+    if isinstance(inputs, Mapping):
+        return isinstance(value, tuple)  # two dicts in a list are two batches
+    return isinstance(targets, Tensor) and isinstance(inputs, tuple | list) and bool(tensors(inputs))
+
+
+def _resident(inputs: Any, targets: Any, split: str) -> Resident:
+    lengths = {tuple(x.shape[:1]) for x in tensors((inputs, targets))}
+    if len(lengths) != 1 or lengths & {(), (0,)}:
+        raise UsageError(
+            f"Task: {split} holds inputs {shape_of(inputs)} and targets {shape_of(targets)}: expected as many of one as of "
+            f"the other, and at least one."
+        )
+    return Resident(inputs, targets)
 
 
 @dataclass(frozen=True)
@@ -72,13 +87,15 @@ class Loaded:
     loader: Any
     split: str
     device: torch.device = CPU
+    kept: tuple[str, ...] = ()
+    """Targets of a batch dict that the net takes too."""
 
     def __len__(self) -> int:
         dataset = getattr(self.loader, "dataset", None)
         if dataset is not None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
             return len(dataset)
         if not hasattr(self, "_count"):  # one pass, once
-            object.__setattr__(self, "_count", sum(len(inputs) for inputs, _ in self.in_order(1)))
+            object.__setattr__(self, "_count", sum(batch_size(inputs) for inputs, _ in self.in_order(1)))
         return self._count  # type: ignore[attr-defined,no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,7 +114,7 @@ class Loaded:
         kept: list[Batch] = []
         for batch in self.in_order(1):
             kept.append(batch)
-            if sum(len(inputs) for inputs, _ in kept) >= count:
+            if sum(batch_size(inputs) for inputs, _ in kept) >= count:
                 break
         return Loaded(kept, self.split, self.device)
 
@@ -106,7 +123,7 @@ class Loaded:
         empty = True
         for found in self.loader:
             empty = False
-            yield _batch(found, self.split, self.device)
+            yield moved(split_batch(found, self.split, self.kept), self.device)
         if empty:
             raise UsageError(f"Task: {self.split} gives no batch.")
 
@@ -142,6 +159,8 @@ class LoadedDataset:
     split: str
     workers: int = 0
     device: torch.device = CPU
+    kept: tuple[str, ...] = ()
+    """Targets of a sample that is a dict, which the net takes too."""
 
     def __post_init__(self) -> None:
         if len(self) == 0:
@@ -163,7 +182,7 @@ class LoadedDataset:
         return DatasetStream(self, min(batch_size, len(self)), generator, group)
 
     def on_device(self, found: Any) -> Batch:
-        return _batch(found, self.split, self.device)
+        return moved(split_batch(found, self.split, self.kept), self.device)  # type: ignore[no-any-return]
 
 
 class _Order(Sampler[int]):

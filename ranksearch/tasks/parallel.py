@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ranksearch.compress.inputs import batch_size, cut
 from ranksearch.errors import RanksearchError, UsageError
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ class Group:
         action()
 
     def part(self, batch: Any) -> Any:
-        """This rank's share of a batch: tensors in tuples, lists and dicts, cut along their first dimension."""
+        """This rank's share of a batch: its batched tensors, cut along their first dimension."""
         return batch
 
 
@@ -125,17 +126,14 @@ class Distributed(Group):
         self.together(outcome)
 
     def part(self, batch: Any) -> Any:
-        if isinstance(batch, Tensor):
-            size = len(batch) // self.world
-            if size == 0:
-                raise UsageError(
-                    f"A batch of {len(batch)} cannot be split over {self.world} workers: take a larger recipe.batch_size, or fewer "
-                    f"resources.workers_per_trial."
-                )
-            return batch[self.rank * size : (self.rank + 1) * size]
-        if isinstance(batch, dict):
-            return {key: self.part(value) for key, value in batch.items()}
-        return type(batch)(map(self.part, batch)) if type(batch) in (tuple, list) else batch
+        count = batch_size(batch)
+        size = count // self.world
+        if size == 0:
+            raise UsageError(
+                f"A batch of {count} cannot be split over {self.world} workers: take a larger recipe.batch_size, or fewer "
+                f"resources.workers_per_trial."
+            )
+        return cut(batch, self.rank * size, (self.rank + 1) * size)
 
 
 def _lay_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ranksearch.compress.inputs import batch_size as samples_of
+from ranksearch.compress.inputs import cut, moved, picked, tensors
 from ranksearch.tasks.batches import Batches
 from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.source import Batch
@@ -59,45 +62,54 @@ class Augment:
 
 @dataclass(frozen=True)
 class Resident:
-    """A source of inputs [N, ...] (images of the built-in tasks: uint8 [N, C, H, W]) and targets [N, ...], one per input."""
+    """A source of inputs [N, ...] (images of the built-in tasks: uint8 [N, C, H, W]) and targets [N, ...], one per input.
 
-    inputs: Tensor
-    targets: Tensor
+    Both may be tuples or dicts of such tensors, the inputs as the net is called with them.
+    """
+
+    inputs: Any
+    targets: Any
     normalise: Normalise | None = None
     """Makes of stored inputs what the model takes; None where they are that already."""
     augment: Augment | None = None
     """How training batches are augmented; validation and test batches never are."""
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return samples_of(self.inputs)
 
     def to(self, device: torch.device) -> Resident:
         """The same data on `device`."""
-        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
+        return replace(self, inputs=moved(self.inputs, device), targets=moved(self.targets, device))
 
     def take(self, index: Tensor) -> Resident:
-        return replace(self, inputs=self.inputs[index], targets=self.targets[index])
+        return replace(self, **self._halves(lambda half: picked(half, index)))
 
     def first(self, count: int) -> Resident:
         """The first `count` samples, or all where there are no more."""
-        return replace(self, inputs=self.inputs[:count], targets=self.targets[:count])
+        return replace(self, **self._halves(lambda half: cut(half, 0, count)))
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Every sample once, not augmented."""
         for start in range(0, len(self), batch_size):
-            yield self._made(self.inputs[start : start + batch_size]), self.targets[start : start + batch_size]
+            part = self._halves(lambda half, start=start: cut(half, start, start + batch_size))  # type: ignore[misc]
+            yield self._made(part["inputs"]), part["targets"]
+
+    def _halves(self, function: Callable[[Any], Any]) -> dict[str, Any]:
+        halves = {"inputs": self.inputs, "targets": self.targets}
+        return {name: function(half) if tensors(half) else half for name, half in halves.items()}
 
     def stream(self, batch_size: int, generator: torch.Generator, group: Group = ALONE) -> ResidentStream:
         """Endless training batches; the generator, on the data's device, draws their order and their augmentation."""
         return ResidentStream(self, batch_size, generator, group)
 
     def training_batch(self, index: Tensor, generator: torch.Generator) -> Batch:
-        inputs = self.inputs[index]
+        part = self._halves(lambda half: picked(half, index))
+        inputs = part["inputs"]
         if self.augment is not None:
             inputs = self.augment(inputs, generator)
-        return self._made(inputs), self.targets[index]
+        return self._made(inputs), part["targets"]
 
-    def _made(self, inputs: Tensor) -> Tensor:
+    def _made(self, inputs: Any) -> Any:
         return self.normalise(inputs) if self.normalise is not None else inputs
 
 

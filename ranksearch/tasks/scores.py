@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ranksearch.compress.inputs import LOGITS, class_logits, field_of, joined, mapped, moved, own_loss, shape_of
 from ranksearch.errors import UsageError
 
 Loss = Callable[[Any, Any], Tensor]
@@ -30,29 +31,51 @@ Metric = Callable[[Any, Any], Any] | Accumulator
 """A function of the outputs and targets of a whole split, or an accumulator; both are given tensors on the CPU."""
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+IGNORED = -100
+"""A target that counts for nothing, as torch's cross-entropy has it."""
+
+
+def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     """Mean cross-entropy of logits [N, classes, ...] against class numbers [N, ...]."""
-    return F.cross_entropy(outputs, targets)
+    return F.cross_entropy(class_logits(outputs), targets)
+
+
+def nets_loss(outputs: Any, targets: Any) -> Tensor:
+    """The loss that the net has computed itself from the targets among its inputs.
+
+    Raises:
+        UsageError: it returns none.
+    """
+    if (found := own_loss(outputs)) is None:
+        raise UsageError(
+            f"The net takes targets but returns no loss ({shape_of(outputs)}): give the task a loss=, a function of (outputs, targets)."
+        )
+    return found
 
 
 class Accuracy:
-    """Percent of the targets [N, ...] that are the largest of outputs [N, classes, ...]; the metric of a task that names none."""
+    """Percent of the targets [N, ...] that are the largest of outputs [N, classes, ...]; the metric of a task that names none.
+
+    Targets of -100 are passed over, as by cross-entropy.
+    """
 
     def reset(self) -> None:
         self._right, self._total = 0, 0
 
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        self._right += int((outputs.argmax(1) == targets).sum())
-        self._total += targets.numel()
+    def update(self, outputs: Any, targets: Tensor) -> None:
+        counted = targets != IGNORED
+        self._right += int(((class_logits(outputs).argmax(1) == targets) & counted).sum())
+        self._total += int(counted.sum())
 
     def compute(self) -> float:
-        return 100 * self._right / self._total
+        return 100 * self._right / self._total if self._total else float("nan")
 
 
 class _OnCpu:
     """A user's metric: an accumulator, or a function that sees the whole split at once."""
 
-    def __init__(self, metric: Metric) -> None:
+    def __init__(self, metric: Metric, reads_logits: bool) -> None:
+        self._reads_logits = reads_logits
         self._metric = copy.deepcopy(metric) if is_accumulator(metric) else metric
         self._batches: list[tuple[Any, Any]] = []
 
@@ -62,6 +85,8 @@ class _OnCpu:
             self._metric.reset()  # type: ignore[union-attr]
 
     def update(self, outputs: Any, targets: Any) -> None:
+        if self._reads_logits and isinstance(found := field_of(outputs, LOGITS), Tensor):
+            outputs = found
         outputs, targets = moved(outputs, torch.device("cpu")), moved(targets, torch.device("cpu"))
         if is_accumulator(self._metric):
             self._metric.update(outputs, targets)  # type: ignore[union-attr]
@@ -71,7 +96,7 @@ class _OnCpu:
     def compute(self) -> Any:
         if is_accumulator(self._metric):
             return self._metric.compute()  # type: ignore[union-attr]
-        outputs, targets = (_joined(list(parts)) for parts in zip(*self._batches, strict=True))
+        outputs, targets = (joined(list(parts)) for parts in zip(*self._batches, strict=True))
         return self._metric(outputs, targets)  # type: ignore[operator]
 
 
@@ -80,9 +105,13 @@ def is_accumulator(metric: object) -> bool:
     return all(callable(getattr(metric, name, None)) for name in ("reset", "update", "compute"))
 
 
-def accumulator(metric: Metric) -> Accumulator:
-    """A fresh accumulator of a metric."""
-    made = copy.copy(metric) if isinstance(metric, Accuracy) else _OnCpu(metric)
+def accumulator(metric: Metric, *, reads_logits: bool) -> Accumulator:
+    """A fresh accumulator of a metric.
+
+    Args:
+        reads_logits: whether a metric of the user's is given the `logits` of an output that has them, not the output.
+    """
+    made = copy.copy(metric) if isinstance(metric, Accuracy) else _OnCpu(metric, reads_logits)
     made.reset()
     return made
 
@@ -103,33 +132,6 @@ def as_number(value: Any, name: str) -> float:
     raise UsageError(f"The metric {name!r} returned {shown[:200]}: expected one number for the whole split.")
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Tensors, or tuples, lists and mappings of them, on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True) if device.type != "cpu" else value.to(device)
-    if isinstance(value, Mapping):
-        return {key: moved(part, device) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)([moved(part, device) for part in value])
-    return value
-
-
 def in_fp32(outputs: Any) -> Any:
     """A net's outputs in fp32, whatever autocast made of them."""
-    if isinstance(outputs, Tensor):
-        return outputs.float() if outputs.is_floating_point() else outputs
-    if isinstance(outputs, Mapping):
-        return {key: in_fp32(part) for key, part in outputs.items()}
-    return type(outputs)(map(in_fp32, outputs)) if type(outputs) in (tuple, list) else outputs
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Batches of one split, joined along their first dimension; what is no tensor stays a list of batches."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts) if first.dim() and all(part.shape[1:] == first.shape[1:] for part in parts) else parts
-    if isinstance(first, Mapping):
-        return {key: _joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple | list):
-        return type(first)([_joined(list(part)) for part in zip(*parts, strict=True)])
-    return parts
+    return mapped(lambda x: x.float() if x.is_floating_point() else x, outputs)

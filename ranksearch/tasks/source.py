@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ranksearch.tasks.parallel import ALONE, Group
 
-Batch = tuple[Tensor, Any]
-"""(inputs [N, ...] as the model takes them, targets as the loss takes them)."""
+Batch = tuple[Any, Any]
+"""(inputs as the model takes them, a tensor [N, ...] or arguments as `compress.inputs` says; targets as the loss takes them)."""
 
 
 class Stream(Protocol):
@@ -43,7 +42,7 @@ class Source(Protocol):
         """Training batches of `batch_size` without end; of several workers each draws the same ones and takes its part of them."""
 
 
-def calibration_batches(train: Source, count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def calibration_batches(train: Source, count: int, batch_size: int, generator: torch.Generator) -> Iterator[Any]:
     """`count` batches of training inputs, augmented as in training, as BN re-estimation wants them.
 
     The statistics must be those that the weights were trained under. Random crops fill with zeros, and without them the dense

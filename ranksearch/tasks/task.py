@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ranksearch.compress.copying import copied
+from ranksearch.compress.inputs import cut, moved, tensors
 from ranksearch.errors import UsageError, nearest
 from ranksearch.tasks.loaded import as_source
-from ranksearch.tasks.scores import Accuracy, Loss, Metric, cross_entropy, is_accumulator
-from ranksearch.tasks.source import Source
+from ranksearch.tasks.scores import Accuracy, Loss, Metric, cross_entropy, is_accumulator, nets_loss
+from ranksearch.tasks.targets import targets_taken, without_targets
 
 DIRECTIONS = ("maximize", "minimize")
 
@@ -26,10 +27,13 @@ class Task:
 
         ranksearch.Task(model=net, train=(x, y), val=loader)                                   # a classifier, accuracy in percent
         ranksearch.Task(model=net, train=…, val=…, loss=nn.MSELoss(), metric=rmse, direction="minimize", unit="K")
+        ranksearch.Task(model=bert, train=loader, val=loader)                       # of Hugging Face, with a data collator's loaders
 
     A split is a pair of tensors (inputs [N, ...], targets [N, ...]), a torch Dataset of (input, target) pairs, or a DataLoader or
     any other iterable of (inputs, targets) batches that can be iterated again. Pairs and datasets are batched and shuffled as the
-    recipe says; a loader's batches are taken as they come.
+    recipe says; a loader's batches are taken as they come. Inputs may be tuples, the net's positional arguments, or dicts, its keyword
+    arguments; a batch may be one dict with its targets under `labels` (or another name with `label` in it, `targets`,
+    `start_positions`, `end_positions`), or end on its targets: (input, input, targets).
 
     Raises:
         UsageError: an argument is of no use; one sentence.
@@ -43,18 +47,22 @@ class Task:
     test: Any = None
     """Read once, at the end, for the dense net and the front; None in every trial, so that nothing can be chosen on it."""
     loss: Loss | None = None
-    """(outputs, targets) -> scalar, a mean over the batch; left out, cross-entropy over dimension 1 (images, pixels, tokens)."""
+    """(outputs, targets) -> scalar, a mean over the batch; left out, the net's own (`loss` of its outputs) where its batches are
+    dicts and its forward takes their targets by name, as nets of Hugging Face do; else cross-entropy over dimension 1 (images, pixels,
+    tokens), or over the last one of outputs with `logits` [N, tokens, classes]."""
     metric: Metric | None = None
     """(outputs, targets) of the whole split -> number; or an object with reset(), update(outputs, targets) and compute(), fed batch by
-    batch (torchmetrics' are such). Both are given tensors on the CPU. Left out, accuracy in percent."""
+    batch (torchmetrics' are such). Both are given tensors on the CPU; of outputs with `logits` those, where no loss is given. Left out,
+    accuracy in percent."""
     metric_name: str | None = None
     """Left out, the metric's own."""
     direction: Literal["maximize", "minimize"] = "maximize"
     """Which way the metric is better: "maximize" or "minimize"."""
     unit: str | None = None
     """The metric's unit, such as "K". A metric in "%" lies between 0 and 100; left out, "%" for accuracy and none for others."""
-    example_input: Tensor | None = None
-    """One input as a batch of one, [1, ...]; left out, the first training sample."""
+    example_input: Any = None
+    """One input as a batch of one, [1, ...], or arguments as the net takes them; left out, the first training sample without its
+    targets."""
     trained: bool = True
     """Whether the model's weights are those of the dense net; if not, it is trained once before the search."""
     name: str = "own"
@@ -68,20 +76,24 @@ class Task:
             raise UsageError(
                 f"Task: direction {self.direction!r} is not possible. {nearest(self.direction, DIRECTIONS)}"
             )
-        if self.example_input is not None and not isinstance(self.example_input, Tensor):
+        if self.example_input is not None and not tensors(self.example_input):
             raise UsageError(
-                f"Task: example_input is one tensor [1, ...], got {_kind(self.example_input)}: nets of several inputs, or of a dict of "
-                f"them, need a small module around them that takes one tensor apart."
+                f"Task: example_input is one input [1, ...]: a tensor, a tuple of arguments or a dict of them, got "
+                f"{_kind(self.example_input)}."
             )
         for name, value in (("loss", self.loss), ("metric", self.metric)):
             if value is not None and not callable(value) and not (name == "metric" and is_accumulator(value)):
                 raise UsageError(f"Task: {name} is a function of (outputs, targets), got {_kind(value)}.")
         if self.metric is None and self.direction == "minimize":
             raise UsageError("Task: direction 'minimize' needs a metric; accuracy, the default, is maximised.")
+        taken = targets_taken(self.model) if self.loss is None else ()
+        train = as_source(self.train, "train", taken)
+        first = next(train.in_order(1))[0] if taken or self.example_input is None else None
+        loss = nets_loss if isinstance(first, Mapping) and set(taken) & set(first) else self.loss
         settled: dict[str, Any] = {
-            "train": as_source(self.train, "train"), "val": as_source(self.val, "val"),
-            "test": as_source(self.test, "test") if self.test is not None else None,
-            "loss": cross_entropy if _is_cross_entropy(self.loss) else self.loss,
+            "train": train, "val": as_source(self.val, "val", taken),
+            "test": as_source(self.test, "test", taken) if self.test is not None else None,
+            "loss": cross_entropy if _is_cross_entropy(loss) else loss,
             "metric": self.metric if self.metric is not None else Accuracy(),
             "metric_name": self.metric_name or ("accuracy" if self.metric is None else _name(self.metric)),
             "unit": self.unit if self.unit is not None else ("%" if self.metric is None else ""),
@@ -90,12 +102,22 @@ class Task:
         for name, value in settled.items():
             object.__setattr__(self, name, value)
         if self.example_input is None:
-            object.__setattr__(self, "example_input", _first_input(self.train))
+            object.__setattr__(self, "example_input", moved(cut(without_targets(first), 0, 1), torch.device("cpu")))
 
     @property
     def cross_entropy(self) -> bool:
         """Whether the loss is the default: outputs are logits over dimension 1, and labels may be smoothed."""
         return self.loss is cross_entropy
+
+    @property
+    def nets_loss(self) -> bool:
+        """Whether the loss is what the net computes itself from targets among its inputs."""
+        return self.loss is nets_loss
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a metric is given the `logits` of outputs that have them: where no loss was given that knows the outputs' form."""
+        return self.cross_entropy or self.nets_loss
 
     @property
     def classifies(self) -> bool:
@@ -117,14 +139,13 @@ class Task:
     def to(self, device: torch.device) -> Task:
         """The same task with its data, and a loss with buffers, on `device`; the model stays where it is."""
         test = self.test.to(device) if self.test is not None else None
-        example = self.example_input.to(device) if self.example_input is not None else None
         return replace(
             self,
             train=self.train.to(device),
             val=self.val.to(device),
             test=test,
             loss=self.loss_on(device),
-            example_input=example,
+            example_input=moved(self.example_input, device),
         )
 
 
@@ -133,11 +154,6 @@ def untrained(build: Callable[[str], nn.Module], name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build(name)
-
-
-def _first_input(train: Source) -> Tensor:
-    """[1, ...]"""
-    return next(train.in_order(1))[0][:1].cpu()
 
 
 def _is_cross_entropy(loss: Any) -> bool:

@@ -16,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ranksearch.errors import RanksearchError
+from ranksearch.compress.inputs import batch_size, call, class_logits, device_of, shape_of
+from ranksearch.errors import RanksearchError, UsageError
+from ranksearch.tasks.device import channels_last_
 from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.schedule import learning_rate
-from ranksearch.tasks.scores import in_fp32
+from ranksearch.tasks.scores import IGNORED, in_fp32
+from ranksearch.tasks.source import Batch
 from ranksearch.tasks.task import Task
 
 
@@ -35,13 +38,30 @@ class Distillation:
     weight: float
     temperature: float
 
-    def loss(self, logits: Tensor, x: Tensor, hard: Tensor) -> Tensor:
-        """(1 - weight) * hard + weight * T² * KL(teacher || student), a mean over samples and positions; logits [N, classes, ...]."""
+    def loss(self, outputs: Any, inputs: Any, targets: Any, hard: Tensor) -> Tensor:
+        """(1 - weight) * hard + weight * T² * KL(teacher || student), a mean over samples and positions.
+
+        Positions whose target is -100 are passed over, as by cross-entropy.
+
+        Args:
+            outputs: with logits [N, classes, ...], as `class_logits` reads them.
+
+        Raises:
+            UsageError: there is one class alone, over which nothing can be softened.
+        """
+        logits = class_logits(outputs)
+        if logits.shape[1] < 2:
+            raise UsageError(
+                f"recipe.distillation softens class probabilities; this net returns {shape_of(logits)}: leave recipe.distillation.weight "
+                f"at 0."
+            )
         with torch.no_grad():
-            target = F.log_softmax(self.teacher(x).float() / self.temperature, dim=1)
+            target = F.log_softmax(class_logits(call(self.teacher, inputs)).float() / self.temperature, dim=1)
         student = F.log_softmax(logits / self.temperature, dim=1)
-        positions = logits.numel() // logits.shape[1]
-        soft = F.kl_div(student, target, reduction="sum", log_target=True) / positions * self.temperature**2
+        apart = F.kl_div(student, target, reduction="none", log_target=True).sum(1)
+        if isinstance(targets, Tensor) and targets.shape == apart.shape:
+            apart = apart[targets != IGNORED]
+        soft = apart.sum() / max(apart.numel(), 1) * self.temperature**2
         return (1 - self.weight) * hard + self.weight * soft
 
 
@@ -125,7 +145,7 @@ class Training:
         Args:
             group: with others each trains on its part of a batch, with the mean of the gradients; losses are the whole batch's.
         """
-        self.model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.model = channels_last_(model).train()
         self.settings, self.steps, self.done = settings, steps, 0
         self._task, self._distillation, self.group = task, distillation, group
         self.optimizer = OPTIMIZERS[settings.optimizer](model, settings)
@@ -133,7 +153,7 @@ class Training:
         self._average = None
         if settings.ema > 0:
             self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-        self._forward: Callable[[Tensor], Any] = model
+        self._forward: Callable[..., Any] = model
         if settings.compile:
             torch._dynamo.reset()  # after eight recompilations in one process it would fall back to eager in silence
             self._forward = torch.compile(model)
@@ -145,7 +165,7 @@ class Training:
         self._summed = 0
         self._points: list[tuple[int, Tensor]] = []  # points that have not been looked at
         self.images, self.seconds = 0, 0.0
-        self._last: tuple[Tensor, Any] | None = None
+        self._last: Batch | None = None
 
     def run(self, after_step: Callable[[Training], None] | None = None) -> TrainStats:
         """Trains until the steps are done; `after_step` may project the weights, or save the state.
@@ -202,18 +222,19 @@ class Training:
         self.optimizer.step()
         if self._average is not None:
             self._average.update_parameters(self.model)
-        self.images += len(inputs) * self.group.world
+        self.images += batch_size(inputs) * self.group.world
         return loss
 
-    def _loss(self, forward: Callable[[Tensor], Any], x: Tensor, targets: Any) -> Tensor:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
-            outputs = in_fp32(forward(x))
+    def _loss(self, forward: Callable[..., Any], inputs: Any, targets: Any) -> Tensor:
+        with torch.autocast(device_of(inputs).type, dtype=torch.bfloat16, enabled=self.settings.bf16):
+            outputs = in_fp32(call(forward, inputs))
             if self._task.cross_entropy:
-                loss = F.cross_entropy(outputs, targets, label_smoothing=self.settings.label_smoothing)
+                smoothing = self.settings.label_smoothing
+                loss = F.cross_entropy(class_logits(outputs), targets, label_smoothing=smoothing)
             else:
                 assert self._task.loss is not None
                 loss = self._task.loss(outputs, targets)
-            return loss if self._distillation is None else self._distillation.loss(outputs, x, loss)
+            return loss if self._distillation is None else self._distillation.loss(outputs, inputs, targets, loss)
 
     @torch.no_grad()
     def probe(self) -> float | None:
@@ -224,7 +245,8 @@ class Training:
         if self._last is None:
             return None
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        devices = [self._last[0].device] if self._last[0].is_cuda else []
+        device = device_of(self._last[0])
+        devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             loss = self._loss(self.model, *self._last)
         for name, buffer in self.model.named_buffers():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ranksearch.compress import load_net
-from ranksearch.errors import StudyError
+from ranksearch.errors import RanksearchError
 from ranksearch.study.folder import trial_folder
 from ranksearch.study.row import Row
 from ranksearch.study.verdict import verdict_of
@@ -83,7 +83,7 @@ def _log_net(
             client, experiment_id, run_id, name, load_net(folder, view.space.build), folder, view.space.kind(),
             tags=tags | {KIND_TAG: "net"}, params=trial_params(row), metrics=final_metrics(row), at_ms=int(1000 * (row["ended"] or 0.0)),
         )  # fmt: skip
-    except StudyError as error:
+    except (RanksearchError, TypeError) as error:  # of a dtype that numpy lacks, too
         log(f"MLflow: {error} The trial's folder has the net; its run has no model.")
         return None
     client.set_tag(run_id, MODEL_TAG, model_id)

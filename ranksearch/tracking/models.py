@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ranksearch.compress.export import PLAN, WEIGHTS
-from ranksearch.compress.exported import max_rel_error
+from ranksearch.compress.exported import free_axes, max_rel_error
 from ranksearch.compress.formats import quiet, told
-from ranksearch.errors import StudyError
+from ranksearch.compress.inputs import call, repeated
+from ranksearch.compress.plain import is_plain, named_inputs, plain, plain_outputs
 from ranksearch.tasks import TaskKind
 from ranksearch.tracking.store import quiet_mlflow
 
@@ -46,33 +47,38 @@ def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model
     Raises:
         StudyError: the net cannot be exported, or what is loaded again computes something else.
     """
-    if not kind.example_input.is_floating_point():
-        raise StudyError(
-            f"The net in {folder} takes {kind.example_input.dtype} inputs: MLflow's models are made of nets that take floats."
+    made_by = {"input": "(image / scale - mean) / std, per channel"}
+    example = repeated(kind.example_input, BATCH, torch.Generator().manual_seed(0))
+    with told(f"The net in {folder} cannot be stored as an MLflow model"), torch.inference_mode():
+        free = set(free_axes(net, example))
+        alone = is_plain(net, example)
+        stored = net if alone else plain(net, example)
+        named = named_inputs(example)
+        wanted = plain_outputs(call(net, example))
+        outputs = [(None, wanted)] if isinstance(wanted, torch.Tensor) else list(wanted.items())
+        signature = ModelSignature(
+            Schema([_spec(x, None if alone else name, free, name) for name, x in named.items()]),
+            Schema([_spec(x, name, free, None) for name, x in outputs]),
         )
-    shape, made_by = (BATCH, *kind.input_shape), {"input": "(image / scale - mean) / std, per channel"}
-    example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        wanted = net(example)
-    if not isinstance(wanted, torch.Tensor):
-        raise StudyError(
-            f"The net in {folder} returns a {type(wanted).__name__}: MLflow's models are made of nets that return a tensor."
-        )
-    signature = ModelSignature(
-        Schema([TensorSpec(np.dtype(np.float32), (-1, *shape[1:]))]),
-        Schema([TensorSpec(np.dtype(np.float32), (-1, *wanted.shape[1:]))]),
-    )
     version = torch.__version__.partition("+")[0]
     with told(f"The net in {folder} cannot be exported"), quiet("mlflow"):
         mlflow.pytorch.save_model(
-            net, target, mlflow_model=model, signature=signature, input_example=example.numpy(), serialization_format="pt2",
+            stored, target, mlflow_model=model, signature=signature, serialization_format="pt2",
+            input_example=example.numpy() if alone else [x.numpy() for x in named.values()],
             pip_requirements=[f"mlflow=={mlflow.__version__}", f"torch=={version}", f"numpy=={np.__version__}"],
             extra_files=[str(folder / PLAN), str(folder / WEIGHTS)],
             metadata=made_by | asdict(kind.normalise) if kind.normalise is not None else {"input": "as the task's own data have it"},
         )  # fmt: skip
         again = mlflow.pytorch.load_model(str(target))
-    more = torch.cat([example, 0.5 * example[:1]])
-    max_rel_error(again, net, [example, more], tolerance=TOLERANCE)
+    more = repeated(kind.example_input, BATCH + 1, torch.Generator().manual_seed(1))
+    opened = again if alone else lambda batch: again(*named_inputs(batch).values())
+    max_rel_error(opened, net, [example, more], tolerance=TOLERANCE)
+
+
+def _spec(tensor: torch.Tensor, name: str | None, free: set[tuple[str, int]], axes_of: str | None) -> TensorSpec:
+    """A tensor in a model's signature: -1 for the batch and for every other axis that may have any extent."""
+    shape = [-1 if i == 0 or (axes_of, i) in free else extent for i, extent in enumerate(tensor.shape)]
+    return TensorSpec(tensor.numpy().dtype, shape, name)
 
 
 def log_model(

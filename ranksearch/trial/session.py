@@ -17,7 +17,7 @@ from ranksearch.compress.copying import copied
 from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
 from ranksearch.compress.surgery import compress
 from ranksearch.tasks.dense import State
-from ranksearch.tasks.device import pick_device, use_bf16
+from ranksearch.tasks.device import channels_last_, pick_device, use_bf16
 from ranksearch.tasks.evaluate import Evaluation, evaluate
 from ranksearch.tasks.parallel import Group, synchronised
 from ranksearch.tasks.source import calibration_batches
@@ -85,8 +85,9 @@ class Session:
         self._distillation = None
         if recipe.distillation.weight > 0:
             teacher = self.dense_net().eval().requires_grad_(False)
-            teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self._distillation = Distillation(teacher, recipe.distillation.weight, recipe.distillation.temperature)
+            self._distillation = Distillation(
+                channels_last_(teacher), recipe.distillation.weight, recipe.distillation.temperature
+            )
         self._started = time.perf_counter()
         self.history: list[dict[str, Any]] = []
         self.projections: list[dict[str, Any]] = []
