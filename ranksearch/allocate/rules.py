@@ -63,7 +63,7 @@ class LayerRules:
         keyed += [(f"layers.rules.{i}.match", (rule.match,)) for i, rule in enumerate(self.rules)]
         for key, patterns in keyed:
             for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in names):
+                if not any(_matches(name, [pattern]) for name in names):
                     raise UsageError(f"{key}: {pattern!r} matches no layer. {nearest(pattern, names)}")
         for i, rule in enumerate(self.rules):
             layers = [layer for layer in net.layers if fnmatchcase(layer.name, rule.match)]
@@ -119,4 +119,4 @@ class LayerRules:
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)

@@ -139,6 +139,9 @@ def weigh(
         temper: exponent of the absolute scale of a layer's damage; see `TEMPER`.
         weightings: those that the curves were made in, and the layers will be cut in.
 
+    A layer that no gradient reaches (frozen, detached, or of an output that the loss does not use) is weighed by its inputs alone,
+    one that no batch reaches (an expert) by its weight alone, both at the median of the others' scales.
+
     Raises:
         UsageError: no batches, or an output that the default loss cannot read.
         NonFiniteError: activations or gradients that are not finite.
@@ -158,20 +161,31 @@ def weigh(
             UserWarning, stacklevel=2,
         )  # fmt: skip
         sensitivity, absolute = "activation", False
-    shares, scales, slots, form = {}, {}, find_slots(model), FORMS[sensitivity]
+    shares, scales, slots = {}, {}, find_slots(model)
+    unscaled: list[str] = []
     for options in curves.layers:
         name, norm = options.layer.name, options.layer.norm is not None
         weight = slots[name].weight.detach().float()
         found = statistics.pop(name)  # each layer's moments are dropped as soon as they are used
+        if not found.inputs.rows:  # no batch reaches it: weighed by its weight alone
+            shares[name] = options.removed.copy()
+            unscaled.append(name)
+            continue
+        without = absolute and not found.gradient_calls  # weighed by its inputs alone
+        form = FORMS["activation" if without else sensitivity]
         with torch.no_grad():
             shares[name], total = _shares(
                 options, weight, partial(form, found=found, norm=norm, damping=damping), (weightings or {}).get(name)
             )
         scales[name] = total**temper if absolute else 1.0
+        if without:
+            unscaled.append(name)
+    known = [scale for name, scale in scales.items() if name not in unscaled]
+    scales |= dict.fromkeys(unscaled, float(np.median(known)) if known else 1.0)
     return Damage(measure, shares, scales)
 
 
 def _informative(curves: Curves, statistics: Mapping[str, Statistics]) -> bool:
     """Whether the loss has a gradient at the output of any layer that may be lowered."""
-    found = (statistics[options.layer.name] for options in curves.layers)
+    found = [s for options in curves.layers if (s := statistics[options.layer.name]).gradient_calls]
     return any(bool((s.fisher if s.fisher is not None else s.gradients.energy).any()) for s in found)  # type: ignore[union-attr]

@@ -8,8 +8,7 @@ Letters: g groups, N samples, P positions of a layer's output, n = S/g·k inputs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +22,11 @@ from ranksearch.compress.copying import copied
 from ranksearch.compress.inputs import (
     batch_size,
     call,
-    detached,
     mapped,
     moved,
-    tensors,
 )
 from ranksearch.compress.surgery import open_attentions_
+from ranksearch.compress.undisturbed import own, undisturbed
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec
 from ranksearch.lowering.weighting import SecondMoment
@@ -127,6 +125,8 @@ class Statistics:
     """Mean squared gradient of one sample's loss by the weight, [g, T/g, n] (a sum until the collection ends)."""
     positions: float = 0.0
     """Positions of the output per sample, over all uses (a sum until the collection ends)."""
+    gradient_calls: int = 0
+    """Times that a gradient reached the layer's output; 0 in frozen or detached parts, and where the loss does not use the output."""
 
 
 def patches(x: Tensor, spec: LayerSpec) -> Tensor:
@@ -178,15 +178,6 @@ def _width(spec: LayerSpec) -> int:
     return inputs
 
 
-@contextmanager
-def _without_fused_attention() -> Iterator[None]:
-    """torch's fused encoder path calls no layers."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def drawn_directions_loss(generator: torch.Generator) -> Loss:
@@ -214,6 +205,9 @@ class _Collector:
         self.statistics: dict[str, Statistics] = {}
         self.samples = 0
         self._gradients, self._fisher, self._generator, self._widest = gradients, fisher, generator, widest
+        self.backward = False
+        """Whether gradients are being computed: a layer that is called then is one of a checkpoint's, which was counted before."""
+        self._without_graph: set[nn.Module] = set()
 
     def watch(self, name: str, spec: LayerSpec, module: nn.Module) -> None:
         found = self.statistics.setdefault(
@@ -225,17 +219,30 @@ class _Collector:
             ),
         )
 
-        def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach()
-            view = patches(x, spec)
-            found.inputs.add(_rows(view, spec, self._generator).float())
-            found.positions += output.numel() / spec.out_channels
-            if self._gradients or self._fisher:
-                output.register_hook(lambda gradient: self._backward(found, spec, x, gradient.detach()))
+        def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            given: Tensor = args[0] if args else next(iter(kwargs.values()))
+            axes = len(spec.kernel_size)
+            x = given.detach()[None] if spec.is_conv and given.dim() == axes + 1 else given.detach()
+            if not self.backward:
+                found.inputs.add(_rows(patches(x, spec), spec, self._generator).float())
+                found.positions += output.numel() / spec.out_channels
+            if not (self._gradients or self._fisher):
+                return None
+            if not torch.is_grad_enabled():
+                self._without_graph.add(layer)
+                return None
+            if self.backward and layer not in self._without_graph:
+                return None  # a checkpoint's second call, whose first one is in the graph
+            # what nothing before it asks gradients of is made the beginning of a graph; times 1 it is no leaf
+            begun = output if output.requires_grad else output.detach().requires_grad_() * 1
+            rows = (lambda g: g[None]) if x.dim() > given.dim() else (lambda g: g)
+            begun.register_hook(lambda gradient: self._backward(found, spec, x, rows(gradient.detach())))
+            return begun
 
-        module.register_forward_hook(after)
+        module.register_forward_hook(after, with_kwargs=True)
 
     def _backward(self, found: Statistics, spec: LayerSpec, x: Tensor, gradient: Tensor) -> None:
+        found.gradient_calls += 1
         channels_last = gradient.movedim(1, -1) if spec.is_conv else gradient
         rows = channels_last.reshape(len(gradient), -1, spec.groups, spec.out_channels // spec.groups).float()
         if found.gradients is not None:
@@ -280,15 +287,15 @@ def collect(
         for module in modules.values():
             collector.watch(layer.name, layer.spec, module)
     differentiated = (loss or default_loss(generator, balanced=False)) if gradients or fisher else None
-    samples = _run(probe, batches, differentiated)
+    samples = _run(probe, batches, differentiated, collector)
     if samples == 0:
         raise UsageError("This sensitivity is measured on data: give it at least one batch of inputs (calibration).")
     for name, found in collector.statistics.items():
         found.positions /= samples
         if found.fisher is not None:
             found.fisher /= samples
-        sums = [found.inputs.mean]
-        sums += [found.gradients.mean] if found.gradients is not None else []
+        sums = [found.inputs.mean] if found.inputs.rows else []
+        sums += [found.gradients.mean] if found.gradients is not None and found.gradients.rows else []
         sums += [found.fisher] if found.fisher is not None else []
         if not all(bool(total.isfinite().all()) for total in sums):
             raise NonFiniteError(
@@ -297,22 +304,24 @@ def collect(
     return collector.statistics
 
 
-def _run(probe: nn.Module, batches: Iterable[Any], loss: Loss | None) -> int:
+def _run(probe: nn.Module, batches: Iterable[Any], loss: Loss | None, collector: _Collector) -> int:
     """Runs the batches forward, and backward from `loss` where there is one; returns the number of samples."""
     device, samples = next(probe.parameters()).device, 0
     for parameter in probe.parameters():
         parameter.requires_grad_(False)
-    with torch.set_grad_enabled(loss is not None), _without_fused_attention():
+    with torch.set_grad_enabled(loss is not None), undisturbed(probe):
         for batch in batches:
-            inputs = moved(detached(batch), device)  # the caller's own tensors stay as they are
+            inputs = moved(own(batch), device)  # the caller's own tensors stay as they are
             samples += batch_size(inputs)
             if loss is None:
                 call(probe, inputs)
                 continue
-            # gradients flow from the inputs on, so that none are computed for weights; times 1 they are no leaves, which layers that
-            # work in place refuse
+            # gradients flow from the inputs or from the first layer on, so that none are computed for weights; times 1 they are no
+            # leaves, which layers that work in place refuse
             inputs = mapped(lambda x: x.requires_grad_() * 1 if x.is_floating_point() else x, inputs)
-            if not any(x.requires_grad for x in tensors(inputs)):
-                probe.requires_grad_()
-            loss(call(probe, inputs)).backward()
+            total = loss(call(probe, inputs))
+            if total.requires_grad:  # else everything is frozen or detached
+                collector.backward = True
+                total.backward()
+                collector.backward = False
     return samples

@@ -14,37 +14,40 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ranksearch.compress.inputs import call
+from ranksearch.compress.undisturbed import own, undisturbed
 
 
 @torch.no_grad()
 def reestimate_bn_(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Resets every BN layer and averages its statistics over `batches` of inputs as the model takes them; returns the number used.
+    """Averages the statistics of every BN layer anew over `batches` of inputs as the model takes them; returns the number used.
 
-    Only BN layers run in training mode (dropout stays off); modes and momenta are restored. A net without BN is left alone.
+    Only BN layers run in training mode (dropout stays off); everything else of the model stays as it was. BN layers that no batch
+    reaches keep their statistics, all keep them where anything is raised. A net without BN is left alone.
 
     Raises:
-        ValueError: there are BN layers and `batches` is empty, which would leave them reset.
+        ValueError: there are BN layers and `batches` is empty.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
-    training = {module: module.training for module in model.modules()}
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    used = 0
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average
-            norm.training = True
-        for batch in batches:
-            call(model, batch)
-            used += 1
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in training.items():
-            module.training = mode
+    used, reached = 0, set[nn.Module]()
+    with undisturbed(model):
+        hooks = [norm.register_forward_pre_hook(lambda norm, args: reached.add(norm)) for norm in norms]
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average
+                norm.training = True
+            for batch in batches:
+                call(model, own(batch))
+                used += 1
+        finally:
+            for hook in hooks:
+                hook.remove()
+        fresh = {norm: {name: b.clone() for name, b in norm._buffers.items() if b is not None} for norm in reached}
     if used == 0:
         raise ValueError("BN re-estimation needs at least one batch")
+    for norm, numbers in fresh.items():
+        for name, buffer in numbers.items():
+            norm.get_buffer(name).copy_(buffer)
     return used

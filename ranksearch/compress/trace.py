@@ -237,7 +237,13 @@ def trace(model: nn.Module, example_input: Any) -> Net:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
         raise UsageError(f"{type(model).__name__} has no {KINDS} layer that can be lowered.{reasons}")
     params = {memory(p): p.numel() for p in model.parameters() if not is_lazy(p)}  # shared weights are counted once
-    buffers = list(model.buffers())
+    buffers = [  # that a state dict holds
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    buffers = list({id(buffer): buffer for buffer in buffers}.values())
     measured = -(-macs(counted) // batch)
     return Net(
         layers=tuple(layers),
