@@ -439,3 +439,33 @@ def test_a_compressed_net_is_still_scripted_and_pickled(lowering):
         wanted = small(x)
         torch.testing.assert_close(pickle.loads(pickle.dumps(small))(x), wanted)
         torch.testing.assert_close(torch.jit.script(small)(x), wanted)
+
+
+# A compressed net is checked as a whole
+
+
+class Exactly(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        if self.how == "computes":
+            return torch.relu(y) if type(self.a) is nn.Linear else y
+        if self.how == "costs" and type(self.a) is not nn.Linear:
+            return y + 0 * (x @ x.mT @ x)
+        return y
+
+
+@pytest.mark.parametrize("how", ["computes", "costs", "plain"])
+def test_what_is_not_as_planned_is_refused_by_name(how):
+    torch.manual_seed(0)
+    net, x = Exactly(how).eval(), torch.randn(8, 16)
+    plan = ranksearch.allocate(net, x, {"flops": "60%"})
+    if how == "plain":
+        assert ranksearch.compress(net, plan)(x).shape == (8, 16)
+        return
+    for given in ({}, {"example_input": x}):
+        with pytest.raises(UsageError, match="xclude"):
+            ranksearch.compress(net, plan, **given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -97,18 +98,24 @@ def allocate(
     if latency is not None:
         curves = timed(curves, model, example_input, latency, lambda text: None)
     parsed = [parse_budget(*text.partition("=")[::2]) for text in assignments(budgets)]
-    if method in SOLVERS:
-        damage = weigh(
-            curves, model, calibration, sensitivity, MEASURES[measure], seed=seed, loss=loss, weightings=weightings
-        )
-        return allocate_plan(curves, parsed, damage=damage, solver=SOLVERS[method]).plan
-    if method == "random":
-        return random(curves, parsed, seed=seed)
-    if method == "greedy":
-        if score is None:
-            raise UsageError("The method 'greedy' evaluates the net: give it score, a function from a net to a number.")
-        return greedy(curves, parsed, scores=measure_scores(curves, partial(_scored, model, score, calibration)))
-    return BASELINES[method](curves, parsed)
+
+    def chosen() -> RankPlan:
+        if method in SOLVERS:
+            damage = weigh(
+                curves, model, calibration, sensitivity, MEASURES[measure], seed=seed, loss=loss, weightings=weightings
+            )
+            return allocate_plan(curves, parsed, damage=damage, solver=SOLVERS[method]).plan
+        if method == "random":
+            return random(curves, parsed, seed=seed)
+        if method == "greedy":
+            if score is None:
+                raise UsageError(
+                    "The method 'greedy' evaluates the net: give it score, a function from a net to a number."
+                )
+            return greedy(curves, parsed, scores=measure_scores(curves, partial(_scored, model, score, calibration)))
+        return BASELINES[method](curves, parsed)
+
+    return replace(chosen(), example_input=example_input)
 
 
 def _scored(model: nn.Module, score: Callable[[nn.Module], float], calibration: Sequence[Any], plan: RankPlan) -> float:

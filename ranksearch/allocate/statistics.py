@@ -178,8 +178,6 @@ def _width(spec: LayerSpec) -> int:
     return inputs
 
 
-
-
 def drawn_directions_loss(generator: torch.Generator) -> Loss:
     """For outputs that are compared by squared distance, such as embeddings: the gradient of ½‖output − label‖² at a label drawn from
     a unit normal around the output. The second moment of such gradients is the Gauss-Newton matrix of the outputs, exactly.

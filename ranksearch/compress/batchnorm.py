@@ -47,7 +47,7 @@ def reestimate_bn_(model: nn.Module, batches: Iterable[Any]) -> int:
         fresh = {norm: {name: b.clone() for name, b in norm._buffers.items() if b is not None} for norm in reached}
     if used == 0:
         raise ValueError("BN re-estimation needs at least one batch")
-    for norm, numbers in fresh.items():
+    for module, numbers in fresh.items():
         for name, buffer in numbers.items():
-            norm.get_buffer(name).copy_(buffer)
+            module.get_buffer(name).copy_(buffer)
     return used

@@ -25,6 +25,7 @@ def compress(
     model: nn.Module,
     plan: RankPlan,
     *,
+    example_input: Any = None,
     warm: Mapping[str, Any] | None = None,
     weightings: Mapping[str, Weighting] | None = None,
 ) -> nn.Module:
@@ -34,15 +35,24 @@ def compress(
     share is decomposed once, and their chains share the factors.
 
     Args:
+        example_input: the compressed net is then checked as a whole (`whole.py`, two forward passes). Left out, it is that of the plan,
+            where `allocate` leaves it; of a plan that knows none only the structure is checked.
         warm: what a `Projector` keeps of its last projection of this model; `cp` needs it to find the projected weight's own terms.
         weightings: layer -> the metric of its data (`ranksearch.weightings`), in which what is kept of it is nearest to it; of layers that
             are not named, and of lowerings that know no other metric (`cp`), the weight's own norm decides.
 
     Raises:
-        UsageError: a layer that is not there, a lowering that refuses it, a rank outside its range.
+        UsageError: a layer that is not there, a lowering that refuses it, a rank outside its range, or a compressed net that costs or
+            computes something else than planned.
         NonFiniteError: weights that are not finite; the text names the layer.
     """
-    return _restructured(copied(bare(model)), plan, fill=True, warm=warm or {}, weightings=weightings or {})
+    small = _restructured(copied(bare(model)), plan, fill=True, warm=warm or {}, weightings=weightings or {})
+    example = plan.example_input if example_input is None else example_input
+    if example is not None and next(plan.lowered(), None) is not None:
+        from ranksearch.compress.whole import check_whole
+
+        check_whole(model, small, plan, example)
+    return small
 
 
 def restructure_(model: nn.Module, plan: RankPlan) -> nn.Module:

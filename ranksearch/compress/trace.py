@@ -201,12 +201,17 @@ def trace(model: nn.Module, example_input: Any) -> Net:
     Raises:
         UsageError: the model has no layer that can be lowered (the text says why of each), or the example holds no batched tensor.
     """
+    return traced(model, example_input)[0]
+
+
+def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
+    """(what `trace` returns, what the model returned)"""
     model = bare(model)
     batch = batch_size(example_input)
     if batch == 0:
         raise UsageError("The example input holds no sample: its first axis is 0 long.")
     with _recording(model, batch) as recorder, torch.no_grad(), counter() as counted:
-        call(model, own(example_input))
+        outputs = call(model, own(example_input))
 
     slots, skipped = survey(model)  # now: lazy layers have their shapes
     names = {id(module): name for name, module in model.named_modules()}
@@ -245,7 +250,7 @@ def trace(model: nn.Module, example_input: Any) -> Net:
     ]
     buffers = list({id(buffer): buffer for buffer in buffers}.values())
     measured = -(-macs(counted) // batch)
-    return Net(
+    net = Net(
         layers=tuple(layers),
         skipped=tuple(skipped.items()),
         other_macs=max(0, measured - sum(layer.macs for layer in layers)),  # each layer is rounded up
@@ -253,6 +258,7 @@ def trace(model: nn.Module, example_input: Any) -> Net:
         other_floats=sum(b.numel() for b in buffers if b.is_floating_point()),
         other_bytes=sum(b.numel() * b.element_size() for b in buffers if not b.is_floating_point()),
     )
+    return net, outputs
 
 
 def _attention_uses(recorder: _Recorder, attention: nn.Module, slot: Slot) -> list[Use] | None:

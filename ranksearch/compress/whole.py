@@ -1,0 +1,135 @@
+"""A compressed net checked as a whole: that it costs what its plan says, calls what was lowered, and computes what it should.
+
+Two forward passes: one of the dense net projected in place (which shows what every layer gets), one of the compressed net.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.compress.bare import bare
+from ranksearch.compress.copying import copied
+from ranksearch.compress.cost import plan_cost
+from ranksearch.compress.counting import counter, macs
+from ranksearch.compress.inputs import batch_size, call, cast, tensors
+from ranksearch.compress.plan import RankPlan
+from ranksearch.compress.slots import slots_of
+from ranksearch.compress.trace import Net, traced
+from ranksearch.compress.undisturbed import own, undisturbed
+from ranksearch.errors import UsageError
+from ranksearch.lowering import lowering_named
+from ranksearch.lowering.chain import Chain
+
+TOLERANCE = 1e-4
+"""Of max |a - b| / max |a|, a the outputs of the projected net and b those of the compressed one."""
+
+
+def check_whole(model: nn.Module, small: nn.Module, plan: RankPlan, example_input: Any) -> None:
+    """Holds `small`, which `compress(model, plan)` made, to `model` and `plan` on one example input.
+
+    Raises:
+        UsageError: a lowered layer that is not called, MACs other than planned, or outputs other than those of the dense net projected
+            in place; the text names layers to exclude.
+    """
+    dense = copied(bare(model))
+    chains = {name: small.get_submodule(name) for name, _ in plan.lowered() if _holds(small, name)}
+    _project_(dense, chains, plan)
+    net, wanted = traced(dense, example_input)
+    called: set[str] = set()
+    hooks = [chain.register_forward_pre_hook(_noting(called, name)) for name, chain in chains.items()]
+    try:
+        with undisturbed(small), torch.no_grad(), counter() as counted:
+            found = call(small, own(example_input))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _check_calls_and_macs(net, plan, chains, called, -(-macs(counted) // batch_size(example_input)))
+    error = difference(wanted, found)
+    if not error <= TOLERANCE:  # rounding alone may pass it in a deep net: settled in fp64
+        error = min(error, _in_fp64(dense, small, example_input))
+    if not error <= TOLERANCE:
+        raise UsageError(
+            f"The compressed net is off by {error:.2g} (max |a - b| / max |a|, at most {TOLERANCE:g}) from the dense net projected in "
+            f"place: its forward pass depends on what its layers are. Exclude layers; lowered are {_named(list(chains))}."
+        )
+
+
+def _check_calls_and_macs(
+    net: Net, plan: RankPlan, chains: dict[str, nn.Module], called: set[str], measured: int
+) -> None:
+    listed, reasons = {layer.name for layer in net.layers}, dict(net.skipped)
+    missing = [name for name in chains if name not in called and name in listed]
+    if missing:
+        raise UsageError(f"The compressed net does not call {_named(missing)}, which the plan lowers: exclude it.")
+    odd = [name for name in called if name not in listed]
+    for name in odd:
+        if name in reasons:
+            raise UsageError(f"Layer {name!r} cannot be lowered: {reasons[name]} Exclude it.")
+    planned = plan_cost(net, RankPlan({name: choice for name, choice in plan.layers.items() if name in listed})).macs
+    if not odd and abs(measured - planned) > len(net.layers):
+        raise UsageError(
+            f"The compressed net takes {measured:,} MACs a sample where the plan says {planned:,}: what it computes depends on what its "
+            f"layers are. Exclude layers; lowered are {_named(list(chains))}."
+        )
+
+
+def _in_fp64(dense: nn.Module, small: nn.Module, example_input: Any) -> float:
+    """The difference of both nets in fp64; infinite where they do not run in it."""
+    double = copied(small).double()
+    try:
+        for name, module in double.named_modules():
+            if isinstance(module, Chain):
+                weight: Any = module.weight
+                dense.double().get_submodule(name).weight.data = weight.dense()  # type: ignore[union-attr]
+        example = cast(own(example_input), torch.float64)
+        with undisturbed(dense), torch.no_grad():
+            wanted = call(dense.double(), example)
+        with undisturbed(double), torch.no_grad():
+            return difference(wanted, call(double, own(example)))
+    except (RuntimeError, TypeError, AttributeError):
+        return float("inf")
+
+
+def _holds(small: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(small.get_submodule(name), Chain)
+    except AttributeError:
+        return False
+
+
+def _project_(dense: nn.Module, chains: dict[str, nn.Module], plan: RankPlan) -> None:
+    """Writes into the dense weights what the chains compute with, so that nothing is decomposed twice."""
+    with torch.no_grad():
+        for name, (slot, choice) in slots_of(dense, plan).items():
+            chain: Any = chains.get(name)
+            if chain is None:
+                slot.weight.copy_(lowering_named(choice.lowering).project(slot.weight, choice.rank, slot.spec).weight)
+            else:
+                slot.weight.copy_(chain.weight.dense())
+
+
+def _noting(called: set[str], name: str) -> Any:
+    return lambda module, args: called.add(name)
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(map(repr, names[:4])) + more
+
+
+def difference(wanted: Any, found: Any) -> float:
+    """The largest max |a - b| / max |a| over the tensors of two outputs; infinite where their forms differ."""
+    ours, theirs = tensors(wanted), tensors(found)
+    if [x.shape for x in ours] != [y.shape for y in theirs]:
+        return float("inf")
+    return max((_error(x, y) for x, y in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    if a.numel() == 0 or torch.equal(a.nan_to_num(), b.nan_to_num()):
+        return 0.0
+    return float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
