@@ -75,6 +75,7 @@ class Chain(nn.Module):
         spec: LayerSpec
         lowering_name: str
         rank: Rank
+        dims_of_one: int
     __jit_unused_properties__: ClassVar[list[str]] = ["weight", "bias", "lowering", "layers"]
 
     @property
@@ -97,14 +98,15 @@ class Chain(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the layer's: the chain's layers one after the other, five at most. Written out, so that TorchScript takes it."""
-        x = getattr(self, "1")(getattr(self, "0")(input))
+        alone = input.dim() == self.dims_of_one  # one map without a batch axis, which convolutions take, too
+        x = getattr(self, "1")(getattr(self, "0")(input.unsqueeze(0) if alone else input))
         if hasattr(self, "2"):
             x = getattr(self, "2")(x)
         if hasattr(self, "3"):
             x = getattr(self, "3")(x)
         if hasattr(self, "4"):
             x = getattr(self, "4")(x)
-        return x
+        return x.squeeze(0) if alone else x
 
     def reset_parameters(self) -> None:
         """Initial weights for the smaller layers."""
@@ -139,6 +141,7 @@ def become_(layer: nn.Module, built: nn.Module, spec: LayerSpec, lowering: Lower
         layer._parameters.clear()
         layer._modules = dict(built._modules)
         layer.__class__ = _class_of(type(layer))
+        layer.dims_of_one = len(spec.kernel_size) + 1 if spec.is_conv else -1  # type: ignore[assignment]
         layer.spec, layer.lowering_name, layer.rank = spec, lowering.name, rank  # type: ignore[assignment]
         return
     bias = layer._parameters.get("bias")
