@@ -135,11 +135,13 @@ class Journal(JournalStorage):
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        """As Optuna's, for a journal of one study: every trial is of it."""
+        """As Optuna's; in a journal of one study, as ours are, every trial is of it, and none need be searched for."""
         if deepcopy or states not in (None, (TrialState.WAITING,)):
             return super().get_all_trials(study_id, deepcopy, states)
         with self._thread_lock:
             self._sync_with_backend()
+            if self._replay_result._studies.keys() != {study_id}:
+                return super().get_all_trials(study_id, deepcopy, states)
             trials = list(self._replay_result._trials.values())
             if states is None:
                 return trials
