@@ -23,14 +23,16 @@ from ranksearch.console import number, table
 from ranksearch.costs import NS_PER_MS
 from ranksearch.lowering import LOWERINGS, Rank
 from ranksearch.lowering.contract import sides
+from ranksearch.search.allocated import Allocated
 from ranksearch.search.budgets import budgets_of, check_feasible_space
+from ranksearch.search.direct import Direct
 from ranksearch.search.groups import grouping_of, groups_of
 from ranksearch.search.parametrize import Searched
+from ranksearch.search.predicting import usual
 from ranksearch.search.workbench import open_net, with_latency
 from ranksearch.space.space import Space
 from ranksearch.study.folder import LATENCY
 from ranksearch.study.latency import open_table
-from ranksearch.study.proposals import form_of
 from ranksearch.tasks import model_reference
 from ranksearch.tasks.folder import data_folder
 from ranksearch.trial.metric import metric_text
@@ -171,10 +173,12 @@ def check_record(space: Space, log: Callable[[str], None] = lambda text: None) -
 
 def _searched(space: Space, curves: Curves) -> Mapping[str, Any]:
     """Every parameter that a study of the space searches; nothing is measured, so the sensitivities are taken to be there."""
+    if space.search.parametrization == "direct":
+        return Searched(Direct(space, curves), space.recipe).distributions
+    space = usual(space)
     scales = {} if space.search.sensitivity == "none" else {o.layer.name: 1.0 for o in curves.layers}
     damage = Damage(MEASURES[space.search.measure], {}, scales)
-    form = form_of(space, curves, damage)
-    return Searched(form, space.recipe).distributions
+    return Searched(Allocated(space, curves, damage), space.recipe).distributions
 
 
 def print_check(record: dict[str, Any]) -> None:

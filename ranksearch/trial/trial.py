@@ -54,7 +54,8 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     session.score("trained", model, len(steps), train_loss=stats.loss)
     session.project_at_last_(projecting, training)
     session.reestimate_bn_(model)
-    session.score("projected", model, len(steps), projections=projecting.count, **projecting.summary())
+    found = projecting.summary() | {"projections": projecting.count}
+    session.score("projected", model, len(steps), candidate=False, **found)
     # computes the same, so BN's fresh statistics fit
     small = session.same_(compress(model, plan, warm=projecting.projector.warm))
     session.score("decomposed", small, len(steps), candidate=True)
