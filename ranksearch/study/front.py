@@ -31,12 +31,12 @@ def dominates(row: Row, other: Row, objectives: Sequence[str]) -> bool:
 
 def merit(row: Row) -> tuple[float, int]:
     """What makes a complete row the best of several: its metric, then fewer MACs."""
-    return row.worth, -row.cost.macs
+    return row.worth, -(row.macs or 0)
 
 
 def in_order(front: Sequence[Row]) -> list[Row]:
     """The rows of a front, the best metric first."""
-    return sorted(front, key=lambda row: (-row.worth, row.cost.macs, row.trial))
+    return sorted(front, key=lambda row: (-row.worth, row.macs or 0, row.trial))
 
 
 def front_hypervolume(front: Sequence[Row], objectives: Sequence[str]) -> float:
