@@ -29,6 +29,17 @@ class NonFiniteError(RanksearchError, ValueError):
     """Weights hold NaN or infinite values, so they have no SVD; in a trial this is divergence."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text; a sentence where it has none, where making it raises, and for `sys.exit`."""
+    if isinstance(error, SystemExit):
+        return f"it left by sys.exit({error.code!r})"
+    try:
+        text = str(error).strip()
+    except Exception as inner:
+        return f"its text cannot be shown: __str__ raised {type(inner).__name__}"
+    return text.splitlines()[0] if text else "no message"
+
+
 def nearest(name: str, valid: Iterable[str], *, shown: int = 12) -> str:
     """A sentence that helps from a wrong name to a right one: the nearest valid name and the list of them."""
     names = sorted(set(valid))

@@ -188,6 +188,9 @@ GOOD = "ranksearch.Task(model=net, train=(x, y), val=(x, y){})"
             "metric=lambda o, t: 1.0)", r"the loss on outputs \[2, 1\] .* targets \[2\] .*target size",
         ),
         ("1 / 0", r"own\.py, line \d+: ZeroDivisionError: division by zero"),
+        ("exit(0)", r"make_task\(\) raised: .*own\.py, line \d+: SystemExit: it left by sys\.exit\(0\)"),
+        ("(_ for _ in ()).throw(BaseException('odd'))", r"own\.py, line \d+: BaseException: odd"),
+        (GOOD.format(", loss=lambda o, t: exit(3)"), r"sys\.exit\(3\)"),
     ],
 )  # fmt: skip
 def test_a_task_that_is_of_no_use_is_told_in_a_sentence(tmp_path, returned, message):
@@ -195,6 +198,27 @@ def test_a_task_that_is_of_no_use_is_told_in_a_sentence(tmp_path, returned, mess
     with pytest.raises(UsageError, match=message) as caught:
         space.kind()
     assert "\n" not in str(caught.value)
+
+
+def test_the_same_file_in_two_projects_has_the_data_beside_it_and_prints_to_stderr(tmp_path, capsys):
+    source = "import pathlib, sys\nHELD = (pathlib.Path(__file__).parent / 'data').read_text()\nGIVEN = sys.argv[1:]\nprint('hello')\n"
+    modules = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "data").write_text(name)
+        (folder / "own.py").write_text(source)
+        modules.append(TaskFile.parse(f"{folder / 'own.py'}:make_task").code.module())
+    assert [module.HELD for module in modules] == ["a", "b"]
+    assert [module.GIVEN for module in modules] == [[], []]
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "hello\nhello\n")
+
+
+def test_a_file_that_leaves_while_it_is_read_has_failed(tmp_path):
+    (tmp_path / "own.py").write_text("import argparse\nargparse.ArgumentParser().add_argument('x')\nraise SystemExit\n")
+    with pytest.raises(UsageError, match=r"own\.py, line 3: SystemExit: it left by sys\.exit\(None\)"):
+        TaskFile.parse(f"{tmp_path / 'own.py'}:make_task").code.module()
 
 
 def test_files_and_functions_that_are_not_there_are_told_with_the_nearest(tmp_path):

@@ -155,6 +155,9 @@ def test_a_store_without_a_password_is_kept_as_it_is(uri):
     [
         (f"https://me:{SECRET}@host:5000/x", "https://me:***@host:5000/x"),
         (f"https://:{SECRET}@host", "https://:***@host"),
+        (f"https://me:{SECRET}/more@host/x", "https://me:***@host/x"),
+        (f"https://host/x?user=me&access_token={SECRET}", "https://host/x?user=me&access_token=***"),
+        (f"https://dapi0123456789{SECRET}@host/x", "https://***@host/x"),
         (f"postgresql://me:{SECRET}@host/db", "postgresql://me:***@host/db"),
         (f"mssql://me:{SECRET}@host/db", "mssql://me:***@host/db"),
         (f"mysql+pymysql://me@host/db?ssl_password={SECRET}", "mysql+pymysql://me@host/db"),
@@ -165,6 +168,15 @@ def test_a_store_with_a_password_is_refused_and_shown_without_it(uri, shown, dig
         read_space(digits_yaml, settings=[f"tracking.uri={uri}"])
     assert SECRET not in str(caught.value)
     assert without_password(uri) == shown
+
+
+@pytest.mark.parametrize(
+    "uri", [f"s3://AKIA:{SECRET}@bucket/x", f"s3://AKIA:{SECRET}/more@bucket/x", f"s3://bucket/x?secret_key={SECRET}"]
+)
+def test_a_place_for_results_holds_no_secret_either(uri, digits_yaml):
+    with pytest.raises(UsageError, match=r"storage\.results.*holds a secret") as caught:
+        read_space(digits_yaml, settings=[f"storage.results={uri}"])
+    assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["storage.optuna", "tracking.uri"])

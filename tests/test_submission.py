@@ -193,6 +193,9 @@ def test_variables_are_named_and_secrets_are_masked(monkeypatch):
     assert "AWS_SECRET_KEY=***" in said
     assert "https://me:***@mlflow.example:5000" in said
     assert "who may read the cluster's jobs can read MLFLOW_TRACKING_URI, AWS_SECRET_KEY" in said
+    for name in ("DB_PASS", "DB_PWD", "PGPASSWORD", "GITHUB_PAT", "MY_KEYS", "APIKEY"):
+        assert masked(name, "hunter2") == "***", name
+    assert masked("RANKSEARCH_PATH", "/d") == "/d"
     assert masked("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000") == "http://127.0.0.1:5000"
     assert "names this machine" in describe_variables({"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"})[1]
     for wrong in ("NOT_SET", "=1", "A B=1"):

@@ -89,7 +89,7 @@ def variables(given: Sequence[str], environment: Mapping[str, str]) -> dict[str,
 
 def masked(name: str, value: str) -> str:
     """A variable's value as it may be shown: no password of a URI, and nothing of a variable that is called a secret."""
-    if re.search(r"(?i)token|secret|password|passwd|credential|_key$|^key$", name):
+    if re.search(r"(?i)token|secret|passw|_pass$|^pass$|pwd$|_pat$|credential|_keys?$|^keys?$|apikey", name):
         return "***"
     return without_password(value)
 

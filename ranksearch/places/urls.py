@@ -22,8 +22,14 @@ OWN_DATABASE = (
     "(`?options=-csearch_path%3Doptuna` at the URL's end)"
 )
 SECRETS = re.compile("pass|secret|token", re.IGNORECASE)
-SERVER_PASSWORD = re.compile(r"(?<=://)(?P<user>[^/@:]*):[^/@]*(?=@)")
-"""The user and the password of a server's URL."""
+SERVER_PASSWORD = re.compile(r"(?<=://)(?P<user>[^/@:\s]*):(?!\d+/)[^@\s]*(?=@)")
+"""The user and the password of a server's URL; a password may hold slashes, a port before a path is none."""
+SERVER_TOKEN = re.compile(r"(?P<scheme>\b(?:https?|s3|gs)://)[^/@:\s?#]{16,}(?=@)", re.IGNORECASE)
+"""What stands alone before a server's name and is no shorter than tokens are: a shorter one is a user's name."""
+SERVER_OPTION = re.compile(
+    r"(?P<key>[?&][\w.-]*(?:pass|pwd|secret|token|key|sig|auth|credential)[\w.-]*=)(?!\*\*\*)[^&#\s]+", re.IGNORECASE
+)
+"""An option of a URL whose name says that its value is a secret."""
 
 
 def checked_url(text: str, databases: tuple[str, ...] = DATABASES) -> str:
@@ -52,7 +58,7 @@ def checked_store(text: str) -> str:
         return _checked_name(text)
     if backend_of(text) in MLFLOWS:
         return checked_url(text, MLFLOWS)
-    if SERVER_PASSWORD.search(text):
+    if holds_secret(text):
         raise _refused("MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
     return text
 
@@ -64,7 +70,14 @@ def without_password(text: str) -> str:
         with suppress(UsageError):
             url = _parsed(text, MLFLOWS)
             return shown(url) if _holds_password(url) else text
-    return SERVER_PASSWORD.sub(r"\g<user>:***", text)
+    return SERVER_OPTION.sub(
+        r"\g<key>***", SERVER_TOKEN.sub(r"\g<scheme>***", SERVER_PASSWORD.sub(r"\g<user>:***", text))
+    )
+
+
+def holds_secret(text: str) -> bool:
+    """Whether the URL of a server or a bucket holds a password, a token or an option that is one."""
+    return any(pattern.search(text) for pattern in (SERVER_PASSWORD, SERVER_TOKEN, SERVER_OPTION))
 
 
 def from_environment(where: str, key: str) -> str:

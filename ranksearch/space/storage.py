@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pydantic import field_validator
 
+from ranksearch.errors import UsageError
 from ranksearch.places.place import as_uri
-from ranksearch.places.urls import checked_url
+from ranksearch.places.urls import checked_url, holds_secret
 from ranksearch.space.settings import Strict
 
 
@@ -22,6 +23,11 @@ class StorageSpace(Strict):
     @field_validator("results")
     @classmethod
     def _absolute(cls, where: str | None) -> str | None:
+        if where is not None and holds_secret(where):
+            raise UsageError(
+                "the URI holds a secret, which would be written to space.yaml and MLflow: leave it out; credentials come from the "
+                "environment of every node (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS)"
+            )
         return None if where is None else as_uri(where)
 
     @field_validator("optuna")

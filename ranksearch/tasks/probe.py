@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.inputs import batch_size, call, cut, detached, shape_of, tensors
-from ranksearch.errors import UsageError
+from ranksearch.errors import UsageError, first_line
 from ranksearch.tasks.scores import Accuracy, accumulator, as_number, cross_entropy
 from ranksearch.tasks.source import Batch
 from ranksearch.tasks.task import Task
@@ -83,8 +83,7 @@ def _call(what: str, function: Any, *arguments: Any) -> Any:
             # [N, 1] against [N] would be compared all with all
             warnings.filterwarnings("error", message="Using a target size")
             return function(*arguments)
-    except UsageError:
+    except (UsageError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        first = (str(error).strip() or "no message").splitlines()[0]
-        raise UsageError(f"Task: {what}: {type(error).__name__}: {first}") from error
+    except BaseException as error:
+        raise UsageError(f"Task: {what}: {type(error).__name__}: {first_line(error)}") from error

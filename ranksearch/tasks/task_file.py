@@ -1,8 +1,10 @@
 """A task of the user's own: a function in a Python file, `FILE.py:FUNCTION`, that returns a `Task`.
 
-The file is run as a module under a name made of its content, so that a copy of it elsewhere (a study's folder, another machine's worker)
-gives the same module, and what was pickled with the one is read with the other. Its `__file__` and what it imports from beside itself stay
-those of the place where it was written.
+The file is run as a module under a name made of its content and of the place where it was written, so that a copy of it elsewhere (a
+study's folder, another machine's worker) gives the same module, and what was pickled with the one is read with the other. Its
+`__file__` and what it imports from beside itself stay those of the place where it was written: the same file in two projects is two
+modules, each with the data beside it. What the file prints goes to stderr, for stdout is the result's; where it leaves by `sys.exit`, it
+has failed.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import hashlib
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-from ranksearch.errors import UsageError, nearest
+from ranksearch.errors import UsageError, first_line, nearest
 from ranksearch.tasks.probe import check_task
 from ranksearch.tasks.task import Task
 
@@ -42,7 +46,8 @@ class TaskCode:
 
     @property
     def module_name(self) -> str:
-        return f"ranksearch_task_{self.sha256[:16]}"
+        made_of = hashlib.sha256(self.source + b"\0" + self.origin.encode(errors="surrogateescape"))
+        return f"ranksearch_task_{made_of.hexdigest()[:16]}"
 
     def module(self) -> ModuleType:
         """The module, run once per process.
@@ -58,8 +63,12 @@ class TaskCode:
             sys.path.append(folder)
         sys.modules[self.module_name] = made
         try:
-            exec(compile(self.source, self.origin, "exec"), made.__dict__)
-        except Exception as error:
+            with _as_a_guest():
+                exec(compile(self.source, self.origin, "exec"), made.__dict__)
+        except KeyboardInterrupt:
+            del sys.modules[self.module_name]
+            raise
+        except BaseException as error:
             del sys.modules[self.module_name]
             raise UsageError(f"task: {told(error, self.origin)}") from error
         return made
@@ -112,10 +121,13 @@ def _made(code: TaskCode, function: str, name: str) -> Task:
         own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         raise UsageError(f"task: {code.origin} has no function {function!r}. {nearest(function, own)}")
     try:
-        task = make()
+        with _as_a_guest():
+            task = make()
+    except KeyboardInterrupt:
+        raise
     except UsageError as error:
         raise UsageError(f"task: {code.origin}: {function}: {error}") from error
-    except Exception as error:
+    except BaseException as error:
         raise UsageError(f"task: {function}() raised: {told(error, code.origin)}") from error
     if not isinstance(task, Task):
         raise UsageError(
@@ -125,9 +137,21 @@ def _made(code: TaskCode, function: str, name: str) -> Task:
     return replace(task, name=name) if task.name == "own" else task
 
 
-def told(error: Exception, origin: str) -> str:
+@contextmanager
+def _as_a_guest() -> Iterator[None]:
+    """While a user's code runs: what it prints goes to stderr, and it finds no arguments but the program's name, for the command line is
+    ours."""
+    arguments = sys.argv
+    sys.argv = arguments[:1]
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.argv = arguments
+
+
+def told(error: BaseException, origin: str) -> str:
     """An exception of a user's file in one line, with the last line of that file that it went through."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
     at = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{origin}{f', line {at}' if at else ''}: {type(error).__name__}: {first}"
+    return f"{origin}{f', line {at}' if at else ''}: {type(error).__name__}: {first_line(error)}"
