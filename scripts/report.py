@@ -9,10 +9,12 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+import ranksearch
 
 PACKAGES = ("ranksearch", "torch", "numpy", "scipy", "tensorly")
 
@@ -39,7 +41,7 @@ class Report:
         self.script, self.options = script, options
         self.rows: list[dict[str, Any]] = []
         self.device = _device()
-        self.versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+        self.versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
         self._started = time.perf_counter()
 
     def say(self, text: str) -> None:
@@ -78,6 +80,14 @@ class Report:
         for line in [columns, *cells]:
             print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
         print()
+
+
+def _version(package: str) -> str:
+    """As installed; of a source tree on `PYTHONPATH`, which has no metadata, as it says itself."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ranksearch.__version__ if package == "ranksearch" else "not installed"
 
 
 def _cell(value: Any) -> str:

@@ -72,7 +72,7 @@ class SmallNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.bn(self.stem(x)))
         x = self.body(self.depthwise(x)).mean((2, 3))
-        return self.head(x @ torch.eye(24, dtype=x.dtype))
+        return self.head(x @ torch.eye(24, dtype=x.dtype, device=x.device))
 
 
 @pytest.fixture

@@ -299,7 +299,7 @@ def test_a_checkpoint_of_another_kind_of_device_starts_the_trial_anew(bench, tmp
     path = tmp_path / "state.pt"
     with pytest.raises(Stopped):
         run(bench, checkpoint=StopsAt(path, 5), **PLAIN)
-    torch.save(torch.load(path, weights_only=True) | {"device": "cuda"}, path)
+    torch.save(torch.load(path, weights_only=True) | {"device": "another"}, path)
     result, reports = run(bench, checkpoint=CheckpointFile(path, 60), **PLAIN)
     assert result.status == "complete"
     assert len(reports) == 5
