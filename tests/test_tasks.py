@@ -226,15 +226,15 @@ def test_a_loss_that_is_not_finite_is_divergence(task):
 
 
 def test_distillation_is_zero_against_itself_and_adds_the_divergence(task):
-    x, _ = next(task.train.in_order(8))
+    x, y = next(task.train.in_order(8))
     teacher = digits.build_model("resnet8").eval()
     logits = teacher(x)
     hard = torch.tensor(3.0)
-    assert Distillation(teacher, 1.0, 2.0).loss(logits, x, hard).item() == pytest.approx(0, abs=1e-5)
-    assert Distillation(teacher, 0.25, 2.0).loss(logits, x, hard).item() == pytest.approx(0.75 * 3, rel=1e-4)
+    assert Distillation(teacher, 1.0, 2.0).loss(logits, x, y, hard).item() == pytest.approx(0, abs=1e-5)
+    assert Distillation(teacher, 0.25, 2.0).loss(logits, x, y, hard).item() == pytest.approx(0.75 * 3, rel=1e-4)
     p, q = (logits / 2).softmax(1), (torch.zeros_like(logits)).softmax(1)
     expected = 4 * (p * (p.log() - q.log())).sum(1).mean()
-    assert Distillation(teacher, 1.0, 2.0).loss(torch.zeros_like(logits), x, hard).item() == pytest.approx(
+    assert Distillation(teacher, 1.0, 2.0).loss(torch.zeros_like(logits), x, y, hard).item() == pytest.approx(
         expected.item(), rel=1e-4
     )
 
