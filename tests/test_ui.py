@@ -43,8 +43,9 @@ def test_a_study_opens_its_own_store(runs, by):
     assert opened.pages == [Page("served", "2", "run-served")]
     said = []
     say_pages(opened, opened.uri, said.append)
-    assert said[0].endswith("https://mlflow.example.org/#/experiments/2/runs/run-served?workflowType=machine_learning")
-    assert "https://mlflow.example.org/#/experiments/2/runs?viewStateShareKey=" in said[1]
+    assert said[0].strip() == "served"
+    assert said[1].endswith("https://mlflow.example.org/#/experiments/2/runs/run-served?workflowType=machine_learning")
+    assert "https://mlflow.example.org/#/experiments/2/runs?viewStateShareKey=" in said[2]
 
 
 def test_a_store_with_a_password_is_noted_by_its_variable(runs, monkeypatch):
