@@ -88,8 +88,8 @@ def test_a_layer_that_cannot_become_cheaper_is_named_with_the_reason():
     )  # fmt: skip
     found = dict(untouched(trace(thin, torch.zeros(1, 3, 8, 8))))
     assert found.keys() == {"1", "4"}
-    assert found["4"] == "no rank of svd costs less than the dense layer."
-    assert found["1"].startswith("no rank of channel, im2col, spatial")
+    assert found["4"] == "no rank of svd_pivoted costs less than the dense layer."
+    assert found["1"].startswith("no rank of spatial, channel_pivoted, im2col_pivoted, spatial_pivoted")
 
 
 def test_nets_are_built_for_the_input_that_is_stated():

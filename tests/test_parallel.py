@@ -100,7 +100,7 @@ def _collectives(group: Distributed, folder: Path):
 
     with pytest.raises(Stopped, match="behind"):
         group.decided(stop_on_first)
-    part = group.part({"x": torch.arange(9), "y": (torch.arange(8), "text")})
+    part = group.part({"x": torch.arange(9), "y": (torch.arange(9), "text")})
     return [m.float().flatten().tolist() for m in mine], kept, group.gathered(group.rank), part
 
 

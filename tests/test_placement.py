@@ -135,6 +135,7 @@ def test_the_probe_runs_a_real_short_trial_and_reads_the_peak_after_it(bench, di
         "trained",
         "projected",
         "decomposed",
+        "last",
         "factors",
     ]
     assert ran[0].status == "complete"

@@ -171,7 +171,7 @@ def test_random_is_within_the_budget_and_follows_its_seed():
 @pytest.mark.parametrize("name", [n for n, low in LOWERINGS.items() if low.has_rank and n != "cp"])
 def test_spectra_give_the_curve_and_multiples_are_a_part_of_it(name):
     lowering = LOWERINGS[name]
-    spec = LayerSpec(24, 16) if name == "svd" else LayerSpec.conv(16, 72, (3, 3), groups=1)
+    spec = LayerSpec(24, 16) if name in ("svd", "svd_pivoted") else LayerSpec.conv(16, 72, (3, 3), groups=1)
     weight = torch.randn(spec.weight_shape, generator=torch.Generator().manual_seed(0))
     curve = lowering.curve(weight, spec)
     assert curve.removed[-1] == pytest.approx(0, abs=1e-6)

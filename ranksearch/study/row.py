@@ -99,6 +99,10 @@ class Row:
         """The fields' names."""
         return FIELDS
 
+    def __or__(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields as a dictionary, with `changes` laid over them."""
+        return {name: getattr(self, name) for name in FIELDS} | dict(changes)
+
     def __contains__(self, name: object) -> bool:
         return name in FIELDS
 

@@ -45,7 +45,7 @@ Step = tuple[int, dict[str, float]]
 
 def run_name(row: Row, cost: str, metric: Metric) -> str:
     """A child run's readable name, such as `t017 91.2% @48% MACs`: it sorts, and what matters survives a narrow column."""
-    if not row.complete:
+    if row["status"] != Status.COMPLETE:  # rows of a front's record are dictionaries
         return f"t{row['trial']:03d} {row['status']}"
     percent = cost_percent(row, cost)
     value = row["val_accuracy"]
@@ -96,7 +96,7 @@ def trial_metrics(row: Row) -> Iterator[Step]:
 
 def final_metrics(row: Row) -> dict[str, float]:
     """A trial's results; what a diverged or stopped one had before its end stands under its phases alone."""
-    names = ("val_accuracy", "val_loss", *FINAL) if row.complete else FINAL
+    names = ("val_accuracy", "val_loss", *FINAL) if row["status"] == Status.COMPLETE else FINAL
     found = {name: float(row[name]) for name in names if row.get(name) is not None}
     return found | {
         percent: round(100 * row[ratio], 1) for percent, ratio in PERCENTS.items() if row.get(ratio) is not None
