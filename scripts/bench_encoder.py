@@ -27,7 +27,7 @@ from report import Report, arguments
 from torch import Tensor, nn
 
 import ranksearch
-from ranksearch.allocate.statistics import drawn_directions_loss
+from ranksearch.allocate.drawn import drawn_directions_loss
 from ranksearch.compress import LayerPlan, Net, RankPlan, dense_cost, plan_cost, trace
 
 CALIBRATION, HELD_OUT, TRAINING, BATCH = 200, 300, 1200, 20

@@ -6,7 +6,8 @@ from torch import nn
 
 import ranksearch
 from ranksearch.allocate import LayerRules, rank_curves
-from ranksearch.allocate.statistics import Moment, drawn_directions_loss
+from ranksearch.allocate.drawn import drawn_directions_loss
+from ranksearch.allocate.statistics import Moment
 from ranksearch.allocate.weightings import SHRINKAGE, measure_weightings
 from ranksearch.compress import LayerPlan, Projector, RankPlan, trace
 from ranksearch.errors import UsageError

@@ -11,7 +11,7 @@ from ranksearch.allocate.curves import Curves, rank_curves
 from ranksearch.allocate.damage import MEASURES, Damage
 from ranksearch.allocate.greedy import greedy, measure_scores
 from ranksearch.allocate.rules import LayerRule, LayerRules
-from ranksearch.allocate.sensitivity import SENSITIVITIES, weigh
+from ranksearch.allocate.sensitivity import SENSITIVITIES, weigh, weigh_several
 from ranksearch.allocate.solver import Allocation, allocate_plan
 from ranksearch.costs import COSTS, CostKind
 
@@ -37,4 +37,5 @@ __all__ = [
     "parse_budget",
     "rank_curves",
     "weigh",
+    "weigh_several",
 ]

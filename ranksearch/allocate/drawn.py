@@ -102,6 +102,24 @@ def gaussian_loss(generator: torch.Generator) -> Drawn:
     return loss
 
 
+def drawn_directions_loss(generator: torch.Generator) -> Loss:
+    """For outputs that are compared by squared distance, such as embeddings: `gaussian_loss` of any floating output. The second moment of
+    its gradients is the Gauss-Newton matrix of the outputs, exactly.
+
+    Reference: Martens 2020, arXiv 1412.1193, sections 5 and 6 (the Fisher information of a normal density is the Gauss-Newton matrix).
+    """
+    drawn = gaussian_loss(generator)
+
+    def loss(output: Any) -> Tensor:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise UsageError(
+                "The net's output is no floating tensor, so no direction can be drawn in it: give a loss of your own."
+            )
+        return drawn(output, None)
+
+    return loss
+
+
 def drawn_for(loss: Any, generator: torch.Generator, *, balanced: bool) -> Drawn | None:
     """What is drawn under a task's `loss`, a module or function of torch's or ours for cross-entropy (None); None where nothing can be."""
     if loss is None or loss is F.cross_entropy:

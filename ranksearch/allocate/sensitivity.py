@@ -21,7 +21,7 @@ handful of reconstructions per layer and lowering.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -83,16 +83,17 @@ def _blocks(weight: Tensor, spec: LayerSpec) -> Tensor:
 
 
 def _shares(
-    options: LayerOptions, weight: Tensor, form: Callable[[Tensor], Tensor], weighting: Weighting | None
-) -> tuple[np.ndarray, float]:
-    """(share of the weight's own form that every option removes [n options], the weight's own form)"""
+    options: LayerOptions, weight: Tensor, forms: Mapping[str, Callable[[Tensor], Tensor]], weighting: Weighting | None
+) -> dict[str, tuple[np.ndarray, float]]:
+    """Name of a form -> (share of the weight's own form that every option removes [n options], the weight's own form); the layer is
+    reconstructed once for all of them."""
     spec = options.layer.spec
-    total = float(form(_blocks(weight, spec)))
-    shares = options.removed.copy()
-    if not total > 0:
-        return np.zeros_like(shares), 0.0
-    for name in options.lowerings:
-        index = np.array(options.of_lowering(name))
+    own = _blocks(weight, spec)
+    totals = {name: float(form(own)) for name, form in forms.items()}
+    forms = {name: form for name, form in forms.items() if totals[name] > 0}
+    shares = {name: options.removed.copy() for name in forms}
+    for lowered in options.lowerings if forms else ():
+        index = np.array(options.of_lowering(lowered))
         index = index[np.argsort(options.removed[index], kind="stable")]
         usable = index[options.removed[index] > NEGLIGIBLE]
         if len(usable) == 0:
@@ -100,19 +101,24 @@ def _shares(
         places = np.unique(np.linspace(0, len(usable) - 1, SAMPLES).round().astype(int))
         probed = usable[places]
         ranks = [options.choices[i].rank for i in probed]
-        found = []
-        lowering = lowering_named(name)
+        found: dict[str, list[float]] = {name: [] for name in forms}
+        lowering = lowering_named(lowered)
         view = lowering.seen(weighting, spec) if weighting is not None else None
         near = lowering.approximations(weight, ranks, spec) if view is None else view.approximations(weight, ranks)
         for option, approximation in zip(probed, near, strict=True):
             error = _blocks(weight - approximation.to(weight), spec)
             plain = view is None
             energy = float(error.square().sum() / weight.square().sum()) if plain else float(options.removed[option])
-            found.append(float(form(error)) / total / max(energy, NEGLIGIBLE))
-        logs = np.log(np.maximum(found, 1e-12))
+            for name, form in forms.items():
+                found[name].append(float(form(error)) / totals[name] / max(energy, NEGLIGIBLE))
         at, known = np.log(options.removed[usable]), np.log(options.removed[probed])
-        shares[usable] = options.removed[usable] * np.exp(np.interp(at, known, logs))
-    return shares, total
+        for name, quotients in found.items():
+            logs = np.log(np.maximum(quotients, 1e-12))
+            shares[name][usable] = options.removed[usable] * np.exp(np.interp(at, known, logs))
+    void = np.zeros_like(options.removed)
+    return {
+        name: (shares.get(name, void), max(total, 0.0) if total == total else 0.0) for name, total in totals.items()
+    }
 
 
 def weigh(
@@ -146,46 +152,84 @@ def weigh(
         UsageError: no batches, or an output that the default loss cannot read.
         NonFiniteError: activations or gradients that are not finite.
     """
-    if sensitivity == "none":
-        return Damage(measure)
-    generator, absolute = generator or torch.Generator().manual_seed(seed), sensitivity in ABSOLUTE
+    found = weigh_several(
+        curves, model, batches, (sensitivity,), measure, seed=seed, generator=generator, loss=loss, damping=damping,
+        temper=temper, weightings=weightings,
+    )  # fmt: skip
+    return found[sensitivity]
+
+
+def weigh_several(
+    curves: Curves,
+    model: nn.Module,
+    batches: Iterable[Any],
+    sensitivities: Sequence[str],
+    measure: Measure,
+    *,
+    seed: int,
+    generator: torch.Generator | None = None,
+    loss: Loss | None = None,
+    damping: float = DAMPING,
+    temper: float = TEMPER,
+    weightings: Mapping[str, Weighting] | None = None,
+) -> dict[str, Damage]:
+    """Name -> damage of several sensitivities from one pass over the batches; those with gradients are of one loss, so that
+    `kfac_balanced` and another one of them need a pass each. Arguments as `weigh` has them."""
+    names = [name for name in dict.fromkeys(sensitivities) if name != "none"]
+    damages = {} if len(names) == len(sensitivities) else {"none": Damage(measure)}
+    if not names:
+        return damages
+    generator, absolute = generator or torch.Generator().manual_seed(seed), [n for n in names if n in ABSOLUTE]
     if loss is None and absolute:
-        loss = default_loss(generator, balanced=sensitivity == BALANCED)
+        loss = default_loss(generator, balanced=BALANCED in names)
     statistics = collect(
-        model, curves.net, batches, gradients=FORMS[sensitivity] is kfac, fisher=sensitivity == "fisher", loss=loss, generator=generator
+        model, curves.net, batches, gradients=any(FORMS[name] is kfac for name in names), fisher="fisher" in names,
+        loss=loss if absolute else None, generator=generator,
     )  # fmt: skip
     if absolute and not _informative(curves, statistics):
         warnings.warn(
-            f"Sensitivity {sensitivity!r} is void here: the gradients of the loss are zero at every layer's output. The layers are "
+            f"Sensitivity {absolute[0]!r} is void here: the gradients of the loss are zero at every layer's output. The layers are "
             f"weighed by their activations instead; a loss of your own (output -> sum of the samples' losses) says more.",
-            UserWarning, stacklevel=2,
+            UserWarning, stacklevel=3,
         )  # fmt: skip
-        sensitivity, absolute = "activation", False
-    shares, scales, slots = {}, {}, find_slots(model)
-    unscaled: list[str] = []
+        absolute = []
+    found: dict[str, dict[str, tuple[np.ndarray, float]]] = {name: {} for name in names}
+    slots = find_slots(model)
+    by_weight, by_inputs = [], []  # layers that no batch, and that no gradient reaches
     for options in curves.layers:
         name, norm = options.layer.name, options.layer.norm is not None
         weight = slots[name].weight.detach().float()
-        found = statistics.pop(name)  # each layer's moments are dropped as soon as they are used
-        if not found.inputs.rows:  # no batch reaches it: weighed by its weight alone
-            shares[name] = options.removed.copy()
-            unscaled.append(name)
+        known = statistics.pop(name)  # each layer's moments are dropped as soon as they are used
+        if not known.inputs.rows:
+            by_weight.append(name)
             continue
-        without = absolute and not found.gradient_calls  # weighed by its inputs alone
-        form = FORMS["activation" if without else sensitivity]
-        with torch.no_grad():
-            shares[name], total = _shares(
-                options, weight, partial(form, found=found, norm=norm, damping=damping), (weightings or {}).get(name)
-            )
-        scales[name] = total**temper if absolute else 1.0
+        without = not known.gradient_calls
         if without:
-            unscaled.append(name)
-    known = [scale for name, scale in scales.items() if name not in unscaled]
-    scales |= dict.fromkeys(unscaled, float(np.median(known)) if known else 1.0)
-    return Damage(measure, shares, scales)
+            by_inputs.append(name)
+        forms = {s: FORMS["activation" if s not in absolute or without else s] for s in names}
+        bound = {s: partial(form, found=known, norm=norm, damping=damping) for s, form in forms.items()}
+        with torch.no_grad():
+            shares = _shares(options, weight, bound, (weightings or {}).get(name))
+        for sensitivity, values in shares.items():
+            found[sensitivity][name] = values
+    for sensitivity, layers in found.items():
+        unscaled = [*by_weight, *(by_inputs if sensitivity in absolute else [])]
+        scales = {name: total**temper if sensitivity in absolute else 1.0 for name, (_, total) in layers.items()}
+        others = [scale for name, scale in scales.items() if name not in unscaled]
+        scales |= dict.fromkeys(unscaled, float(np.median(others)) if others else 1.0)
+        by_weights = {o.layer.name: o.removed.copy() for o in curves.layers if o.layer.name in by_weight}
+        damages[sensitivity] = Damage(
+            measure, {name: share for name, (share, _) in layers.items()} | by_weights, scales
+        )
+    return damages
 
 
 def _informative(curves: Curves, statistics: Mapping[str, Statistics]) -> bool:
-    """Whether the loss has a gradient at the output of any layer that may be lowered."""
-    found = [s for options in curves.layers if (s := statistics[options.layer.name]).gradient_calls]
-    return any(bool((s.fisher if s.fisher is not None else s.gradients.energy).any()) for s in found)  # type: ignore[union-attr]
+    """Whether the loss has a gradient at the output of any layer that may be lowered and has inputs other than zero."""
+
+    def seen(found: Statistics) -> bool:
+        gradients = found.fisher if found.fisher is not None else found.gradients.energy  # type: ignore[union-attr]
+        return bool(gradients.any()) and bool(found.inputs.energy.any())
+
+    found = [s for options in curves.layers if (s := statistics[options.layer.name]).gradient_calls and s.inputs.rows]
+    return any(map(seen, found))

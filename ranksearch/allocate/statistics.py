@@ -178,24 +178,6 @@ def _width(spec: LayerSpec) -> int:
     return inputs
 
 
-def drawn_directions_loss(generator: torch.Generator) -> Loss:
-    """For outputs that are compared by squared distance, such as embeddings: the gradient of ½‖output − label‖² at a label drawn from
-    a unit normal around the output. The second moment of such gradients is the Gauss-Newton matrix of the outputs, exactly.
-
-    Reference: Martens 2020, arXiv 1412.1193, sections 5 and 6 (the Fisher information of a normal density is the Gauss-Newton matrix).
-    """
-
-    def loss(output: Any) -> Tensor:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            raise UsageError(
-                "The net's output is no floating tensor, so no direction can be drawn in it: give a loss of your own."
-            )
-        noise = torch.randn(output.shape, generator=generator).to(output)
-        return (output * noise).sum()
-
-    return loss
-
-
 class _Collector:
     """Hooks on the layers of a net."""
 
@@ -203,6 +185,8 @@ class _Collector:
         self.statistics: dict[str, Statistics] = {}
         self.samples = 0
         self._gradients, self._fisher, self._generator, self._widest = gradients, fisher, generator, widest
+        # of its own, so that the inputs' moments are the same whether or not gradients are asked for
+        self._of_gradients = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
         self.backward = False
         """Whether gradients are being computed: a layer that is called then is one of a checkpoint's, which was counted before."""
         self._without_graph: set[nn.Module] = set()
@@ -212,7 +196,7 @@ class _Collector:
             name,
             Statistics(
                 Moment(self._generator, self._widest),
-                Moment(self._generator, self._widest) if self._gradients else None,
+                Moment(self._of_gradients, self._widest) if self._gradients else None,
                 torch.zeros(spec.groups, spec.out_channels // spec.groups, _width(spec)) if self._fisher else None,
             ),
         )

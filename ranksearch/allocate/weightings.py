@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.allocate.drawn import Loss
-from ranksearch.allocate.statistics import collect, drawn_directions_loss
+from ranksearch.allocate.drawn import Loss, drawn_directions_loss
+from ranksearch.allocate.statistics import collect
 from ranksearch.compress import Net, trace
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering.weighting import Weighting

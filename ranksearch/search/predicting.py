@@ -7,7 +7,7 @@ competes with it in the search (`allocated.py`), where trained scores decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -29,17 +29,20 @@ from ranksearch.tasks.task import Task
 from ranksearch.trial.metric import Metric
 
 SENSITIVE = (USUAL_SENSITIVITY, "activation", "none", BALANCED)
-LEVELS = (0.7, 0.25)
-"""Of the way from the lowest level of the study to its budgets."""
-IMAGES, WORK = (100, 1000), 5e11
+LEVELS = (0.25, 0.7)
+"""Of the way from the lowest level of the study to its budgets, the first one tried by all."""
+IMAGES, WORK = (100, 500), 1e11
 """A plan is scored on as many images as take `WORK` MACs of the dense net, within these bounds."""
-BN_BATCHES = 5
+BN_BATCHES = 3
+BEHIND = 0.1
+"""A candidate that is so much behind the best at the first level is not tried at another."""
 MARGIN = 0.005
 """Share by which a candidate must be better than the usual prediction to take its place: scores are noisy."""
 CLOSE, MOST = 0.03, 3
 """What is within this share of the best competes in the search, so many at most."""
 
 Log = Callable[[str], None]
+Weigh = Callable[[Sequence[str]], Mapping[str, Damage]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Prediction:
     trust: float | None
     """The exponent on the layers' scales to begin with; None leaves the space's."""
     scores: Mapping[str, float]
-    """Candidate -> mean metric of its untrained plans."""
+    """Candidate -> mean metric of its untrained plans, of those that kept up at every level."""
 
     def settled(self, space: Space) -> Space:
         """The space with what was settled in place of `auto`."""
@@ -79,8 +82,12 @@ def usual(space: Space) -> Space:
     return space.model_copy(update={"search": search.model_copy(update=changes)}) if changes else space
 
 
+Planner = Callable[[list[Any]], RankPlan]
+"""Budgets -> a plan within them; UsageError where there is none."""
+
+
 class _Trial:
-    """Untrained mean shares of candidates, each scored at every level; equal plans once."""
+    """Untrained mean shares of candidates, scored level by level as long as they keep up; equal plans once."""
 
     def __init__(self, space: Space, task: Task, model: nn.Module, curves: Curves) -> None:
         low = space.search.front_from
@@ -95,22 +102,38 @@ class _Trial:
         self.metric = Metric.of(task, self._score(RankPlan()).accuracy)
         self._known: dict[str, Evaluation] = {}
         self.found: dict[str, list[float]] = {}
-        """Candidate -> its metric at every level."""
+        """Candidate -> its metric at every level; at the first alone where it was behind there."""
 
-    def add(self, name: str, plan_at: Callable[[list[Any]], RankPlan]) -> None:
-        try:
-            plans = [plan_at(budgets) for budgets in self.levels]
-        except UsageError:
-            return  # a rule without a plan there
-        for plan in plans:
-            if plan.digest() not in self._known:
-                self._known[plan.digest()] = self._score(plan)
-        self.found[name] = [self._known[plan.digest()].accuracy for plan in plans]
+    def add(self, candidates: Mapping[str, Planner]) -> None:
+        """Scores candidates, all at the first level before any at the next."""
+        for number, budgets in enumerate(self.levels):
+            names = [name for name in candidates if number == 0 or (name in self.found and self._keeps_up(name))]
+            for name in names:
+                try:
+                    plan = candidates[name](budgets)
+                except UsageError:  # a rule without a plan there
+                    self.found.pop(name, None)
+                    continue
+                if plan.digest() not in self._known:
+                    self._known[plan.digest()] = self._score(plan)
+                self.found.setdefault(name, []).append(self._known[plan.digest()].accuracy)
+
+    def _share_at(self, name: str, level: int) -> float:
+        """A metric that is no number counts as worst."""
+        share = self.metric.share(self.found[name][level])
+        return share if share == share else 0.0
+
+    def _keeps_up(self, name: str) -> bool:
+        return self._share_at(name, 0) >= max(self._share_at(other, 0) for other in self.found) - BEHIND
 
     def share(self, name: str) -> float:
-        """Mean share; a metric that is no number counts as worst."""
-        shares = [self.metric.share(value) for value in self.found[name]]
-        return fmean(share if share == share else 0.0 for share in shares)
+        """Mean share; of one that was not tried at every level as if it were as far behind the best at the others."""
+        behind = max(self._share_at(other, 0) for other in self.found) - self._share_at(name, 0)
+        known = [self._share_at(name, level) for level in range(len(self.found[name]))]
+        for level in range(len(known), len(self.levels)):
+            best = max((self._share_at(n, level) for n, v in self.found.items() if len(v) > level), default=0.0)
+            known.append(best - behind)
+        return fmean(known)
 
     @property
     def scored(self) -> int:
@@ -122,40 +145,36 @@ class _Trial:
         return usual if usual in self.found and self.share(usual) >= self.share(best) - MARGIN else best
 
 
-def settle(
-    space: Space, task: Task, model: nn.Module, curves: Curves, weigh_by: Callable[[str], Damage], log: Log
-) -> Prediction:
+def settle(space: Space, task: Task, model: nn.Module, curves: Curves, weigh_by: Weigh, log: Log) -> Prediction:
     """Scores the candidates and settles what the study predicts by.
 
     Args:
-        weigh_by: sensitivity -> the damage that it predicts, under the usual measure.
+        weigh_by: sensitivities -> the damage that each predicts, under the usual measure.
     """
-    trial, damages = _Trial(space, task, model, curves), {}
+    trial = _Trial(space, task, model, curves)
+    names = [name for name in SENSITIVE if name != BALANCED or _may_weigh_classes(task)]
+    damages = {name: weigh_by(names)[name] for name in names}
 
-    def solver(damage: Damage, trust: float) -> Callable[[list[Any]], RankPlan]:
+    def solver(damage: Damage, trust: float) -> Planner:
         weights = {name: scale ** (trust - 1) for name, scale in damage.scales.items() if scale > 0}
         return lambda budgets: allocate_plan(curves, budgets, damage=damage, weights=weights).plan
 
-    for name in SENSITIVE:
-        if name == BALANCED and not _may_weigh_classes(task):
-            continue
-        damages[name] = weigh_by(name)
-        trial.add(name, solver(damages[name], 1.0))
-    for rule in RULES:
-        trial.add(rule, lambda budgets, rule=rule: BASELINES[rule](curves, budgets))  # type: ignore[misc]
+    def ruled(rule: str) -> Planner:
+        return lambda budgets: BASELINES[rule](curves, budgets)
+
+    trial.add({name: solver(damage, 1.0) for name, damage in damages.items()} | {rule: ruled(rule) for rule in RULES})
     sensitivity = trial.best_of(damages, USUAL_SENSITIVITY)
     damage, trust, measure = damages[sensitivity], None, USUAL_MEASURE
     best = sensitivity
     if sensitivity in ABSOLUTE:
-        trial.add(f"{sensitivity}, trust 0", solver(damage, 0.0))
+        trial.add({f"{sensitivity}, trust 0": solver(damage, 0.0)})
         best = trial.best_of((sensitivity, f"{sensitivity}, trust 0"), sensitivity)
         trust = 1.0 if best == sensitivity else 0.0
     for other in MEASURES:
         if other != USUAL_MEASURE:
             name = f"{best}, {other}"
-            trial.add(
-                name, solver(Damage(MEASURES[other], damage.shares, damage.scales), 1.0 if trust is None else trust)
-            )
+            otherwise = Damage(MEASURES[other], damage.shares, damage.scales)
+            trial.add({name: solver(otherwise, 1.0 if trust is None else trust)})
             if trial.best_of((best, name), best) == name:
                 measure, best = other, name
     own = {name: trial.share(name) for name in (*damages, *RULES) if name in trial.found} | {
@@ -165,10 +184,13 @@ def settle(
     ranked = sorted(
         (n for n in own if own[n] >= top - CLOSE), key=lambda n: (own[n] < top - MARGIN, n != sensitivity, -own[n])
     )
-    scores = {name: fmean(values) for name, values in trial.found.items()}
+    tried = {name: values for name, values in trial.found.items() if len(values) == len(trial.levels)}
+    scores = {name: fmean(values) for name, values in tried.items()}
     leading = best if ranked[0] == sensitivity else ranked[0]
+    others = [f"{name} {trial.metric.text(value)}" for name, value in scores.items() if name != leading]
+    others += [f"{name} far behind at the lower of two budgets" for name in trial.found if name not in scores]
     log(
         f"prediction: {trial.scored} plans without training on {trial.images} validation images: {leading} is best with "
-        f"{trial.metric.text(scores[leading])} ({', '.join(f'{n} {trial.metric.text(v)}' for n, v in scores.items() if n != leading)})"
+        f"{trial.metric.text(scores[leading])} ({', '.join(others)})"
     )
     return Prediction(tuple(ranked[:MOST]), sensitivity, measure, trust, scores)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ranksearch.allocate import MEASURES, CurveCache, Curves, Damage, rank_curves, weigh
+from ranksearch.allocate import MEASURES, CurveCache, Curves, Damage, rank_curves, weigh_several
 from ranksearch.allocate.curves import cost_curves
 from ranksearch.allocate.drawn import Drawn, drawn_for, predicted
 from ranksearch.allocate.latency import timed
@@ -30,6 +30,8 @@ from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.source import Batch
 
 Log = Callable[[str], None]
+LABELS = 7919
+"""Added to the seed for the labels that are drawn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,37 +141,52 @@ def _predicted(
     """(the damage that plans are made by, that of rival sensitivities, what was settled)."""
     known: dict[str, Damage] = {}
 
-    def weigh_by(name: str) -> Damage:
-        if name not in known:
-            known[name] = _damage(usual(space), name, task, model, curves, log)
-        return known[name]
+    def weigh_by(names: Sequence[str]) -> Mapping[str, Damage]:
+        if new := [name for name in dict.fromkeys(names) if name not in known]:
+            known.update(_damages(usual(space), new, task, model, curves, log))
+        return known
 
     prediction, open_ = None, space.search.sensitivity == AUTO
     if open_ and space.search.parametrization == "allocated" and any(len(o.choices) > 1 for o in curves.layers):
         prediction = settle(space, task, model, curves, weigh_by, log)
     settled = prediction.settled(space) if prediction is not None else usual(space)
     measure = MEASURES[settled.search.measure]
-    names = dict.fromkeys(
-        [settled.search.sensitivity, *(n for n in settled.search.predictions or () if n not in RULES)]
+    names = list(
+        dict.fromkeys([settled.search.sensitivity, *(n for n in settled.search.predictions or () if n not in RULES)])
     )
-    found = {n: Damage(measure, weigh_by(n).shares, weigh_by(n).scales) for n in names}
+    weighed = weigh_by(names)
+    found = {n: Damage(measure, weighed[n].shares, weighed[n].scales) for n in names}
     return found[settled.search.sensitivity], found if settled.search.predictions else {}, prediction
 
 
-def _damage(space: Space, sensitivity: str, task: Task, model: torch.nn.Module, curves: Curves, log: Log) -> Damage:
-    """What a sensitivity predicts, from augmented training inputs, always the same ones."""
-    measure = MEASURES[space.search.measure]
-    if sensitivity == "none":
-        return Damage(measure)
-    count, size = space.search.calibration_batches, space.recipe.batch_size
-    log(f"sensitivity {sensitivity} of {len(curves.layers)} layers on {count} batches of {min(size, len(task.train))}")
+def _damages(
+    space: Space, names: Sequence[str], task: Task, model: torch.nn.Module, curves: Curves, log: Log
+) -> dict[str, Damage]:
+    """What sensitivities predict, from augmented training inputs, always the same ones; what shares a loss shares the pass over them."""
+    found: dict[str, Damage] = {}
+    for balanced in (False, True):
+        together = [name for name in names if (name == BALANCED) is balanced]
+        if together:
+            found |= _weighed(space, together, task, model, curves, log)
+    return found
+
+
+def _weighed(
+    space: Space, names: Sequence[str], task: Task, model: torch.nn.Module, curves: Curves, log: Log
+) -> dict[str, Damage]:
+    """What sensitivities of one loss predict; each as it would be found alone."""
+    count, size, seed = space.search.calibration_batches, space.recipe.batch_size, space.search.seed
+    if told := [name for name in names if name != "none"]:
+        text = f"sensitivity {' and '.join(told)} of {len(curves.layers)} layers"
+        log(f"{text} on {count} batches of {min(size, len(task.train))}")
     device = pick_device()
-    generator = torch.Generator().manual_seed(space.search.seed)
-    drawn = drawn_for(None if task.cross_entropy else task.loss, generator, balanced=sensitivity == BALANCED)
-    paired = PairedBatches(task.to(device), count, size, torch.Generator(device).manual_seed(space.search.seed), drawn)
-    return weigh(
-        curves, model.to(device).eval(), paired, sensitivity, measure,
-        seed=space.search.seed, generator=generator, loss=paired.loss,
+    # labels have a generator of their own: which positions are drawn does not depend on what else is measured
+    labels = torch.Generator().manual_seed(seed + LABELS)
+    drawn = drawn_for(None if task.cross_entropy else task.loss, labels, balanced=BALANCED in names)
+    paired = PairedBatches(task.to(device), count, size, torch.Generator(device).manual_seed(seed), drawn)
+    return weigh_several(
+        curves, model.to(device).eval(), paired, names, MEASURES[space.search.measure],
+        seed=seed, generator=torch.Generator().manual_seed(seed), loss=paired.loss,
     )  # fmt: skip
 
 
