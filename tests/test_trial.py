@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from ranksearch.tasks.dense import dense_state
 from ranksearch.tasks.evaluate import Evaluation, evaluate
 from ranksearch.tasks.train import Training
 from ranksearch.trial import trial
+from ranksearch.trial.attempt import attempt
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.recipe import Recipe, middle
+from ranksearch.trial.result import Status
 from ranksearch.trial.trial import run_trial
 
 
@@ -131,6 +134,30 @@ def test_a_trial_keeps_its_best_net(bench, tmp_path):
     resumed, _ = run(bench, save_to=tmp_path / "resumed", checkpoint=CheckpointFile(path, 60), **harmful)
     assert (resumed.kept, resumed.val_accuracy) == (result.kept, result.val_accuracy)
     assert torch.equal(final_weights(tmp_path / "resumed"), final_weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("error", ["SystemExit(0)", "BaseException('odd')", "Odd()"])
+def test_whatever_a_users_code_raises_fails_its_trial_alone_and_is_told_with_its_line(monkeypatch, error):
+    result = _attempted(monkeypatch, error, module="ranksearch_task_0", file="/home/somebody/own.py")
+    assert result.status is Status.FAILED
+    assert "(own.py, line 5)" in result.reason.splitlines()[0]
+
+
+@pytest.mark.parametrize(("error", "module"), [("SystemExit(0)", "ray.train._internal.session"), ("KeyboardInterrupt()", "own")])
+def test_what_ends_a_worker_is_no_result(monkeypatch, error, module):
+    """Ray's report of a trial that is to stop, and its answer to SIGTERM, are a `sys.exit` too."""
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        _attempted(monkeypatch, error, module=module, file=f"{module}.py")
+
+
+def _attempted(monkeypatch, error, *, module, file):
+    """An attempt at a trial in which the code of a module raises."""
+    place = {"__name__": module, "__file__": file}
+    source = "class Odd(Exception):\n    def __str__(self):\n        raise ValueError\ndef raises(*_, **__):\n    raise " + error
+    exec(compile(source, file, "exec"), place)
+    monkeypatch.setattr("ranksearch.trial.attempt.run_trial", place["raises"])
+    candidate = SimpleNamespace(plan=None, recipe=None, seed=0, save_to=None, checkpoint=None, rungs=(), latency=None)
+    return attempt(None, None, None, candidate, report=None, checkpoint_seconds=60.0)
 
 
 def test_divergence_is_a_result(bench, tmp_path):

@@ -24,6 +24,8 @@ from ranksearch.errors import UsageError, first_line, nearest
 from ranksearch.tasks.probe import check_task
 from ranksearch.tasks.task import Task
 
+TASK_MODULE = "ranksearch_task_"
+"""How the name of a task file's module begins."""
 _OWN = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 
 
@@ -47,7 +49,7 @@ class TaskCode:
     @property
     def module_name(self) -> str:
         made_of = hashlib.sha256(self.source + b"\0" + self.origin.encode(errors="surrogateescape"))
-        return f"ranksearch_task_{made_of.hexdigest()[:16]}"
+        return f"{TASK_MODULE}{made_of.hexdigest()[:16]}"
 
     def module(self) -> ModuleType:
         """The module, run once per process.

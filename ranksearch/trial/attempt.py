@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from ranksearch.compress import Net
+from ranksearch.errors import first_line
 from ranksearch.places.place import PlaceError
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import out_of_memory
 from ranksearch.tasks.parallel import ALONE, Group, PeerLost
 from ranksearch.tasks.task import Task
+from ranksearch.tasks.task_file import TASK_MODULE
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.checkpoint import CheckpointFile, Leaving, stays
 from ranksearch.trial.result import Status, TrialResult
@@ -21,6 +24,8 @@ from ranksearch.trial.session import Report
 from ranksearch.trial.trial import run_trial
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+RAY = "ray"
+"""The package whose own `sys.exit` ends a worker that is stopped or taken away."""
 
 
 def attempt(
@@ -36,6 +41,8 @@ def attempt(
 ) -> TrialResult:
     """Runs a trial; an exception becomes a result with its reason, so that one bad trial does not end a study.
 
+    The `sys.exit` of a user's loss or model is such an exception, too; the one by which Ray ends a worker is not, nor is Ctrl-C.
+
     Raises:
         Leaving: the machine is going to be taken away, as `leaving` said; the trial's state is written.
         PeerLost: another process of the group is gone; the trial is to be run again, from its state.
@@ -46,12 +53,28 @@ def attempt(
             task, dense, net, candidate.plan, candidate.recipe, seed=candidate.seed, report=report, save_to=candidate.save_to,
             checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency, group=group,
         )  # fmt: skip
-    except (Leaving, PeerLost):
+    except (Leaving, PeerLost, KeyboardInterrupt):
         raise
     except torch.OutOfMemoryError as error:
         return TrialResult(Status.FAILED, candidate.seed, 0.0, reason=out_of_memory(error))
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, SystemExit) and _by_ray(error):
+            raise
         lines = traceback.format_exc().strip().splitlines()[-6:]
         full = isinstance(error, OSError) and error.errno in FULL
         status = Status.NO_SPACE if full else Status.NO_PLACE if isinstance(error, PlaceError) else Status.FAILED
-        return TrialResult(status, candidate.seed, 0.0, reason="\n".join([f"{type(error).__name__}: {error}", *lines]))
+        first = f"{type(error).__name__}: {first_line(error)}{_place(error)}"
+        return TrialResult(status, candidate.seed, 0.0, reason="\n".join([first, *lines]))
+
+
+def _by_ray(error: BaseException) -> bool:
+    """Whether code of Ray's raised it: its answer to SIGTERM, or a report of a trial that is to stop."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(str(frame.f_globals.get("__name__", "")).partition(".")[0] == RAY for frame, _ in frames)
+
+
+def _place(error: BaseException) -> str:
+    """The last line of a user's task file that an exception went through, such as ` (task.py, line 12)`; empty where it was in none."""
+    frames = [(frame.f_globals, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [(found, line) for found, line in frames if str(found.get("__name__", "")).startswith(TASK_MODULE)]
+    return f" ({Path(str(own[-1][0].get('__file__'))).name}, line {own[-1][1]})" if own else ""
