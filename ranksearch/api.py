@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from ranksearch.search.scorer import Scorer
 from ranksearch.search.workbench import prepare
 from ranksearch.space.reading import Settings, read_space
 from ranksearch.space.space import Space
+from ranksearch.space.starter import imported_net
+from ranksearch.study.addresses import ARTIFACTS, EVERY, MLFLOW, confirm_addresses
 from ranksearch.study.export_trial import export_trial, pick_trial, target_folder
 from ranksearch.study.folder import (
     CURVES,
@@ -47,6 +50,7 @@ from ranksearch.study.folder import (
     study_around,
 )
 from ranksearch.study.latency import open_table
+from ranksearch.study.making import read_folder
 from ranksearch.study.study import Study
 from ranksearch.tasks import build_reference
 from ranksearch.tracking.background import BackgroundMirror
@@ -69,6 +73,7 @@ def search(
     runs: str | Path = "runs",
     address: str | None = None,
     inline: bool = False,
+    trust: bool = False,
     observer: Observer | None = None,
 ) -> Study:
     """Runs a new study and returns it; its `front`, `trials` and `best(budget)` are read from it.
@@ -81,6 +86,7 @@ def search(
         runs: folder of the studies; this one goes to `runs`/NAME.
         address: Ray cluster to join ("auto" or "HOST:PORT"); Ray is started on this machine where None.
         inline: one trial after the other in this process, without Ray.
+        trust: whether to run a task file that lies in a study's folder, and was not yours before.
 
     Raises:
         UsageError: something in the space, the data or the budgets is wrong, or the name is taken.
@@ -94,7 +100,13 @@ def search(
             )
     else:
         space = read_space(
-            space, budgets=budgets, settings=settings, trials=trials, name=name, warm_start=[str(w) for w in warm_start]
+            space,
+            budgets=budgets,
+            settings=settings,
+            trials=trials,
+            name=name,
+            warm_start=[str(w) for w in warm_start],
+            trust=trust,
         )
     observer, runs = observer or Silent(), Path(runs)
     fronts = [str(find_front(where, runs)) for where in space.search.warm_start]
@@ -131,28 +143,32 @@ def search(
 
 
 def resume(
-    name: str,
+    name: str | Path,
     *,
     trials: int | None = None,
     runs: str | Path = "runs",
     address: str | None = None,
     inline: bool = False,
+    trust: bool = False,
     observer: Observer | None = None,
 ) -> Study:
     """Continues a study from its folder: finished trials are kept, interrupted ones go on under the same parameters.
 
     Args:
         trials: planned number from now on, finished ones included: a study that is done goes on so.
+        trust: whether to run a task file that came with the folder, and to write to the addresses that its space names, where you did not
+            before.
 
     Raises:
         UsageError: no such study, another process is running it, or it has more trials than that already.
     """
-    observer, folder = observer or Silent(), find_study(name, Path(runs))
+    observer, folder = observer or Silent(), find_study(str(name), Path(runs))
     check_address(None if inline else address)
     with locked(folder):
         if Study.mend(folder):
             observer.log("the journal ended in half a line, which its driver was killed in; it was cut off")
-        study = Study.open(folder)
+        study = Study.open(folder, trust=trust)
+        confirm_addresses(study.space, folder, EVERY, trust=trust)
         preflight(study.space, folder.parent, observer, address=address, inline=inline)
         if trials is not None:
             study.plan_for(trials)
@@ -165,17 +181,24 @@ def resume(
         return run_study(study, bench, folder.parent, observer, address=address, inline=inline)
 
 
-def sync(name: str, *, runs: str | Path = "runs", observer: Observer | None = None) -> Study:
+def sync(
+    name: str | Path, *, runs: str | Path = "runs", trust: bool = False, observer: Observer | None = None
+) -> Study:
     """Brings MLflow up to date with a study's folder, after a store that was away; what is there already stays as it is.
+
+    Args:
+        trust: whether to write to the addresses that the study's space names, and to run a task file that came with its folder for the
+            nets' models, where you did not before.
 
     Raises:
         UsageError: no such study, or another process is running it.
         StudyError: the store cannot be reached still.
     """
-    observer, folder = observer or Silent(), find_study(name, Path(runs))
+    observer, folder = observer or Silent(), find_study(str(name), Path(runs))
     with locked(folder):
         Study.mend(folder)
-        study = Study.open(folder)
+        study = Study.open(folder, trust=trust)
+        confirm_addresses(study.space, folder, (MLFLOW, ARTIFACTS), trust=trust)
         mirror = BackgroundMirror(study, folder.parent, observer.log)
         mirror.finish(complete=study.done)
     if mirror.failed:
@@ -184,16 +207,19 @@ def sync(name: str, *, runs: str | Path = "runs", observer: Observer | None = No
     return study
 
 
-def report(name: str, *, output: str | Path | None = None, runs: str | Path = "runs") -> Path:
+def report(
+    name: str | Path, *, output: str | Path | None = None, runs: str | Path = "runs", trust: bool = False
+) -> Path:
     """Writes a study's figures and tables as one self-contained HTML file and returns its path; also while it is running.
 
     Args:
         output: the file; left out, report.html in the study's folder.
+        trust: whether to read the study from a database that its space names, where you did not before.
 
     Raises:
         UsageError: no such study, or the file cannot be written.
     """
-    study = Study.open(find_study(name, Path(runs)))
+    study = Study.open(find_study(str(name), Path(runs)), trust=trust)
     path = Path(output) if output is not None else study.folder / REPORT
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +238,7 @@ def preview(
     allocators: Sequence[str] = DEFAULT_ALLOCATORS,
     images: int = 1000,
     runs: str | Path = "runs",
+    trust: bool = False,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """The front that allocation alone gives, before any training: what `ranksearch preview --json` prints.
@@ -223,13 +250,14 @@ def preview(
         levels: budgets in percent of the dense net's cost (of the space's first budget), beside the space's own.
         allocators: "solver" and names of baselines; "greedy" evaluates the net nine times a layer first.
         images: validation images that a plan is scored on.
+        trust: whether to run a task file that lies in a study's folder, and was not yours before.
 
     Raises:
         UsageError: something in the space, the data or the names is wrong, or no level can be met.
     """
     started, observer = time.monotonic(), observer or Silent()
     if not isinstance(space, Space):
-        space = read_space(space, budgets=budgets, settings=settings)
+        space = read_space(space, budgets=budgets, settings=settings, trust=trust)
     check_names(allocators)
     folder = Path(runs) / space.name
     known = CurveCache(folder / CURVES)
@@ -264,23 +292,30 @@ def preview(
     return record
 
 
-def load(folder: str | Path, *, build: Callable[[], nn.Module] | None = None) -> nn.Module:
+def load(folder: str | Path, *, build: Callable[[], nn.Module] | str | None = None, trust: bool = False) -> nn.Module:
     """The compressed net of a trial's folder (`plan.json`, `model.safetensors`), in evaluation mode. Runs no pickle.
 
     A plan that names one of our models is enough to build it. A net of a task of your own is built by the copy of your file in its study,
-    where `folder` lies within that study's; no plan makes us run a file that it names.
+    where `folder` lies within that study's, if you started a study with that file; no file runs because a folder holds it.
 
     Args:
-        build: makes the dense net, with any weights; for a net of your own away from its study.
+        build: makes the dense net, with any weights, or where it is imported from, such as "package.module:make_net"; for a net of your own
+            away from its study, or of somebody else's.
+        trust: whether to run the task file that came with the folder, whoever wrote it.
 
     Raises:
-        UsageError: a file is missing, damaged or does not fit, or the dense net is unknown: pass `build`.
+        UsageError: a file is missing, damaged or does not fit, the dense net is unknown, or its task file is not trusted: pass `build`.
     """
+    if not isinstance(folder, str | Path):
+        raise UsageError(
+            f"load takes the folder of a trial or an export, such as runs/NAME/trials/007, got a {type(folder).__name__}."
+        )
     folder = Path(folder)
     if build is not None:
-        return load_net(folder, lambda reference: build())
+        make = partial(imported_net, build) if isinstance(build, str) else build
+        return load_net(folder, lambda reference: make())
     study = study_around(folder)
-    return load_net(folder, build_reference if study is None else Study.open(study).space.build)
+    return load_net(folder, build_reference if study is None else read_folder(study, trust=trust)[0].build)
 
 
 def export(
@@ -292,6 +327,7 @@ def export(
     runs: str | Path = "runs",
     fold_bn: bool = False,
     force: bool = False,
+    trust: bool = False,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Writes a trial's net in a form that other programs load, opens it again and holds it against the net: what `export.json` says.
@@ -303,15 +339,18 @@ def export(
         output: folder of the export; None is exports/TRIAL-FORMAT in the study's folder.
         fold_bn: folds BN into the layers before it; with "pt2" and "onnx".
         force: an earlier export in `output` gives way.
+        trust: whether to run a task file that came with the study's folder, whoever wrote it.
 
     Raises:
         UsageError: no such study, trial or format, its extra is not installed, or `output` holds something.
         StudyError: the net cannot be expressed in that format, or the exported form computes something else.
     """
+    if not isinstance(name, str | Path):
+        raise UsageError(f"export takes a study's name or folder, and a trial of it, got a {type(name).__name__}.")
     observer = observer or Silent()
     form = format_named(format)
     check_fold(form, fold_bn)
-    study = Study.open(find_study(str(name), Path(runs)))
+    study = Study.open(find_study(str(name), Path(runs)), trust=trust)
     row = pick_trial(study, trial)
     folder = target_folder(study, row, form, None if output is None else Path(output), force=force)
     observer.log(

@@ -6,7 +6,12 @@ The command line turns `UsageError` into exit code 2 and `StudyError` into exit 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 2, 4, 6, 80, 80
 
 
 class RanksearchError(Exception):
@@ -38,6 +43,20 @@ def first_line(error: BaseException) -> str:
     except Exception as inner:
         return f"its text cannot be shown: __str__ raised {type(inner).__name__}"
     return text.splitlines()[0] if text else "no message"
+
+
+def clipped(text: str, most: int = 160) -> str:
+    """A text in one line of `most` characters at the most."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def shortened(value: Any) -> str:
+    """A value as a sentence may show it, in 80 characters at the most, whatever it holds: a list of itself, a huge number."""
+    try:
+        return clipped(_SHORT.repr(value), 80)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def nearest(name: str, valid: Iterable[str], *, shown: int = 12) -> str:

@@ -118,6 +118,18 @@ def data_folder_for_tests(tmp_path_factory: pytest.TempPathFactory):
         os.environ["RANKSEARCH_DATA"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_yeses_for_tests(tmp_path_factory: pytest.TempPathFactory):
+    """What tests say yes to, task files and addresses, is no yes of who runs them."""
+    before = os.environ.get("XDG_STATE_HOME")
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+    yield
+    if before is None:
+        del os.environ["XDG_STATE_HOME"]
+    else:
+        os.environ["XDG_STATE_HOME"] = before
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     space = read_space(REPOSITORY / "search_spaces" / "digits_resnet8.yaml", settings=["search.sensitivity=kfac"])

@@ -143,7 +143,9 @@ def test_whatever_a_users_code_raises_fails_its_trial_alone_and_is_told_with_its
     assert "(own.py, line 5)" in result.reason.splitlines()[0]
 
 
-@pytest.mark.parametrize(("error", "module"), [("SystemExit(0)", "ray.train._internal.session"), ("KeyboardInterrupt()", "own")])
+@pytest.mark.parametrize(
+    ("error", "module"), [("SystemExit(0)", "ray.train._internal.session"), ("KeyboardInterrupt()", "own")]
+)
 def test_what_ends_a_worker_is_no_result(monkeypatch, error, module):
     """Ray's report of a trial that is to stop, and its answer to SIGTERM, are a `sys.exit` too."""
     with pytest.raises((SystemExit, KeyboardInterrupt)):
@@ -153,7 +155,10 @@ def test_what_ends_a_worker_is_no_result(monkeypatch, error, module):
 def _attempted(monkeypatch, error, *, module, file):
     """An attempt at a trial in which the code of a module raises."""
     place = {"__name__": module, "__file__": file}
-    source = "class Odd(Exception):\n    def __str__(self):\n        raise ValueError\ndef raises(*_, **__):\n    raise " + error
+    source = (
+        "class Odd(Exception):\n    def __str__(self):\n        raise ValueError\ndef raises(*_, **__):\n    raise "
+        + error
+    )
     exec(compile(source, file, "exec"), place)
     monkeypatch.setattr("ranksearch.trial.attempt.run_trial", place["raises"])
     candidate = SimpleNamespace(plan=None, recipe=None, seed=0, save_to=None, checkpoint=None, rungs=(), latency=None)

@@ -17,6 +17,7 @@ from ranksearch.cli.options import (
     NewName,
     Settings,
     Trials,
+    Trust,
     app,
     print_json,
 )
@@ -109,6 +110,7 @@ def submit(
         bool, typer.Option(help="Try the space here first; a task whose data lie on the cluster alone cannot be.")
     ] = True,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow the log.")] = False,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Run a search as a job of a Ray cluster and follow its log. Ctrl-C stops following, not the job.
@@ -126,6 +128,7 @@ def submit(
         "runs": check_runs(runs),
         "passed": variables(env or (), os.environ),
         "now": datetime.now(UTC),
+        "trust": trust,
     }
     common |= places
     if space is None:
@@ -136,7 +139,13 @@ def submit(
         from ranksearch.space.reading import read_space
 
         resolved = read_space(
-            space, budgets=budget or (), settings=setting or (), trials=trials, name=name, warm_start=warm_start or ()
+            space,
+            budgets=budget or (),
+            settings=setting or (),
+            trials=trials,
+            name=name,
+            warm_start=warm_start or (),
+            trust=trust,
         )
         if check:
             _say(_checked(resolved))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli.options import DEFAULT_RUNS, Address, Json, Runs, Settings, app, print_json
+from ranksearch.cli.options import DEFAULT_RUNS, Address, Json, Runs, Settings, Trust, app, print_json
 
 
 @app.command(rich_help_panel="Clusters")
@@ -20,6 +20,7 @@ def doctor(
     ] = None,
     setting: Settings = None,
     address: Address = None,
+    trust: Trust = False,
     runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
@@ -37,7 +38,7 @@ def doctor(
     if space is not None:
         from ranksearch.space.reading import read_space
 
-        resolved = read_space(space, settings=setting or ())
+        resolved = read_space(space, settings=setting or (), trust=trust)
     check_address(address)
     if address is not None:
         from ranksearch.cluster.connection import connect

@@ -42,6 +42,13 @@ Address = Annotated[
     ),
 ]
 Inline = Annotated[bool, typer.Option("--inline", help="One trial after the other in this process, without Ray.")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Run the task file that came with a study's folder, and use the addresses it names, though they are not yours.",
+    ),
+]
 DEFAULT_RUNS = Path("runs")
 
 

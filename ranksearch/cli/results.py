@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli.options import DEFAULT_RUNS, Json, Runs, StudyName, app, print_json
+from ranksearch.cli.options import DEFAULT_RUNS, Json, Runs, StudyName, Trust, app, print_json
 
 
 @app.command(rich_help_panel="Results")
@@ -24,6 +24,7 @@ def export(
     ] = None,
     fold_bn: Annotated[bool, typer.Option("--fold-bn", help="Fold BN into the layers before it (pt2, onnx).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
+    trust: Trust = False,
     runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
@@ -36,7 +37,15 @@ def export(
     from ranksearch.tables import print_export
 
     record = api.export(
-        study, trial, format=format, output=output, runs=runs, fold_bn=fold_bn, force=force, observer=Terminal()
+        study,
+        trial,
+        format=format,
+        output=output,
+        runs=runs,
+        fold_bn=fold_bn,
+        force=force,
+        trust=trust,
+        observer=Terminal(),
     )
     if as_json:
         print_json(record)
@@ -45,7 +54,7 @@ def export(
 
 
 @app.command(rich_help_panel="Results")
-def sync(study: StudyName, runs: Runs = DEFAULT_RUNS) -> None:
+def sync(study: StudyName, trust: Trust = False, runs: Runs = DEFAULT_RUNS) -> None:
     """Bring MLflow up to date with a study, after a server that was away; nothing is logged twice.
 
     Example: ranksearch sync digits_resnet8
@@ -53,7 +62,7 @@ def sync(study: StudyName, runs: Runs = DEFAULT_RUNS) -> None:
     from ranksearch import api
     from ranksearch.console import Terminal
 
-    api.sync(study, runs=runs, observer=Terminal())
+    api.sync(study, runs=runs, trust=trust, observer=Terminal())
 
 
 @app.command(rich_help_panel="Results")
@@ -62,6 +71,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Left out, report.html in the study's folder.")
     ] = None,
+    trust: Trust = False,
     runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +81,7 @@ def report(
     """
     from ranksearch import api
 
-    path = api.report(study, output=output, runs=runs)
+    path = api.report(study, output=output, runs=runs, trust=trust)
     if as_json:
         print_json({"study": study, "report": str(path), "size_bytes": path.stat().st_size})
     else:
@@ -84,6 +94,7 @@ def ui(
     port: Annotated[
         int, typer.Option(min=1, max=65535, help="Port; the next free one is taken where it is in use.")
     ] = 5000,
+    trust: Trust = False,
     runs: Runs = DEFAULT_RUNS,
 ) -> None:
     """Open MLflow's UI on 127.0.0.1 and print the links of the studies' pages.
@@ -96,7 +107,7 @@ def ui(
     def say(text: str) -> None:
         print(text, flush=True)
 
-    opened = find_store(where, runs)
+    opened = find_store(where, runs, trust=trust)
     if is_server(opened.uri):
         address = re.sub(r"(?<=://)[^/@]*@", "", opened.uri)  # a browser asks for user and password itself
         say(f"The studies are on an MLflow server already: {address}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli.options import DEFAULT_RUNS, Budgets, Json, Runs, Settings, SpaceFile, app, print_json
+from ranksearch.cli.options import DEFAULT_RUNS, Budgets, Json, Runs, Settings, SpaceFile, Trust, app, print_json
 from ranksearch.errors import UsageError
 
 
@@ -38,7 +38,12 @@ def init(
 
 @app.command(rich_help_panel="Before a search")
 def check(
-    space: SpaceFile, budget: Budgets = None, setting: Settings = None, trials: int | None = None, as_json: Json = False
+    space: SpaceFile,
+    budget: Budgets = None,
+    setting: Settings = None,
+    trials: int | None = None,
+    trust: Trust = False,
+    as_json: Json = False,
 ) -> None:
     """Validate a space and print the range of costs it can reach. Trains nothing, needs no data.
 
@@ -48,7 +53,7 @@ def check(
     from ranksearch.space.reading import read_space
     from ranksearch.tables import check_record, print_check
 
-    resolved = read_space(space, budgets=budget or (), settings=setting or (), trials=trials)
+    resolved = read_space(space, budgets=budget or (), settings=setting or (), trials=trials, trust=trust)
     record = check_record(resolved, Terminal().log)
     if as_json:
         print_json(record)
@@ -57,7 +62,7 @@ def check(
 
 
 @app.command(rich_help_panel="Before a search")
-def layers(space: SpaceFile, setting: Settings = None, as_json: Json = False) -> None:
+def layers(space: SpaceFile, setting: Settings = None, trust: Trust = False, as_json: Json = False) -> None:
     """List the layers of a space's net: shapes, MACs, params, break-even rank per lowering. Needs no data.
 
     Example: ranksearch layers search_spaces/cifar10_resnet20.yaml
@@ -65,7 +70,7 @@ def layers(space: SpaceFile, setting: Settings = None, as_json: Json = False) ->
     from ranksearch.space.reading import read_space
     from ranksearch.tables import layer_rows, print_layers
 
-    resolved = read_space(space, settings=setting or ())
+    resolved = read_space(space, settings=setting or (), trust=trust)
     found = layer_rows(resolved)
     if as_json:
         print_json(found)
@@ -82,6 +87,7 @@ def latency(
     batch: Annotated[int | None, typer.Option(min=1, help="Inputs of one call.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
     setting: Settings = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Time a net's layers under every lowering and rank on this machine: up to which rank each is faster. Kept in the data folder.
@@ -92,7 +98,7 @@ def latency(
 
     given = {"runtime": runtime, "batch": batch, "threads": threads}
     settings = [f"latency.{key}={value}" for key, value in given.items() if value is not None]
-    resolved = read_space(space, settings=[*(setting or ()), *settings])
+    resolved = read_space(space, settings=[*(setting or ()), *settings], trust=trust)
     from ranksearch.console import Terminal
     from ranksearch.tables import latency_record, print_latency
 
@@ -122,6 +128,7 @@ def preview(
         ),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Validation images that a plan is scored on.")] = 1000,
+    trust: Trust = False,
     runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
@@ -131,7 +138,7 @@ def preview(
     """
     from ranksearch.space.reading import read_space
 
-    resolved = read_space(space, budgets=budget or (), settings=setting or ())
+    resolved = read_space(space, budgets=budget or (), settings=setting or (), trust=trust)
     percents = _percents(levels) if levels is not None else None
     from ranksearch import api
     from ranksearch.console import Terminal

@@ -22,11 +22,12 @@ from ranksearch.cli.options import (
     SpaceFile,
     StudyName,
     Trials,
+    Trust,
     app,
     print_json,
     runs_option,
 )
-from ranksearch.errors import StudyError, Terminated
+from ranksearch.errors import StudyError, Terminated, UsageError
 from ranksearch.places.urls import without_password
 from ranksearch.tracking.store import VARIABLE
 
@@ -91,6 +92,7 @@ def search(
     ] = None,
     address: Address = None,
     inline: Inline = False,
+    trust: Trust = False,
     runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
@@ -101,7 +103,13 @@ def search(
     from ranksearch.space.reading import read_space
 
     resolved = read_space(
-        space, budgets=budget or (), settings=setting or (), trials=trials, name=name, warm_start=warm_start or ()
+        space,
+        budgets=budget or (),
+        settings=setting or (),
+        trials=trials,
+        name=name,
+        warm_start=warm_start or (),
+        trust=trust,
     )
     from ranksearch import api  # seconds of imports: a mistake in the space is told before them
 
@@ -124,6 +132,7 @@ def resume(
     ] = None,
     address: Address = None,
     inline: Inline = False,
+    trust: Trust = False,
     runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
@@ -134,7 +143,9 @@ def resume(
     from ranksearch import api
 
     _conclude(
-        lambda terminal: api.resume(study, trials=trials, runs=runs, address=address, inline=inline, observer=terminal),
+        lambda terminal: api.resume(
+            study, trials=trials, runs=runs, address=address, inline=inline, trust=trust, observer=terminal
+        ),
         study,
         runs,
         as_json,
@@ -142,22 +153,29 @@ def resume(
 
 
 @app.command(rich_help_panel="Studies")
-def front(study: StudyName, runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
+def front(study: StudyName, trust: Trust = False, runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
     """Print the front of a study, best first; also while it is running.
 
     Example: ranksearch front digits_resnet8 --json
     """
     from ranksearch.console import front_table, print_verdict
-    from ranksearch.study.where import find_study, finished_front
+    from ranksearch.study.where import find_study, finished_front, kept_front
 
     folder = find_study(study, runs)
-    record = finished_front(folder)
+    record, damaged = finished_front(folder), None
     if record is None:  # it goes on still: its journal knows more than the file; seconds of imports
         from ranksearch.study.study import Study
 
-        record = Study.open(folder).front_record()
+        try:
+            record = Study.open(folder, trust=trust).front_record()
+        except UsageError as error:
+            if (record := kept_front(folder)) is None:
+                raise
+            damaged = UsageError(f"{error}\nWhat is printed is the front as it was written last.")
     if as_json:
         print_json(record)
     else:
         front_table(record)
         print_verdict(record, f"{study}{runs_option(runs)}")
+    if damaged is not None:
+        raise damaged

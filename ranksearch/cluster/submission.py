@@ -31,6 +31,10 @@ STUDY, RUNS, VERB = "ranksearch.study", "ranksearch.runs", "ranksearch.verb"
 """Keys of a job's metadata."""
 
 
+TRUSTED: dict[bool, tuple[str, ...]] = {True: ("--trust",), False: ()}
+"""What the command on the cluster is told of a study's own task file and addresses."""
+
+
 @dataclass(frozen=True)
 class Submission:
     """A job: what is run, with which files and variables, and the study that it is about."""
@@ -146,13 +150,14 @@ def _warm_start(where: str, files: dict[str, Path]) -> str:
 
 
 def new_study(
-    path: Path, space: Space, *, runs: str, options: Sequence[str], passed: Mapping[str, str], now: datetime,
+    path: Path, space: Space, *, runs: str, options: Sequence[str], passed: Mapping[str, str], now: datetime, trust: bool = False,
     working_dir: Path | None = None, exclude: Sequence[str] = (), include: Sequence[str] = (),
 ) -> Submission:  # fmt: skip
     """A job that runs `ranksearch search` on a space that was read and found good.
 
     Args:
         options: `--budget`, `--set`, `--trials` and `--name` as they were given.
+        trust: whether the cluster runs a task file that lies in a study's folder.
         working_dir: the folder that travels; None is the space's file alone, or, for a task of the user's own, the smallest folder that
             holds both.
 
@@ -182,7 +187,7 @@ def new_study(
     command = ["python", "-m", "ranksearch", "search", path.resolve().relative_to(root).as_posix(), *options]
     command += [part for setting in settings for part in ("--set", setting)]
     command += [part for front in fronts for part in ("--warm-start", front)]
-    command += ["--runs", runs, "--address", "auto"]
+    command += ["--runs", runs, "--address", "auto", *TRUSTED[trust]]
     named = [
         where for where in (space.storage.optuna, space.tracking.uri) if where and where.startswith(FROM_ENVIRONMENT)
     ]
@@ -193,7 +198,7 @@ def new_study(
 
 
 def continued(
-    study: str, *, runs: str, trials: int | None, passed: Mapping[str, str], now: datetime,
+    study: str, *, runs: str, trials: int | None, passed: Mapping[str, str], now: datetime, trust: bool = False,
     working_dir: Path | None = None, exclude: Sequence[str] = (), include: Sequence[str] = (),
 ) -> Submission:  # fmt: skip
     """A job that runs `ranksearch resume` on a study of the cluster; `working_dir` travels for what a task of the user's own imports."""
@@ -206,5 +211,5 @@ def continued(
         files = folder_files(working_dir.resolve(), exclude=exclude, include=include)
     command = ["python", "-m", "ranksearch", "resume", study]
     command += ["--trials", str(trials)] if trials is not None else []
-    command += ["--runs", runs, "--address", "auto"]
+    command += ["--runs", runs, "--address", "auto", *TRUSTED[trust]]
     return Submission(submission_id(study, now), study, runs, tuple(command), files, STOPPING | dict(passed))

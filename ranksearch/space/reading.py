@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from ranksearch.allocate.budget import Budgets, assignments
 from ranksearch.costs import COSTS, same_cost
-from ranksearch.errors import UsageError, nearest
+from ranksearch.errors import UsageError, clipped, nearest, shortened
+from ranksearch.places.trust import STUDY_FILE, may_run, refuse_file
 from ranksearch.space.space import SPELLINGS, Space, one_spelling
 from ranksearch.tasks import is_own
 
@@ -40,13 +41,14 @@ def _sentence(error: Mapping[str, Any]) -> str:
         return f"{where}: this key is missing."
     if error["type"] == "literal_error":
         expected = [word.strip("' ") for word in error["ctx"]["expected"].replace(" or ", ",").split(",")]
-        return f"{where}: {error['input']!r} is not possible. {nearest(str(error['input']), expected)}"
+        given = error["input"]
+        return f"{where}: {shortened(given)} is not possible. {nearest(clipped(given) if isinstance(given, str) else '', expected)}"
     if error["type"] == "string_pattern_mismatch":
-        return f"{where}: {error['input']!r} may hold letters, digits, '.', '_' and '-' alone, the first a letter or digit."
+        return f"{where}: {shortened(error['input'])} may hold letters, digits, '.', '_' and '-' alone, the first a letter or digit."
     message = error["msg"].removeprefix("Value error, ")
     if message == "this key is missing.":
         return f"{where}: {message}"
-    given = "" if error["type"] == "value_error" else f" (got {error['input']!r})"
+    given = "" if error["type"] == "value_error" else f" (got {shortened(error['input'])})"
     where = where or "space"
     return f"{where}: {message[0].lower() + message[1:]}{given}"
 
@@ -116,8 +118,31 @@ def _set(data: dict[str, Any], assignment: str) -> None:
         raise UsageError(f"--set {assignment}: {text!r} is no YAML value.") from error
 
 
-def _placed(task: Any, folder: Path) -> Any:
-    """A task of the user's own by its absolute path: beside the space file, else in the working directory."""
+def load_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        UsageError: it cannot be read, or is no YAML.
+        FileNotFoundError: there is none.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{path}: it cannot be read: {error.strerror or error}.") from error
+    except RecursionError:
+        raise UsageError(f"{path}: no valid YAML: lists or mappings nested too deeply.") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none, too
+        raise UsageError(f"{path}: no valid YAML: {clipped(str(error), 400)}") from error
+
+
+def _placed(task: Any, folder: Path, *, trust: bool) -> Any:
+    """A task of the user's own by its absolute path: beside the space file, else in the working directory.
+
+    Raises:
+        UsageError: there is no such file; or the space is a study's, and its file none that this user runs anyhow.
+    """
     if not isinstance(task, str) or not is_own(task):
         return task
     file, colon, function = task.rpartition(":") if not task.endswith(".py") else (task, "", "")
@@ -127,7 +152,18 @@ def _placed(task: Any, folder: Path) -> Any:
         beside = [p.name for place in dict.fromkeys(p.parent for p in places) for p in place.glob("*.py")]
         looked = " and ".join(dict.fromkeys(str(place.parent) for place in places))
         raise UsageError(f"task: there is no file {Path(file).name!r} in {looked}. {nearest(Path(file).name, beside)}")
+    of_a_study = any((place / STUDY_FILE).is_file() for place in (folder, found.parent))
+    if of_a_study and not trust and not may_run(found, _origin(found)):
+        raise refuse_file(found)
     return f"{found}{colon}{function}"
+
+
+def _origin(file: Path) -> str:
+    """Where a file in a study's folder came from, as the study says; the file itself where it says nothing."""
+    try:
+        return str(json.loads((file.parent / STUDY_FILE).read_text(encoding="utf-8"))["task_file"]["origin"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(file)
 
 
 def read_space(
@@ -138,10 +174,14 @@ def read_space(
     trials: int | None = None,
     name: str | None = None,
     warm_start: Sequence[str] = (),
+    trust: bool = False,
 ) -> Space:
     """Reads a space file and lays the command line's values over it: `budgets` and `settings` are "key=value".
 
     A budget given here replaces the file's budget on the same cost (macs and flops are one cost); others stay.
+
+    Args:
+        trust: whether a task file that lies in a study's folder may run, whoever wrote it.
 
     Raises:
         UsageError: no such file, no YAML, or a value that the schema refuses.
@@ -150,11 +190,8 @@ def read_space(
     if not path.is_file():
         known = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
         raise UsageError(f"There is no search space {str(path)!r}. {nearest(str(path), known)}")
-    try:
-        text = path.read_text()
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
+    data = load_yaml(path)
+    text = path.read_text(encoding="utf-8")
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a search space is a mapping of keys, got {type(data).__name__}.")
     try:
@@ -181,7 +218,7 @@ def read_space(
         data["name"] = name
     if warm_start:
         _set(data, f"search.warm_start={json.dumps(list(warm_start))}")
-    space = parse_space(data | {"task": _placed(data.get("task"), path.parent)}, str(path))
+    space = parse_space(data | {"task": _placed(data.get("task"), path.parent, trust=trust)}, str(path))
     options = [f"--budget {budget}" for budget in budgets] + [f"--set {setting}" for setting in settings]
     options += [f"--trials {trials}"] * (trials is not None) + [f"--name {name}"] * (name is not None)
     options += [f"--warm-start {earlier}" for earlier in warm_start]

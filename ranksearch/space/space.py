@@ -25,6 +25,7 @@ from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.errors import UsageError
 from ranksearch.lowering import default_lowerings, expand_families
+from ranksearch.places.trust import may_run, refuse_file
 from ranksearch.space.recipe import RecipeSpace
 from ranksearch.space.search import SearchSpace
 from ranksearch.space.settings import Strict
@@ -209,6 +210,8 @@ class Space(Strict):
     tracking: TrackingSpace = Field(default_factory=TrackingSpace)
     _given: str | None = PrivateAttr(default=None)
     _own: dict[str, str] | None = PrivateAttr(default=None)
+    _trusted: bool = PrivateAttr(default=False)
+    """Whether the task's file, which lies in a study's folder, may run."""
 
     @model_validator(mode="after")
     def _fast_forms_too(self) -> Space:
@@ -277,7 +280,8 @@ class Space(Strict):
         """The task without its data, or a user's own with them.
 
         Raises:
-            UsageError: no such task, or the user's file is of no use, or not the one that the study was made with.
+            UsageError: no such task, or the user's file is of no use, or not the one that the study was made with, or came with its
+                folder and is no file that this user runs.
         """
         if self._own is None:
             return task_kind(self.task)
@@ -287,14 +291,20 @@ class Space(Strict):
                 f"task: {path} is not the file that the study was made with (its sha256 is another one): put that one back, or start "
                 f"another study."
             )
+        if path.is_file() and not self._trusted and not may_run(path, self._own["origin"]):
+            raise refuse_file(path)
         return task_kind(self.task, self._own["origin"])
 
-    def kept_in(self, folder: Path, own: dict[str, str] | None) -> Space:
-        """The space of a study: a task of the user's own is the copy of its file in the study's folder, as `own` records it."""
+    def kept_in(self, folder: Path, own: dict[str, str] | None, *, trust: bool) -> Space:
+        """The space of a study: a task of the user's own is the copy of its file in the study's folder, as `own` records it.
+
+        Args:
+            trust: whether that copy may run whoever wrote it; else it has to be one that this user runs anyhow (`places/trust.py`).
+        """
         if own is None or not is_own(self.task):
             return self
         kept = self.model_copy(update={"task": f"{folder.absolute() / Path(own['file']).name}:{own['function']}"})
-        kept._own = dict(own)
+        kept._own, kept._trusted = dict(own), trust
         return kept
 
     def build(self, reference: str) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress import Net, dense_cost, trace
-from ranksearch.errors import RanksearchError, UsageError, nearest
+from ranksearch.errors import RanksearchError, UsageError, first_line, nearest
 from ranksearch.tasks.nets import LIBRARIES, build_named
 from ranksearch.tasks.task_file import told
 
@@ -102,15 +102,19 @@ def load_model(model: str) -> tuple[nn.Module, str, str, str]:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(where)
-    except Exception as error:
-        raise UsageError(f"init: {where!r} cannot be imported: {type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UsageError(f"init: {where!r} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
     if not hasattr(module, name):
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise UsageError(f"init: {where} has no {name!r}. {nearest(name, known)}")
     found = getattr(module, name)
     try:
         made = found if isinstance(found, nn.Module) else found()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise UsageError(
             f"init: {name}() raised {told(error, str(module.__file__))}: name a function that takes no arguments and returns the net."
         ) from error
@@ -118,6 +122,18 @@ def load_model(model: str) -> tuple[nn.Module, str, str, str]:
         raise UsageError(f"init: {model} gives a {type(made).__name__}: expected an nn.Module.")
     build = name if isinstance(found, nn.Module) else f"{name}()"
     return made, name, f"from {where} import {name}\n", build
+
+
+def imported_net(model: str) -> nn.Module:
+    """The net of an import path or a library's name, as `load_model`, for `ranksearch.load(folder, build=model)`.
+
+    Raises:
+        UsageError: as `load_model`.
+    """
+    try:
+        return load_model(model)[0]
+    except UsageError as error:
+        raise UsageError(f"build={model!r}: {str(error).removeprefix('init: ')}") from error
 
 
 def write_start(model: str, shape: Sequence[int], folder: Path) -> tuple[Path, Path]:

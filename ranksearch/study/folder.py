@@ -68,8 +68,8 @@ def study_around(folder: Path) -> Path | None:
     if folder.resolve().parent.name not in (TRIALS, EXPORTS) or not (study / INFO).is_file():
         return None
     try:
-        own = json.loads((study / INFO).read_text()).get("task_file")
-    except (ValueError, AttributeError):
+        own = json.loads((study / INFO).read_text(encoding="utf-8")).get("task_file")
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return study if own else None
 

@@ -22,8 +22,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock, get_lock_file
 from optuna.trial import FrozenTrial, TrialState
 
-from ranksearch.errors import StudyError
+from ranksearch.errors import StudyError, UsageError, clipped, first_line
 from ranksearch.study.folded import Folded
+from ranksearch.study.records import check_line
 
 CURVES = ("losses", "projections")
 """The long lists of a result: read from the journal they are kept folded."""
@@ -94,7 +95,7 @@ class WholeLines(JournalFileBackend):
         self._bytes += sum(len(line.encode()) for line in self._held)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """The lines from a number on, then what is held; raises ValueError where a line is broken and is not the last one."""
+        """The lines from a number on, then what is held; raises UsageError where a line is broken and is not the last one."""
         if log_number_from < self._lines:
             self._lines, self._bytes = 0, 0
         if not self._held:
@@ -111,15 +112,32 @@ class WholeLines(JournalFileBackend):
                 line = file.readline()
                 if not line.endswith(b"\n"):
                     return  # half a line: somebody is writing it, or was killed
-                log = _parsed(line) if self._lines >= log_number_from else None
+                log = self._checked(line) if self._lines >= log_number_from else None
                 self._lines, self._bytes = self._lines + 1, self._bytes + len(line)
                 if log is not None:
                     yield log
 
+    def _checked(self, line: bytes) -> dict[str, Any]:
+        """A line of the file as Optuna replays it.
+
+        Raises:
+            UsageError: it is none that a study writes; the text names the line.
+        """
+        where = f"{self._file_path}: line {self._lines + 1}"
+        try:
+            log = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{where}: expected JSON: {clipped(first_line(error))}.") from None
+        check_line(log, where)
+        return _folded(log)
+
 
 def _parsed(line: str | bytes) -> dict[str, Any]:
-    log = json.loads(line)
-    result = log.get("user_attr", {}).get("result")
+    return _folded(json.loads(line))
+
+
+def _folded(log: dict[str, Any]) -> dict[str, Any]:
+    result = (log.get("user_attr") or {}).get("result")
     if isinstance(result, dict):
         result |= {name: Folded(result[name]) for name in CURVES if result.get(name)}
     return log

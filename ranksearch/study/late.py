@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ranksearch.places.files import write_atomically
 from ranksearch.study.folder import MEASURED, TEST
+from ranksearch.study.records import LATENCIES, TEST_ACCURACIES, read_record
 from ranksearch.study.row import Row
 from ranksearch.trial.metric import Metric
 
@@ -23,7 +24,7 @@ class Late:
 
     def latencies(self) -> dict[str, list[float]]:
         """Trial number -> (milliseconds, ratio of dense) of the nets that were timed."""
-        return json.loads(self._latencies.read_text()) if self._latencies.is_file() else {}
+        return read_record(self._latencies, LATENCIES) if self._latencies.is_file() else {}
 
     def note_latencies(self, found: Mapping[int, tuple[float, float]]) -> dict[str, list[float]]:
         """Adds latencies by trial number; returns all that are known."""
@@ -33,7 +34,7 @@ class Late:
 
     def test_accuracies(self) -> dict[str, float]:
         """Trial number (or "dense") -> the metric on the test set, of the nets that were scored."""
-        return json.loads(self._test.read_text()) if self._test.is_file() else {}
+        return read_record(self._test, TEST_ACCURACIES) if self._test.is_file() else {}
 
     def score(
         self, front: Sequence[Row], metric: Metric, evaluate: Callable[[Row | None], float], log: Callable[[str], None]

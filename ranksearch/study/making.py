@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections import Counter
 from dataclasses import asdict
@@ -14,17 +13,21 @@ import safetensors.torch
 import yaml
 
 from ranksearch.compress.stopwatch import Stopwatch
+from ranksearch.errors import UsageError
+from ranksearch.places.trust import FILE, remember
 from ranksearch.search.allocated import Allocated
 from ranksearch.search.opening import first_points
 from ranksearch.search.parametrize import Opening
 from ranksearch.search.workbench import Workbench
-from ranksearch.space.reading import parse_space
+from ranksearch.space.reading import load_yaml, parse_space
 from ranksearch.space.space import Space
+from ranksearch.study.addresses import remember_addresses
 from ranksearch.study.folder import DENSE_WEIGHTS, INFO, SPACE, UNFINISHED, keep_task_file
 from ranksearch.study.front import directions_of
 from ranksearch.study.layer_costs import layer_records
 from ranksearch.study.proposals import allocated, form_of
 from ranksearch.study.provenance import provenance
+from ranksearch.study.records import STUDY, read_record
 from ranksearch.study.storage import make_study
 from ranksearch.tasks import is_own
 from ranksearch.tasks.task import Task
@@ -43,7 +46,10 @@ def begin(
     space = bench.settled(space)
     (folder / UNFINISHED).touch()
     own = keep_task_file(space, folder)
-    space = space.kept_in(folder, own)
+    if own is not None:
+        remember(FILE, own["sha256"], own["origin"])
+    space = space.kept_in(folder, own, trust=True)
+    remember_addresses(space)
     safetensors.torch.save_file({k: v.contiguous().clone() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
     dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(bench.curves.dense)
     metric = Metric.of(bench.task, val_accuracy)
@@ -75,12 +81,24 @@ def space_text(space: Space) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def read_folder(folder: Path) -> tuple[Space, dict[str, Any]]:
+def read_folder(folder: Path, *, trust: bool = False) -> tuple[Space, dict[str, Any]]:
     """A study's space and what `study.json` says.
 
+    Args:
+        trust: whether a task file that lies in the folder may run, whoever wrote it.
+
     Raises:
-        OSError, ValueError, yaml.YAMLError, KeyError: a file is missing or damaged.
+        UsageError: a file is missing or damaged.
     """
-    info = json.loads((folder / INFO).read_text())
-    space = parse_space(yaml.safe_load((folder / SPACE).read_text()), str(folder / SPACE))
-    return space.kept_in(folder, info.get("task_file")), info
+    try:
+        info = read_record(folder / INFO, STUDY)
+        space = parse_space(load_yaml(folder / SPACE), str(folder / SPACE))
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder} is no readable study: {Path(error.filename).name} is missing.") from None
+    own = info.get("task_file")
+    if own is None and is_own(space.task):
+        raise UsageError(
+            f"{folder / INFO}: task_file: expected the record of {space.task!r}, which {SPACE} names: a study runs its own copy of a file "
+            f"alone."
+        )
+    return space.kept_in(folder, own, trust=trust), info

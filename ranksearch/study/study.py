@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import yaml
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from ranksearch.compress import Cost
 from ranksearch.compress.export import PLAN, WEIGHTS, holds_net
-from ranksearch.errors import UsageError
+from ranksearch.errors import RanksearchError, UsageError, clipped, first_line
 from ranksearch.places.files import write_atomically
 from ranksearch.places.place import Remote, fetch
 from ranksearch.search.parametrize import Opening
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
+from ranksearch.study.addresses import OPTUNA, confirm_addresses
 from ranksearch.study.best import best_row, steps_saved
 from ranksearch.study.folder import (  # fmt: skip
     FRONT,
@@ -142,18 +142,26 @@ class Study:
         self._proposals.use_sampler(sampler, bench)
 
     @classmethod
-    def open(cls, folder: Path) -> Study:
+    def open(cls, folder: str | Path, *, trust: bool = False) -> Study:
         """Reads a study from its folder.
 
+        Args:
+            trust: whether to run a task file that lies in it, and to use the addresses that it names, where this user did not before.
+
         Raises:
-            UsageError: the folder's files are missing or damaged.
+            UsageError: the folder's files are missing or damaged, or its database is at an address of somebody else's.
             StudyError: the study's database does not answer.
         """
+        folder = Path(folder)
+        space, info = read_folder(folder, trust=trust)
+        confirm_addresses(space, folder, (OPTUNA,), trust=trust)
         try:
-            space, info = read_folder(folder)
             return cls(folder, space, info, open_study(space, folder, info))
-        except (OSError, ValueError, yaml.YAMLError, KeyError) as error:
-            raise UsageError(f"{folder} is no readable study: {error}") from error
+        except RanksearchError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+            told = f"{type(error).__name__}: {clipped(first_line(error))}"
+            raise UsageError(f"{folder} is no readable study: {told}") from error
 
     def locked(self) -> AbstractContextManager[None]:
         """Holds the study for this process; UsageError where another one is running it."""

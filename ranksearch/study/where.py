@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch.errors import UsageError, nearest
+from ranksearch.places.trust import STUDY_FILE
 from ranksearch.study.verdict import SCHEMA
 
-SPACE, GIVEN, INFO, JOURNAL = "space.yaml", "space.given.yaml", "study.json", "optuna.journal"
+SPACE, GIVEN, INFO, JOURNAL = "space.yaml", "space.given.yaml", STUDY_FILE, "optuna.journal"
 FRONT, TEST = "front.json", "test.json"
 DENSE_WEIGHTS, CHECKPOINTS, TRIALS = "dense.safetensors", "checkpoints", "trials"
 REPORT, FRONT_PNG = "report.html", "front.png"
@@ -34,9 +35,22 @@ def find_study(name: str, runs: Path) -> Path:
 
 def finished_front(folder: Path) -> dict[str, Any] | None:
     """The front's record of a study that is over, as `front.json` keeps it; None where the study has to be opened for it."""
-    try:
-        info, record = json.loads((folder / INFO).read_text()), json.loads((folder / FRONT).read_text())
-    except (OSError, ValueError):
+    record = kept_front(folder)
+    if record is None or record["state"] == "running":
         return None
-    over = isinstance(info, dict) and info.get("done") and isinstance(record, dict) and record.get("schema") == SCHEMA
-    return record if over and record["state"] != "running" else None
+    try:
+        return record if json.loads((folder / INFO).read_text(encoding="utf-8"))["done"] is True else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def kept_front(folder: Path) -> dict[str, Any] | None:
+    """The front's record as it was written last; None where there is none of this version, or none that is whole."""
+    from ranksearch.study.records import FRONT as WHOLE
+    from ranksearch.study.records import read_record
+
+    try:
+        record = read_record(folder / FRONT, WHOLE)
+    except (OSError, UsageError):
+        return None
+    return record if record.get("schema") == SCHEMA else None

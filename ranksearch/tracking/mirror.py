@@ -42,7 +42,7 @@ from ranksearch.tracking.runs import (
     trial_tags,
     trials_view,
 )
-from ranksearch.tracking.store import NOTED, artifact_root, noted_uri, quiet_mlflow, store_uri, written
+from ranksearch.tracking.store import NOTED, artifact_root, note_in, noted_uri, quiet_mlflow, store_uri, written
 from ranksearch.tracking.view import View, shown_costs
 
 quiet_mlflow()
@@ -92,8 +92,7 @@ class Mirror:
 
     def _find(self) -> Run | None:
         """The study's run in this store: where it was, else by the study's tag."""
-        noted = self._folder / NOTED
-        known = json.loads(noted.read_text()) if noted.is_file() else {}
+        known = note_in(self._folder)
         tag = study_tags(self._info, self._space)[STUDY_TAG]
         if noted_uri(known.get("uri", "")) == self.uri:
             try:

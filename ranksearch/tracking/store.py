@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def written(uri: str, configured: str | None) -> str:
     if configured is not None:
         return configured
     return uri if without_password(uri) == uri else f"{FROM_ENVIRONMENT}{VARIABLE}"
+
+
+def note_in(folder: Path) -> dict[str, str]:
+    """What a study's folder says of its mirror: `uri`, `experiment`, `parent`; empty where it says nothing that can be read."""
+    try:
+        known = json.loads((folder / NOTED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    whole = isinstance(known, dict) and all(isinstance(known.get(key), str) for key in ("uri", "experiment", "parent"))
+    return known if whole else {}
 
 
 def noted_uri(noted: str) -> str:

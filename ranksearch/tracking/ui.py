@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ranksearch.errors import StudyError, Terminated, UsageError, nearest
-from ranksearch.places.urls import FROM_ENVIRONMENT, from_environment
+from ranksearch.places.trust import ADDRESS, is_known, refuse_addresses, remember
+from ranksearch.places.urls import FROM_ENVIRONMENT, from_environment, without_password
 from ranksearch.study.where import INFO
 from ranksearch.tracking.store import (
     DATABASE,
@@ -29,6 +29,7 @@ from ranksearch.tracking.store import (
     VARIABLE,
     artifact_root,
     is_server,
+    note_in,
     noted_uri,
     quiet_mlflow,
     store_uri,
@@ -70,18 +71,22 @@ class Opened:
     pages: list[Page]
 
 
-def find_store(where: str, runs: Path) -> Opened:
+def find_store(where: str, runs: Path, *, trust: bool = False) -> Opened:
     """The store behind `where`: a folder of studies, a study's folder, or a study's name in `runs`.
 
+    Args:
+        trust: whether to open a store that a study's folder names and this user never sent a study to.
+
     Raises:
-        UsageError: nothing of that kind is there (the text names the nearest study), or the environment variable with the store's URI is
-            not set.
+        UsageError: nothing of that kind is there (the text names the nearest study), the environment variable with the store's URI is
+            not set, or the store is somebody else's.
     """
     for folder in (Path(where), runs / where):
         if (folder / INFO).is_file():
             folder = folder.resolve()
             noted = _noted(folder)
             uri = from_environment(noted["uri"], NOTED) if "uri" in noted else store_uri(folder.parent, None)
+            _confirm(noted.get("uri", uri), folder, trust=trust)
             return Opened(uri, folder.parent, _pages([folder], uri))
     folder = Path(where).resolve()
     studies = sorted((path.parent for path in folder.glob(f"*/{INFO}")), key=lambda p: -(p / INFO).stat().st_mtime)
@@ -95,15 +100,30 @@ def find_store(where: str, runs: Path) -> Opened:
                 f"{nearest(where, known)}"
             )
         # a variable that is not set hides no other study's store
-        uri = from_environment(
-            next((uri for uri in elsewhere if not uri.startswith(FROM_ENVIRONMENT)), elsewhere[0]), NOTED
-        )
+        written = next((uri for uri in elsewhere if not uri.startswith(FROM_ENVIRONMENT)), elsewhere[0])
+        _confirm(written, folder, trust=trust)
+        uri = from_environment(written, NOTED)
     return Opened(uri, folder, _pages(studies, uri))
+
+
+def _confirm(written: str, folder: Path, *, trust: bool) -> None:
+    """Nothing, where a store is this user's: beside the studies, named by an own variable, one that a study was sent to, or `trust`ed.
+
+    Raises:
+        UsageError: it is not.
+    """
+    beside = Path(written.removeprefix(SQLITE)).parent in (folder, folder.parent) and written.startswith(SQLITE)
+    own = (os.environ.get(VARIABLE), store_uri(folder.parent, None), store_uri(folder, None))
+    if beside or written in own or written.startswith(FROM_ENVIRONMENT) or is_known(ADDRESS, written):
+        return
+    if not trust:
+        raise refuse_addresses(folder, [f"{without_password(written)} ({NOTED})"])
+    remember(ADDRESS, written)
 
 
 def _noted(folder: Path) -> dict[str, str]:
     """Which store, experiment and run mirror a study; a store that was moved together with the studies is where they are."""
-    known = json.loads((folder / NOTED).read_text()) if (folder / NOTED).is_file() else {}
+    known = note_in(folder)
     if not known:
         return known
     uri = known["uri"] = noted_uri(known["uri"])

@@ -46,7 +46,7 @@ class Metric:
     def of_study(cls, info: Mapping[str, Any]) -> Metric:
         """The metric that a study's `study.json` names; accuracy in percent where it names none."""
         known = info.get("metric") or {"name": "accuracy", "direction": "maximize", "unit": PERCENT}
-        return cls(**known, dense=info["dense"]["val_accuracy"])
+        return cls(known["name"], known["direction"], known["unit"], info["dense"]["val_accuracy"])
 
     def to_dict(self) -> dict[str, str]:
         """What `front.json` says of it."""

@@ -1,0 +1,362 @@
+"""What a study's files must hold, as pydantic models: the one way in for each of them.
+
+A file may be half written, edited, of an earlier version, or a stranger's. What does not fit is told in one sentence: the file, the
+place in it, and what was expected. Keys that are not known here are left alone, for a later version may have written them.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from ranksearch.errors import UsageError, clipped, shortened
+from ranksearch.trial.result import Status
+
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Record(BaseModel):
+    """Numbers are numbers here, not texts that look like some."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class DenseRecord(Record):
+    """The dense net's metric and costs."""
+
+    val_accuracy: Finite
+    test_accuracy: Finite | None = None
+    macs: Positive
+    params: Positive
+    size_bytes: Positive
+    latency_ms: AboveZero | None = None
+
+
+class MetricRecord(Record):
+    """What trials are judged by."""
+
+    name: str
+    direction: Literal["maximize", "minimize"]
+    unit: str
+
+
+class TaskFileRecord(Record):
+    """Which file of the user's own makes the task."""
+
+    file: str
+    function: str
+    sha256: str
+    origin: str
+
+
+class LayerRecord(Record):
+    """A layer that may be lowered."""
+
+    name: str
+    largest_rank: dict[str, Positive | list[Positive]]
+
+
+class LayerCostRecord(Record):
+    """What the MACs of a layer are counted from."""
+
+    name: str
+    spec: dict[str, Any]
+    in_sizes: list[list[Count]]
+    samples: list[Any]
+    batch: Any
+    dense_ms: Finite | None = None
+
+
+class SamplesRecord(Record):
+    """Sizes of the splits."""
+
+    validation: Count | None
+    test: Count | None
+
+
+class ProvenanceRecord(Record):
+    """Where a study was made."""
+
+    created: str
+    git_revision: str | None = None
+    python: str | None = None
+    device: str | None = None
+    versions: dict[str, str | None] = {}
+
+    @model_validator(mode="after")
+    def _is_a_time(self) -> ProvenanceRecord:
+        datetime.fromisoformat(self.created)
+        return self
+
+
+class ProbeRecord(Record):
+    """What a trial took of a GPU."""
+
+    device: str
+    peak_bytes: Count
+
+
+class StudyRecord(Record):
+    """`study.json`."""
+
+    study: Name
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{8,64}$")]
+    metric: MetricRecord | None = None
+    task_file: TaskFileRecord | None = None
+    dense: DenseRecord
+    samples: SamplesRecord | None = None
+    seed: int | None = None
+    provenance: ProvenanceRecord
+    opened_with: dict[str, Count] = {}
+    layers: list[LayerRecord] | None = None
+    prediction: dict[str, float | None] | None = None
+    layer_costs: list[LayerCostRecord] | None = None
+    latency_key: str | None = None
+    done: bool = False
+    gpu_probe: ProbeRecord | None = None
+
+
+class PhaseRecord(Record):
+    """An entry of a result's history."""
+
+    phase: str
+    step: Count
+    val_accuracy: float | None = None
+    val_loss: float | None = None
+
+
+class ProjectionRecord(Record):
+    """A projection that was recorded."""
+
+    step: Count
+    loss_before: float | None
+    loss_after: float | None
+    removed_energy: dict[str, float]
+
+
+class LossRecord(Record):
+    """A point of the training curve."""
+
+    step: Count
+    train_loss: float
+
+
+class ResultRecord(Record):
+    """A trial's result in the journal."""
+
+    status: Literal[tuple(str(status) for status in Status)]  # type: ignore[valid-type]
+    seed: int | None = None
+    epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    val_accuracy: float | None = None
+    val_loss: float | None = None
+    kept: dict[str, Any] | None = None
+    macs: Count | None = None
+    params: Count | None = None
+    size_bytes: Count | None = None
+    latency_predicted_ms: Finite | None = None
+    latency_ms: Finite | None = None
+    latency_ratio: Finite | None = None
+    images_per_second: Finite | None = None
+    seconds: Finite | None = None
+    projection_share: Finite | None = None
+    reason: str | None = None
+    placement: dict[str, Any] | None = None
+    history: list[PhaseRecord] = []
+    losses: list[LossRecord] = []
+    projections: list[ProjectionRecord] = []
+
+
+class CompleteRecord(ResultRecord):
+    """The result of a trial that has a net that counts."""
+
+    status: Literal["complete"]
+    val_accuracy: Finite
+    macs: Count
+    params: Count
+    size_bytes: Count
+
+
+class LayerPlanRecord(Record):
+    """A layer of a plan."""
+
+    lowering: str
+    rank: Positive | list[Positive] | None = None
+
+
+class PlanRecord(Record):
+    """A plan as the journal has it."""
+
+    model: str | None = None
+    layers: dict[str, LayerPlanRecord]
+
+
+class RecipeRecord(Record):
+    """A recipe, of which all but its steps are read where it is used."""
+
+    steps: Count
+
+
+class CandidateRecord(Record):
+    """What a trial was to try."""
+
+    plan: PlanRecord
+    recipe: RecipeRecord
+    allocator: str | None = None
+    seed: int
+    key: str
+
+
+class Line(Record):
+    """A line of the journal: an operation of Optuna's on a study or a trial."""
+
+    op_code: Annotated[int, Field(ge=0, le=10)]
+    worker_id: str
+    study_id: Count | None = None
+    trial_id: Count | None = None
+    user_attr: dict[str, Any] | None = None
+    user_attrs: dict[str, Any] | None = None
+    values: list[float] | None = None
+
+
+class FrontRowRecord(Record):
+    """A trial of the front."""
+
+    trial: Count
+    allocator: str | None
+    plan: PlanRecord
+    val_accuracy: Finite
+    test_accuracy: Finite | None
+    macs: Count
+    params: Count
+    size_bytes: Count
+    macs_ratio: Finite
+    params_ratio: Finite
+    size_ratio: AboveZero
+    latency_ms: Finite | None
+    latency_ratio: Finite | None
+    latency_predicted_ms: Finite | None
+
+
+class ObjectiveRecord(Record):
+    """What a front was searched for."""
+
+    name: Literal["accuracy", "flops", "macs", "params", "size", "latency"]
+    direction: Literal["maximize", "minimize"]
+
+
+class GainsRecord(Record):
+    """What the last trials gained."""
+
+    last: Count
+    last_gain: Finite
+    half_gain: Finite
+
+
+class FailuresRecord(Record):
+    """Why trials failed, the commonest reason first."""
+
+    count: Count
+    reason: str | None
+    alike: Count
+
+
+class FrontRecord(Record):
+    """`front.json`, which is made from the other files: a damaged one is made anew."""
+
+    study: Name
+    metric: MetricRecord
+    objectives: Annotated[list[ObjectiveRecord], Field(min_length=1)]
+    budgets: dict[Literal["flops", "macs", "params", "size", "latency"], str | int | float]
+    hypervolume: Finite
+    state: Literal["running", "complete", "failed"]
+    planned: Count
+    counts: dict[str, Count]
+    failures: FailuresRecord
+    samples: SamplesRecord
+    gains: GainsRecord | None = None
+    dense: DenseRecord
+    trials: list[FrontRowRecord]
+
+
+STUDY, LINE = TypeAdapter(StudyRecord), TypeAdapter(Line)
+FRONT = TypeAdapter(FrontRecord)
+RESULT, COMPLETE = TypeAdapter(ResultRecord), TypeAdapter(CompleteRecord)
+CANDIDATE = TypeAdapter(CandidateRecord)
+TEST_ACCURACIES = TypeAdapter(
+    dict[Annotated[str, Field(pattern=r"^(\d{1,9}|dense)$")], Finite], config=ConfigDict(strict=True)
+)
+LATENCIES = TypeAdapter(
+    dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[list[AboveZero], Field(min_length=2, max_length=2)]],
+    config=ConfigDict(strict=True),
+)
+
+
+def read_record(path: Path, expected: TypeAdapter[Any]) -> Any:
+    """The content of a JSON file, as it stands there.
+
+    Raises:
+        UsageError: it is no JSON, or does not hold what was expected; one sentence with the file, the place and the expectation.
+        FileNotFoundError: there is none.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{path}: it cannot be read: {error.strerror or error}.") from error
+    except RecursionError:
+        raise UsageError(f"{path}: expected JSON, got lists or mappings nested too deeply to be read.") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: expected JSON: {clipped(str(error))}.") from None
+    return checked(data, expected, str(path))
+
+
+def checked(data: Any, expected: TypeAdapter[Any], where: str) -> Any:
+    """`data` itself, which holds what was expected.
+
+    Raises:
+        UsageError: it does not; `where` begins the sentence.
+    """
+    try:
+        expected.validate_python(data)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_sentence(error)}") from None
+    except (RecursionError, OverflowError) as error:
+        raise UsageError(f"{where}: {type(error).__name__}: lists or mappings nested too deeply.") from None
+    return data
+
+
+def check_line(log: Any, where: str) -> None:
+    """Whether a line of the journal, and a result or candidate in it, can be what a study wrote.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    checked(log, LINE, where)
+    attributes = (log.get("user_attr") or {}) | (log.get("user_attrs") or {})
+    if "result" in attributes:
+        result = attributes["result"]
+        complete = isinstance(result, dict) and result.get("status") == "complete"
+        checked(result, COMPLETE if complete else RESULT, f"{where}: result")
+    if "candidate" in attributes:
+        checked(attributes["candidate"], CANDIDATE, f"{where}: candidate")
+
+
+def _sentence(error: ValidationError) -> str:
+    first, *more = error.errors(include_url=False)
+    place = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if first["type"] == "missing":
+        return f"{place}: this key is missing."
+    message = "a mapping of keys" if first["type"] in ("model_type", "dict_type", "model_attributes_type") else message
+    others = f" ({len(more)} more places are damaged)" if more else ""
+    given = first["input"]
+    return f"{f'{clipped(place)}: ' if place else ''}expected {message[0].lower() + message[1:]}, got {shortened(given)}{others}."
