@@ -9,6 +9,7 @@
     ranksearch.Task(model=net, train=…, val=…)     your own net and data, for `task: FILE.py:FUNCTION`
     ranksearch.load("runs/NAME/trials/007")        a net of a study
     ranksearch.export("NAME", "best", format="onnx")  that net for another runtime, checked against it
+    ranksearch.save(net, "kept", like="runs/NAME/trials/007")  a net that was trained further; load("kept") reads it
 
 Importing the package loads none of torch, ray and mlflow; they are imported at the first use of a name.
 """
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # what an editor and mypy see; at run time a name is imported
     from ranksearch.allocate import LayerRule
     from ranksearch.allocate.allocate import allocate
     from ranksearch.allocate.weightings import weightings
-    from ranksearch.api import export, load, preview, report, resume, search, sync
+    from ranksearch.api import export, load, preview, report, resume, save, search, sync
     from ranksearch.compress import (
         LayerPlan,
         Projector,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # what an editor and mypy see; at run time a name is imported
     from ranksearch.console import Terminal
     from ranksearch.errors import RanksearchError, StudyError, UsageError
     from ranksearch.study.study import Study
+    from ranksearch.tasks.imagefolder import ImageFolder
     from ranksearch.tasks.task import Task
 
 __version__ = "0.1.0"
@@ -48,6 +50,8 @@ _HOMES = {
     "resume": "ranksearch.api:resume",
     "load": "ranksearch.api:load",
     "export": "ranksearch.api:export",
+    "save": "ranksearch.api:save",
+    "ImageFolder": "ranksearch.tasks.imagefolder:ImageFolder",
     "preview": "ranksearch.api:preview",
     "sync": "ranksearch.api:sync",
     "report": "ranksearch.api:report",
@@ -71,6 +75,7 @@ _HOMES = {
 """Public name -> "module:attribute"; `search`, `allocate` and `compress` are packages that can be called."""
 
 __all__ = [
+    "ImageFolder",
     "LayerPlan",
     "LayerRule",
     "Projector",
@@ -93,6 +98,7 @@ __all__ = [
     "reestimate_bn_",
     "report",
     "resume",
+    "save",
     "search",
     "sync",
     "trace",

@@ -18,6 +18,7 @@ from ranksearch.cluster.address import check_address
 from ranksearch.compress import RankPlan, load_net
 from ranksearch.compress.exported import check_fold
 from ranksearch.compress.formats import format_named
+from ranksearch.compress.standalone import export_alone, save_like
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.places.files import write_atomically
 from ranksearch.run_study import Observer, Silent, dense_accuracy, preflight, run_study
@@ -32,6 +33,7 @@ from ranksearch.search.preview import (
 )
 from ranksearch.search.scorer import Scorer
 from ranksearch.search.workbench import prepare
+from ranksearch.space.quality import Limits
 from ranksearch.space.reading import Settings, read_space
 from ranksearch.space.space import Space
 from ranksearch.space.starter import imported_net
@@ -70,6 +72,8 @@ def search(
     name: str | None = None,
     settings: Settings = (),
     warm_start: Sequence[str | Path] = (),
+    at_least: Limits = (),
+    objective: str | None = None,
     runs: str | Path = "runs",
     address: str | None = None,
     inline: bool = False,
@@ -83,6 +87,9 @@ def search(
         budgets: laid over the file's, such as "flops=50%", ["flops=50%", "size=1MiB"] or {"flops": "50%"}.
         settings: other values laid over the file's, such as ["recipe.steps=100"] or {"recipe": {"steps": 100}}.
         warm_start: earlier studies, by name or folder, or front files: their plans are tried first.
+        at_least: a lower limit on the metric, such as "accuracy=-1" (points below dense), "accuracy=-2%" (of dense's value) or
+            "accuracy=90" (as such): the cheapest net above it is looked for.
+        objective: "smallest", "fastest", "fewest MACs", "fewest params", or names of costs; laid over the file's.
         runs: folder of the studies; this one goes to `runs`/NAME.
         address: Ray cluster to join ("auto" or "HOST:PORT"); Ray is started on this machine where None.
         inline: one trial after the other in this process, without Ray.
@@ -94,9 +101,9 @@ def search(
         KeyboardInterrupt: interrupted; what is done is kept, and `resume` goes on.
     """
     if isinstance(space, Space):
-        if budgets or settings or warm_start or trials is not None or name is not None:
+        if budgets or settings or warm_start or at_least or any(x is not None for x in (trials, name, objective)):
             raise UsageError(
-                "budgets, trials, name, settings and warm_start go with a space file; a Space is taken as it is."
+                "budgets, trials, name, settings, warm_start, at_least and objective go with a space file; a Space is taken as it is."
             )
     else:
         space = read_space(
@@ -107,6 +114,8 @@ def search(
             name=name,
             warm_start=[str(w) for w in warm_start],
             trust=trust,
+            at_least=at_least,
+            objective=objective,
         )
     observer, runs = observer or Silent(), Path(runs)
     fronts = [str(find_front(where, runs)) for where in space.search.warm_start]
@@ -318,9 +327,23 @@ def load(folder: str | Path, *, build: Callable[[], nn.Module] | str | None = No
     return load_net(folder, build_reference if study is None else read_folder(study, trust=trust)[0].build)
 
 
+def save(net: nn.Module, folder: str | Path, *, like: str | Path | RankPlan) -> Path:
+    """Keeps a compressed net that was trained further, `plan.json` and `model.safetensors` in `folder`; `load` reads it again.
+
+    Away from its study, `load` of a net of your own wants `build`.
+
+    Args:
+        like: the folder that the net was loaded from, or the plan that it was compressed by.
+
+    Raises:
+        UsageError: the net is not of that structure, or `folder` is that folder.
+    """
+    return save_like(net, Path(folder), like if isinstance(like, RankPlan) else Path(like))
+
+
 def export(
-    name: str | Path,
-    trial: int | str,
+    name: str | Path | nn.Module,
+    trial: Any,
     *,
     format: str,
     output: str | Path | None = None,
@@ -328,18 +351,26 @@ def export(
     fold_bn: bool = False,
     force: bool = False,
     trust: bool = False,
+    budgets: Budgets = (),
+    at_least: Limits = (),
+    dense: nn.Module | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Writes a trial's net in a form that other programs load, opens it again and holds it against the net: what `export.json` says.
 
+        ranksearch.export("NAME", "best", format="onnx")                              a net of a study
+        ranksearch.export(net, example_input, format="onnx", output="exports/net")    any net by itself, such as one trained further
+
     Args:
-        name: the study, by name or folder.
-        trial: a complete trial's number, or "best" for the one with the best metric.
+        name: the study, by name or folder; or a net.
+        trial: a complete trial's number, or "best" for the one with the best metric; of a net, a batch of one input.
         format: "state_dict" (for `load`), "pt2" (torch.export) or "onnx" (needs the extra `onnx`).
         output: folder of the export; None is exports/TRIAL-FORMAT in the study's folder.
         fold_bn: folds BN into the layers before it; with "pt2" and "onnx".
         force: an earlier export in `output` gives way.
         trust: whether to run a task file that came with the study's folder, whoever wrote it.
+        dense: of a net by itself, the net that it is timed beside.
+        budgets, at_least: conditions that "best" must meet, such as "params=40%" and "accuracy=-1".
 
     Raises:
         UsageError: no such study, trial or format, its extra is not installed, or `output` holds something.
@@ -350,8 +381,16 @@ def export(
     observer = observer or Silent()
     form = format_named(format)
     check_fold(form, fold_bn)
+    if isinstance(name, nn.Module):
+        if output is None:
+            raise UsageError("export: a net by itself goes to a folder that you name: output=…")
+        if force or budgets or at_least:
+            raise UsageError("export: force, budgets and at_least go with a study, not with a net by itself.")
+        return export_alone(name, trial, Path(output), form, fold_bn=fold_bn, dense=dense)
+    if dense is not None:
+        raise UsageError("export: dense goes with a net by itself; a study knows its own.")
     study = Study.open(find_study(str(name), Path(runs)), trust=trust)
-    row = pick_trial(study, trial)
+    row = pick_trial(study, trial, budgets, at_least)
     folder = target_folder(study, row, form, None if output is None else Path(output), force=force)
     observer.log(
         f"exporting trial {row['trial']} of {study.space.name!r} as {form.name}, and holding it against the net"

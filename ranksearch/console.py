@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ranksearch.study.verdict import verdict_of
 from ranksearch.trial.metric import metric_column, metric_text
-from ranksearch.words import describe_budgets, mix_of, shown_costs
+from ranksearch.words import COST_NAMES, describe_budgets, limit_words, mix_of, percent_of_dense, shown_costs
 
 if TYPE_CHECKING:
     from ranksearch.study.row import Row
@@ -69,7 +69,8 @@ def front_table(front: Mapping[str, Any]) -> None:
     unit = metric_column(metric)
     best = "the most accurate" if metric["name"] == "accuracy" else f"the best {metric['name']}"
     worth = f", hypervolume {front['hypervolume']:.4f}" if len(front["objectives"]) > 1 else f", {best}"
-    title = f"{front['study']}: {describe_budgets(front)}{worth}"
+    limit = f", {limit_words(front)}" if front.get("at_least") else ""
+    title = f"{front['study']}: {describe_budgets(front)}{limit}{worth}"
     compute = "FLOPs %" if "flops" in shown_costs(front) else "MACs %"
     columns = {
         "trial": "right", f"val {unit}": "right", f"test {unit}": "right", compute: "right", "params %": "right", "size %": "right",
@@ -162,7 +163,10 @@ class Terminal:
         if self._started is None:  # what went before the first trial, such as Ray's start, says nothing of the pace
             self._started = time.monotonic() - (row["seconds"] or 0.0)
         if row["status"] == "complete":
-            what = f"{study.metric.text(row['val_accuracy'])} at {100 * row['macs_ratio']:.1f} % of MACs, {row['seconds']:.0f} s"
+            cost = study.cost
+            share = percent_of_dense(dict(row), cost)
+            at = f"{100 * row['macs_ratio']:.1f} % of MACs" if share is None else f"{share:.1f} % of {COST_NAMES[cost]}"
+            what = f"{study.metric.text(row['val_accuracy'])} at {at}, {row['seconds']:.0f} s"
         else:
             what = f"{row['status']}: {(row['reason'] or '').splitlines()[0] if row['reason'] else ''}"
         state = self._state(study)

@@ -303,11 +303,13 @@ def print_export(record: dict[str, Any]) -> None:
     opset = f", opset {record['opset']}" if record["opset"] else ""
     metric = record["metric"]
     checked = ", ".join(map(str, record["checked_batches"]))
+    alike = record["latency_dense_runtime_ms"]
+    dense = "" if alike is None else f", dense in the same runtime {alike:.3f} ms"
     print(
         f"trial {record['trial']} of {record['study']} as {record['format']}{opset}{folded}\n"
         f"  files     {folder}/: {', '.join(record['files'])} ({record['size_bytes']:,} bytes), export.json\n"
         f"  checked   max relative error {record['max_rel_error']:.1e} against the net, batches of {checked}\n"
-        f"  latency   {record['latency_ms']:.3f} ms; eager {record['latency_eager_ms']:.3f} ms, dense eager "
+        f"  latency   {record['latency_ms']:.3f} ms{dense}; eager {record['latency_eager_ms']:.3f} ms, dense eager "
         f"{record['latency_dense_ms']:.3f} ms (one image, {record['device']})\n"
         f"  {metric['name']:<9} validation {metric_text(metric, record['val_accuracy'], with_unit=True)}, "
         f"test {metric_text(metric, record['test_accuracy'], with_unit=True)}; "

@@ -37,6 +37,15 @@ def describe_budgets(record: Mapping[str, Any]) -> str:
     return ", ".join(words) or "no budget"
 
 
+def limit_words(record: Mapping[str, Any]) -> str:
+    """The limit on the metric of a front's record in words, such as `accuracy ≥ 91.40 %`; empty without one."""
+    limit, metric = record.get("at_least"), record["metric"]
+    if limit is None:
+        return ""
+    value = f"{limit['value']:.2f} %" if metric["unit"] == "%" else f"{limit['value']:.4g} {metric['unit']}".rstrip()
+    return f"{metric['name']} {'≥' if metric['direction'] == 'maximize' else '≤'} {value}"
+
+
 def shown_costs(record: Mapping[str, Any]) -> list[str]:
     """The costs that a front's record is shown over: the objectives, else the first budget's, else MACs."""
     given = record["objectives"]  # a preview's record has their names alone

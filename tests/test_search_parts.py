@@ -205,7 +205,9 @@ def test_the_prediction_is_settled_by_scores_on_the_tasks_metric(bench, digits_y
     # the less a layer keeps the better, it says: the solver's plans are the smallest of all
     shares = {options.layer.name: 0.5 * (1 - options.removed) for options in bench.curves.layers}
     void = Damage(bench.damage.measure, shares)
-    found = settle(space, bench.task, bench.dense_model(), bench.curves, lambda names: dict.fromkeys(names, void), said.append)
+    found = settle(
+        space, bench.task, bench.dense_model(), bench.curves, lambda names: dict.fromkeys(names, void), said.append
+    )
     assert found.predictions[0] in ("uniform", "energy", "minimax")
     leading = found.scores[found.predictions[0]]
     assert leading == max(found.scores.values())

@@ -25,6 +25,22 @@ Budgets = Annotated[
         "--budget", metavar="COST=LIMIT", help="Upper bound, such as flops=50%, size=1MiB, latency=3.5ms; repeatable."
     ),
 ]
+AtLeast = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--at-least",
+        metavar="METRIC=LIMIT",
+        help="Lower limit on the metric: accuracy=-1 (points below dense), accuracy=-2% (of dense's value), accuracy=90 (as such).",
+    ),
+]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        "--objective",
+        metavar="GOAL",
+        help="smallest, fastest, fewest-MACs, fewest-params, or costs such as latency,size.",
+    ),
+]
 Trials = Annotated[int | None, typer.Option(min=1, help="Number of trials.")]
 NewName = Annotated[str | None, typer.Option(help="Name of the study; left out, the space's.")]
 Settings = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli.options import DEFAULT_RUNS, Json, Runs, StudyName, Trust, app, print_json
+from ranksearch.cli.options import DEFAULT_RUNS, AtLeast, Budgets, Json, Runs, StudyName, Trust, app, print_json
 
 
 @app.command(rich_help_panel="Results")
@@ -22,6 +22,8 @@ def export(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Left out, runs/NAME/exports/TRIAL-FORMAT.")
     ] = None,
+    budget: Budgets = None,
+    at_least: AtLeast = None,
     fold_bn: Annotated[bool, typer.Option("--fold-bn", help="Fold BN into the layers before it (pt2, onnx).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
     trust: Trust = False,
@@ -31,6 +33,7 @@ def export(
     """Export a trial's net: written, opened again, compared with the net, timed. An export that computes something else is removed.
 
     Example: ranksearch export digits_resnet8 best --format onnx
+    Or with conditions: ranksearch export digits_resnet8 best --format onnx --budget params=40% --at-least accuracy=-1
     """
     from ranksearch import api
     from ranksearch.console import Terminal
@@ -46,6 +49,8 @@ def export(
         force=force,
         trust=trust,
         observer=Terminal(),
+        budgets=budget or (),
+        at_least=at_least or (),
     )
     if as_json:
         print_json(record)

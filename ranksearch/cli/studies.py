@@ -13,10 +13,12 @@ import typer
 from ranksearch.cli.options import (
     DEFAULT_RUNS,
     Address,
+    AtLeast,
     Budgets,
     Inline,
     Json,
     NewName,
+    Objective,
     Runs,
     Settings,
     SpaceFile,
@@ -40,6 +42,7 @@ def _terminate(number: int, frame: Any) -> None:
 def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
     """Runs a search or its continuation, then prints the front and where to look at it."""
     from ranksearch.console import Terminal, front_table, print_verdict
+    from ranksearch.study.verdict import verdict_of
 
     terminal = Terminal()
     signal.signal(signal.SIGTERM, _terminate)
@@ -58,6 +61,8 @@ def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
     else:
         front_table(front)
         print_verdict(front, f"{study.space.name}{runs_option(runs)}")
+    if not front["trials"] and study.leader is not None and front["at_least"] is not None:
+        raise StudyError(verdict_of(front).ship)
     if not front["trials"] and study.leader is not None:
         raise StudyError(
             f"Every net of {study.space.name!r} was measured to be slower than the dense one, so the front is empty; `ranksearch latency` "
@@ -79,6 +84,8 @@ def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
 def search(
     space: SpaceFile,
     budget: Budgets = None,
+    at_least: AtLeast = None,
+    objective: Objective = None,
     trials: Trials = None,
     name: NewName = None,
     setting: Settings = None,
@@ -99,6 +106,7 @@ def search(
     """Search: train trials within the budgets and print the Pareto front.
 
     Example: ranksearch search search_spaces/cifar10_resnet20.yaml --budget flops=50% --trials 6
+    Or the smallest net at most a point below dense: ranksearch search SPACE.yaml --at-least accuracy=-1 --objective smallest
     """
     from ranksearch.space.reading import read_space
 
@@ -110,6 +118,8 @@ def search(
         name=name,
         warm_start=warm_start or (),
         trust=trust,
+        at_least=at_least or (),
+        objective=objective,
     )
     from ranksearch import api  # seconds of imports: a mistake in the space is told before them
 
@@ -153,23 +163,31 @@ def resume(
 
 
 @app.command(rich_help_panel="Studies")
-def front(study: StudyName, trust: Trust = False, runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
-    """Print the front of a study, best first; also while it is running.
+def front(
+    study: StudyName,
+    budget: Budgets = None,
+    at_least: AtLeast = None,
+    trust: Trust = False,
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Print the front of a study, best first; also while it is running. With conditions, the part that meets them all, cheapest first
+    where one is on the metric.
 
-    Example: ranksearch front digits_resnet8 --json
+    Example: ranksearch front digits_resnet8 --budget params=40% --at-least accuracy=-1
     """
     from ranksearch.console import front_table, print_verdict
     from ranksearch.study.where import find_study, finished_front, kept_front
 
     folder = find_study(study, runs)
-    record, damaged = finished_front(folder), None
+    record, damaged = finished_front(folder) if not (budget or at_least) else None, None
     if record is None:  # it goes on still: its journal knows more than the file; seconds of imports
         from ranksearch.study.study import Study
 
         try:
-            record = Study.open(folder, trust=trust).front_record()
+            record = Study.open(folder, trust=trust).front_record(budgets=budget or (), at_least=at_least or ())
         except UsageError as error:
-            if (record := kept_front(folder)) is None:
+            if budget or at_least or (record := kept_front(folder)) is None:
                 raise
             damaged = UsageError(f"{error}\nWhat is printed is the front as it was written last.")
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import starmap
@@ -42,6 +43,8 @@ class Exported:
     latency_ms: float
     """Milliseconds of one call with one sample, measured in turn with the next two."""
     latency_eager_ms: float
+    latency_dense_runtime_ms: float | None
+    """The dense net written in the same format and opened in the same runtime; None without one, or where it cannot be written so."""
     others_ms: tuple[float, ...]
 
 
@@ -55,6 +58,7 @@ def export_net(
     build: Build,
     fold_bn: bool,
     others: Sequence[nn.Module] = (),
+    dense: nn.Module | None = None,
 ) -> Exported:
     """Writes `model` to the empty `folder`, opens what was written and holds it against the model at several batch sizes.
 
@@ -63,7 +67,8 @@ def export_net(
     Args:
         example: a batch of one input, a tensor or arguments, of which shapes and dtypes (of integers, the values too) are taken.
         build: the dense model of `plan.model`, which `state_dict` needs.
-        others: nets to time beside it, such as the dense one.
+        others: nets to time beside it as PyTorch runs them, such as the dense one.
+        dense: a net to time beside it in the format's own runtime.
 
     Raises:
         UsageError: `fold_bn` with a format that keeps layers, or a model that returns no tensor.
@@ -86,12 +91,34 @@ def export_net(
         free = free_axes(source, batch) if form.traced else ()
         if free and (longer := _stretched(eager, batches[1], free)) is not None:
             error = max(error, max_rel_error(function, eager, [longer], tolerance=TOLERANCE))
-    own, of_eager, *of_others = latencies_ms([function, eager, *others], _sample(example, 1, generator))
+    alike = [] if dense is None else _in_the_same_runtime(dense, batch, form, fold_bn=fold_bn)
+    one = _sample(example, 1, generator)
+    own, of_eager, *of_others = latencies_ms([function, eager, *others, *alike], one)
+    of_dense = of_others.pop() if alike else None
     files = sorted(path for path in folder.iterdir())
     return Exported(
         tuple(path.name for path in files), sum(path.stat().st_size for path in files), form.opset, folded,
-        error, own, of_eager, tuple(of_others),
+        error, own, of_eager, of_dense, tuple(of_others),
     )  # fmt: skip
+
+
+def _in_the_same_runtime(dense: nn.Module, batch: Any, form: Format, *, fold_bn: bool) -> list[Function]:
+    """The dense net as `form`'s runtime has it, for a time to compare with; nothing where the format keeps layers or refuses the net."""
+    if not form.traced:
+        return []
+    try:
+        source = copied(dense).cpu().eval()
+        if fold_bn:
+            fold_bn_(source, traced(source, batch))
+        with tempfile.TemporaryDirectory() as folder:
+            form.write(source, RankPlan(), batch, Path(folder))
+            return [form.open(Path(folder), _no_build)]
+    except StudyError:
+        return []
+
+
+def _no_build(name: str) -> nn.Module:
+    raise NotImplementedError(name)  # a traced format needs no architecture
 
 
 def check_fold(form: Format, fold_bn: bool) -> None:

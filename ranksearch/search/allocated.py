@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from ranksearch.allocate import BASELINES, Curves, Damage, allocate_plan
 from ranksearch.compress import RankPlan
-from ranksearch.search.budgets import at_level, budgets_of, has_levels
+from ranksearch.search.budgets import at_level, budgets_of, has_levels, lowest_level
 from ranksearch.search.groups import grouping_of, groups_of
 from ranksearch.search.parametrize import LEVEL, distribution
 from ranksearch.space.search import RULES
@@ -42,7 +42,7 @@ class Allocated:
         self.predictions = [n for n in space.search.predictions or () if n in self._rivals or n in RULES]
         """What competes at making plans, where several things do; the first one first."""
         self._budgets = budgets_of(space, curves)
-        self._levels = has_levels(space)
+        self._levels, self._lowest = has_levels(space), lowest_level(space, curves)
         self._reference = model_reference(space.task, space.model)
         self._groups = groups_of(curves, grouping_of(space))
 
@@ -50,7 +50,7 @@ class Allocated:
     def distributions(self) -> Mapping[str, BaseDistribution]:
         found: dict[str, BaseDistribution] = {}
         if self._levels:
-            found[LEVEL] = FloatDistribution(self._search.front_from, 1.0)
+            found[LEVEL] = FloatDistribution(self._lowest, 1.0)
         if len(self.predictions) > 1:
             found[PREDICTION] = CategoricalDistribution(self.predictions)
         scaled = self._damage.scales or any(damage.scales for damage in self._rivals.values())

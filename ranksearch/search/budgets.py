@@ -27,6 +27,17 @@ def budgets_of(space: Space, curves: Curves) -> list[Budget]:
     return [Budget(cost, Decimal(full), relative=False, text=str(full))]
 
 
+REACHABLE = 1.2
+"""The lowest level is at least this many times the smallest plan: near that there is nothing left to choose."""
+
+
+def lowest_level(space: Space, curves: Curves) -> float:
+    """From where the level is searched: the space's `front_from`, or where the smallest plan leaves no room there, above that."""
+    smallest, dense = curves.smallest(), curves.dense
+    reach = min((smallest[b.cost] / b.limit(dense) for b in budgets_of(space, curves)), default=0.0)
+    return max(space.search.front_from, min(REACHABLE * reach, (1 + reach) / 2))
+
+
 def at_level(budgets: Sequence[Budget], level: float, curves: Curves) -> list[Budget]:
     """The budgets lowered to `level` of themselves, but not below the smallest plan; level 1 leaves them exactly alone."""
     if level >= 1:

@@ -33,6 +33,10 @@ MIDDLE = (0.3, 0.7)
 GAINED = 0.25
 """Share of a gap's area that a net in its middle gains, half-way in accuracy too."""
 NEAR_THE_TOP = 0.95
+BESIDE = 0.25
+"""Where accuracy has a limit: the share of proposals that fill the front above it, rather than look for the cheapest net there."""
+CLOSED = 0.05
+"""A limit's neighbours on both sides this near to each other (as a share of the cost) leave nothing to halve."""
 WIDTH = 0.2
 """Least width, in logarithms of the cost, of the neighbourhood that residuals are taken in."""
 
@@ -91,6 +95,7 @@ class LocalTPE(BaseSampler):
         share: Callable[[float], float],
         dense: float,
         seed: int,
+        least: float | None = None,
     ) -> None:
         """
         Args:
@@ -98,7 +103,9 @@ class LocalTPE(BaseSampler):
             accuracy_at, cost_at: which of the study's values is the metric, and which the cost as a ratio of dense.
             share: of a metric's value: what is called accuracy here, in [0, 1].
             dense: the dense net's metric: what is hoped for above the largest net of the front.
+            least: a limit on what is called accuracy here: the cheapest net above it is looked for.
         """
+        self._least = least
         self._share, self._ceiling = share, share(dense)
         self._distributions, self._seed = dict(distributions), seed
         self._accuracy_at, self._cost_at = accuracy_at, cost_at
@@ -170,6 +177,11 @@ class LocalTPE(BaseSampler):
         if len(levels) == 0:
             return float(rng.uniform(low, high))
         least, most = np.interp([low, high], levels, costs)
+        if self._least is not None and self._seen.costs.size:
+            wanted, cheapest = cost_at_limit(self._seen.table[:, 1:], self._least, float(least), float(most), rng)
+            if wanted is not None:
+                return float(np.clip(np.interp(wanted, *_rising(costs, levels)), low, high))
+            least = cheapest
         others = [*self._seen.in_vain, *(params[LEVEL] for params in running if LEVEL in params)]
         tried = (self._seen.costs, np.sort(np.interp(others, levels, costs)))
         stairs = self._seen.stairs
@@ -269,6 +281,33 @@ def _residuals(near: np.ndarray, level: float) -> np.ndarray:
     degree = min(2, len(np.unique(x)) - 1, len(near) - 2)
     fitted = np.polynomial.polynomial.polyfit(x, accuracy, degree, w=weight)
     return weight * (accuracy - np.polynomial.polynomial.polyval(x, fitted))
+
+
+def cost_at_limit(
+    known: np.ndarray, limit: float, low: float, high: float, rng: np.random.Generator
+) -> tuple[float | None, float]:
+    """(cost to try next for the cheapest net with at least `limit`, the cheapest known one's cost); `known` [n, (cost, accuracy)].
+
+    Between the dearest net below the limit and the cheapest above it, about where the line between them crosses; a little below the
+    cheapest where the two are close. None for one proposal in four: the front above the limit is filled, too.
+    """
+    known = known[~np.isnan(known).any(axis=1)]
+    met = known[:, 1] >= limit
+    if not met.any():
+        last = float(known[:, 0].max(initial=low))
+        return min(high, last + rng.uniform(0.5, 1.0) * max(0.0, high - last)) if last < 0.97 * high else high, high
+    cheapest = float(known[met, 0].min())
+    above = float(known[met & (known[:, 0] == cheapest), 1].max())
+    below = known[~met & (known[:, 0] < cheapest)]
+    if rng.random() < BESIDE:
+        return None, cheapest
+    start, crossing = (low, 0.5)
+    if len(below):
+        start, under = below[np.argmax(below[:, 0])]
+        crossing = (limit - under) / max(above - under, 1e-9)
+    if cheapest - start <= CLOSED * cheapest:
+        return max(low, cheapest * rng.uniform(0.9, 0.98)), cheapest
+    return start + float(np.clip(crossing + rng.uniform(-0.1, 0.2), 0.2, 0.9)) * (cheapest - start), cheapest
 
 
 def _room_at_the_top(table: np.ndarray, tries: int, last: np.ndarray, high: float) -> float:

@@ -14,7 +14,7 @@ from ranksearch.allocate import BASELINES, Budget, Curves
 from ranksearch.compress import RankPlan
 from ranksearch.errors import UsageError
 from ranksearch.search.allocated import PREDICTION, Allocated
-from ranksearch.search.budgets import at_level, budgets_of, has_levels, violations
+from ranksearch.search.budgets import at_level, budgets_of, has_levels, lowest_level, violations
 from ranksearch.search.parametrize import Form, Opening
 from ranksearch.space.search import RULES
 from ranksearch.space.settings import Choices, is_whole
@@ -29,6 +29,9 @@ BY_PARAMETERS = ("nsga2", "nsga3", "gp")
 """Samplers that model only what all complete trials have in common: plans without parameters would leave them nothing to model."""
 LEVELS = (1.0, 0.0, 0.5, 0.25, 0.75)
 """Levels of the solver's first points, as shares of the way from the lowest level to the budgets themselves; the first ones first."""
+
+LEVELS_ABOVE_A_LIMIT = (1.0, 0.5, 0.75)
+"""The same where the metric has a limit: no trial is spent far below it, the sampler goes down from here."""
 
 
 def first_points(space: Space, curves: Curves, form: Form, known: Allocated) -> list[Opening]:
@@ -63,20 +66,21 @@ def _spread(points: Sequence[Opening], count: int) -> list[Opening]:
 def _classics(space: Space, curves: Curves, form: Form, known: Allocated, names: Sequence[str]) -> Iterator[Opening]:
     """The solver at the budgets, at the lowest level and half-way, then the first baseline, the solver again, the other baselines."""
     settled = searched_settings(space.recipe)
-    levels = [_level(space, share) for share in LEVELS] if has_levels(space) else [1.0]
+    shares = LEVELS if space.quality is None else LEVELS_ABOVE_A_LIMIT
+    levels = [_level(space, curves, share) for share in shares] if has_levels(space) else [1.0]
     if not space.budgets and has_levels(space):
         levels = levels[1:]  # without a budget the optimum at level 1 is the dense net
     solver = [_solver(level, form, known, settled) for level in levels] if SOLVER in names else []
     rivals = [_rival(name, level, form, known, settled) for name in known.predictions[1:] for level in levels[:2]]
     # a baseline is compared with the solver at one and the same level
-    budgets = at_level(budgets_of(space, curves), 1.0 if space.budgets else _level(space, 0.5), curves)
+    budgets = at_level(budgets_of(space, curves), 1.0 if space.budgets else _level(space, curves, 0.5), curves)
     others = [o for name in names if name != SOLVER for o in _baseline(name, space, curves, budgets, form, settled)]
     rivals = rivals if SOLVER in names else []
     yield from [*solver[:2], *rivals[:2], *solver[2:3], *others[:1], *rivals[2:], *solver[3:], *others[1:]]
 
 
-def _level(space: Space, share: float) -> float:
-    low = space.search.front_from
+def _level(space: Space, curves: Curves, share: float) -> float:
+    low = lowest_level(space, curves)
     return low + share * (1 - low)
 
 

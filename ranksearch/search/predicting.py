@@ -18,7 +18,7 @@ from ranksearch.allocate import BASELINES, MEASURES, Curves, Damage, allocate_pl
 from ranksearch.allocate.sensitivity import ABSOLUTE, BALANCED
 from ranksearch.compress import RankPlan
 from ranksearch.errors import UsageError
-from ranksearch.search.budgets import at_level, budgets_of, has_levels
+from ranksearch.search.budgets import at_level, budgets_of, has_levels, lowest_level
 from ranksearch.search.scorer import Scorer
 from ranksearch.space.search import AUTO, RULES, USUAL_MEASURE, USUAL_SENSITIVITY
 from ranksearch.space.settings import Range
@@ -90,7 +90,7 @@ class _Trial:
     """Untrained mean shares of candidates, scored level by level as long as they keep up; equal plans once."""
 
     def __init__(self, space: Space, task: Task, model: nn.Module, curves: Curves) -> None:
-        low = space.search.front_from
+        low = lowest_level(space, curves)
         levels = [low + share * (1 - low) for share in LEVELS] if has_levels(space) else [1.0]
         self.levels = [at_level(budgets_of(space, curves), level, curves) for level in levels]
         least, most = IMAGES

@@ -30,7 +30,7 @@ def make_sampler(
     if search.sampler == "tpe" and search.parametrization == "allocated" and len(costs) < 2:
         return LocalTPE(
             distributions, accuracy_at=objectives.index("accuracy"), cost_at=costs[0] if costs else None,
-            share=metric.share, dense=metric.dense, seed=search.seed,
+            share=metric.share, dense=metric.dense, seed=search.seed, least=metric.least_share(space.quality),
         )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -14,6 +14,7 @@ from ranksearch.allocate.budget import Budgets, assignments
 from ranksearch.costs import COSTS, same_cost
 from ranksearch.errors import UsageError, clipped, nearest, shortened
 from ranksearch.places.trust import STUDY_FILE, may_run, refuse_file
+from ranksearch.space.quality import Limits, limits_of
 from ranksearch.space.space import SPELLINGS, Space, one_spelling
 from ranksearch.tasks import is_own
 
@@ -175,8 +176,10 @@ def read_space(
     name: str | None = None,
     warm_start: Sequence[str] = (),
     trust: bool = False,
+    at_least: Limits = (),
+    objective: str | None = None,
 ) -> Space:
-    """Reads a space file and lays the command line's values over it: `budgets` and `settings` are "key=value".
+    """Reads a space file and lays the command line's values over it: `budgets`, `settings` and `at_least` are "key=value".
 
     A budget given here replaces the file's budget on the same cost (macs and flops are one cost); others stay.
 
@@ -212,6 +215,10 @@ def read_space(
             )
         kept = {key: value for key, value in (data.get("budgets") or {}).items() if key not in same}
         data["budgets"] = {**kept, cost: text}
+    if at_least:
+        data["at_least"] = limits_of(at_least)
+    if objective is not None:
+        _set(data, f"search.objectives={json.dumps(objective)}")
     if trials is not None:
         _set(data, f"search.trials={trials}")
     if name is not None:
@@ -221,6 +228,8 @@ def read_space(
     space = parse_space(data | {"task": _placed(data.get("task"), path.parent, trust=trust)}, str(path))
     options = [f"--budget {budget}" for budget in budgets] + [f"--set {setting}" for setting in settings]
     options += [f"--trials {trials}"] * (trials is not None) + [f"--name {name}"] * (name is not None)
+    options += [f"--at-least {name}={limit}" for name, limit in (limits_of(at_least) if at_least else {}).items()]
+    options += [f"--objective {objective}"] * (objective is not None)
     options += [f"--warm-start {earlier}" for earlier in warm_start]
     space._given = "".join(f"# {line}\n" for line in [f"{path.name}, as it was given", *options]) + text
     return space

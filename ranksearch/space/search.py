@@ -16,7 +16,7 @@ from ranksearch.space.settings import Range, Strict, searchable
 AUTO = "auto"
 USUAL_SENSITIVITY, USUAL_MEASURE = "kfac", "log_kept_energy"
 """What "auto" stands for where nothing is scored."""
-GROUPINGS = ("stage", "shape", "layer", "all")
+GROUPINGS = ("blocks", "stage", "shape", "layer", "all")
 """Ways to group layers by themselves; names with patterns are another."""
 RULES = ("uniform", "energy", "minimax")
 """Baselines that may compete with the solver throughout a search."""
@@ -52,6 +52,29 @@ def _grouping(value: Any) -> Any:
     return value
 
 
+Objective = Literal["accuracy", *COSTS]  # type: ignore[valid-type]
+GOALS = {
+    "smallest": "size",
+    "fastest": "latency",
+    "fewest macs": "macs",
+    "fewest flops": "flops",
+    "fewest params": "params",
+}
+"""What one may call the objectives in a word -> the cost beside accuracy."""
+
+
+def _wanted(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    words = value.lower().replace("_", " ").replace("-", " ").strip()
+    if words in GOALS:
+        return ["accuracy", GOALS[words]]
+    names = [name.strip() for name in value.split(",")]
+    if all(name in ("accuracy", *COSTS) for name in names):
+        return names if "accuracy" in names else ["accuracy", *names]
+    raise ValueError(f"there is no objective {value!r}. {nearest(value, [*GOALS, 'accuracy', *COSTS])}")
+
+
 class SearchSpace(Strict):
     """How plans are proposed."""
 
@@ -63,16 +86,18 @@ class SearchSpace(Strict):
     """`tpe` around an allocation is our own use of Optuna's (`local_tpe.py`); `gp` takes seconds per trial from a few dozen on."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """The seed of the proposals and of every trial."""
-    objectives: list[Literal["accuracy", *COSTS]] = Field(default=["accuracy", "macs"])  # type: ignore[valid-type]
+    objectives: Annotated[list[Objective], BeforeValidator(_wanted)] = Field(default=["accuracy", "macs"])
     """Accuracy (the task's metric, whatever it is) and up to two costs, of which the front is made; accuracy alone searches the best net
-    within the budgets. `latency` is predicted from a table before a trial and measured after it, in turn with the dense net;
-    `latency:` says how."""
+    within the budgets. Left out, accuracy and the first budget's cost, MACs without a budget. Also in a word: "smallest" (accuracy and
+    size), "fastest" (latency), "fewest MACs", "fewest params". `latency` is predicted from a table before a trial and measured after it,
+    in turn with the dense net; `latency:` says how."""
     front_from: float = Field(default=0.4, gt=0, le=1)
     """The front is searched from this share of the budgets up to the budgets themselves."""
     groups: Annotated[str | dict[str, list[str]] | None, BeforeValidator(_grouping)] = None
-    """Layers that share what is searched: "stage" (those with the same first name, such as `layer1`), "shape" (of the weight), "layer"
-    (each alone), "all", or names with patterns (`early: [conv1, "layer1.*"]`; layers that none matches are the group `rest`). Left out:
-    "stage", and "layer" where the parametrization is `direct`."""
+    """Layers that share what is searched: "blocks" (as "stage", but a first name that holds most of a net, such as one wrapped module, is
+    taken apart), "stage" (those with the same first name, such as `layer1`), "shape" (of the weight), "layer" (each alone), "all", or names
+    with patterns (`early: [conv1, "layer1.*"]`; layers that none matches are the group `rest`). Left out: "blocks", and "layer" where the
+    parametrization is `direct`."""
     weight_range: float = Field(default=2.0, ge=1, le=1000)
     """A group's predicted damage is corrected by a factor between 1 / this and this."""
     trust: searchable(0, 4) = Range(low=0.0, high=1.5, default=1.0)  # type: ignore[valid-type]

@@ -26,6 +26,7 @@ from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.errors import UsageError
 from ranksearch.lowering import default_lowerings, expand_families
 from ranksearch.places.trust import may_run, refuse_file
+from ranksearch.space.quality import Quality, quality_of
 from ranksearch.space.recipe import RecipeSpace
 from ranksearch.space.search import SearchSpace
 from ranksearch.space.settings import Strict
@@ -201,6 +202,10 @@ class Space(Strict):
     budgets: dict[str, str | int | float] = Field(default={})
     """Cost (`flops`, `macs`, `params`, `size`, `latency`) -> upper bound: a share of the dense net's (`50%`) or absolute (`20M`, `1.2MiB`,
     `3.5ms`). Several hold at once."""
+    at_least: dict[str, str | int | float] = Field(default={})
+    """A lower limit on the metric: `{accuracy: -1}` is one point (or unit of the metric) below the dense net, `{accuracy: -2%}` a share of
+    its value, `{accuracy: 90}` the value itself. The search then looks for the cheapest net above it, the front begins there, and so does
+    its hypervolume."""
     latency: LatencySpace = LatencySpace()
     layers: LayersSpace = Field(default_factory=LayersSpace)
     recipe: RecipeSpace
@@ -239,10 +244,34 @@ class Space(Strict):
             parse_budget(cost, text)
         return budgets
 
+    @field_validator("at_least")
+    @classmethod
+    def _limit(cls, limits: dict[str, Any]) -> dict[str, Any]:
+        quality_of(limits)
+        return limits
+
+    @model_validator(mode="after")
+    def _budgeted_cost_is_searched(self) -> Space:
+        costs = list(self.budgets)
+        if costs and "objectives" not in self.search.model_fields_set and not {"macs", "flops"} & set(costs):
+            search = self.search.model_copy(update={"objectives": ["accuracy", costs[0]]})
+            # a frozen model is still being made here
+            self.__dict__["search"] = search
+        return self
+
     @model_validator(mode="after")
     def _bounded(self) -> Space:
         if self.search.objectives == ["accuracy"] and not self.budgets:
             raise ValueError("accuracy alone as the objective needs a budget, such as budgets: {flops: 50%}")
+        return self
+
+    @model_validator(mode="after")
+    def _limited(self) -> Space:
+        if self.at_least and self.search.objectives == ["accuracy"]:
+            raise ValueError(
+                "at_least asks for the cheapest net above a limit, but accuracy is the only objective: name a cost too, such as "
+                "search.objectives: [accuracy, macs]"
+            )
         return self
 
     @model_validator(mode="after")
@@ -315,6 +344,11 @@ class Space(Strict):
     def has_latency(self) -> bool:
         """Whether latency is a budget or an objective: then it is measured."""
         return "latency" in self.budgets or "latency" in self.search.objectives
+
+    @property
+    def quality(self) -> Quality | None:
+        """The limit on the metric; None where there is none."""
+        return quality_of(self.at_least)
 
     def parsed_budgets(self) -> list[Budget]:
         return [parse_budget(cost, text) for cost, text in self.budgets.items()]

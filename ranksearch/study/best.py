@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from ranksearch.allocate import parse_budget
+from ranksearch.allocate import Budget
 from ranksearch.compress import Cost
 from ranksearch.errors import UsageError
-from ranksearch.study.front import merit
+from ranksearch.space.quality import Quality
+from ranksearch.space.space import Space
+from ranksearch.study.front import in_order, merit
 from ranksearch.study.row import Row
+from ranksearch.trial.metric import Metric
 from ranksearch.trial.result import Status
 
 
-def best_row(rows: Sequence[Row], dense: Cost, name: str, budget: str | None) -> Row:
-    """The complete row with the best metric, within `budget` ("flops=30%") where one is given; `name` is the study's.
+@dataclass(frozen=True)
+class Wanted:
+    """Conditions that a net is picked by."""
+
+    budgets: Sequence[Budget] = ()
+    quality: Quality | None = None
+
+    def __str__(self) -> str:
+        texts = [*map(str, self.budgets), *([f"at least {self.quality}"] if self.quality is not None else [])]
+        return " and ".join(texts) or "the budgets"
+
+    def met_by(self, rows: Sequence[Row], dense: Cost, metric: Metric) -> list[Row]:
+        """The complete rows that meet every one of them."""
+        least = metric.least_share(self.quality)
+        found = [row for row in rows if row.complete and (least is None or row.worth >= least)]
+        return [row for row in found if all(b.allows(_cost_of(row, b.cost), dense) for b in self.budgets)]
+
+
+def best_row(rows: Sequence[Row], dense: Cost, metric: Metric, space: Space, wanted: Wanted) -> Row:
+    """The best complete row of a study of `space` that meets what is wanted: with a limit on the metric the cheapest, else the best metric.
 
     Raises:
-        UsageError: no trial lies within it.
+        UsageError: no trial does; the text says how far the nearest is.
     """
-    rows = [row for row in rows if row.complete]
-    if budget is not None:
-        limit = parse_budget(*budget.partition("=")[::2])
-        rows = [row for row in rows if limit.allows(_cost_of(row, limit.cost), dense)]
-    if not rows:
-        raise UsageError(f"No finished trial of {name!r} lies within {budget or 'the budgets'}.")
-    return max(rows, key=merit)
+    met = wanted.met_by(rows, dense, metric)
+    if not met:
+        within = replace(wanted, quality=None).met_by(rows, dense, metric)
+        most = (
+            f" The best within them reaches {metric.text(max(within, key=merit).value)}."
+            if within and wanted.quality
+            else ""
+        )
+        raise UsageError(f"No finished trial of {space.name!r} lies within {wanted}.{most}")
+    if wanted.quality is None:
+        return max(met, key=merit)
+    return in_order(met, next((name for name in space.search.objectives if name != "accuracy"), "macs"))[0]
 
 
 def _cost_of(row: Row, budget: str) -> Cost:

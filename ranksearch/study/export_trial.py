@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ranksearch.allocate.budget import Budgets
 from ranksearch.compress import RankPlan
 from ranksearch.compress.export import PLAN, Build, holds_net, load_stored_net
 from ranksearch.compress.exported import CHECKED_BATCHES, Exported, export_net
@@ -19,6 +20,7 @@ from ranksearch.compress.formats import Format
 from ranksearch.compress.plain import named_inputs
 from ranksearch.errors import UsageError
 from ranksearch.places.files import new_folder_atomically, write_atomically
+from ranksearch.space.quality import Limits
 from ranksearch.study.folder import EXPORTS
 from ranksearch.study.provenance import cpu_name
 from ranksearch.study.row import Row
@@ -30,14 +32,23 @@ INPUT_FORMULA = {"formula": "(image / scale - mean) / std, per channel"}
 FROM_ROW = ("val_accuracy", "test_accuracy", "macs", "params", "macs_ratio", "params_ratio")
 
 
-def pick_trial(study: Study, trial: int | str) -> Row:
-    """The row of a complete trial whose net is on disk, by its number, or of the one with the best metric by `best`.
+def pick_trial(
+    study: Study,
+    trial: int | str,
+    budgets: Budgets = (),
+    at_least: Limits = (),
+) -> Row:
+    """The row of a complete trial whose net is on disk, by its number, or by `best` of the best one under the conditions.
 
     Raises:
         UsageError: there is none; the text says what the trial is instead, and which numbers are nearest.
     """
     if trial == BEST:
-        trial = study.best()["trial"]
+        trial = study.picked(budgets, at_least).trial
+    elif budgets or at_least:
+        raise UsageError(
+            f"--budget and --at-least choose the net of `{BEST}`; trial {trial} was named: leave them out."
+        )
     elif isinstance(trial, str) and not trial.isdecimal():
         raise UsageError(f"TRIAL: {trial!r} is neither a trial's number nor `{BEST}`. {_nearest(study, 0)}")
     number = int(trial)
@@ -109,7 +120,15 @@ def export_trial(study: Study, row: Row, folder: Path, form: Format, *, build: B
     try:
         with new_folder_atomically(folder) as partial:
             exported = export_net(
-                model, plan, kind.example_input, partial, form=form, build=build, fold_bn=fold_bn, others=[dense]
+                model,
+                plan,
+                kind.example_input,
+                partial,
+                form=form,
+                build=build,
+                fold_bn=fold_bn,
+                others=[dense],
+                dense=dense,
             )
             record = _record(study, row, form, plan.model, exported)
             write_atomically(partial / RECORD, json.dumps(record, indent=2, allow_nan=False))
@@ -138,7 +157,8 @@ def _record(study: Study, row: Row, form: Format, model: str | None, exported: E
         "metric": study.metric.to_dict(),
         "opset": exported.opset, "folded_bn": exported.folded_bn, "max_rel_error": exported.max_rel_error,
         "checked_batches": list(CHECKED_BATCHES), "latency_ms": exported.latency_ms, "latency_eager_ms": exported.latency_eager_ms,
-        "latency_dense_ms": dense_ms, "device": cpu_name(), **{key: row[key] for key in FROM_ROW}, "plan": row.plan,
+        "latency_dense_ms": dense_ms, "latency_dense_runtime_ms": exported.latency_dense_runtime_ms,
+        "device": cpu_name(), **{key: row[key] for key in FROM_ROW}, "plan": row.plan,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", *form.needs)}},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

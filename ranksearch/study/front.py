@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ranksearch.pareto import hypervolume
+from ranksearch.space.quality import Quality
 from ranksearch.space.space import Space
 from ranksearch.study.row import Row
 from ranksearch.study.verdict import SCHEMA, verdict_of
@@ -34,14 +35,25 @@ def merit(row: Row) -> tuple[float, int]:
     return row.worth, -(row.macs or 0)
 
 
-def in_order(front: Sequence[Row]) -> list[Row]:
-    """The rows of a front, the best metric first."""
+def in_order(front: Sequence[Row], cost: str | None = None) -> list[Row]:
+    """The rows of a front, the best metric first; or, by `cost`, the cheapest first."""
+    if cost is not None:
+        return sorted(front, key=lambda row: (row[COST_RATIOS[cost]] or 0.0, -row.worth, row.trial))
     return sorted(front, key=lambda row: (-row.worth, row.macs or 0, row.trial))
 
 
-def front_hypervolume(front: Sequence[Row], objectives: Sequence[str]) -> float:
-    """Hypervolume of a front in (share, costs as ratios), against share 0 and the dense costs."""
-    return hypervolume(_points(front, objectives), [1.0] * len(objectives)) if front else 0.0
+def reference_of(objectives: Sequence[str], least: float | None) -> list[float]:
+    """What a hypervolume is counted from: share 0, or the one of a limit on the metric, and the dense costs."""
+    return [(0.0 if least is None else round(least, 8)) if name == "accuracy" else 1.0 for name in objectives]
+
+
+def front_hypervolume(front: Sequence[Row], objectives: Sequence[str], least: float | None = None) -> float:
+    """Hypervolume of a front in (share, costs as ratios), against `reference_of`."""
+    if not front:
+        return 0.0
+    reference = reference_of(objectives, least)
+    at = [1 - value if name == "accuracy" else value for name, value in zip(objectives, reference, strict=True)]
+    return hypervolume(_points(front, objectives), at)
 
 
 def directions_of(objectives: Sequence[str], metric: Metric) -> list[Direction]:
@@ -49,13 +61,20 @@ def directions_of(objectives: Sequence[str], metric: Metric) -> list[Direction]:
     return [metric.direction if name == "accuracy" else "minimize" for name in objectives]
 
 
+def limit_record(quality: Quality | None, metric: Metric) -> dict[str, Any] | None:
+    """What a front's record says of the limit on its metric: as it was given, and in the metric's own unit; None without one."""
+    return None if quality is None else {"text": quality.text, "value": metric.limit(quality)}
+
+
 def front_record(
-    space: Space, dense: Mapping[str, Any], metric: Metric, front: Sequence[Row], hypervolume: float, facts: Mapping[str, Any]
+    space: Space, dense: Mapping[str, Any], metric: Metric, front: Sequence[Row], hypervolume: float, facts: Mapping[str, Any],
+    quality: Quality | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The study's name, metric, objectives, budgets, reference point, hypervolume, dense net and front, for JSON.
 
     Args:
         facts: how far the study is (`Study.facts`); with the verdict they stand beside the rest.
+        quality: the limit on the metric that the front begins at.
     """
     objectives = space.search.objectives
     record = {
@@ -67,7 +86,8 @@ def front_record(
             for name, direction in zip(objectives, directions_of(objectives, metric), strict=True)
         ],
         "budgets": {budget.cost: budget.text for budget in space.parsed_budgets()},
-        "reference_point": [0.0 if name == "accuracy" else 1.0 for name in objectives],
+        "at_least": limit_record(quality, metric),
+        "reference_point": reference_of(objectives, metric.least_share(space.quality)),
         "hypervolume": hypervolume,
         **facts,
         "latency": space.latency.model_dump() if space.has_latency else None,

@@ -14,8 +14,14 @@ from ranksearch.trial.result import Status
 class Ledger:
     """Rows by trial number; the nondominated complete ones, with `faster` of those alone that are not slower than the dense net."""
 
-    def __init__(self, objectives: Sequence[str], rows: Iterable[Row] = (), *, faster: bool = False) -> None:
-        self._objectives, self._faster = tuple(objectives), faster
+    def __init__(
+        self, objectives: Sequence[str], rows: Iterable[Row] = (), *, faster: bool = False, least: float | None = None
+    ) -> None:
+        """
+        Args:
+            least: a limit on the share: what lies below it is not on the front, whose order is by cost then.
+        """
+        self._objectives, self._faster, self._least = tuple(objectives), faster, least
         self._rows: dict[int, Row] = {}
         self._front: list[Row] = []
         self._best: Row | None = None
@@ -52,6 +58,8 @@ class Ledger:
     def _take_to_front(self, row: Row) -> bool:
         if self._faster and (row.latency_ratio or 0.0) > 1:
             return False
+        if self._least is not None and row.worth < self._least:
+            return False
         if any(dominates(other, row, self._objectives) for other in self._front):
             return False
         self._front = [other for other in self._front if not dominates(row, other, self._objectives)]
@@ -66,8 +74,9 @@ class Ledger:
 
     @property
     def front(self) -> list[Row]:
-        """The nondominated complete trials, the best metric first."""
-        return in_order(self._front)
+        """The nondominated complete trials, the best first: by the metric, or where that has a limit, the cheapest."""
+        cost = next((name for name in self._objectives if name != "accuracy"), None)
+        return in_order(self._front, cost if self._least is not None else None)
 
     @property
     def on_front(self) -> set[int]:
@@ -81,7 +90,7 @@ class Ledger:
 
     @cached_property
     def hypervolume(self) -> float:
-        return front_hypervolume(self._front, self._objectives)
+        return front_hypervolume(self._front, self._objectives, self._least)
 
     def progress(self) -> dict[str, float]:
         """How far the study is, in numbers: finished trials by status, hypervolume, size of the front, the best metric."""

@@ -16,6 +16,7 @@ from ranksearch.compress.stopwatch import Stopwatch
 from ranksearch.errors import UsageError
 from ranksearch.places.trust import FILE, remember
 from ranksearch.search.allocated import Allocated
+from ranksearch.search.groups import Grouping, grouping_of
 from ranksearch.search.opening import first_points
 from ranksearch.search.parametrize import Opening
 from ranksearch.search.workbench import Workbench
@@ -43,7 +44,7 @@ def begin(
     """
     if space.data is not None:  # the study is opened from other working directories too
         space = space.model_copy(update={"data": str(Path(space.data).expanduser().resolve())})
-    space = bench.settled(space)
+    space = _grouped(bench.settled(space), grouping_of(space))
     (folder / UNFINISHED).touch()
     own = keep_task_file(space, folder)
     if own is not None:
@@ -53,6 +54,7 @@ def begin(
     safetensors.torch.save_file({k: v.contiguous().clone() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
     dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(bench.curves.dense)
     metric = Metric.of(bench.task, val_accuracy)
+    metric.limit(space.quality)  # one on another metric, or beyond it, is refused here
     form = form_of(space, bench)
     known = form if isinstance(form, Allocated) else allocated(space, bench)
     opening = first_points(space, bench.curves, form, known)
@@ -66,6 +68,12 @@ def begin(
     }  # fmt: skip
     study = make_study(space, folder, info, directions_of(space.search.objectives, metric))
     return space, info, study, opening
+
+
+def _grouped(space: Space, grouping: Grouping) -> Space:
+    """The space with a grouping where it has none: a study keeps the one that it began with."""
+    groups = grouping if isinstance(grouping, str) else {name: list(patterns) for name, patterns in grouping.items()}
+    return space.model_copy(update={"search": space.search.model_copy(update={"groups": groups})})
 
 
 def samples_of(task: Task) -> dict[str, int | None]:
@@ -101,4 +109,6 @@ def read_folder(folder: Path, *, trust: bool = False) -> tuple[Space, dict[str, 
             f"{folder / INFO}: task_file: expected the record of {space.task!r}, which {SPACE} names: a study runs its own copy of a file "
             f"alone."
         )
+    if space.search.groups is None:  # of a study from before there were blocks
+        space = _grouped(space, "stage" if space.search.parametrization == "allocated" else "layer")
     return space.kept_in(folder, own, trust=trust), info

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
+from ranksearch.allocate.budget import Budgets, assignments, parse_budget
 from ranksearch.compress import Cost
 from ranksearch.compress.export import PLAN, WEIGHTS, holds_net
 from ranksearch.errors import RanksearchError, UsageError, clipped, first_line
@@ -23,9 +25,10 @@ from ranksearch.places.files import write_atomically
 from ranksearch.places.place import Remote, fetch
 from ranksearch.search.parametrize import Opening
 from ranksearch.search.workbench import Workbench
+from ranksearch.space.quality import ACCURACY, Limits, limits_of, quality_of
 from ranksearch.space.space import Space
 from ranksearch.study.addresses import OPTUNA, confirm_addresses
-from ranksearch.study.best import best_row, steps_saved
+from ranksearch.study.best import Wanted, best_row, steps_saved
 from ranksearch.study.folder import (  # fmt: skip
     FRONT,
     GIVEN,
@@ -39,7 +42,7 @@ from ranksearch.study.folder import (  # fmt: skip
     place_of_results,
     trial_folder,
 )
-from ranksearch.study.front import front_record
+from ranksearch.study.front import front_record, in_order
 from ranksearch.study.importance import importances
 from ranksearch.study.journal import mend_journal, together
 from ranksearch.study.late import DENSE, Late
@@ -86,7 +89,8 @@ class Study:
         done.sort(key=lambda t: t.datetime_complete.timestamp() if t.datetime_complete else 0.0)
         rows = (row_of(t, info["dense"], self.metric) for t in done)
         self._late = Late(folder)
-        self._ledger = Ledger(self._objectives, rows, faster=space.has_latency)
+        least = self.metric.least_share(space.quality)
+        self._ledger = Ledger(self._objectives, rows, faster=space.has_latency, least=least)
         self._ledger.score(self._late.test_accuracies())
         self._ledger.time(self._late.latencies())
         self._front_changed = False
@@ -363,6 +367,11 @@ class Study:
         return list(self.space.search.objectives)
 
     @property
+    def cost(self) -> str:
+        """The first cost that is searched."""
+        return next((name for name in self._objectives if name != "accuracy"), "macs")
+
+    @property
     def trials(self) -> list[Row]:
         """A row per finished trial, in their order."""
         return [row.unfolded() for row in self._ledger.rows]
@@ -379,7 +388,7 @@ class Study:
 
     @property
     def front(self) -> list[Row]:
-        """The nondominated complete trials, the best metric first."""
+        """The nondominated complete trials, the best metric first; where that has a limit, those above it, the cheapest first."""
         return [row.unfolded() for row in self._ledger.front]
 
     @property
@@ -407,7 +416,7 @@ class Study:
 
     @property
     def hypervolume(self) -> float:
-        """The hypervolume of the front in (share, costs as ratios of dense), against share 0 and the dense costs."""
+        """The hypervolume of the front in (share, costs as ratios of dense), against share 0 (or the limit's) and the dense costs."""
         return self._ledger.hypervolume
 
     def status(self, number: int) -> str | None:
@@ -420,13 +429,27 @@ class Study:
         state = trials[number].state
         return "given back" if state.is_finished() else state.name.lower()
 
-    def best(self, budget: str | None = None) -> Row:
-        """The complete trial with the best metric, within `budget` ("flops=30%") where one is given.
+    def best(self, budget: str | None = None, *, budgets: Budgets = (), accuracy: str | float | None = None) -> Row:
+        """The best complete trial within the budgets that are given, such as budget="flops=30%", budgets=["params=40%", "size=1MiB"].
+
+        That is the one with the best metric; or with `accuracy` ("-1": points below dense, "-2%": a share, "90": as such), and in a study
+        whose space has such a limit, the cheapest net above it, by the first cost that is searched.
 
         Raises:
-            UsageError: no trial lies within it.
+            UsageError: no trial lies within them.
         """
-        return best_row(self.rows, self.dense, self.space.name, budget).unfolded()
+        given = [*assignments(budgets), *([budget] if budget is not None else [])]
+        return self.picked(given, {} if accuracy is None else {ACCURACY: accuracy}).unfolded()
+
+    def picked(self, budgets: Budgets, at_least: Limits) -> Row:
+        """The same by conditions as the command line has them; a study's own limit holds where none is given."""
+        wanted = self._wanted(budgets, at_least)
+        own = wanted if at_least else replace(wanted, quality=self.space.quality)
+        return best_row(self.rows, self.dense, self.metric, self.space, own)
+
+    def _wanted(self, budgets: Budgets, at_least: Limits) -> Wanted:
+        limits = [parse_budget(*text.partition("=")[::2]) for text in assignments(budgets)]
+        return Wanted(limits, quality_of(limits_of(at_least)))
 
     # Latencies, test set and front file --------------------------------------------------------------------------
 
@@ -448,10 +471,17 @@ class Study:
         self._ledger.score(self._late.score(self._ledger.front, self.metric, evaluate, log))
         self.write_front()
 
-    def front_record(self) -> dict[str, Any]:
-        """What `front.json` holds."""
+    def front_record(self, *, budgets: Budgets = (), at_least: Limits = ()) -> dict[str, Any]:
+        """What `front.json` holds; with conditions, of the front's part that meets them all (the hypervolume stays the whole front's)."""
+        front, wanted = self._ledger.front, self._wanted(budgets, at_least)
+        if budgets or at_least:
+            front = wanted.met_by(front, self.dense, self.metric)
+            front = front or [best_row(self.rows, self.dense, self.metric, self.space, wanted)]
+            if wanted.quality is not None:
+                front = in_order(front, self.cost)
         dense = {**self.info["dense"], "test_accuracy": self._late.test_accuracies().get(DENSE)}
-        return front_record(self.space, dense, self.metric, self._ledger.front, self._ledger.hypervolume, self.facts())
+        quality = wanted.quality or self.space.quality
+        return front_record(self.space, dense, self.metric, front, self._ledger.hypervolume, self.facts(), quality)
 
     def facts(self) -> dict[str, Any]:
         """How far the study is: `state` (running, complete, or failed where it is over without a net), trials by status, the commonest
@@ -461,6 +491,7 @@ class Study:
         return {
             "state": state, "planned": self.planned, "counts": self.counts, "failures": commonest(self._ledger.reasons()),
             "samples": self.info.get("samples") or {"validation": self.space.validation, "test": None}, "gains": self._ledger.gains(),
+            "best": None if self.leader is None else {"trial": self.leader.trial, "val_accuracy": self.leader.val_accuracy},
         }  # fmt: skip
 
     def write_front(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ranksearch.study.front_shape import shape_in_words
 from ranksearch.trial.metric import PERCENT, metric_text
-from ranksearch.words import COST_NAMES, MADE_BY, describe_budgets, percent_of_dense, shown_costs
+from ranksearch.words import COST_NAMES, MADE_BY, describe_budgets, limit_words, percent_of_dense, shown_costs
 
 Record = Mapping[str, Any]
 
@@ -160,7 +160,13 @@ def _ms(value: float) -> str:
 
 
 def _why(record: Record, row: Record) -> str:
-    metric = record["metric"]
+    metric, limit = record["metric"], record.get("at_least")
+    if limit is not None:
+        made, cost = MADE_BY.get(row["allocator"], row["allocator"]), COST_NAMES[shown_costs(record)[0]]
+        return (
+            f"of least {cost} among the nets that keep {limit_words(record)} on validation "
+            f"({metric_text(metric, row['val_accuracy'], with_unit=True)}); its plan: {made}."
+        )
     best = "the most accurate" if metric["name"] == "accuracy" else f"the best {metric['name']}"
     made = MADE_BY.get(row["allocator"], row["allocator"])
     within = f" within {describe_budgets(record)}" if record["budgets"] else ""
@@ -265,6 +271,13 @@ def _nothing(record: Record) -> str:
     counts = record.get("counts", {})
     if not counts:
         return "No net to ship yet: no trial has ended."
+    if counts.get("complete") and (best := record.get("best")) is not None and record.get("at_least") is not None:
+        return (
+            f"No net to ship: none keeps {limit_words(record)}; the best of them, trial {best['trial']}, reaches "
+            f"{metric_text(record['metric'], best['val_accuracy'], with_unit=True)} (dense "
+            f"{metric_text(record['metric'], record['dense']['val_accuracy'])}). Raise the budget, train longer (recipe.steps), or lower "
+            f"the limit."
+        )
     if counts.get("complete"):
         return (
             "No net to ship: every net was measured to be slower than the dense one. `ranksearch latency` says which layers gain; "

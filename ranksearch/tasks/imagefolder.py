@@ -33,19 +33,23 @@ AREA, SIDES = (0.08, 1.0), (3 / 4, 4 / 3)
 def build_model(name: str) -> nn.Module:
     if not is_named(name):
         raise UsageError(
-            f"model: imagefolder takes torchvision:NAME or timm:NAME, such as torchvision:resnet18, got {name!r}."
+            f"model: imagefolder takes torchvision:NAME or timm:NAME, such as torchvision:resnet18, got {name!r}. A net of your own goes "
+            f"into a task of your own with ranksearch.ImageFolder as its data (docs/own_task.md)."
         )
     return build_named(name, CLASSES)
 
 
 class ImageFolder(Dataset[tuple[Tensor, int]]):
-    """(image [3, 224, 224], class number) of every file; classes are numbered in the order of their names.
+    """(image [3, size, size], class number) of every file; classes are numbered in the order of their names.
+
+    For a net of your own in a task of your own: `Task(model=net, train=ImageFolder(root / "train", training=True), val=…)`.
 
     Raises:
         UsageError: no class folders, or one without images.
     """
 
-    def __init__(self, root: Path, *, training: bool) -> None:
+    def __init__(self, root: str | Path, *, training: bool, size: int = SIZE) -> None:
+        root, self.size = Path(root), size
         self.classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
         self.training = training
         self.files: list[tuple[Path, int]] = []
@@ -77,7 +81,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             raise UsageError(f"{path} is no readable image: {error}") from error
         left, top, width, height = random_crop(*image.size) if self.training else middle_crop(*image.size)
         box = (left, top, left + width, top + height)
-        pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box), dtype=np.float32)
+        pixels = np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box), dtype=np.float32)
         if self.training and torch.rand(()) < 0.5:
             pixels = pixels[:, ::-1]
         mean, std = (np.asarray(values, dtype=np.float32) for values in (NORMALISE.mean, NORMALISE.std))

@@ -90,7 +90,8 @@ class View:
 
     def progress(self) -> list[tuple[Row, dict[str, float]]]:
         """Every finished trial, in the order in which they ended, and how far the study was after it."""
-        ledger, found = Ledger(self.objectives, faster=self.space.has_latency), []
+        least = self.metric.least_share(self.space.quality)
+        ledger, found = Ledger(self.objectives, faster=self.space.has_latency, least=least), []
         for row in sorted(self.trials, key=lambda row: (row["ended"] or 0.0, row["trial"])):
             ledger.add(row)
             found.append((row, ledger.progress()))

@@ -15,10 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ranksearch.errors import UsageError
+from ranksearch.space.quality import ACCURACY, Quality
+
 if TYPE_CHECKING:
     from ranksearch.tasks.task import Task
 
 PERCENT = "%"
+ROUNDING = 1e-9
 TOLD_WORST = 10.0
 """How many |d| worse than dense a sampler is told that a plan is which could not be tried."""
 
@@ -59,6 +63,30 @@ class Metric:
         r = (value - self.dense) / (abs(self.dense) or 1.0)
         r = r if self.direction == "maximize" else -r
         return (1 + r / (1 + abs(r))) / 2
+
+    def limit(self, quality: Quality | None) -> float | None:
+        """A limit on the metric in its own unit; None without one.
+
+        Raises:
+            UsageError: it is on another metric, or beyond what a metric in percent can be.
+        """
+        if quality is None:
+            return None
+        if quality.name not in (ACCURACY, self.name):
+            raise UsageError(
+                f"at least {quality}: the task's metric is {self.name!r}: write {self.name}={quality.text}."
+            )
+        value = quality.value(self.dense, self.direction)
+        if self.unit == PERCENT and not 0 <= value <= 100:
+            raise UsageError(
+                f"at least {quality} is {value:g} % (dense {self.dense:.2f} %), which no net can have: expected 0 to 100."
+            )
+        return value
+
+    def least_share(self, quality: Quality | None) -> float | None:
+        """The share that a limit stands for; None without one. A rounding error below it is not held against a net."""
+        value = self.limit(quality)
+        return None if value is None else self.share(value) - ROUNDING
 
     @property
     def worst(self) -> float:
