@@ -376,8 +376,10 @@ def export(
         UsageError: no such study, trial or format, its extra is not installed, or `output` holds something.
         StudyError: the net cannot be expressed in that format, or the exported form computes something else.
     """
-    if not isinstance(name, str | Path):
-        raise UsageError(f"export takes a study's name or folder, and a trial of it, got a {type(name).__name__}.")
+    if not isinstance(name, str | Path | nn.Module):
+        raise UsageError(
+            f"export takes a study's name or folder, and a trial of it, or a net and a batch of one input, got a {type(name).__name__}."
+        )
     observer = observer or Silent()
     form = format_named(format)
     check_fold(form, fold_bn)
