@@ -133,8 +133,39 @@ def test_an_onnx_model_is_one_file_of_the_stated_opset_with_a_free_batch(small_n
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": form.opset}
     (given,), (found,) = model.graph.input, model.graph.output
     assert (given.name, found.name) == ("input", "output")
-    assert given.type.tensor_type.shape.dim[0].dim_param == found.type.tensor_type.shape.dim[0].dim_param
+    assert [axis.dim_param or axis.dim_value for axis in given.type.tensor_type.shape.dim][:2] == ["batch", 3]
+    assert found.type.tensor_type.shape.dim[0].dim_param == "batch"
     onnx.checker.check_model(model, full_check=True)
+
+
+class Several(nn.Module):
+    """Outputs of several forms; one tensor twice, one under the input's name."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer = how, nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> object:
+        y = self.layer(x)
+        return {"twice": (y, y), "nested": {"logits": y, "other": [y + 1, y.mean(1)]}, "clash": {"input": y, "batch": y + 1}}[self.how]
+
+
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [("twice", ["output_0", "output_1"]), ("nested", ["logits", "other_0", "other_1"]), ("clash", ["output_input", "batch"])],
+)  # fmt: skip
+@pytest.mark.parametrize("form", TRACED)
+def test_every_output_is_there_by_name(how, names, form, tmp_path):
+    torch.manual_seed(0)
+    net, kind = Several(how).eval(), format_named(form)
+    made = export_net(net, RankPlan(), torch.zeros(1, 8), tmp_path, form=kind, build=lambda _: net, fold_bn=False)
+    assert made.max_rel_error <= TOLERANCE
+    if form == "onnx":
+        import onnx
+
+        outputs = onnx.load(tmp_path / "model.onnx").graph.output
+        assert [output.name for output in outputs] == names
+        assert all(output.type.tensor_type.shape.dim[0].dim_param == "batch" for output in outputs)
 
 
 class Twice(nn.Module):

@@ -18,7 +18,7 @@ from ranksearch.compress.fold import fold_bn_
 from ranksearch.compress.formats import FORMATS, Format, Function, told, traced
 from ranksearch.compress.inputs import batch_size, call, mapped, shape_of, tensors
 from ranksearch.compress.latency import latencies_ms
-from ranksearch.compress.plain import named_inputs, plain_outputs
+from ranksearch.compress.plain import listed, named_inputs
 from ranksearch.compress.plan import RankPlan
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.lowering.tiled import settle_
@@ -141,7 +141,7 @@ def max_rel_error(function: Function, net: nn.Module, batches: Sequence[Any], *,
     """
     errors = []
     for batch in batches:
-        wanted, found = tensors(plain_outputs(call(net, batch))), tensors(plain_outputs(function(batch)))
+        wanted, found = listed(call(net, batch)), listed(function(batch))
         if not wanted:
             raise UsageError("Nets that return tensors can be exported; this one returns none.")
         if [x.shape for x in found] != [x.shape for x in wanted]:

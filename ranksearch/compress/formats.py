@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from ranksearch.compress.axes import BATCH, name_axes_
 from ranksearch.compress.export import Build, load_net, save_net
 from ranksearch.compress.inputs import batch_size, call
 from ranksearch.compress.plain import is_plain, named_inputs, plain, plain_outputs
@@ -87,7 +88,7 @@ def traced(model: nn.Module, batch: Any) -> ExportedProgram:
 
 
 def _traced(model: nn.Module, batch: Any, free: bool) -> ExportedProgram:
-    first = Dim("batch", min=1)
+    first = Dim(BATCH, min=1)
 
     def axes(x: Tensor) -> dict[int, Any]:
         own = {0: first} if x.dim() and x.shape[0] == batch_size(batch) else {}
@@ -130,11 +131,13 @@ def _write_onnx(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> N
     program, names = traced(model, batch), list(named_inputs(batch))
     with torch.no_grad():
         found = plain_outputs(call(model, batch))
-    outputs = ["output"] if isinstance(found, Tensor) else list(found)
+    outputs = ["output"] if isinstance(found, Tensor) else [n if n not in names else f"output_{n}" for n in found]
+    batched = {name for name, x in named_inputs(batch).items() if x.dim() and x.shape[0] == batch_size(batch)}
     with told(f"torch.onnx cannot write this net at opset {OPSET}"), quiet():
         made: Any = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, input_names=names, output_names=outputs, verbose=False
         )
+        name_axes_(made, batched)
         made.save(folder / "model.onnx", external_data=size > ONE_FILE_BYTES)
 
 

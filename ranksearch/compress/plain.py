@@ -35,6 +35,12 @@ def plain_outputs(outputs: Any) -> Any:
     return next(iter(found.values())) if len(found) == 1 else found
 
 
+def listed(outputs: Any) -> list[Tensor]:
+    """The same tensors in order; one that is there under two names is there twice, as in a graph's outputs."""
+    found = plain_outputs(outputs)
+    return [found] if isinstance(found, Tensor) else list(found.values())
+
+
 @torch.no_grad()
 def is_plain(net: nn.Module, inputs: Any) -> bool:
     """Whether a net maps one tensor to one tensor as it is."""
