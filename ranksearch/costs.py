@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 BYTES_PER_WEIGHT = 4
-"""Bytes of a weight as it is exported, in float32."""
+"""Bytes of a weight in float32; of a net in another dtype `Layer.bytes_per_weight` says it."""
+BYTES_PER_INDEX = 4
+"""Bytes of a stored whole number, int32."""
 MACS, PARAMS, NANOSECONDS = 0, 1, 2
 """What the solver counts in every layer, in the order of its axes."""
 NS_PER_MS = 1_000_000

@@ -90,14 +90,14 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_singular_values(matrix: Tensor) -> Tensor:
-    """Squared singular values of `matrix` [..., n, m], in descending order: [..., min(n, m)].
+    """Squared singular values of `matrix` [..., n, m], in descending order: [..., min(n, m)]; in fp64 where entries are no moderate size.
 
     One Gram `eigvalsh`; absolute error about eps * sigma_1², which is why small ones are clamped at 0.
     """
     scaled, scale = moderate(matrix)
     gram, _ = _gram(scaled)
     squared = torch.linalg.eigvalsh(gram).clamp_min(0).flip(-1)
-    return squared if scale is None else squared * scale[..., 0] ** 2
+    return squared if scale is None else squared.double() * scale[..., 0].double() ** 2  # fp32 has no 1e50
 
 
 def removed_energy_by_rank(squared: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def main() -> None:
     model.requires_grad_(False)
     traced = trace(model, calibration[:2])
     layers = tuple(layer for layer in traced.layers if layer.name.startswith("bert.encoder"))
-    net = Net(layers, traced.skipped, traced.other_macs, traced.other_params, traced.other_floats, traced.other_bytes)
+    net = replace(traced, layers=layers)
     weights = sum(layer.spec.out_channels * layer.spec.in_channels for layer in layers)
     dense = embedded(model, test)
     loss = drawn_directions_loss(torch.Generator().manual_seed(0))

@@ -287,6 +287,50 @@ def test_a_layer_that_computes_something_else_is_refused_with_the_reason(layer, 
             change(model, RankPlan({"odd": LayerPlan("svd" if isinstance(layer, nn.Linear) else "im2col", 2)}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_size_is_what_the_state_dict_has_in_any_dtype(dtype, tmp_path):
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64)).to(dtype)
+    x = torch.randn(2, 64, dtype=dtype)
+    net[3].float()  # as mixed nets have it
+
+    def size(net):
+        return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
+
+    t = trace(net[:3].append(net[3].to(dtype)), x)
+    assert dense_cost(t).size_bytes == size(net)
+    budget = int(0.7 * size(net))
+    plan = ranksearch.allocate(net, x, {"size": str(budget)})
+    assert 0.9 * budget < plan_cost(t, plan).size_bytes == size(ranksearch.compress(net, plan)) <= budget
+
+
+def test_a_size_of_layers_in_several_dtypes_is_right_and_its_budget_kept():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(64, 64), nn.Linear(64, 64).double(), nn.LayerNorm(64).bfloat16()
+
+        def forward(self, x):
+            return self.norm(self.b(self.a(x).double()).bfloat16())
+
+    net, x = Mixed(), torch.randn(2, 64)
+    dense = 4 * 65 * 64 + 8 * 65 * 64 + 2 * 128
+    assert dense_cost(t := trace(net, x)).size_bytes == dense
+    plan = ranksearch.allocate(net, x, {"size": "70%"})
+    small = ranksearch.compress(net, plan)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in small.state_dict().values())
+    assert plan_cost(t, plan).size_bytes == stored <= 0.7 * dense
+
+
+@pytest.mark.parametrize("factor", [1e25, 1e-30])
+def test_ranks_do_not_depend_on_the_scale_of_weights(factor):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(2, 64)
+    wanted = ranksearch.allocate(net, x, {"flops": "50%"})
+    net[0].weight.data *= factor
+    found = ranksearch.allocate(net, x, {"flops": "50%"})
+    assert abs(found["0"].rank - wanted["0"].rank) <= 1
+
+
 class TiedByData(nn.Module):
     def __init__(self):
         super().__init__()
@@ -428,7 +472,7 @@ class Attending(nn.Module):
         return self.head(self.conv(x.mT).mT)
 
 
-@pytest.mark.parametrize("lowering", ["im2col", "tucker2", "cp"])
+@pytest.mark.parametrize("lowering", ["im2col", "im2col_pivoted", "tucker2", "cp"])
 def test_a_compressed_net_is_still_scripted_and_pickled(lowering):
     net, x = Attending().eval(), torch.randn(5, 6, 16)
     plan = RankPlan(

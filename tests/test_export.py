@@ -147,7 +147,11 @@ class Several(nn.Module):
 
     def forward(self, x: torch.Tensor) -> object:
         y = self.layer(x)
-        return {"twice": (y, y), "nested": {"logits": y, "other": [y + 1, y.mean(1)]}, "clash": {"input": y, "batch": y + 1}}[self.how]
+        return {
+            "twice": (y, y),
+            "nested": {"logits": y, "other": [y + 1, y.mean(1)]},
+            "clash": {"input": y, "batch": y + 1},
+        }[self.how]
 
 
 @pytest.mark.parametrize(

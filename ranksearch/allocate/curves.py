@@ -18,7 +18,7 @@ from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.compress import DENSE, Cost, Layer, LayerPlan, Net, RankPlan, dense_cost, layer_cost, plan_cost
 from ranksearch.compress.cost import layer_indices
 from ranksearch.compress.slots import find_slots
-from ranksearch.costs import COSTS, NANOSECONDS, NS_PER_MS
+from ranksearch.costs import BYTES_PER_INDEX, COSTS, NANOSECONDS, NS_PER_MS
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import Lowering, lowering_named
 from ranksearch.lowering.contract import RankCurve, Spectrum, sides
@@ -167,7 +167,11 @@ class Curves:
 
     def value(self, cost: str, layers: int) -> int:
         """The whole net's cost where its layers have `layers` MACs, params or nanoseconds, whichever the cost counts."""
-        return COSTS[cost].per_unit * layers + self.fixed(cost)
+        return self.per_unit(cost) * layers + self.fixed(cost)
+
+    def per_unit(self, cost: str) -> int:
+        """A cost's own units for each MAC, param or nanosecond of the layers: bytes of a size by the dtype of the layers."""
+        return self.net.bytes_per_weight if cost == "size" else COSTS[cost].per_unit
 
     def fixed(self, cost: str) -> int:
         """What no plan changes of a cost, in its own unit: layers that are none of ours, buffers, the time between layers."""
@@ -175,9 +179,10 @@ class Curves:
         if kind.axis == NANOSECONDS:
             assert self.timing is not None
             return self.timing.other_ns
+        if cost == "size":
+            return self.net.other_bytes_in_all + BYTES_PER_INDEX * self.indices
         layers = sum((layer.macs, layer.spec.params)[kind.axis] for layer in self.net.layers)
-        room = kind.per_unit * self.indices if cost == "size" else 0
-        return (kind.of(self.dense) or 0) - kind.per_unit * layers + room
+        return (kind.of(self.dense) or 0) - kind.per_unit * layers
 
     @cached_property
     def indices(self) -> int:
@@ -327,6 +332,6 @@ def limits_of(curves: Curves, budgets: Iterable[Budget]) -> np.ndarray:
     limits = np.full(3, np.inf)
     for budget in budgets:
         kind = COSTS[budget.cost]
-        layers = (budget.limit(dense) - curves.fixed(budget.cost)) // kind.per_unit
+        layers = (budget.limit(dense) - curves.fixed(budget.cost)) // curves.per_unit(budget.cost)
         limits[kind.axis] = min(limits[kind.axis], layers)
     return limits

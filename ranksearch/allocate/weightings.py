@@ -17,6 +17,7 @@ Martens & Grosse 2015, arXiv 1503.05671 (K-FAC).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def measure_weightings(
         if loss != DIRECTIONS:
             raise UsageError(f"loss is a function of the net's output or {DIRECTIONS!r}, not {loss!r}.")
         loss = drawn_directions_loss(generator)
-    chosen = Net(tuple(layers), net.skipped, net.other_macs, net.other_params, net.other_floats, net.other_bytes)
+    chosen = replace(net, layers=tuple(layers))
     found = collect(
         model, chosen, batches, gradients=metric == "kfac", fisher=False, loss=loss, generator=generator, widest=WIDEST
     )

@@ -1,11 +1,46 @@
-"""The axes of an ONNX model by names that its readers know: `batch`, `input_ids_1`; and as a number where they are one."""
+"""The axes of an exported net: which ones it leaves free, and what an ONNX model's readers know them by (`batch`, `input_ids_1`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from ranksearch.compress.inputs import call, mapped, tensors
+from ranksearch.compress.plain import named_inputs
+
 BATCH = "batch"
+
+
+def free_axes(program: ExportedProgram, batch: Any) -> tuple[tuple[str, int], ...]:
+    """(input, axis) of every axis but the batch's that the graph leaves free, such as tokens, height and width."""
+    shapes = [n.meta["val"].shape for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
+    names = list(named_inputs(batch))
+    return tuple(
+        (n, i) for n, s in zip(names, shapes, strict=True) for i, e in enumerate(s) if i and not isinstance(e, int)
+    )
+
+
+@torch.inference_mode()
+def stretched(net: Callable[..., Any], batch: Any, free: Sequence[tuple[str, int]]) -> Any:
+    """`batch` with one more step along every free axis; None where the net itself takes no such input."""
+    names = {id(x): name for name, x in named_inputs(batch).items()}
+
+    def longer(x: Tensor) -> Tensor:
+        for axis in [axis for name, axis in free if name == names[id(x)]]:
+            x = torch.cat([x, x.narrow(axis, 0, 1)], axis)
+        return x
+
+    made = {id(x): longer(x) for x in tensors(batch)}
+    found = mapped(lambda x: made[id(x)], batch)
+    try:
+        call(net, found)
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return None
+    return found
 
 
 def name_axes_(made: Any, batched: set[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.compress.trace import Layer, Net
 from ranksearch.lowering import lowering_named
-from ranksearch.lowering.contract import BYTES_PER_WEIGHT
+from ranksearch.lowering.contract import BYTES_PER_INDEX
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def layer_cost(layer: Layer, choice: LayerPlan) -> tuple[int, int]:
 
 
 def layer_indices(layer: Layer, choice: LayerPlan) -> int:
-    """Whole numbers that a layer stores beside its params, of as many bytes each as one of these."""
+    """Whole numbers that a layer stores beside its params, int32 whatever the dtype of these."""
     return lowering_named(choice.lowering).indices(layer.spec, choice.rank)
 
 
@@ -47,8 +47,9 @@ def plan_cost(net: Net, plan: RankPlan) -> Cost:
         net[name]
     pairs = [layer_cost(layer, plan[layer.name]) for layer in net.layers]
     macs, params = net.other_macs + sum(m for m, _ in pairs), net.other_params + sum(p for _, p in pairs)
-    numbers = params + net.other_floats + sum(layer_indices(layer, plan[layer.name]) for layer in net.layers)
-    return Cost(macs, params, numbers * BYTES_PER_WEIGHT + net.other_bytes)
+    weights = sum(own * layer.bytes_per_weight for layer, (_, own) in zip(net.layers, pairs, strict=True))
+    indices = sum(layer_indices(layer, plan[layer.name]) for layer in net.layers)
+    return Cost(macs, params, weights + indices * BYTES_PER_INDEX + net.other_bytes_in_all)
 
 
 def dense_cost(net: Net) -> Cost:

@@ -54,6 +54,11 @@ def _bilinear(left: Shape, weight: Shape, right: Shape, *rest: Any, **more: Any)
     return 2 * left[0] * outputs * (first * second + second)
 
 
+def _grouped(rows: Shape, matrices: Shape, *rest: Any, **more: Any) -> int:
+    """Rows [N, S], each against one of the experts' matrices [G, S, T]."""
+    return 2 * rows[0] * matrices[-2] * matrices[-1]
+
+
 def _matrix_vector(matrix: Shape, vector: Shape, *rest: Any, **more: Any) -> int:
     return 2 * matrix[0] * matrix[1]
 
@@ -79,11 +84,18 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "dot": _dot,
 }
 """Operator -> its FLOPs, from the shapes of its arguments."""
+_EXPERTS = (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback"))
+"""(library, operator) of experts' products; a library's are there once it is imported."""
 
 
 def counter() -> FlopCounterMode:
     """A context manager that counts what runs in it; `macs(counter)` reads it."""
-    known = {getattr(torch.ops.aten, name): made for name, made in _FORMULAS.items() if hasattr(torch.ops.aten, name)}
+    known: dict[Any, Callable[..., int]] = {
+        getattr(getattr(torch.ops, library), name): _grouped
+        for library, name in _EXPERTS
+        if hasattr(getattr(torch.ops, library), name)
+    }
+    known |= {getattr(torch.ops.aten, name): made for name, made in _FORMULAS.items() if hasattr(torch.ops.aten, name)}
     return FlopCounterMode(display=False, custom_mapping=known)
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ranksearch.compress.axes import free_axes, stretched
 from ranksearch.compress.copying import copied
 from ranksearch.compress.export import Build
 from ranksearch.compress.fold import fold_bn_
 from ranksearch.compress.formats import FORMATS, Format, Function, told, traced
-from ranksearch.compress.inputs import batch_size, call, mapped, shape_of, tensors
+from ranksearch.compress.inputs import batch_size, call, mapped, shape_of
 from ranksearch.compress.latency import latencies_ms
-from ranksearch.compress.plain import listed, named_inputs
+from ranksearch.compress.plain import listed
 from ranksearch.compress.plan import RankPlan
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.lowering.tiled import settle_
@@ -88,8 +89,8 @@ def export_net(
         function = form.open(folder, build)
         batches = [_sample(example, count, generator) for count in CHECKED_BATCHES]
         error = max_rel_error(function, eager, batches, tolerance=TOLERANCE)
-        free = free_axes(source, batch) if form.traced else ()
-        if free and (longer := _stretched(eager, batches[1], free)) is not None:
+        free = free_axes(traced(source, batch), batch) if form.traced else ()
+        if free and (longer := stretched(eager, batches[1], free)) is not None:
             error = max(error, max_rel_error(function, eager, [longer], tolerance=TOLERANCE))
     alike = [] if dense is None else _in_the_same_runtime(dense, batch, form, fold_bn=fold_bn)
     one = _sample(example, 1, generator)
@@ -176,32 +177,3 @@ def _sample(example: Any, count: int, generator: torch.Generator) -> Any:
         return x.flatten()[torch.randint(x.numel(), shape, generator=generator)].cpu()
 
     return mapped(made, example)
-
-
-def free_axes(model: nn.Module, batch: Any) -> tuple[tuple[str, int], ...]:
-    """(input, axis) of every axis but the batch's that an exported form of `model` leaves free, such as tokens, height and width."""
-    program = traced(model, batch)
-    shapes = [n.meta["val"].shape for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
-    names = list(named_inputs(batch))
-    return tuple(
-        (n, i) for n, s in zip(names, shapes, strict=True) for i, e in enumerate(s) if i and not isinstance(e, int)
-    )
-
-
-@torch.inference_mode()
-def _stretched(net: nn.Module, batch: Any, free: Sequence[tuple[str, int]]) -> Any:
-    """`batch` with one more step along every free axis; None where the net itself takes no such input."""
-    names = {id(x): name for name, x in named_inputs(batch).items()}
-
-    def longer(x: Tensor) -> Tensor:
-        for axis in [axis for name, axis in free if name == names[id(x)]]:
-            x = torch.cat([x, x.narrow(axis, 0, 1)], axis)
-        return x
-
-    made = {id(x): longer(x) for x in tensors(batch)}
-    stretched = mapped(lambda x: made[id(x)], batch)
-    try:
-        call(net, stretched)
-    except (RuntimeError, ValueError, IndexError, AssertionError):
-        return None
-    return stretched

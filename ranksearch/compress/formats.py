@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ranksearch.compress.axes import BATCH, name_axes_
+from ranksearch.compress.axes import BATCH, free_axes, name_axes_, stretched
 from ranksearch.compress.export import Build, load_net, save_net
-from ranksearch.compress.inputs import batch_size, call
+from ranksearch.compress.inputs import batch_size, call, cut, joined
 from ranksearch.compress.plain import is_plain, named_inputs, plain, plain_outputs
 from ranksearch.compress.plan import RankPlan
 from ranksearch.errors import RanksearchError, StudyError, UsageError, nearest
@@ -79,15 +79,32 @@ def traced(model: nn.Module, batch: Any) -> ExportedProgram:
     Raises:
         StudyError: torch.export cannot trace the net; the text says why.
     """
-    free = True
     try:
-        return _traced(model, batch, free)
+        program = _traced(model, batch, free=True)
+        if _keeps_its_word(program, model, batch):
+            return program
     except StudyError:
         pass
-    return _traced(model, batch, not free)  # a net whose other axes cannot even be tried
+    return _traced(model, batch, free=False)  # a net whose other axes cannot be free
 
 
-def _traced(model: nn.Module, batch: Any, free: bool) -> ExportedProgram:
+@torch.inference_mode()
+def _keeps_its_word(program: ExportedProgram, model: nn.Module, batch: Any) -> bool:
+    """Whether the graph takes what its shapes promise: torch may guard an axis that it calls free."""
+    with quiet():
+        function = _as_function(program)
+    one = cut(batch, 0, 1)
+    longer = stretched(model, batch, free_axes(program, batch))
+    try:
+        for inputs in (one, joined([batch, one]), longer):
+            if inputs is not None:
+                function(inputs)
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return False
+    return True
+
+
+def _traced(model: nn.Module, batch: Any, *, free: bool) -> ExportedProgram:
     first = Dim(BATCH, min=1)
 
     def axes(x: Tensor) -> dict[int, Any]:
@@ -119,8 +136,11 @@ def _write_pt2(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> No
 
 def _open_pt2(folder: Path, build: Build) -> Function:
     with quiet():
-        program = torch.export.load(folder / "model.pt2")
-        net = program.module()
+        return _as_function(torch.export.load(folder / "model.pt2"))
+
+
+def _as_function(program: ExportedProgram) -> Function:
+    net = program.module()
     by_name = program.call_spec.in_spec.child(1).num_children > 0  # type: ignore[union-attr]
     # not as a module: an exported one has no train() and eval()
     return lambda batch: net(**named_inputs(batch)) if by_name else net(batch)

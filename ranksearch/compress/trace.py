@@ -20,6 +20,7 @@ from ranksearch.compress.counting import counter, macs
 from ranksearch.compress.inputs import batch_size, call
 from ranksearch.compress.slots import KINDS, Slot, survey
 from ranksearch.compress.undisturbed import own, undisturbed
+from ranksearch.costs import BYTES_PER_WEIGHT
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import LayerSpec
 from ranksearch.lowering.spec import Ints
@@ -39,6 +40,8 @@ class Layer:
     samples: tuple[int, ...] = ()
     """How many maps (of a Linear: rows, or sequences of them) every use took when the net was given `batch` samples; () where as many."""
     batch: int = 1
+    bytes_per_weight: int = BYTES_PER_WEIGHT
+    """Of its weight's dtype: 4 in float32, 2 in bfloat16."""
 
     @property
     def macs(self) -> int:
@@ -78,7 +81,21 @@ class Net:
     other_floats: int
     """Floating-point buffers, such as BN statistics."""
     other_bytes: int
-    """Bytes of integer buffers, whatever the export dtype."""
+    """Bytes of integer buffers."""
+    other_size: int | None = None
+    """Bytes of all that a state dict holds beside the layers; None where all of its floats are float32."""
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Of the layers' dtype; the most, where they have several: a size counted by it is never below the real one."""
+        return max((layer.bytes_per_weight for layer in self.layers), default=BYTES_PER_WEIGHT)
+
+    @property
+    def other_bytes_in_all(self) -> int:
+        """Bytes of everything beside the layers."""
+        if self.other_size is not None:
+            return self.other_size
+        return (self.other_params + self.other_floats) * BYTES_PER_WEIGHT + self.other_bytes
 
     def __getitem__(self, name: str) -> Layer:
         for layer in self.layers:
@@ -235,13 +252,14 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
         if reason is None:
             sizes, samples = tuple(size for size, _ in uses), tuple(count for _, count in uses)
             samples = () if all(count == batch for count in samples) else samples
-            layers.append(Layer(slot.name, slot.spec, sizes, norm, slot.paths[1:], samples, batch))
+            width = slot.weight.element_size()
+            layers.append(Layer(slot.name, slot.spec, sizes, norm, slot.paths[1:], samples, batch, width))
         else:
             skipped |= dict.fromkeys(slot.paths, reason)
     if not layers:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
         raise UsageError(f"{type(model).__name__} has no {KINDS} layer that can be lowered.{reasons}")
-    params = {memory(p): p.numel() for p in model.parameters() if not is_lazy(p)}  # shared weights are counted once
+    params = {memory(p): p for p in model.parameters() if not is_lazy(p)}  # shared weights are counted once
     buffers = [  # that a state dict holds
         buffer
         for module in model.modules()
@@ -250,13 +268,15 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
     ]
     buffers = list({id(buffer): buffer for buffer in buffers}.values())
     measured = -(-macs(counted) // batch)
+    stored = sum(t.numel() * t.element_size() for t in (*params.values(), *buffers))
     net = Net(
         layers=tuple(layers),
         skipped=tuple(skipped.items()),
         other_macs=max(0, measured - sum(layer.macs for layer in layers)),  # each layer is rounded up
-        other_params=sum(params.values()) - sum(layer.spec.params for layer in layers),
+        other_params=sum(p.numel() for p in params.values()) - sum(layer.spec.params for layer in layers),
         other_floats=sum(b.numel() for b in buffers if b.is_floating_point()),
         other_bytes=sum(b.numel() * b.element_size() for b in buffers if not b.is_floating_point()),
+        other_size=stored - sum(layer.spec.params * layer.bytes_per_weight for layer in layers),
     )
     return net, outputs
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ranksearch.costs import BYTES_PER_WEIGHT
+from ranksearch.costs import BYTES_PER_INDEX, BYTES_PER_WEIGHT
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering.spec import Ints, LayerSpec
 from ranksearch.lowering.weighting import Weighting
@@ -237,7 +237,7 @@ class Lowering(ABC):
         return sum(map(prod, self.stored_shapes(spec, rank))) + (spec.out_channels if spec.bias else 0)
 
     def indices(self, spec: LayerSpec, rank: Rank) -> int:
-        """Stored whole numbers, of as many bytes as a weight, that are no parameters."""
+        """Stored whole numbers, int32, that are no parameters."""
         return 0
 
     def macs(self, spec: LayerSpec, rank: Rank, in_size: Ints) -> int:
@@ -259,7 +259,7 @@ class Lowering(ABC):
         if cost == "params":
             return self.params(spec, rank)
         if cost == "size":
-            return (self.params(spec, rank) + self.indices(spec, rank)) * BYTES_PER_WEIGHT
+            return self.params(spec, rank) * BYTES_PER_WEIGHT + self.indices(spec, rank) * BYTES_PER_INDEX
         raise UsageError(
             f"A layer's cost is one of {', '.join(LAYER_COSTS)}, not {cost!r}. {nearest(cost, LAYER_COSTS)}"
         )

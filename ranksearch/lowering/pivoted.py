@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -271,14 +271,11 @@ def _weight(layer: LayerSpec, device: torch.device | None, dtype: torch.dtype | 
     return nn.Parameter(torch.empty(layer.weight_shape, device=device, dtype=dtype))
 
 
-_POINTWISE: tuple[Any, ...] = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-"""By the number of spatial axes."""
-
-
 class _Others(nn.Module):
     """What pivoted ends share: the 1x1 conv or Linear of the channels that are no pivots, and the index that orders channels."""
 
-    order: Tensor
+    if TYPE_CHECKING:  # TorchScript would try to compile what is annotated
+        order: Tensor
 
     def __init__(self, layer: LayerSpec, channels: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -288,12 +285,17 @@ class _Others(nn.Module):
         self.axis = 1 if layer.is_conv else -1
 
     def others(self, x: Tensor) -> Tensor:
-        extra = {"groups": self.groups} if self.axes else {}
-        return _POINTWISE[self.axes](x, self.weight, **extra)
+        if self.axes == 0:  # written out, so that TorchScript takes it
+            return F.linear(x, self.weight)
+        if self.axes == 1:
+            return F.conv1d(x, self.weight, groups=self.groups)
+        if self.axes == 2:
+            return F.conv2d(x, self.weight, groups=self.groups)
+        return F.conv3d(x, self.weight, groups=self.groups)
 
     def ordered(self, x: Tensor) -> Tensor:
         """The channels of x in the order of the index. Along a Linear's last axis `index_select` takes seven times as long as `gather`."""
-        if self.axes:
+        if self.axes > 0:
             return x.index_select(1, self.order)
         return x.gather(-1, self.order.long().expand(x.shape))
 
@@ -370,10 +372,13 @@ class PivotedOutput(_Others):
         self.tiles, self.rest = tiles, layer.out_channels
         bias = torch.zeros(whole.out_channels, device=device, dtype=dtype) if whole.bias else None
         self.bias = nn.Parameter(bias) if bias is not None else None
+        self.along = [-1, *(1 for _ in range(self.axes))]
+        """The bias's shape, to be added to a map."""
 
     def forward(self, h: Tensor) -> Tensor:
-        y = torch.cat([h, self.others(h)], dim=self.axis) if self.rest else h
+        y = torch.cat([h, self.others(h)], dim=self.axis) if self.rest > 0 else h
         y = self.ordered(y)
         if self.tiles > 1:
-            y = y.unflatten(1, (self.tiles, -1)).sum(dim=1)
-        return y if self.bias is None else y + self.bias.reshape(-1, *(1 for _ in range(self.axes)))
+            y = y.unflatten(1, [self.tiles, -1]).sum(dim=1)
+        bias = self.bias
+        return y if bias is None else y + bias.reshape(self.along)

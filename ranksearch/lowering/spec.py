@@ -27,7 +27,7 @@ class LayerSpec:
     """A convolution over `len(kernel_size)` spatial axes, transposed or not, or a Linear where `kernel_size` is ().
 
     Letters, package-wide: T = out_channels, S = in_channels, k = kernel_size, g = groups. torch lays the weight out as
-    [T, S/g, *k], and as [S, T/g, *k] where the convolution is transposed; lowerings see neither, but `blocks`: [g, T/g, S/g, *k].
+    [T, S/g, *k], and as [S, T/g, *k] where the layer is transposed; lowerings see neither, but `blocks`: [g, T/g, S/g, *k].
     Sizes of the maps are not part of it: a layer's `in_size` (spatial extents of its input; for a Linear the leading
     extents, such as tokens) is passed where MACs are counted, so that one layer may be used at several sizes.
     """
@@ -59,8 +59,8 @@ class LayerSpec:
     def of(cls, module: nn.Module) -> LayerSpec | None:
         """The spec of a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear; None for any other module.
 
-        None also for one that computes something else (`own_forward`: weight standardisation, LoRA, ...), and where the weight is no
-        parameter of the module but computed (weight norm, spectral norm, pruning, other parametrizations): what is written into it
+        `Conv1D` of Hugging Face, which GPT-2 is made of, is a Linear whose weight lies the other way round: a transposed one. None also
+        for one that computes something else (`own_forward`: weight standardisation, LoRA, ...), and where the weight is no parameter of the module but computed (weight norm, spectral norm, pruning, other parametrizations): what is written into it
         would not last.
         """
         if module._parameters.get("weight") is None or own_forward(module) is not None:
@@ -69,6 +69,8 @@ class LayerSpec:
             return None
         if isinstance(module, nn.Linear):
             return cls(module.in_features, module.out_features, bias=module.bias is not None)
+        if _base(module) is not None and not isinstance(module, tuple(_CONVS.values())):
+            return cls(module.nx, module.nf, bias=module.bias is not None, transposed=True)
         for (axes, transposed), conv in _CONVS.items():
             if isinstance(module, conv):
                 padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
@@ -129,7 +131,7 @@ class LayerSpec:
         return prod(in_size if self.transposed else self.out_size(in_size)) * prod(self.weight_shape)
 
     def build(self, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-        """The torch layer of this spec, with torch's own initial weights."""
+        """The torch layer of this spec, with torch's own initial weights (of a transposed Linear, the plain one that computes the same)."""
         if not self.is_conv:
             return nn.Linear(self.in_channels, self.out_channels, bias=self.bias, device=device, dtype=dtype)
         extra = {"output_padding": self.output_padding} if self.transposed else {}
@@ -196,9 +198,17 @@ _COMPUTING = (
 """What decides what a Conv or Linear computes when it is called."""
 
 
+def _base(module: nn.Module) -> type[nn.Module] | None:
+    """The layer's class that `module` is of, itself or by inheritance; None where it is of none."""
+    if isinstance(module, (*_CONVS.values(), nn.Linear)):
+        return next(c for c in (*_CONVS.values(), nn.Linear) if isinstance(module, c))
+    kinds = type(module).__mro__  # not imported: who has such a layer has the package
+    return next((c for c in kinds if (c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D")), None)
+
+
 def own_forward(module: nn.Module) -> str | None:
     """Which of a Conv's or Linear's methods are not torch's own, as a sentence; None where all are, and for other modules."""
-    base = next((c for c in (*_CONVS.values(), nn.Linear) if isinstance(module, c)), None)
+    base = _base(module)
     if base is None:
         return None
     for name in _COMPUTING:

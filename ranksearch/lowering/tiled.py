@@ -95,6 +95,8 @@ class SquareTiles(MatrixLowering):
 
     def refusal(self, spec: LayerSpec) -> str | None:
         rows, columns = self._extents(spec)
+        if spec.transposed and not spec.is_conv:
+            return f"{self.name} rebuilds a torch layer's weight, and this one lies the other way round: take svd."
         if max(rows, columns) <= self.side:
             return f"{self.name} needs more than one tile of side {self.side}; the matrix is {rows} x {columns}."
         return None
