@@ -202,7 +202,8 @@ def check_net(name: str, forms: tuple[str, ...] = FORMS) -> dict[str, Any]:
     project_(projected, plan)
     whole = full_plan(net)
     row = {
-        "net": name, "layers": len(net.layers), "lowered": len(list(plan.lowered())), "budget": budget, "params": dense.params, "macs": dense.macs,
+        "net": name, "layers": len(net.layers), "lowered": len(list(plan.lowered())), "budget": budget,
+        "params": dense.params, "macs": dense.macs,
         "compress_passes": passes.count, "macs_ratio": cost.macs / dense.macs, "params_ratio": cost.params / dense.params,
         "full_rank_error": difference(ranksearch.compress(model, whole), model, x),
         "projected_error": difference(small, projected, x),

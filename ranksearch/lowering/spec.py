@@ -56,16 +56,16 @@ class LayerSpec:
         return replace(base, **settings)
 
     @classmethod
-    def of(cls, module: nn.Module) -> LayerSpec | None:
+    def of(cls, module: Any) -> LayerSpec | None:
         """The spec of a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear; None for any other module.
 
         `Conv1D` of Hugging Face, which GPT-2 is made of, is a Linear whose weight lies the other way round: a transposed one. None also
-        for one that computes something else (`own_forward`: weight standardisation, LoRA, ...), and where the weight is no parameter of the module but computed (weight norm, spectral norm, pruning, other parametrizations): what is written into it
-        would not last.
+        for one that computes something else (`own_forward`: weight standardisation, LoRA, ...), and where the weight is no parameter
+        of the module but computed (weight norm, spectral norm, pruning, other parametrizations): what is written into it would not last.
         """
         if module._parameters.get("weight") is None or own_forward(module) is not None:
             return None
-        if torch.nn.parameter.is_lazy(module.weight):  # type: ignore[arg-type]
+        if torch.nn.parameter.is_lazy(module.weight):
             return None
         if isinstance(module, nn.Linear):
             return cls(module.in_features, module.out_features, bias=module.bias is not None)

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ranksearch.compress.axes import free_axes
 from ranksearch.compress.export import PLAN, WEIGHTS
-from ranksearch.compress.exported import free_axes, max_rel_error
-from ranksearch.compress.formats import quiet, told
+from ranksearch.compress.exported import max_rel_error
+from ranksearch.compress.formats import quiet, told, traced
 from ranksearch.compress.inputs import call, repeated
 from ranksearch.compress.plain import is_plain, named_inputs, plain, plain_outputs
 from ranksearch.tasks import TaskKind
@@ -50,7 +51,7 @@ def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model
     made_by = {"input": "(image / scale - mean) / std, per channel"}
     example = repeated(kind.example_input, BATCH, torch.Generator().manual_seed(0))
     with told(f"The net in {folder} cannot be stored as an MLflow model"), torch.inference_mode():
-        free = set(free_axes(net, example))
+        free = set(free_axes(traced(net, example), example))
         alone = is_plain(net, example)
         stored = net if alone else plain(net, example)
         named = named_inputs(example)
