@@ -16,10 +16,13 @@ from ranksearch.allocate import CurveCache
 from ranksearch.allocate.budget import Budgets
 from ranksearch.cluster.address import check_address
 from ranksearch.compress import RankPlan, load_net
+from ranksearch.compress.export import load_stored_net
 from ranksearch.compress.exported import check_fold
 from ranksearch.compress.formats import format_named
 from ranksearch.compress.standalone import export_alone, save_like
+from ranksearch.compress.whole import check_rebuilt
 from ranksearch.errors import StudyError, UsageError
+from ranksearch.lowering.tiled import settle_
 from ranksearch.places.files import write_atomically
 from ranksearch.run_study import Observer, Silent, dense_accuracy, preflight, run_study
 from ranksearch.search.opening import WARM
@@ -305,7 +308,8 @@ def load(folder: str | Path, *, build: Callable[[], nn.Module] | str | None = No
     """The compressed net of a trial's folder (`plan.json`, `model.safetensors`), in evaluation mode. Runs no pickle.
 
     A plan that names one of our models is enough to build it. A net of a task of your own is built by the copy of your file in its study,
-    where `folder` lies within that study's, if you started a study with that file; no file runs because a folder holds it.
+    where `folder` lies within that study's, if you started a study with that file, and is checked as a whole; no file runs because a
+    folder holds it.
 
     Args:
         build: makes the dense net, with any weights, or where it is imported from, such as "package.module:make_net"; for a net of your own
@@ -324,7 +328,13 @@ def load(folder: str | Path, *, build: Callable[[], nn.Module] | str | None = No
         make = partial(imported_net, build) if isinstance(build, str) else build
         return load_net(folder, lambda reference: make())
     study = study_around(folder)
-    return load_net(folder, build_reference if study is None else read_folder(study, trust=trust)[0].build)
+    if study is None:
+        return load_net(folder, build_reference)
+    space = read_folder(study, trust=trust)[0]
+    net, plan = load_stored_net(folder, space.build)
+    net = settle_(net)
+    check_rebuilt(net, plan, space.build(plan.model or ""), space.kind().example_input)
+    return net
 
 
 def save(net: nn.Module, folder: str | Path, *, like: str | Path | RankPlan) -> Path:

@@ -1,6 +1,7 @@
 """A compressed net checked as a whole: that it costs what its plan says, calls what was lowered, and computes what it should.
 
-Two forward passes: one of the dense net projected in place (which shows what every layer gets), one of the compressed net.
+Two forward passes: one of the dense net projected in place (which shows what every layer gets), one of the compressed net. It is done
+wherever a compressed net appears: in `compress`, where a trial decomposes, before an export and where a study's net is loaded.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV
 from ranksearch.compress.bare import bare
 from ranksearch.compress.copying import copied
 from ranksearch.compress.cost import plan_cost
 from ranksearch.compress.counting import counter, macs
-from ranksearch.compress.inputs import batch_size, call, cast, tensors
+from ranksearch.compress.inputs import batch_size, call, cast, moved, tensors
 from ranksearch.compress.plan import RankPlan
-from ranksearch.compress.slots import slots_of
+from ranksearch.compress.slots import find_slots, slots_of
 from ranksearch.compress.trace import Net, traced
 from ranksearch.compress.undisturbed import own, undisturbed
 from ranksearch.errors import UsageError
 from ranksearch.lowering import lowering_named
-from ranksearch.lowering.chain import Chain
+from ranksearch.lowering.chain import Chain, Computed
 
 TOLERANCE = 1e-4
 """Of max |a - b| / max |a|, a the outputs of the projected net and b those of the compressed one."""
@@ -35,8 +37,33 @@ def check_whole(model: nn.Module, small: nn.Module, plan: RankPlan, example_inpu
             in place; the text names layers to exclude.
     """
     dense = copied(bare(model))
-    chains = {name: small.get_submodule(name) for name, _ in plan.lowered() if _holds(small, name)}
-    _project_(dense, chains, plan)
+    _project_(dense, _chains(small, plan), plan)
+    _compare(dense, small, plan, moved(example_input, _device(dense)))
+
+
+def check_rebuilt(small: nn.Module, plan: RankPlan, dense: nn.Module, example_input: Any) -> None:
+    """Holds `small`, a compressed net that was read from its files, to its plan and to the dense net of its architecture.
+
+    Args:
+        dense: of any weights, which are lost: it takes those of `small`.
+
+    Raises:
+        UsageError: as `check_whole`.
+    """
+    _take_over_(dense, small)
+    _compare(dense, small, plan, moved(example_input, _device(dense)))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(iter(model.parameters())).device
+
+
+def _chains(small: nn.Module, plan: RankPlan) -> dict[str, nn.Module]:
+    return {name: small.get_submodule(name) for name, _ in plan.lowered() if _holds(small, name)}
+
+
+def _compare(dense: nn.Module, small: nn.Module, plan: RankPlan, example_input: Any) -> None:
+    chains = _chains(small, plan)
     net, wanted = traced(dense, example_input)
     called: set[str] = set()
     hooks = [chain.register_forward_pre_hook(_noting(called, name)) for name, chain in chains.items()]
@@ -111,6 +138,36 @@ def _project_(dense: nn.Module, chains: dict[str, nn.Module], plan: RankPlan) ->
                 slot.weight.copy_(chain.weight.dense())
 
 
+def _take_over_(dense: nn.Module, small: nn.Module) -> None:
+    """Gives the dense net the weights that the compressed one computes with."""
+    stored = small.state_dict()
+    with torch.no_grad():
+        for name, tensor in dense.state_dict().items():
+            if name in stored and stored[name].shape == tensor.shape:
+                tensor.copy_(stored[name])
+        for name, slot in find_slots(dense).items():
+            try:
+                layer: Any = small.get_submodule(name)
+            except AttributeError:  # an attention that was opened in its other form
+                continue
+            weight = layer.weight
+            slot.weight.copy_(weight.dense() if isinstance(weight, Computed) else weight)
+            if slot.attention is not None and layer.bias is not None:
+                _attention_bias(dense.get_submodule(slot.attention), name.rpartition(".")[2]).copy_(layer.bias)
+            for path in slot.paths if slot.attention is None else ():  # layers of one weight have biases of their own
+                theirs: Any = dense.get_submodule(path).bias
+                if theirs is not None:
+                    theirs.copy_(small.get_submodule(path).bias)
+
+
+def _attention_bias(attention: Any, part: str) -> Tensor:
+    """A view of the bias of one of an attention's projections."""
+    if part == OUT_PROJ:
+        return attention.out_proj.bias
+    packed: Tensor = attention.in_proj_bias
+    return packed if part == IN_PROJ else packed.split(attention.embed_dim)[QKV.index(part)]
+
+
 def _noting(called: set[str], name: str) -> Any:
     return lambda module, args: called.add(name)
 
@@ -129,7 +186,8 @@ def difference(wanted: Any, found: Any) -> float:
 
 
 def _error(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
-    if a.numel() == 0 or torch.equal(a.nan_to_num(), b.nan_to_num()):
+    known = a.isfinite()  # what has diverged says nothing
+    a, b = a.double()[known], b.double()[known]
+    if a.numel() == 0 or torch.equal(a, b):
         return 0.0
     return float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float32).tiny))

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from ranksearch.allocate.budget import Budgets
 from ranksearch.compress import RankPlan
+from ranksearch.compress.copying import copied
 from ranksearch.compress.export import PLAN, Build, holds_net, load_stored_net
 from ranksearch.compress.exported import CHECKED_BATCHES, Exported, export_net
 from ranksearch.compress.formats import Format
 from ranksearch.compress.plain import named_inputs
+from ranksearch.compress.whole import check_rebuilt
 from ranksearch.errors import UsageError
+from ranksearch.lowering.tiled import settle_
 from ranksearch.places.files import new_folder_atomically, write_atomically
 from ranksearch.space.quality import Limits
 from ranksearch.study.folder import EXPORTS
@@ -116,7 +119,8 @@ def export_trial(study: Study, row: Row, folder: Path, form: Format, *, build: B
         raise UsageError(
             f"{study.trial_folder(row['trial'])} holds another net: its {PLAN} is not the plan of trial {row['trial']}."
         )
-    dense = build(plan.model or "").eval()  # its untrained weights take as long as trained ones
+    dense = build(plan.model or "").eval()  # untrained weights would take as long as trained ones
+    check_rebuilt(settle_(copied(model)), plan, dense, kind.example_input)
     try:
         with new_folder_atomically(folder) as partial:
             exported = export_net(

@@ -43,7 +43,7 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     """Trains the dense net under projections, ends on one, so that decomposing changes nothing, and decomposes."""
     recipe, model, steps = session.recipe, session.dense_net(), range(session.recipe.dense_steps)
     if not steps:  # decomposed first: the dense net as it is has no score of its own
-        small = session.same_(compress(model, plan))
+        small = session.same_(compress(model, plan, example_input=session.task.example_input))
         session.reestimate_bn_(small)
         session.score("decomposed", small, 0, candidate=True)
         return small
@@ -57,7 +57,8 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     found = projecting.summary() | {"projections": projecting.count}
     session.score("projected", model, len(steps), candidate=False, **found)
     # computes the same, so BN's fresh statistics fit
-    small = session.same_(compress(model, plan, warm=projecting.projector.warm))
+    example, warm = session.task.example_input, projecting.projector.warm
+    small = session.same_(compress(model, plan, example_input=example, warm=warm))
     session.score("decomposed", small, len(steps), candidate=True)
     return small
 
