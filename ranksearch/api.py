@@ -1,4 +1,4 @@
-"""The public Python API that joins the floors: `search`, `resume`, `preview`, `sync`, `report`, `load`, `export`."""
+"""The public Python API that joins the floors: `search`, `resume`, `preview`, `sync`, `report`, `load`, `export`, `plan_file_to`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ranksearch.allocate import CurveCache
 from ranksearch.allocate.budget import Budgets
 from ranksearch.cluster.address import check_address
 from ranksearch.compress import RankPlan, load_net
-from ranksearch.compress.export import load_stored_net
+from ranksearch.compress.export import PLAN, load_stored_net
 from ranksearch.compress.exported import check_fold
 from ranksearch.compress.formats import format_named
+from ranksearch.compress.plan_to import plan_to
 from ranksearch.compress.standalone import export_alone, save_like
 from ranksearch.compress.whole import check_rebuilt
 from ranksearch.errors import StudyError, UsageError
@@ -349,6 +350,33 @@ def save(net: nn.Module, folder: str | Path, *, like: str | Path | RankPlan) -> 
         UsageError: the net is not of that structure, or `folder` is that folder.
     """
     return save_like(net, Path(folder), like if isinstance(like, RankPlan) else Path(like))
+
+
+def plan_file_to(path: str | Path, form: str, *, period: int | None = None) -> dict[str, Any]:
+    """A plan's file for another library, as `ranksearch.plan_to` writes it; the dense net is that which the plan names.
+
+    Args:
+        path: a plan.json, or a folder with one; of a net of your own it lies within its study's folder.
+        period: optimizer steps between projections.
+
+    Raises:
+        UsageError: no such file or form, a plan without a model, or nothing of it can be said there.
+    """
+    path = Path(path)
+    path = path / PLAN if path.is_dir() else path
+    try:
+        plan = RankPlan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} cannot be read as a plan ({error}): name a plan.json, or a folder with one."
+        ) from error
+    if plan.model is None:
+        raise UsageError(
+            f"{path} does not name its model: from Python, `ranksearch.plan_to(plan, {form!r}, model=net)`."
+        )
+    study = study_around(path.parent)
+    build = build_reference if study is None else read_folder(study)[0].build
+    return plan_to(plan, form, model=build(plan.model), period=period)
 
 
 def export(

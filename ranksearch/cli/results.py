@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ranksearch.cli.options import DEFAULT_RUNS, AtLeast, Budgets, Json, Runs, StudyName, Trust, app, print_json
+from ranksearch.errors import UsageError
+from ranksearch.places.files import write_atomically
 
 
 @app.command(rich_help_panel="Results")
@@ -56,6 +60,33 @@ def export(
         print_json(record)
     else:
         print_export(record)
+
+
+@app.command("plan-to", rich_help_panel="Results")
+def plan_to(
+    form: Annotated[str, typer.Argument(metavar="peft|torchao|json", help="Who is to read it.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json, or a folder with one, such as a trial's.")],
+    period: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps between projections (torchao); left out, every step.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Left out, stdout.")] = None,
+) -> None:
+    """Write a plan for others: PEFT's LoRA patterns, a pruning config of torchao's PAT, or plain JSON.
+
+    Example: ranksearch plan-to peft runs/digits_resnet8/trials/003
+    """
+    from ranksearch import api
+
+    record = api.plan_file_to(plan, form, period=period)
+    for name, why in record.get("left_out", {}).items():
+        print(f"left out: {name}: {why}", file=sys.stderr)
+    if output is None:
+        print_json(record)
+    else:
+        try:
+            write_atomically(output, json.dumps(record, indent=2))
+        except OSError as error:
+            raise UsageError(f"{output} cannot be written ({error}): name another file by -o.") from error
 
 
 @app.command(rich_help_panel="Results")
