@@ -19,6 +19,7 @@ from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
 from ranksearch.study.driver import run_inline
 from ranksearch.study.latency import measure_front
+from ranksearch.study.repeats import repeat_front
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.tasks.device import pick_device
@@ -142,6 +143,8 @@ def run_study(
             )
         if bench.task.test is not None:
             study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)
+        test = bench.task.test
+        repeat_front(study, bench, None if test is None else lambda net: _accuracy(net, test, bench.task), observer.log)
         study.conclude()
         _write_pages(study, observer)
     except BaseException:

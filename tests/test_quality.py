@@ -14,6 +14,8 @@ from ranksearch.search.groups import MOST_BLOCKS, blocks_of
 from ranksearch.search.local_tpe import cost_at_limit
 from ranksearch.space.quality import limits_of, parse_quality
 from ranksearch.space.reading import read_space
+from ranksearch.study.driver import run_inline
+from ranksearch.study.repeats import repeat_front, that_matter
 from ranksearch.study.study import Study
 from ranksearch.trial.metric import Metric
 from tests.conftest import simulated
@@ -169,3 +171,36 @@ def test_a_net_in_one_module_is_searched_by_blocks(digits_yaml):
     curves = rank_curves(net, trace(net, torch.zeros(1, 8, 8, 8)), LayerRules(("im2col",)))
     assert len(groups_of(curves, grouping_of(read_space(digits_yaml)))) == 3
     assert len(groups_of(curves, "stage")) == 1
+
+
+# Trained again with other seeds ---------------------------------------------------------------------------------------
+
+
+def test_the_nets_that_matter_are_trained_again_with_other_seeds(bench, tmp_path, digits_yaml):
+    settings = ["search.repeats=2", "recipe.steps=4", "recipe.bn_batches=1", "tracking.models=false"]
+    study = Study.create(tmp_path, read_space(digits_yaml, trials=3, settings=settings), bench, 97.0)
+    run_inline(study, bench, lambda row: None, print)
+    scored, said = [], []
+
+    def score(net):
+        scored.append(net)
+        return 90.0 + len(scored)
+
+    repeat_front(study, bench, score, said.append)
+    matter = that_matter(study.front, study.cost)
+    assert 1 <= len(matter) <= 3
+    assert len(scored) == 2 * len(matter)
+    assert sum("again with another seed" in line for line in said) == len(scored)
+    again = study.front[0].repeats
+    assert again["runs"] == 3
+    assert again["failed"] == 0
+    values = [study.front[0].val_accuracy, *(entry["validation"] for entry in study.repeats(study.front[0].trial))]
+    assert again["validation_mean"] == pytest.approx(np.mean(values))
+    assert again["validation_std"] == pytest.approx(np.std(values, ddof=1))
+    assert again["test_mean"] == pytest.approx(91.5)  # the trial itself has not been scored on test here
+    repeat_front(study, bench, score, said.append)
+    assert len(scored) == 2 * len(matter), "what was done is not done again"
+    opened = Study.open(study.folder)
+    assert opened.front[0].repeats == again
+    assert f"trial {study.front[0].trial} test 91.50 ± 0.71 over 3 seeds" in opened.front_record()["verdict"]["trust"]
+    assert not list((study.folder / "repeats").iterdir())

@@ -126,6 +126,10 @@ class SearchSpace(Strict):
     """Folders of earlier studies, or front files, whose plans are tried first, as far as they lie within budgets and layer rules."""
     early_stopping: EarlyStoppingSpace | None = None
     """Off by default: it pays where trials are long."""
+    repeats: int = Field(default=0, ge=0, le=100)
+    """How often the nets that matter for the verdict (the one to ship, the next cheaper one, the cheapest of the front) are trained again
+    with other seeds at the end, in the driver's process; mean and deviation stand in front, report and
+    MLflow."""
     max_failures: float = Field(default=0.5, ge=0, le=1)
     """The study ends where more than this share of its trials (of ten at least, or all of the first three) failed or diverged."""
 

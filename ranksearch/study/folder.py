@@ -40,6 +40,7 @@ from ranksearch.study.where import (  # noqa: F401  (a study's folder has one ta
     LOCK,
     MEASURED,
     PREVIEW,
+    REPEATS,
     REPORT,
     SPACE,
     TEST,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ranksearch.places.files import write_atomically
-from ranksearch.study.folder import MEASURED, TEST
-from ranksearch.study.records import LATENCIES, TEST_ACCURACIES, read_record
+from ranksearch.study.folder import MEASURED, REPEATS, TEST
+from ranksearch.study.records import LATENCIES, REPEATED, TEST_ACCURACIES, read_record
 from ranksearch.study.row import Row
 from ranksearch.trial.metric import Metric
 
@@ -17,10 +17,10 @@ DENSE = "dense"
 
 
 class Late:
-    """The files `latencies.json` and `test.json` of a study's folder."""
+    """The files `latencies.json`, `test.json` and `repeats.json` of a study's folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._latencies, self._test = folder / MEASURED, folder / TEST
+        self._latencies, self._test, self._repeats = folder / MEASURED, folder / TEST, folder / REPEATS
 
     def latencies(self) -> dict[str, list[float]]:
         """Trial number -> (milliseconds, ratio of dense) of the nets that were timed."""
@@ -30,6 +30,17 @@ class Late:
         """Adds latencies by trial number; returns all that are known."""
         known = self.latencies() | {str(number): list(times) for number, times in found.items()}
         write_atomically(self._latencies, json.dumps(known, indent=2))
+        return known
+
+    def repeats(self) -> dict[str, list[dict[str, float | None]]]:
+        """Trial number -> the metric by split of each time that it was trained again; None where that failed."""
+        return read_record(self._repeats, REPEATED) if self._repeats.is_file() else {}
+
+    def note_repeat(self, number: int, found: Mapping[str, float | None]) -> dict[str, list[dict[str, float | None]]]:
+        """Adds one; returns all that are known."""
+        known = self.repeats()
+        known.setdefault(str(number), []).append(dict(found))
+        write_atomically(self._repeats, json.dumps(known, indent=2, allow_nan=False))
         return known
 
     def test_accuracies(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from ranksearch.study.front import dominates, front_hypervolume, in_order, merit
-from ranksearch.study.row import Row
+from ranksearch.study.row import Row, repeated
 from ranksearch.trial.result import Status
 
 
@@ -136,6 +136,15 @@ class Ledger:
             if key.isdigit() and int(key) in self._rows:
                 self._rows[int(key)] = replace(self._rows[int(key)], test_accuracy=accuracy)
         self._rebuild()
+
+    def repeat(self, found: Mapping[str, Sequence[Mapping[str, float | None]]]) -> None:
+        """Writes what trials reached when they were trained again (trial number as text -> metric by split) into the rows."""
+        for key, again in found.items():
+            if int(key) in self._rows:
+                row = self._rows[int(key)]
+                self._rows[row.trial] = replace(row, repeats=repeated(row, again))
+        if found:
+            self._rebuild()
 
     def _rebuild(self) -> None:
         """Makes the front and the best trial anew from the rows, which were replaced."""

@@ -293,6 +293,10 @@ CANDIDATE = TypeAdapter(CandidateRecord)
 TEST_ACCURACIES = TypeAdapter(
     dict[Annotated[str, Field(pattern=r"^(\d{1,9}|dense)$")], Finite], config=ConfigDict(strict=True)
 )
+REPEATED = TypeAdapter(
+    dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], list[dict[Literal["validation", "test"], Finite | None]]],
+    config=ConfigDict(strict=True),
+)
 LATENCIES = TypeAdapter(
     dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[list[AboveZero], Field(min_length=2, max_length=2)]],
     config=ConfigDict(strict=True),

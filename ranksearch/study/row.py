@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from statistics import fmean, stdev
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -33,6 +34,8 @@ class Row:
     val_accuracy: float | None = None
     """The task's metric in its own unit."""
     val_loss: float | None = None
+    repeats: dict[str, Any] | None = None
+    """Of a net that was trained again with other seeds at the end: `runs`, and mean and deviation by split (`repeats.py`)."""
     kept: dict[str, Any] | None = None
     """Which net of the trial this is: the `phase` and the `step` it was scored after (`trial/kept.py`)."""
     macs: int | None = None
@@ -120,6 +123,22 @@ class Row:
     def record(self) -> dict[str, Any]:
         """The row as `front.json` holds it."""
         return {name: getattr(self, name) for name in FIELDS if name not in NOT_IN_RECORD}
+
+
+def repeated(own: Row, again: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Of a trial and its repeats: how many ended well (`runs`, the trial among them), mean and deviation (n - 1) by split.
+
+    None where nothing was repeated. The trial itself was chosen for its validation: the mean with it is a little too good.
+    """
+    if not again:
+        return None
+    found: dict[str, Any] = {"runs": 1 + sum(entry["validation"] is not None for entry in again), "failed": 0}
+    found["failed"] = 1 + len(again) - found["runs"]
+    for split, value in (("validation", own.val_accuracy), ("test", own.test_accuracy)):
+        values = [v for v in (value, *(entry[split] for entry in again)) if v is not None]
+        found[f"{split}_mean"] = fmean(values) if values else None
+        found[f"{split}_std"] = stdev(values) if len(values) > 1 else None
+    return found
 
 
 FIELDS = tuple(found.name for found in fields(Row))

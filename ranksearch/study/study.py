@@ -93,6 +93,7 @@ class Study:
         self._ledger = Ledger(self._objectives, rows, faster=space.has_latency, least=least)
         self._ledger.score(self._late.test_accuracies())
         self._ledger.time(self._late.latencies())
+        self._ledger.repeat(self._late.repeats())
         self._front_changed = False
         """Whether the front was changed since it was written."""
         self._rungs = recorded_rungs(space.search.early_stopping, self._ledger.rows, self._rung_point)
@@ -469,6 +470,15 @@ class Study:
     def score_test(self, evaluate: Callable[[Row | None], float], log: Callable[[str], None]) -> None:
         """Scores the dense net and the front on the test set, once each: `evaluate(row)`, or None for the dense net."""
         self._ledger.score(self._late.score(self._ledger.front, self.metric, evaluate, log))
+        self.write_front()
+
+    def repeats(self, number: int) -> list[dict[str, float | None]]:
+        """The metric by split of each time that a trial was trained again at the end."""
+        return self._late.repeats().get(str(number), [])
+
+    def note_repeat(self, number: int, found: Mapping[str, float | None]) -> None:
+        """Keeps what a trial reached with another seed; the front is written anew."""
+        self._ledger.repeat(self._late.note_repeat(number, found))
         self.write_front()
 
     def front_record(self, *, budgets: Budgets = (), at_least: Limits = ()) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def verdict_of(record: Record, *, where: str | None = None) -> Verdict:
         why=_why(record, row),
         cheaper=_cheaper(record, row, split),
         front=shape_in_words(record),
-        trust=_trust(record),
+        trust=" ".join(filter(None, (_trust(record), _again(record)))),
         warning=_seen(record),
         split=split,
         value=row[key],
@@ -213,6 +213,22 @@ def _trust(record: Record) -> str:
         return ""
     n = "" if metric["name"] == "accuracy" else "; the ± of this metric is not known, judge by the number of samples"
     return f"{', '.join(parts)}; ± is one standard error{n}.".replace("; ± is one standard error;", ";")
+
+
+def _again(record: Record) -> str:
+    """What the nets that were trained again reached: mean and deviation over seeds."""
+    said = []
+    for row in record["trials"]:
+        if not (again := row.get("repeats")):
+            continue
+        split = "test" if again["test_mean"] is not None else "validation"
+        mean, apart = (again[f"{split}_{what}"] for what in ("mean", "std"))
+        deviation = "" if apart is None else f" ± {metric_text(record['metric'], apart)}"
+        failed = f", {again['failed']} more failed" if again["failed"] else ""
+        said.append(
+            f"trial {row['trial']} {split} {metric_text(record['metric'], mean)}{deviation} over {again['runs']} seeds{failed}"
+        )
+    return f"Trained again: {'; '.join(said)} (mean ± deviation)." if said else ""
 
 
 def _seen(record: Record) -> str:

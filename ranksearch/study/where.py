@@ -12,6 +12,7 @@ from ranksearch.study.verdict import SCHEMA
 
 SPACE, GIVEN, INFO, JOURNAL = "space.yaml", "space.given.yaml", STUDY_FILE, "optuna.journal"
 FRONT, TEST = "front.json", "test.json"
+REPEATS = "repeats.json"
 DENSE_WEIGHTS, CHECKPOINTS, TRIALS = "dense.safetensors", "checkpoints", "trials"
 REPORT, FRONT_PNG = "report.html", "front.png"
 CURVES, PREVIEW, EXPORTS = "curves.safetensors", "preview", "exports"

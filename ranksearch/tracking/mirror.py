@@ -257,6 +257,9 @@ class Mirror:
             if row["test_accuracy"] is not None:
                 score = {"test_accuracy": row["test_accuracy"]}
                 self._batch(self._runs[row["trial"]], metrics=[(0, score)], at=row["ended"] or 0.0)
+            if row["repeats"] is not None:
+                again = {f"again_{name}": float(value) for name, value in row["repeats"].items() if value is not None}
+                self._batch(self._runs[row["trial"]], metrics=[(0, again)], at=row["ended"] or 0.0)
         self._batch(self.parent_id, tags=dense_tags(view), at=created(self._info))
         self.show(view, importances, complete=complete)
         if complete:
