@@ -372,3 +372,16 @@ def test_a_checkpoint_that_cannot_be_read_starts_the_trial_anew(bench, tmp_path)
     path.write_bytes(b"half a file")
     result, _ = run(bench, steps=4, checkpoint=CheckpointFile(path, 60))
     assert result.status == "complete"
+
+
+@pytest.mark.parametrize("metric", ["auto", "kfac"])
+def test_a_trial_cuts_its_layers_in_the_metric_of_the_data_and_says_what_that_took(bench, tmp_path, metric):
+    from ranksearch.trial.candidate import MetricSetting
+
+    result = run_trial(
+        *bench, recipe(steps=4), seed=0, report=lambda entry: None, save_to=None,
+        checkpoint=CheckpointFile(tmp_path / "state.pt", 60.0), metric=MetricSetting(metric, 1, 2),
+    )  # fmt: skip
+    assert result.status == "complete"
+    projected = next(entry for entry in result.history if entry["phase"] == "projected")
+    assert 0 < projected["metric_seconds"] <= result.seconds

@@ -29,7 +29,9 @@ from ranksearch.compress import Net, trace
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering.weighting import Weighting
 
-METRICS = ("auto", "weights", "inputs", "kfac")
+WEIGHTS = "weights"
+"""The metric that needs no data."""
+METRICS = ("auto", WEIGHTS, "inputs", "kfac")
 SHRINKAGE = 0.01
 """Share of a second moment's mean diagonal that is added to its diagonal."""
 WIDEST = 2048

@@ -22,7 +22,7 @@ from ranksearch.tasks.device import device_memory, limit_share
 from ranksearch.tasks.loaded import loader_processes
 from ranksearch.tasks.task import Task
 from ranksearch.trial.attempt import attempt
-from ranksearch.trial.candidate import Candidate
+from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.checkpoint import Leaving
 from ranksearch.trial.placement import Placement
 from ranksearch.trial.recipe import Recipe
@@ -54,6 +54,7 @@ def packed(candidate: Candidate) -> dict[str, Any]:
         "plan": candidate.plan.to_dict(), "recipe": candidate.recipe.to_dict(), "seed": candidate.seed,
         "save_to": text_of(candidate.save_to), "checkpoint": text_of(candidate.checkpoint), "rungs": candidate.rungs,
         "latency": asdict(candidate.latency) if candidate.latency is not None else None,
+        "metric": asdict(candidate.metric) if candidate.metric is not None else None,
     }  # fmt: skip
     return {"number": candidate.number, CANDIDATE: json.dumps(parts)}
 
@@ -65,6 +66,7 @@ def candidate_of(config: dict[str, Any]) -> Candidate:
         config["number"], RankPlan.from_dict(parts["plan"]), Recipe.from_dict(parts["recipe"]), parts["seed"],
         place_at(parts["save_to"]), place_at(parts["checkpoint"]), rungs=tuple(parts["rungs"]),
         latency=LatencySetting(**parts["latency"]) if parts["latency"] is not None else None,
+        metric=MetricSetting(**parts["metric"]) if parts.get("metric") is not None else None,
     )  # fmt: skip
 
 

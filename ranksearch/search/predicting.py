@@ -18,6 +18,7 @@ from ranksearch.allocate import BASELINES, MEASURES, Curves, Damage, allocate_pl
 from ranksearch.allocate.sensitivity import ABSOLUTE, BALANCED
 from ranksearch.compress import RankPlan
 from ranksearch.errors import UsageError
+from ranksearch.lowering.weighting import Weighting
 from ranksearch.search.budgets import at_level, budgets_of, has_levels, lowest_level
 from ranksearch.search.scorer import Scorer
 from ranksearch.space.search import AUTO, RULES, USUAL_MEASURE, USUAL_SENSITIVITY
@@ -89,14 +90,21 @@ Planner = Callable[[list[Any]], RankPlan]
 class _Trial:
     """Untrained mean shares of candidates, scored level by level as long as they keep up; equal plans once."""
 
-    def __init__(self, space: Space, task: Task, model: nn.Module, curves: Curves) -> None:
+    def __init__(
+        self, space: Space, task: Task, model: nn.Module, curves: Curves, weightings: Mapping[str, Weighting]
+    ) -> None:
         low = lowest_level(space, curves)
         levels = [low + share * (1 - low) for share in LEVELS] if has_levels(space) else [1.0]
         self.levels = [at_level(budgets_of(space, curves), level, curves) for level in levels]
         least, most = IMAGES
         images = int(min(most, max(least, WORK / max(curves.dense.macs, 1)), len(task.val)))
         self._score = Scorer(
-            task, model, task.val.first(images), bn_batches=BN_BATCHES, batch_size=space.recipe.batch_size
+            task,
+            model,
+            task.val.first(images),
+            bn_batches=BN_BATCHES,
+            batch_size=space.recipe.batch_size,
+            weightings=weightings,
         )
         self.curves, self.images = curves, images
         self.metric = Metric.of(task, self._score(RankPlan()).accuracy)
@@ -145,13 +153,22 @@ class _Trial:
         return usual if usual in self.found and self.share(usual) >= self.share(best) - MARGIN else best
 
 
-def settle(space: Space, task: Task, model: nn.Module, curves: Curves, weigh_by: Weigh, log: Log) -> Prediction:
+def settle(
+    space: Space,
+    task: Task,
+    model: nn.Module,
+    curves: Curves,
+    weigh_by: Weigh,
+    log: Log,
+    weightings: Mapping[str, Weighting],
+) -> Prediction:
     """Scores the candidates and settles what the study predicts by.
 
     Args:
         weigh_by: sensitivities -> the damage that each predicts, under the usual measure.
+        weightings: layer -> the metric in which it is decomposed.
     """
-    trial = _Trial(space, task, model, curves)
+    trial = _Trial(space, task, model, curves, weightings)
     names = [name for name in SENSITIVE if name != BALANCED or _may_weigh_classes(task)]
     damages = {name: weigh_by(names)[name] for name in names}
 

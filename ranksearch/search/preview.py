@@ -83,7 +83,9 @@ def _scaled(budget: Budget, factor: Decimal, dense: Cost) -> Budget:
 def measured_greedy(bench: Workbench, images: int, batch_size: int, log: Log) -> Callable[..., RankPlan]:
     """AIMET's allocator with its scores, measured on training images: the validation images are for the comparison."""
     train = bench.task.train.first(images)
-    scorer = Scorer(bench.task, bench.dense_model(), train, bn_batches=2, batch_size=batch_size)
+    scorer = Scorer(
+        bench.task, bench.dense_model(), train, bn_batches=2, batch_size=batch_size, weightings=bench.weightings
+    )
 
     def tell(done: int, total: int) -> None:
         if done % 20 == 0 or done == total:
@@ -107,7 +109,9 @@ def preview_rows(
     """One row per level and allocator as it is scored; an allocator that has no plan at a level gives none, and it is said."""
     val = bench.task.val.first(images)
     batch_size = space.recipe.batch_size
-    scorer = Scorer(bench.task, bench.dense_model(), val, bn_batches=BN_BATCHES, batch_size=batch_size)
+    scorer = Scorer(
+        bench.task, bench.dense_model(), val, bn_batches=BN_BATCHES, batch_size=batch_size, weightings=bench.weightings
+    )
     reference, dense = model_reference(space.task, space.model), bench.curves.dense
     known: dict[str, Evaluation] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from ranksearch.compress import LayerPlan, RankPlan, reestimate_bn_
 from ranksearch.compress.slots import slots_of
 from ranksearch.compress.surgery import compress
 from ranksearch.lowering import lowering_named
+from ranksearch.lowering.weighting import Weighting
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import Evaluation, evaluate
 from ranksearch.tasks.source import Source, calibration_batches
@@ -19,16 +21,29 @@ from ranksearch.tasks.task import Task
 class Scorer:
     """Scores a net under plans: decomposition, BN re-estimation on augmented training images, evaluation; no training."""
 
-    def __init__(self, task: Task, model: torch.nn.Module, split: Source, *, bn_batches: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        model: torch.nn.Module,
+        split: Source,
+        *,
+        bn_batches: int,
+        batch_size: int,
+        weightings: Mapping[str, Weighting] | None = None,
+    ) -> None:
+        """
+        Args:
+            weightings: layer -> the metric in which it is decomposed.
+        """
         device = pick_device()
         self.task, self.split, self.device = task.without_test().to(device), split.to(device), device
         self.model = model.to(device).eval()
-        self._bn_batches, self._batch_size = bn_batches, batch_size
+        self._bn_batches, self._batch_size, self._weightings = bn_batches, batch_size, weightings
         self._starts: dict[tuple[str, LayerPlan], Any] = {}
 
     def __call__(self, plan: RankPlan) -> Evaluation:
         """Metric and loss; every plan sees the same samples."""
-        small = compress(self.model, plan, warm=self._started(plan))
+        small = compress(self.model, plan, warm=self._started(plan), weightings=self._weightings)
         if next(plan.lowered(), None) is not None:
             generator = torch.Generator(self.device).manual_seed(0)
             reestimate_bn_(small, calibration_batches(self.task.train, self._bn_batches, self._batch_size, generator))

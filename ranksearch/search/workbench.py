@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 
 from ranksearch.allocate import MEASURES, CurveCache, Curves, Damage, rank_curves, weigh_several
 from ranksearch.allocate.curves import cost_curves
-from ranksearch.allocate.drawn import Drawn, drawn_for, predicted
 from ranksearch.allocate.latency import timed
 from ranksearch.allocate.sensitivity import BALANCED
+from ranksearch.allocate.weightings import WEIGHTS, measure_weightings
 from ranksearch.compress import Net, trace
-from ranksearch.compress.inputs import batch_size, shape_of
+from ranksearch.compress.inputs import shape_of
 from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.errors import RanksearchError, UsageError
+from ranksearch.lowering.weighting import Weighting
 from ranksearch.search.budgets import check_feasible_space
 from ranksearch.search.predicting import Prediction, settle, usual
 from ranksearch.space.recipe import RecipeSpace
@@ -25,9 +26,9 @@ from ranksearch.space.search import AUTO, RULES
 from ranksearch.space.settings import numbers_of
 from ranksearch.space.space import Space
 from ranksearch.tasks import Task
+from ranksearch.tasks.calibration import paired_batches
 from ranksearch.tasks.dense import State, dense_state, read_checkpoint
 from ranksearch.tasks.device import pick_device
-from ranksearch.tasks.source import Batch
 
 Log = Callable[[str], None]
 LABELS = 7919
@@ -46,6 +47,8 @@ class Workbench:
     """What every option is predicted to cost."""
     rivals: Mapping[str, Damage] = field(default_factory=dict)
     """The same by the other sensitivities that compete, by name."""
+    weightings: Mapping[str, Weighting] = field(default_factory=dict)
+    """The metric in which the layers of the dense net are cut; of no layer where it is that of the weights."""
     prediction: Prediction | None = None
     """What was settled by untrained scores, where the space left it open."""
 
@@ -131,24 +134,26 @@ def prepare(
     else:
         dense = dense_state(task, checkpoint=space.checkpoint, data=space.data, fallback=fallback, log=log)
     model.load_state_dict(dense)
-    curves = with_latency(rank_curves(model, net, rules, known), model, example, table, log)
-    return Workbench(task, dense, net, curves, *_predicted(space, task, model, curves, log))
+    weightings = _weightings(space, task, model, net, log)
+    curves = with_latency(rank_curves(model, net, rules, known, weightings), model, example, table, log)
+    damage, rivals, prediction = _predicted(space, task, model, curves, weightings, log)
+    return Workbench(task, dense, net, curves, damage, rivals, weightings, prediction)
 
 
 def _predicted(
-    space: Space, task: Task, model: torch.nn.Module, curves: Curves, log: Log
+    space: Space, task: Task, model: torch.nn.Module, curves: Curves, weightings: Mapping[str, Weighting], log: Log
 ) -> tuple[Damage, Mapping[str, Damage], Prediction | None]:
     """(the damage that plans are made by, that of rival sensitivities, what was settled)."""
     known: dict[str, Damage] = {}
 
     def weigh_by(names: Sequence[str]) -> Mapping[str, Damage]:
         if new := [name for name in dict.fromkeys(names) if name not in known]:
-            known.update(_damages(usual(space), new, task, model, curves, log))
+            known.update(_damages(usual(space), new, task, model, curves, weightings, log))
         return known
 
     prediction, open_ = None, space.search.sensitivity == AUTO
     if open_ and space.search.parametrization == "allocated" and any(len(o.choices) > 1 for o in curves.layers):
-        prediction = settle(space, task, model, curves, weigh_by, log)
+        prediction = settle(space, task, model, curves, weigh_by, log, weightings)
     settled = prediction.settled(space) if prediction is not None else usual(space)
     measure = MEASURES[settled.search.measure]
     names = list(
@@ -160,20 +165,22 @@ def _predicted(
 
 
 def _damages(
-    space: Space, names: Sequence[str], task: Task, model: torch.nn.Module, curves: Curves, log: Log
-) -> dict[str, Damage]:
+    space: Space, names: Sequence[str], task: Task, model: torch.nn.Module, curves: Curves,
+    weightings: Mapping[str, Weighting], log: Log,
+) -> dict[str, Damage]:  # fmt: skip
     """What sensitivities predict, from augmented training inputs, always the same ones; what shares a loss shares the pass over them."""
     found: dict[str, Damage] = {}
     for balanced in (False, True):
         together = [name for name in names if (name == BALANCED) is balanced]
         if together:
-            found |= _weighed(space, together, task, model, curves, log)
+            found |= _weighed(space, together, task, model, curves, weightings, log)
     return found
 
 
 def _weighed(
-    space: Space, names: Sequence[str], task: Task, model: torch.nn.Module, curves: Curves, log: Log
-) -> dict[str, Damage]:
+    space: Space, names: Sequence[str], task: Task, model: torch.nn.Module, curves: Curves,
+    weightings: Mapping[str, Weighting], log: Log,
+) -> dict[str, Damage]:  # fmt: skip
     """What sensitivities of one loss predict; each as it would be found alone."""
     count, size, seed = space.search.calibration_batches, space.recipe.batch_size, space.search.seed
     if told := [name for name in names if name != "none"]:
@@ -182,42 +189,31 @@ def _weighed(
     device = pick_device()
     # labels have a generator of their own: which positions are drawn does not depend on what else is measured
     labels = torch.Generator().manual_seed(seed + LABELS)
-    drawn = drawn_for(None if task.cross_entropy else task.loss, labels, balanced=BALANCED in names)
-    paired = PairedBatches(task.to(device), count, size, torch.Generator(device).manual_seed(seed), drawn)
+    paired = paired_batches(task.to(device), count, size, seed, device, labels, balanced=BALANCED in names)
     return weigh_several(
         curves, model.to(device).eval(), paired, names, MEASURES[space.search.measure],
         seed=seed, generator=torch.Generator().manual_seed(seed), loss=paired.loss,
+        weightings=weightings,
     )  # fmt: skip
 
 
-class PairedBatches:
-    """Calibration batches of a task: inputs to run, and the loss of what comes out against targets that are `drawn` or, where that is None,
-    against their own.
-
-    The loss is asked for after each batch, before the next is drawn.
-    """
-
-    def __init__(
-        self, task: Task, count: int, batch_size: int, generator: torch.Generator, drawn: Drawn | None
-    ) -> None:
-        self._task, self._count, self._drawn = task, count, drawn
-        self._stream = task.train.stream(batch_size, generator)
-        self._batch: Batch | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        for _ in range(self._count):
-            self._batch = next(self._stream)
-            yield self._batch[0]
-
-    def loss(self, outputs: Any) -> torch.Tensor:
-        """The sum of the last batch's losses."""
-        assert self._batch is not None
-        assert self._task.loss is not None
-        inputs, targets = self._batch
-        found = predicted(outputs)
-        if self._drawn is not None and found is not None:
-            return self._drawn(found, targets)
-        return self._task.loss(outputs, targets) * batch_size(inputs)
+def _weightings(space: Space, task: Task, model: torch.nn.Module, net: Net, log: Log) -> dict[str, Weighting]:
+    """The metric that the space asks for, of the dense net's layers that may be lowered."""
+    metric, search = space.layers.metric, space.search
+    if metric == WEIGHTS:
+        return {}
+    rules, device = space.layers.as_rules(), pick_device()
+    layers = tuple(layer for layer in net.layers if rules.for_layer(layer.name).lowerings)
+    log(f"metric {metric} of the layers on {search.calibration_batches} batches")
+    generator = torch.Generator().manual_seed(search.seed)
+    paired = paired_batches(
+        task.to(device), search.calibration_batches, space.recipe.batch_size, search.seed, device, generator
+    )
+    found = measure_weightings(
+        model.to(device).eval(), replace(net, layers=layers), paired, metric, seed=search.seed, loss=paired.loss
+    )
+    model.cpu()
+    return found
 
 
 def check_recipe(recipe: RecipeSpace, task: Task) -> None:

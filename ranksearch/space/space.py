@@ -22,6 +22,7 @@ from torch import nn
 
 from ranksearch.allocate.budget import Budget, parse_budget
 from ranksearch.allocate.rules import LayerRule, LayerRules
+from ranksearch.allocate.weightings import METRICS, WEIGHTS
 from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.errors import UsageError
 from ranksearch.lowering import default_lowerings, expand_families
@@ -69,6 +70,11 @@ class LayersSpace(Strict):
     tiles), of forms with a pivoted one this alone unless latency counts."""
     rank_multiple: int = Field(default=1, ge=1)
     """Every rank is a multiple of this (a rule may say otherwise for its layers): many devices compute in tiles of 8, 16 or more."""
+    metric: Literal[*METRICS] = WEIGHTS  # type: ignore[valid-type]
+    """In what errors of a layer are measured, by rank curves, projections and decompositions alike: its weight's own norm ("weights"), its
+    outputs' on the data ("inputs"), the loss to second order ("kfac"), or "auto": "inputs" where no BN takes the layer's output."""
+    metric_refresh: int = Field(default=10, ge=1)
+    """A trial measures the metric anew at every so many projections."""
     rules: list[LayerRuleSpace] = Field(default=[])
     """Rules for layers by name; where several match a layer, a later one overrides what it names."""
 

@@ -13,6 +13,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from ranksearch.allocate.weightings import WEIGHTS
 from ranksearch.compress import Cost
 from ranksearch.costs import cost_ratio
 from ranksearch.errors import StudyError, UsageError
@@ -27,7 +28,7 @@ from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
 from ranksearch.study.folder import CHECKPOINTS, trial_folder
 from ranksearch.study.journal import together
-from ranksearch.trial.candidate import Candidate
+from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.metric import Metric
 
 MAX_REJECTED = 200
@@ -163,7 +164,14 @@ class Proposals:
         return Candidate(
             trial.number, found.plan, found.recipe, seed, trial_folder(self._results, trial.number), self.checkpoint(key, seed),
             rungs=tuple(rungs.rungs) if rungs is not None else (), latency=latency,
+            metric=self._cut_in(),
         )  # fmt: skip
+
+    def _cut_in(self) -> MetricSetting | None:
+        layers = self._space.layers
+        if layers.metric == WEIGHTS:
+            return None
+        return MetricSetting(layers.metric, self._space.search.calibration_batches, layers.metric_refresh)
 
     def checkpoint(self, key: str, seed: int) -> Place:
         """The file of a plan, recipe and seed: a trial that is proposed again finds the state that it had."""

@@ -51,7 +51,7 @@ def attempt(
     try:
         return run_trial(
             task, dense, net, candidate.plan, candidate.recipe, seed=candidate.seed, report=report, save_to=candidate.save_to,
-            checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency, group=group,
+            checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency, metric=candidate.metric, group=group,
         )  # fmt: skip
     except (Leaving, PeerLost, KeyboardInterrupt):
         raise

@@ -11,6 +11,15 @@ from ranksearch.trial.recipe import Recipe
 
 
 @dataclass(frozen=True)
+class MetricSetting:
+    """In what errors of layers are measured, on how many batches, and at every how many projections anew."""
+
+    kind: str
+    batches: int
+    refresh: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A trial to run: everything a worker needs besides the workbench."""
 
@@ -25,3 +34,5 @@ class Candidate:
     """Shares of the steps after which it is scored for early stopping."""
     latency: LatencySetting | None = None
     """How the net is timed at the end; None: it is not."""
+    metric: MetricSetting | None = None
+    """The metric of the data in which layers are cut; None: that of the weights."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from typing import Any
 
+from torch import nn
+
 from ranksearch.compress import LayerPlan, Net, Projector, RankPlan
 from ranksearch.lowering import lowering_named
+from ranksearch.lowering.weighting import Weighting
 from ranksearch.tasks.device import clock
 from ranksearch.tasks.train import Training
 from ranksearch.trial.recipe import ProjectionRecipe
@@ -22,10 +25,20 @@ ADAPTED = 4
 class Projecting:
     """Projects a model under training as its recipe says; `finish` makes the last projection, which the plan's ranks always end on."""
 
-    def __init__(self, plan: RankPlan, net: Net, recipe: ProjectionRecipe, rates: Sequence[float]) -> None:
+    def __init__(
+        self,
+        plan: RankPlan,
+        net: Net,
+        recipe: ProjectionRecipe,
+        rates: Sequence[float],
+        measure: Callable[[nn.Module], Mapping[str, Weighting]] | None = None,
+        refresh: int | None = None,
+    ) -> None:
         """
         Args:
             rates: learning rate of every step before the decomposition.
+            measure: the metric of the data as a model sees them, asked for at the first projection and at every `refresh`-th one then;
+                without `refresh` layers are cut in the weights' own.
         """
         self.plan, self.recipe = plan, recipe
         self.projector = Projector(
@@ -34,6 +47,9 @@ class Projecting:
             norms=net.norms() if recipe.bn_rectification else None,
         )
         self.count, self.seconds = 0, 0.0
+        self.metric_seconds = 0.0
+        """Those of `seconds` that measuring the metric took."""
+        self._measure, self._refresh = measure, refresh
         self._specs = {layer.name: layer.spec for layer in net.layers}
         self._steps = len(rates)
         self._window = round(recipe.start * self._steps), round(recipe.until_end * self._steps)
@@ -74,6 +90,8 @@ class Projecting:
             "removed_energy_max": max(removed, default=0.0),
             "removed_energy_mean": sum(removed) / max(1, len(removed)),
         }
+        if self._refresh is not None:
+            figures["metric_seconds"] = self.metric_seconds
         return {name: value for name, value in figures.items() if value is not None}
 
     def _project(self, training: Training, step: int, *, recorded: bool) -> Mapping[str, float]:
@@ -81,7 +99,7 @@ class Projecting:
         device = next(training.model.parameters()).device
         started = clock(device)
         # rank 0's projection is everybody's: whatever the hardware, all go on from the same bits
-        removed = training.group.together(lambda: self.projector(training.model, self._plan_at(step)))
+        removed = training.group.together(lambda: self._projected(training.model, step))
         training.group.broadcast_([*training.model.parameters(), *training.model.buffers()])
         self.seconds += clock(device) - started
         self.count += 1
@@ -89,6 +107,15 @@ class Projecting:
             after = training.probe()
             self.records.append({"step": step, "loss_before": before, "loss_after": after, "removed_energy": removed})
         return removed
+
+    def _projected(self, model: nn.Module, step: int) -> Mapping[str, float]:
+        due = self._refresh is not None and (self.count % self._refresh == 0 or not self.projector.weightings)
+        if self._measure is not None and due:
+            device = next(model.parameters()).device
+            started = clock(device)
+            self.projector.weigh(self._measure(model))
+            self.metric_seconds += clock(device) - started
+        return self.projector(model, self._plan_at(step))
 
     def _adapt(self, removed: Mapping[str, float]) -> None:
         """Projects more often where more than the wanted share of energy was removed, less often where less (it grows as steps²)."""

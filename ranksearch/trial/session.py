@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from math import isfinite
@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ranksearch.allocate.weightings import measure_weightings
 from ranksearch.compress import Net, RankPlan, dense_cost, reestimate_bn_
 from ranksearch.compress.copying import copied
 from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
 from ranksearch.compress.surgery import compress
+from ranksearch.lowering.weighting import Weighting
+from ranksearch.tasks.calibration import paired_batches
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import channels_last_, pick_device, use_bf16
 from ranksearch.tasks.evaluate import Evaluation, evaluate
@@ -23,6 +26,7 @@ from ranksearch.tasks.parallel import Group, synchronised
 from ranksearch.tasks.source import calibration_batches
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training, TrainStats
+from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.kept import Kept
 from ranksearch.trial.projecting import Projecting
@@ -66,6 +70,7 @@ class Session:
         checkpoint: CheckpointFile,
         rungs: Sequence[float],
         group: Group,
+        metric: MetricSetting | None = None,
     ) -> None:
         device = pick_device()
         torch.manual_seed(seed)  # on every rank: they draw the same batches
@@ -74,6 +79,7 @@ class Session:
         self.task, self.net, self.recipe = task.to(device), net, recipe
         self._device, self._dense, self._report, self._checkpoint = device, dense, report, checkpoint
         self.group = group
+        self._metric, self._seed = metric, seed
         self._generator = torch.Generator(device).manual_seed(seed)
         self._rungs = {round(share * recipe.steps): number for number, share in enumerate(rungs)}
         self.settings = Optimisation(
@@ -129,6 +135,21 @@ class Session:
         model.load_state_dict(self._dense)
         return model.to(self._device)
 
+    @property
+    def metric_refresh(self) -> int | None:
+        """At every how many projections the metric is measured anew; None without one."""
+        return self._metric.refresh if self._metric is not None else None
+
+    def weightings(self, plan: RankPlan, model: nn.Module) -> dict[str, Weighting]:
+        """The metric of the data as `model` sees them now, of the layers that `plan` lowers; of none in the metric of weights."""
+        if self._metric is None:
+            return {}
+        metric, drawing = self._metric, torch.Generator().manual_seed(self._seed)
+        paired = paired_batches(self.task, metric.batches, self.recipe.batch_size, self._seed, self._device, drawing)
+        lowered = {name for name, _ in plan.lowered()}
+        net = replace(self.net, layers=tuple(layer for layer in self.net.layers if layer.name in lowered))
+        return measure_weightings(model, net, paired, metric.kind, seed=self._seed, loss=paired.loss)
+
     def resumes_at(self, phase: str) -> bool:
         """Whether a checkpoint says that the trial was stopped in `phase`, and has not been taken up yet."""
         return self._resumed is not None and self._resumed["phase"] == phase
@@ -151,9 +172,9 @@ class Session:
                 projecting.after_step(training)
             with _aside(training):
                 if (rung := self._rungs.get(steps[training.done - 1] + 1)) is not None:
-                    self._score_at_rung(rung, training, plan if projecting is not None else None)
+                    self._score_at_rung(rung, training, plan, projecting)
                 if phase == "factors" and self.recipe.ema > 0 and training.done == len(steps):
-                    self._score_copy(LAST, training.model, steps.stop, None, self.recipe.bn_batches)
+                    self._score_copy(LAST, training.model, steps.stop, None, {}, self.recipe.bn_batches)
             due = self.group.rank == 0 and self._checkpoint.due
             if due and training.done < len(steps):  # what follows a phase needs its last batch
                 self._save(phase, training, projecting)
@@ -172,25 +193,31 @@ class Session:
         A net whose outputs are not finite then is no candidate: training may mend it.
         """
         if not any(entry["phase"] == UNTRAINED for entry in self.history):
+            model = self.dense_net()
             with suppress(Diverged):
-                self._score_copy(UNTRAINED, self.dense_net(), 0, plan, self.recipe.bn_batches)
+                self._score_copy(UNTRAINED, model, 0, plan, self.weightings(plan, model), self.recipe.bn_batches)
 
-    def _score_at_rung(self, rung: int, training: Training, plan: RankPlan | None) -> None:
+    def _score_at_rung(self, rung: int, training: Training, plan: RankPlan, projecting: Projecting | None) -> None:
         """Scores a copy of the model as it would be if the trial ended here; the training does not notice.
 
         Args:
-            plan: what the copy is decomposed by; None where the model is factored already.
+            plan: what the copy is decomposed by, in the metric of `projecting`, which is None where the model is factored already.
         """
         step = training.steps[training.done - 1] + 1
         done = {"epochs": (self.images + training.images) / len(self.task.train), "seconds": self.elapsed}
-        self._score_copy(RUNG, training.model, step, plan, RUNG_BN_BATCHES, rung=rung, **done)
+        if projecting is None:
+            self._score_copy(RUNG, training.model, step, None, {}, RUNG_BN_BATCHES, rung=rung, **done)
+        else:
+            weightings = projecting.projector.weightings
+            self._score_copy(RUNG, training.model, step, plan, weightings, RUNG_BN_BATCHES, rung=rung, **done)
 
     def _score_copy(
-        self, phase: str, model: nn.Module, step: int, plan: RankPlan | None, bn_batches: int, **metrics: float
-    ) -> None:
+        self, phase: str, model: nn.Module, step: int, plan: RankPlan | None, weightings: Mapping[str, Weighting],
+        bn_batches: int, /, **metrics: float,
+    ) -> None:  # fmt: skip
         """Scores a copy of `model`, decomposed by `plan` where there is one, as a candidate; what it draws, nothing else notices."""
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            net = copied(model) if plan is None else self.same_(compress(model, plan))
+            net = copied(model) if plan is None else self.same_(compress(model, plan, weightings=weightings))
             generator = torch.Generator(self._device).manual_seed(step)
             batches = calibration_batches(self.task.train, bn_batches, self.recipe.batch_size, generator)
             reestimate_bn_(net, batches)

@@ -6,6 +6,7 @@ The same trial runs in-process and on Ray.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from ranksearch.tasks.dense import State
 from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Diverged
+from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe
@@ -43,12 +45,15 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     """Trains the dense net under projections, ends on one, so that decomposing changes nothing, and decomposes."""
     recipe, model, steps = session.recipe, session.dense_net(), range(session.recipe.dense_steps)
     if not steps:  # decomposed first: the dense net as it is has no score of its own
-        small = session.same_(compress(model, plan, example_input=session.task.example_input))
+        weightings = session.weightings(plan, model)
+        small = session.same_(compress(model, plan, weightings=weightings, example_input=session.task.example_input))
         session.reestimate_bn_(small)
         session.score("decomposed", small, 0, candidate=True)
         return small
     session.score_untrained(plan)
-    projecting = Projecting(plan, session.net, recipe.projection, [session.settings.lr_at(step) for step in steps])
+    rates = [session.settings.lr_at(step) for step in steps]
+    measure = partial(session.weightings, plan)
+    projecting = Projecting(plan, session.net, recipe.projection, rates, measure, session.metric_refresh)
     training, stats = session.train_("dense", model, steps, plan, projecting)
     session.reestimate_bn_(model)
     session.score("trained", model, len(steps), train_loss=stats.loss)
@@ -76,6 +81,7 @@ def run_trial(
     checkpoint: CheckpointFile,
     rungs: Sequence[float] = (),
     latency: LatencySetting | None = None,
+    metric: MetricSetting | None = None,
     group: Group = ALONE,
 ) -> TrialResult:
     """Runs the method under `plan` and returns its validation score and costs; the compressed net is written to `save_to`.
@@ -86,13 +92,24 @@ def run_trial(
     takes its result removes that, for a result that is lost on the way is found again from it. Divergence is a result: a loss or weights
     that are not finite end the trial with status "diverged" and the metrics so far.
 
+    With `metric` the layers are cut in the metric of the data.
+
     Of a `group` every process runs the trial, each on its part of every batch; rank 0 alone evaluates and writes, and all report alike.
     """
     cost = plan_cost(net, plan)
     status, reason = Status.COMPLETE, None
     measured: tuple[float, float] | tuple[None, None] = (None, None)
     session = Session(
-        task, dense, net, recipe, seed=seed, report=report, checkpoint=checkpoint, rungs=rungs, group=group
+        task,
+        dense,
+        net,
+        recipe,
+        seed=seed,
+        report=report,
+        checkpoint=checkpoint,
+        rungs=rungs,
+        group=group,
+        metric=metric,
     )
     try:
         session.report_rungs()
