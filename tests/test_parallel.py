@@ -92,16 +92,16 @@ def _collectives(group: Distributed, folder: Path):
     group.broadcast_([layout, counter])
     kept = layout.is_contiguous(memory_format=torch.channels_last), float(layout.sum()), int(counter)
     with pytest.raises(UsageError, match="no"):
-        group.together(lambda: (_ for _ in ()).throw(UsageError("no")))
+        group.on_rank_0(lambda: (_ for _ in ()).throw(UsageError("no")))
 
     def stop_on_first() -> None:
         if group.rank == 0:
             raise Stopped("behind")
 
     with pytest.raises(Stopped, match="behind"):
-        group.decided(stop_on_first)
-    part = group.part({"x": torch.arange(9), "y": (torch.arange(9), "text")})
-    return [m.float().flatten().tolist() for m in mine], kept, group.gathered(group.rank), part
+        group.agree(stop_on_first)
+    part = group.shard({"x": torch.arange(9), "y": (torch.arange(9), "text")})
+    return [m.float().flatten().tolist() for m in mine], kept, group.all_gather(group.rank), part
 
 
 def _trial(group: Distributed, folder: Path):
@@ -253,7 +253,7 @@ def test_a_dataset_is_read_in_parts_of_the_same_batches():
     states = [stream.state_dict() for stream in streams]
     assert states[0] == states[1] == states[2]
     with pytest.raises(UsageError, match=r"batch of 1 cannot be split over 2 workers"):
-        Pretend(0, 2).part(torch.zeros(1))
+        Pretend(0, 2).shard(torch.zeros(1))
 
 
 def test_synchronised_bn_shares_its_weights_and_goes_again():

@@ -16,6 +16,7 @@ import ray
 from ranksearch.cluster.cores import usable_cores
 from ranksearch.cluster.nodes import room_at_most, room_now, usable_nodes
 from ranksearch.cluster.packing import Needs
+from ranksearch.cluster.ray_private import own_node
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.space.space import AUTO, ResourcesSpace
 
@@ -72,7 +73,7 @@ def own_sigterm() -> Iterator[None]:
 
 def head_is_gone() -> bool:
     """Whether a Ray that this process started has lost one of its own processes; of a cluster's head nothing is known here."""
-    node = ray._private.worker._global_node
+    node = own_node()
     return node is not None and node.head and any(name in HEAD for name, _ in node.dead_processes())
 
 

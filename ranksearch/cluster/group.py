@@ -136,7 +136,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 def _placed(group: Distributed, own: Placement) -> Placement:
     """The trial's placement: rank 0's, with all workers'."""
-    workers = group.gathered(own.to_dict())
+    workers = group.all_gather(own.to_dict())
     return replace(own, workers=workers, data_loaded=any(w["data_loaded"] for w in workers))
 
 

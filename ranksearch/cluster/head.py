@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import ray
 
 from ranksearch.cluster.nodes import GCS_ERRORS, answers
+from ranksearch.cluster.ray_private import control_store
 
 LOOK_SECONDS, ANSWER_SECONDS = 3.0, 5.0
 RAY_ENDS_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112  Ray spells it so
@@ -27,7 +28,7 @@ class HeadWatch:
     def __init__(self, says: str) -> None:
         self._says = says
         self._address = ray.get_runtime_context().gcs_address
-        self._client = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
+        self._client = control_store()
         self.lost = False
         self._over = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="head-watch").start()

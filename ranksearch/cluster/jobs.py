@@ -75,11 +75,11 @@ def token() -> str | None:
 
 
 @contextmanager
-def _told(address: str, job: str | None = None) -> Iterator[None]:
+def _told(address: str) -> Iterator[None]:
     """Turns what Ray raises into one sentence that says what to do.
 
     Raises:
-        UsageError: no token or a wrong one, no job server there, or no such job.
+        UsageError: no token or a wrong one, or no job server there.
         StudyError: the job server refuses for another reason.
     """
     from ray.exceptions import AuthenticationError
@@ -97,10 +97,7 @@ def _told(address: str, job: str | None = None) -> Iterator[None]:
     except RanksearchError:
         raise
     except (RuntimeError, OSError, ValueError) as error:  # requests' errors are OSErrors
-        text = str(error)
-        if job is not None and "status code 404" in text:
-            raise UsageError(f"There is no job {job!r} at {address}.") from error
-        lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         shown = lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"
         raise StudyError(f"The job server at {address} does not do it: {shown}") from error
 
@@ -171,18 +168,20 @@ class Jobs:
         Raises:
             UsageError: there is none; the text names the nearest one.
         """
-        try:
-            with _told(self.address, job):
+        with _told(self.address):
+            try:
                 return _record(self._client.get_job_info(job))
-        except UsageError as error:
-            if "There is no job" not in str(error):
-                raise
-            raise UsageError(f"{error} {nearest(job, [row['id'] for row in self.all()])}") from error
+            except RuntimeError:  # Ray has no type for it: the list of jobs tells whether there is one
+                known = self._client.list_jobs()
+                if job in {name for details in known for name in (details.submission_id, details.job_id)}:
+                    raise
+        ids = [details.submission_id for details in known if details.submission_id is not None]
+        raise UsageError(f"There is no job {job!r} at {self.address}. {nearest(job, ids)}")
 
     def log(self, job: str) -> str:
         """What the job has printed so far."""
         self.one(job)
-        with _told(self.address, job):
+        with _told(self.address):
             return self._client.get_job_logs(job)
 
     def follow(self, job: str, write: Write) -> dict[str, Any]:
@@ -233,7 +232,7 @@ class Jobs:
             StudyError: it has not ended in time.
         """
         self.one(job)
-        with _told(self.address, job):
+        with _told(self.address):
             self._client.stop_job(job)
         end = time.monotonic() + wait_seconds
         while (record := self.one(job))["status"] not in DONE:

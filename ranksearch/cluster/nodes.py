@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayError
 
 from ranksearch.cluster.packing import Machine, Needs, trials_at_once, workers_on
+from ranksearch.cluster.ray_private import actor_record, autoscaler_config, draining_nodes
 
 POLL_SECONDS = 2.0
 """How often a worker asks whether its node is going to be taken away: under a millisecond each time, in a thread of its own."""
@@ -38,8 +39,7 @@ def usable_nodes() -> list[dict[str, Any]]:
 def leaving_nodes() -> dict[str, int]:
     """Ids of the nodes that are going to be taken away (by `ray drain-node`, an autoscaler, a spot handler, SIGTERM to `ray start --block`)
     -> when, in ms of the epoch, 0 where that is not known."""
-    found: dict[str, int] = ray._private.state.state.get_draining_nodes()
-    return found
+    return draining_nodes()
 
 
 def machines() -> list[Machine]:
@@ -54,7 +54,7 @@ def room_now(needs: Needs, peak: int = 0) -> int:
 
 def room_at_most(needs: Needs) -> int | None:
     """How many trials the nodes would hold that the cluster's autoscaler may start; None where there is no autoscaler."""
-    config = ray._private.state.state.get_cluster_config()
+    config = autoscaler_config()
     if config is None or not config.node_group_configs:
         return None
     endless = 2**31
@@ -69,8 +69,7 @@ def wanted(now: int, at_most: int | None) -> int:
 
 def node_of_actor(actor_id: str) -> str | None:
     """The id of the node that an actor is on, also of one that has died; None where Ray does not know."""
-    found = ray._private.state.actors(actor_id)
-    return (found or {}).get("Address", {}).get("NodeID") or None
+    return actor_record(actor_id).get("Address", {}).get("NodeID") or None
 
 
 def find_node(node_id: str | None) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ Tune's own snapshot can lag behind the study or run ahead of it, so nothing is e
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from ranksearch.cluster.head import HeadWatch, watched_head
 from ranksearch.cluster.losses import Losses
 from ranksearch.cluster.nodes import usable_nodes
 from ranksearch.cluster.probe import auto_share
+from ranksearch.cluster.ray_private import quiet_tune
 from ranksearch.cluster.room import Room
 from ranksearch.cluster.shared import Shared, load_of, share
 from ranksearch.cluster.worker import ENTRY, GROUP, METRIC, PLACE, RESULT, Terms, packed, trial
@@ -44,8 +44,6 @@ from ranksearch.trial.placement import LOADS, Load, Placement, note_load
 from ranksearch.trial.result import Status, TrialResult
 from ranksearch.trial.session import RUNG
 
-# "Trials did not complete" is said of those that went on elsewhere, too
-logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
 RESTARTS = 3
 """How often a Ray of our own that lost its head is started again before the study ends."""
 NEXT_TO_NOTHING = tune.PlacementGroupFactory([{"memory": 1}])
@@ -231,7 +229,8 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, addre
         if study.finished >= study.planned:
             return
         try:
-            _run(study, bench, on_row, log, address=address)
+            with quiet_tune():
+                _run(study, bench, on_row, log, address=address)
             return
         except HeadLost as error:
             if address is not None or not restarts_left:

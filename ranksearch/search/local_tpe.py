@@ -22,6 +22,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from ranksearch.search.optuna_private import study_of, trials_of
 from ranksearch.search.parametrize import LEVEL
 
 INTERRUPTED = "interrupted"
@@ -149,7 +150,7 @@ class LocalTPE(BaseSampler):
 
     def _observe(self, study: optuna.Study, own: int) -> list[Mapping[str, Any]]:
         """Takes up trials that ended since the last look; returns the parameters of those that run beside this one."""
-        trials = study._get_trials(deepcopy=False, use_cache=True)
+        trials = trials_of(study)
         looked_at, self._looked_at = self._looked_at, len(trials)
         self._open = [n for n in (*self._open, *range(looked_at, len(trials))) if not self._ended(trials[n])]
         running: list[Mapping[str, Any]] = []
@@ -220,12 +221,7 @@ class LocalTPE(BaseSampler):
         shown = [(params, value) for params, value in known if space.keys() <= params.keys()]
         shown += [(params, None) for params in running if space.keys() <= params.keys()]
         trials = [_inner(number, params, space, value) for number, (params, value) in enumerate(shown, 1)]
-        inner = optuna.create_study(direction="maximize", sampler=sampler)
-        # not `add_trials`: its copies took more time than all of TPE
-        inner._get_trials = lambda deepcopy=True, states=None, use_cache=False: [  # type: ignore[method-assign]
-            trial for trial in trials if states is None or trial.state in states
-        ]
-        return inner.ask(dict(space)).params
+        return study_of(trials, sampler).ask(dict(space)).params
 
 
 def _inner(

@@ -15,6 +15,7 @@ from ranksearch.compress import RankPlan
 from ranksearch.errors import UsageError
 from ranksearch.search.allocated import PREDICTION, Allocated
 from ranksearch.search.budgets import at_level, budgets_of, has_levels, lowest_level, violations
+from ranksearch.search.optuna_private import holds
 from ranksearch.search.parametrize import Form, Opening
 from ranksearch.space.search import RULES
 from ranksearch.space.settings import Choices, is_whole
@@ -191,9 +192,7 @@ def _possible(space: Space, name: str, value: Any) -> bool:
 
 def _leads_to(form: Form, params: dict[str, Any], plan: RankPlan) -> bool:
     try:
-        possible = all(
-            found._contains(found.to_internal_repr(params[name])) for name, found in form.distributions.items()
-        )
+        possible = all(holds(found, params[name]) for name, found in form.distributions.items())
         return possible and form.plan(params).digest() == plan.digest()
     except (UsageError, ValueError, TypeError):
         return False

@@ -26,9 +26,9 @@ from ranksearch.space.search import AUTO, RULES
 from ranksearch.space.settings import numbers_of
 from ranksearch.space.space import Space
 from ranksearch.tasks import Task
-from ranksearch.tasks.calibration import paired_batches
 from ranksearch.tasks.dense import State, dense_state, read_checkpoint
 from ranksearch.tasks.device import pick_device
+from ranksearch.trial.calibration import paired_batches
 
 Log = Callable[[str], None]
 LABELS = 7919

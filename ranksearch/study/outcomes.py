@@ -10,6 +10,7 @@ import optuna
 from optuna.trial import TrialState
 
 from ranksearch.compress import Cost
+from ranksearch.search.optuna_private import storage_of
 from ranksearch.study.front import objective_values
 from ranksearch.study.row import row_of
 from ranksearch.trial.metric import Metric
@@ -33,7 +34,7 @@ def tell_optuna(
     study: optuna.Study, trial_id: int, dense: Mapping[str, Any], metric: Metric, objectives: Sequence[str]
 ) -> None:
     """Tells Optuna the result that stands in a trial's attributes, unless it was told already; `dense` as `study.json` has it."""
-    trial = study._storage.get_trial(trial_id)
+    trial = storage_of(study).get_trial(trial_id)
     if trial.state != TrialState.RUNNING:
         return
     row = row_of(trial, dense, metric)

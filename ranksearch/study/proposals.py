@@ -22,6 +22,7 @@ from ranksearch.search.allocated import Allocated
 from ranksearch.search.budgets import violations
 from ranksearch.search.direct import Direct
 from ranksearch.search.local_tpe import INTERRUPTED
+from ranksearch.search.optuna_private import id_of, storage_of
 from ranksearch.search.parametrize import Form, Searched, Suggestion
 from ranksearch.search.samplers import make_sampler
 from ranksearch.search.workbench import Workbench
@@ -72,7 +73,7 @@ class Proposals:
         """
         searched, known = self._search(bench), False
         for _ in range(MAX_REJECTED):
-            with together(self._study._storage):
+            with together(storage_of(self._study)):
                 candidate, cost = self._draw(searched, bench)
             if candidate is not None:
                 assert cost is not None
@@ -91,10 +92,10 @@ class Proposals:
         """The next trial that was under way before; it goes before new ones, since part of its training is done."""
         if not self._may_hold_returned:
             return None
-        storage = self._study._storage
+        storage = storage_of(self._study)
         for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            if "retry_of" in frozen.user_attrs and storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING):
-                return optuna.Trial(self._study, frozen._trial_id)
+            if "retry_of" in frozen.user_attrs and storage.set_trial_state_values(id_of(frozen), TrialState.RUNNING):
+                return optuna.Trial(self._study, id_of(frozen))
         self._may_hold_returned = False
         return None
 
@@ -180,10 +181,10 @@ class Proposals:
     def give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:
         """Ends a trial without a result, and enqueues its parameters, plan and seed once more."""
         self._may_hold_returned |= enqueue
-        with together(self._study._storage):
+        with together(storage_of(self._study)):
             if enqueue:
                 self._enqueue_again(frozen, attrs)
-            self._study._storage.set_trial_user_attr(frozen._trial_id, "outcome", INTERRUPTED)
+            storage_of(self._study).set_trial_user_attr(id_of(frozen), "outcome", INTERRUPTED)
             self._study.tell(frozen.number, state=TrialState.FAIL)
 
     def _enqueue_again(self, frozen: FrozenTrial, attrs: Mapping[str, int]) -> None:

@@ -16,6 +16,7 @@ from optuna.storages import BaseStorage
 
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.places.urls import CONNECT_SECONDS, DRIVER_HINT, OWN_DATABASE, database_url, shown
+from ranksearch.search.optuna_private import delete, quiet
 from ranksearch.space.space import Space
 from ranksearch.study.folder import JOURNAL
 from ranksearch.study.journal import open_journal
@@ -78,7 +79,8 @@ def make_study(space: Space, folder: Path, info: dict[str, Any], directions: lis
         StudyError: its database does not answer.
     """
     storage = open_storage(space.storage.optuna, folder)
-    made = optuna.create_study(storage=storage, study_name=study_name(space, info), directions=directions)
+    with quiet():
+        made = optuna.create_study(storage=storage, study_name=study_name(space, info), directions=directions)
     names = [info["metric"]["name"] if name == "accuracy" else COST_RATIOS[name] for name in space.search.objectives]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names of metrics are experimental
@@ -105,4 +107,4 @@ def open_study(space: Space, folder: Path, info: dict[str, Any]) -> optuna.Study
 def forget_study(space: Space, study: optuna.Study) -> None:
     """Removes half a study from its database; a journal goes with its folder."""
     if space.storage.optuna is not None:
-        study._storage.delete_study(study._study_id)
+        delete(study)

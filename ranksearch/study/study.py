@@ -23,6 +23,7 @@ from ranksearch.compress.export import PLAN, WEIGHTS, holds_net
 from ranksearch.errors import RanksearchError, UsageError, clipped, first_line
 from ranksearch.places.files import write_atomically
 from ranksearch.places.place import Remote, fetch
+from ranksearch.search.optuna_private import id_of, storage_of
 from ranksearch.search.parametrize import Opening
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.quality import ACCURACY, Limits, limits_of, quality_of
@@ -63,8 +64,6 @@ from ranksearch.trial.result import TrialResult
 
 NODE_LOSSES = 20
 """How many nodes a trial may lose: one that takes down every node it is put on ends there."""
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # the study's own progress is shown, not Optuna's
 
 
 class Study:
@@ -125,7 +124,7 @@ class Study:
         space, info, study, opening = begin(folder, space, bench, val_accuracy)
         try:
             made = cls(folder, space, info, study)
-            with together(study._storage):
+            with together(storage_of(study)):
                 for point in opening:
                     made.enqueue(point)
             made._write_space()
@@ -288,7 +287,7 @@ class Study:
     def _settle_orphans(self) -> int:
         """The same for trials that are running in the journal and that nobody runs."""
         again = settle_orphans(
-            self._study.get_trials(deepcopy=False), self._running, finish=lambda frozen: self._finish(frozen._trial_id),
+            self._study.get_trials(deepcopy=False), self._running, finish=lambda frozen: self._finish(id_of(frozen)),
             give_back=lambda frozen, enqueue: self._give_back(frozen, enqueue=enqueue),
         )  # fmt: skip
         self._orphans = False
@@ -333,17 +332,17 @@ class Study:
             OSError: not all of it could be written; the same may be told again, which writes what is missing.
         """
         trial, cost = self._study.get_trials(deepcopy=False)[number], self._running[number]
-        with together(self._study._storage):
+        with together(storage_of(self._study)):
             if "result" not in trial.user_attrs:
-                self._study._storage.set_trial_user_attr(trial._trial_id, "result", record_of(result, cost))
-            self._tell_optuna(trial._trial_id)
-        row = self._take_up(trial._trial_id)
+                storage_of(self._study).set_trial_user_attr(id_of(trial), "result", record_of(result, cost))
+            self._tell_optuna(id_of(trial))
+        row = self._take_up(id_of(trial))
         del self._running[number]
         return row.unfolded()
 
     def _finish(self, trial_id: int) -> None:
         """Takes up a result that stands in the trial's attributes already: a crash before it was told has lost nothing."""
-        with together(self._study._storage):
+        with together(storage_of(self._study)):
             self._tell_optuna(trial_id)
         self._take_up(trial_id)
 
@@ -352,7 +351,7 @@ class Study:
 
     def _take_up(self, trial_id: int) -> Row:
         """A trial that was told, into the ledger and, where that changed, the front."""
-        trial = self._study._storage.get_trial(trial_id)
+        trial = storage_of(self._study).get_trial(trial_id)
         row, candidate = row_of(trial, self.info["dense"], self.metric), trial.user_attrs["candidate"]
         CheckpointFile(self._proposals.checkpoint(candidate["key"], candidate["seed"]), 0.0).remove()
         if trial.number not in self._ledger:

@@ -143,7 +143,7 @@ class LoaderStream(Iterator[Batch]):
         if batch is None:
             self._epoch = self._source.in_order(self._size)
             batch = next(self._epoch)
-        return self._group.part(batch)  # type: ignore[no-any-return]
+        return self._group.shard(batch)  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -197,7 +197,7 @@ class _Order(Sampler[int]):
         order = torch.randperm(self._count, generator=generator)[self.skip :]
         whole = len(order) // self._batch_size * self._batch_size
         for batch in order[:whole].split(self._batch_size):
-            yield from self._group.part(batch).tolist()
+            yield from self._group.shard(batch).tolist()
 
     def __len__(self) -> int:
         return (self._count - self.skip) // self._group.world

@@ -40,19 +40,19 @@ class Group:
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Every tensor becomes rank 0's, the same bits on each."""
 
-    def together(self, action: Callable[[], T]) -> T:
+    def on_rank_0(self, action: Callable[[], T]) -> T:
         """Rank 0 does `action`; what it returns, or raises, comes out on every rank."""
         return action()
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Every rank's value, in their order."""
         return [value]
 
-    def decided(self, action: Callable[[], None]) -> None:
+    def agree(self, action: Callable[[], None]) -> None:
         """Every rank does `action`; what it raises on rank 0 is raised on all."""
         action()
 
-    def part(self, batch: Any) -> Any:
+    def shard(self, batch: Any) -> Any:
         """This rank's share of a batch: its batched tensors, cut along their first dimension."""
         return batch
 
@@ -90,7 +90,7 @@ class Distributed(Group):
                 dist.broadcast(flat, src=0)
             _lay_back(flat, same)
 
-    def together(self, action: Callable[[], T]) -> T:
+    def on_rank_0(self, action: Callable[[], T]) -> T:
         value, raised = None, None
         if self.rank == 0:
             try:
@@ -106,13 +106,13 @@ class Distributed(Group):
             raise sent[1]
         return sent[0]  # type: ignore[no-any-return]
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.world
         with _with_peers():
             dist.all_gather_object(found, value)
         return found
 
-    def decided(self, action: Callable[[], None]) -> None:
+    def agree(self, action: Callable[[], None]) -> None:
         raised: list[Exception] = []
         try:
             action()
@@ -123,9 +123,9 @@ class Distributed(Group):
             if raised:
                 raise raised[0]
 
-        self.together(outcome)
+        self.on_rank_0(outcome)
 
-    def part(self, batch: Any) -> Any:
+    def shard(self, batch: Any) -> Any:
         count = batch_size(batch)
         size = count // self.world
         if size == 0:

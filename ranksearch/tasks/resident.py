@@ -122,7 +122,7 @@ class ResidentStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         # augmented whole and cut then: every rank draws what a single process would
-        return self._group.part(self._source.training_batch(next(self._batches), self._generator))  # type: ignore[no-any-return]
+        return self._group.shard(self._source.training_batch(next(self._batches), self._generator))  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, object]:
         return self._batches.state_dict()

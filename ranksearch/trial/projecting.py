@@ -99,7 +99,7 @@ class Projecting:
         device = next(training.model.parameters()).device
         started = clock(device)
         # rank 0's projection is everybody's: whatever the hardware, all go on from the same bits
-        removed = training.group.together(lambda: self._projected(training.model, step))
+        removed = training.group.on_rank_0(lambda: self._projected(training.model, step))
         training.group.broadcast_([*training.model.parameters(), *training.model.buffers()])
         self.seconds += clock(device) - started
         self.count += 1

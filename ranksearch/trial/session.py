@@ -18,7 +18,6 @@ from ranksearch.compress.copying import copied
 from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
 from ranksearch.compress.surgery import compress
 from ranksearch.lowering.weighting import Weighting
-from ranksearch.tasks.calibration import paired_batches
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import channels_last_, pick_device, use_bf16
 from ranksearch.tasks.evaluate import Evaluation, evaluate
@@ -26,6 +25,7 @@ from ranksearch.tasks.parallel import Group, synchronised
 from ranksearch.tasks.source import calibration_batches
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training, TrainStats
+from ranksearch.trial.calibration import paired_batches
 from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.kept import Kept
@@ -101,7 +101,7 @@ class Session:
         self.images, self.seconds, self.projecting_seconds = 0, 0.0, 0.0
         self.kept: Kept | None = None
         """The best low-rank net so far."""
-        state = group.together(checkpoint.load)
+        state = group.on_rank_0(checkpoint.load)
         # another kind of device has other random numbers: there the trial starts anew
         self._resumed = state if state is not None and state["device"] == device.type else None
         if self._resumed is not None:
@@ -122,7 +122,7 @@ class Session:
 
     def _tell(self, entry: dict[str, Any]) -> None:
         """Reports on every rank; where rank 0 is to stop, all do."""
-        self.group.decided(lambda: self._report(entry))
+        self.group.agree(lambda: self._report(entry))
 
     @property
     def elapsed(self) -> float:
@@ -273,7 +273,7 @@ class Session:
         Args:
             candidate: whether it is the trial's low-rank net as it would be if the trial ended here; the best of those is kept.
         """
-        found = self.group.together(lambda: self._evaluate(model))
+        found = self.group.on_rank_0(lambda: self._evaluate(model))
         for name, value in (("loss", found.loss), (self.task.metric_name, found.accuracy)):
             if not isfinite(value):
                 raise Diverged(f"the validation {name} of the {phase} net is {value}")

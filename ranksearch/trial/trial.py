@@ -120,9 +120,9 @@ def run_trial(
         status, reason = Status.DIVERGED, str(error)
     else:
         if save_to is not None:
-            group.together(lambda: _write_net(small, plan, save_to))
+            group.on_rank_0(lambda: _write_net(small, plan, save_to))
         if latency is not None:
-            measured = group.together(lambda: session.time(small, latency))
+            measured = group.on_rank_0(lambda: session.time(small, latency))
     seconds, kept = session.seconds, session.kept if status is Status.COMPLETE else None
     last = vars(kept) if kept is not None else session.history[-1] if session.history else {}
     return TrialResult(

@@ -1,0 +1,48 @@
+"""What is used of Ray beyond its public interface, each with the reason; `tests/test_private_parts.py` names the version that has it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+
+def draining_nodes() -> dict[str, int]:
+    """Ids of nodes that are going to be taken away -> when, in ms of the epoch, 0 where not known; `ray.nodes()` does not say it."""
+    found: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return found
+
+
+def autoscaler_config() -> Any | None:
+    """What an autoscaler may start (`node_group_configs`); None without one. The state API knows of no node that is not there yet."""
+    return ray._private.state.state.get_cluster_config()
+
+
+def actor_record(actor_id: str) -> dict[str, Any]:
+    """The control store's record of an actor, also of one that has died; empty where there is none. The state API needs the dashboard."""
+    return ray._private.state.actors(actor_id) or {}
+
+
+def own_node() -> Any | None:
+    """The Ray that this process has started, whose own processes can be looked after; None without one."""
+    return ray._private.worker._global_node
+
+
+def control_store() -> Any:
+    """The client of the cluster's control store: its calls alone take a time limit."""
+    return ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
+
+
+@contextmanager
+def quiet_tune() -> Iterator[None]:
+    """Meanwhile Tune does not say "Trials did not complete", which it says of those that went on elsewhere, too."""
+    logger = logging.getLogger("ray.tune.tune")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
