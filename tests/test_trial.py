@@ -100,10 +100,9 @@ def test_projection_training_ends_on_the_low_rank_set(bench, monkeypatch):
 
 
 def test_the_same_seed_gives_the_same_trial(bench):
-    torch.set_num_threads(2)
-    once, _ = run(bench, steps=20)
-    again, _ = run(bench, steps=20)
-    other, _ = run(bench, steps=20, seed=1)
+    once, _ = run(bench, steps=6)
+    again, _ = run(bench, steps=6)
+    other, _ = run(bench, steps=6, seed=1)
     assert (once.val_accuracy, once.val_loss) == (again.val_accuracy, again.val_loss)
     assert once.val_loss != other.val_loss
 
@@ -344,7 +343,7 @@ def test_a_killed_process_goes_on_from_its_checkpoint(bench, tmp_path):
     script = (
         "import pickle, sys, torch; from ranksearch.trial.trial import run_trial\n"
         "from ranksearch.trial.checkpoint import CheckpointFile; from pathlib import Path\n"
-        "torch.set_num_threads(2)\n"
+        f"torch.set_num_threads({torch.get_num_threads()})\n"  # results differ in the last bits with their number
         "arguments, recipe, path = pickle.load(open(sys.argv[1], 'rb'))\n"
         "run_trial(*arguments, recipe, seed=0, report=print, save_to=None, checkpoint=CheckpointFile(path, 0.05))"
     )

@@ -169,7 +169,8 @@ def preview_record(
     full = bench.curves.dense
     return {
         "space": space.name, "task": space.task, "model": space.model, "metric": metric.to_dict(), "cost": cost, "cost_ratio": ratio,
-        "own_level": _own_level(space, bench.curves), "budgets": {name: str(text) for name, text in space.budgets.items()},
+        "objectives": list(search.objectives), "own_level": _own_level(space, bench.curves),
+        "budgets": {name: str(text) for name, text in space.budgets.items()},
         "sensitivity": search.sensitivity, "measure": search.measure, "seed": search.seed,
         "images": min(images, len(bench.task.val)), "bn_batches": BN_BATCHES, "seconds": round(seconds, 1),
         "dense": {
