@@ -46,7 +46,7 @@ def layer_rows(space: Space) -> dict[str, Any]:
     rules = space.layers.as_rules()
     rows = []
     for layer in net.layers:
-        allowed = rules.for_layer(layer.name).lowerings or ()
+        allowed = rules.for_layer(layer.name, layer.shared_with).lowerings or ()
         even = {
             name: {
                 cost: lowering.break_even_rank(layer.spec, cost, layer.in_sizes[0])

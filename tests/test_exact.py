@@ -349,6 +349,9 @@ def test_weights_tied_by_their_memory_are_one_layer(tmp_path):
     plan = RankPlan({"left": LayerPlan("svd", 4)}, model="net")
     small = assert_exact(net, x, plan)
     assert plan_cost(t, plan).params == sum(p.numel() for p in small.parameters())
+    for name in ("right", "ri*"):  # a second name of a weight excludes it, too
+        with pytest.raises(UsageError, match="Budget"):
+            ranksearch.allocate(net, x, {"flops": "60%"}, exclude=[name])
     net.view.weight.data = net.left.weight.data.view(24, 6)
     with pytest.raises(
         UsageError, match=r"left: its weight shares memory with 'view.weight', which sees it in another shape"

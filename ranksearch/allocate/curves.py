@@ -314,7 +314,7 @@ def cost_curves(net: Net, rules: LayerRules) -> Curves:
 
 
 def _curves(net: Net, rules: LayerRules, curve_of: Callable[[Layer, Lowering, int], RankCurve]) -> Curves:
-    layers = [_options(layer, rules.for_layer(layer.name), curve_of) for layer in net.layers]
+    layers = [_options(layer, rules.for_layer(layer.name, layer.shared_with), curve_of) for layer in net.layers]
     if all(len(options.choices) == 1 for options in layers):
         raise UsageError("The layer rules leave no layer to lower: check layers.include, exclude, lowerings and ranks.")
     free = [options.layer.name for options in layers if len(options.choices) > 1]

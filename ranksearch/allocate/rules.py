@@ -35,13 +35,14 @@ class LayerRules:
     rank_multiple: int = 1
     """Ranks are multiples of this; hardware that computes in tiles wants 8, 16 or more."""
 
-    def for_layer(self, name: str) -> LayerRule:
-        """The rule of one layer; no lowerings for a layer that stays dense."""
-        if not _matches(name, self.include) or _matches(name, self.exclude):
+    def for_layer(self, name: str, also: Sequence[str] = ()) -> LayerRule:
+        """The rule of one layer; no lowerings for a layer that stays dense. `also` are its other names: of layers that share its weight."""
+        names = (name, *also)
+        if not _any_matches(names, self.include) or _any_matches(names, self.exclude):
             return LayerRule(name, (), 1, 1)
         lowerings, min_rank, multiple = self.lowerings, 1, self.rank_multiple
         for rule in self.rules:
-            if fnmatchcase(name, rule.match):
+            if any(fnmatchcase(one, rule.match) for one in names):
                 lowerings = lowerings if rule.lowerings is None else rule.lowerings
                 min_rank = min_rank if rule.min_rank is None else rule.min_rank
                 multiple = multiple if rule.rank_multiple is None else rule.rank_multiple
@@ -58,7 +59,8 @@ class LayerRules:
 
     def check(self, net: Net) -> None:
         """Raises UsageError for a pattern that matches no layer, or a lowering that no matching layer supports."""
-        names = [layer.name for layer in net.layers] + [name for name, _ in net.skipped]
+        names = [name for layer in net.layers for name in (layer.name, *layer.shared_with)]
+        names += [name for name, _ in net.skipped]
         keyed = [("layers.include", self.include), ("layers.exclude", self.exclude)]
         keyed += [(f"layers.rules.{i}.match", (rule.match,)) for i, rule in enumerate(self.rules)]
         for key, patterns in keyed:
@@ -66,7 +68,7 @@ class LayerRules:
                 if not any(_matches(name, [pattern]) for name in names):
                     raise UsageError(f"{key}: {pattern!r} matches no layer. {nearest(pattern, names)}")
         for i, rule in enumerate(self.rules):
-            layers = [layer for layer in net.layers if fnmatchcase(layer.name, rule.match)]
+            layers = [layer for layer in net.layers if _any_matches((layer.name, *layer.shared_with), (rule.match,))]
             largest = max(map(self._largest_useful_rank, layers), default=0)
             if rule.min_rank is not None and layers and rule.min_rank > largest:
                 raise UsageError(
@@ -85,11 +87,12 @@ class LayerRules:
 
     def why_dense(self, layer: Layer) -> str | None:
         """Why no allowed lowering makes the layer cheaper, as a sentence; None where one does."""
-        if not _matches(layer.name, self.include):
+        names = (layer.name, *layer.shared_with)
+        if not _any_matches(names, self.include):
             return "layers.include does not name it."
-        if _matches(layer.name, self.exclude):
+        if _any_matches(names, self.exclude):
             return "layers.exclude names it."
-        rule = self.for_layer(layer.name)
+        rule = self.for_layer(layer.name, layer.shared_with)
         allowed = [lowering_named(name) for name in rule.lowerings or () if lowering_named(name).has_rank]
         takers = [lowering.name for lowering in allowed if lowering.supports(layer.spec)]
         if not takers:
@@ -108,7 +111,7 @@ class LayerRules:
 
     def _largest_useful_rank(self, layer: Layer) -> int:
         """The largest rank of any allowed lowering that costs less than dense in MACs or params."""
-        allowed = [lowering_named(name) for name in self.for_layer(layer.name).lowerings or ()]
+        allowed = [lowering_named(name) for name in self.for_layer(layer.name, layer.shared_with).lowerings or ()]
         ranks = [
             max(sides(lowering.break_even_rank(layer.spec, cost, layer.in_sizes[0])))
             for lowering in allowed
@@ -116,6 +119,10 @@ class LayerRules:
             for cost in ("macs", "params")
         ]
         return max(ranks, default=0)
+
+
+def _any_matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(_matches(name, patterns) for name in names)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
