@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import re
 import subprocess
 import sys
 import types
@@ -13,10 +14,12 @@ from PIL import Image
 from torch import nn
 
 import ranksearch
+from ranksearch import cli
+from ranksearch.compress.inputs import tensors
 from ranksearch.errors import UsageError
 from ranksearch.search.workbench import open_net
 from ranksearch.space.reading import parse_space, read_space
-from ranksearch.space.starter import write_start
+from ranksearch.space.starter import Given, write_start
 from ranksearch.tasks import build_reference, idx, imagefolder, nets
 from tests.conftest import REPOSITORY
 
@@ -260,6 +263,14 @@ class SmallNet(nn.Module):
     def forward(self, x):
         return self.head(self.body(self.stem(x)).mean((2, 3)))
 
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.body, self.head = nn.Embedding(9, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, ids, other=None):
+        return self.head(self.body(self.words(ids))).mean(1) + (0 if other is None else other.sum())
+
 def needs(width):
     return SmallNet(width)
 
@@ -292,6 +303,34 @@ def test_init_writes_a_space_and_a_task_that_are_valid_as_they_are(project):
     assert done.returncode == 0, done.stderr
     with pytest.raises(UsageError, match=r"small_net\.yaml is there already, and it is kept"):
         write_start("nets_of_mine:SmallNet", (1, 12, 12), project)
+
+
+@pytest.mark.parametrize(
+    "given", [[Given((6,), "int64")], [Given((6,), "int64", "ids"), Given((6,), "int64", "other")], [Given((6,), "int64"), Given((6,))]]
+)  # fmt: skip
+def test_init_of_integers_and_of_several_inputs_writes_a_task_that_is_valid_as_it_is(project, given):
+    space, _ = write_start("nets_of_mine:Words", given, project)
+    example = read_space(space).kind().example_input
+    assert [x.dtype for x in tensors(example)] == [getattr(torch, one.dtype) for one in given]
+    if given[0].name is not None:
+        assert example.keys() == {"ids", "other"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--input", "ids=6", "--input", "6"], "name every input, each once, or none"),
+        (["--input", "6", "--dtype", "int46"], "--dtype int46.*int64"),
+        (["--input", "6", "--dtype", "int64", "--dtype", "int64"], "2 for 1 inputs"),
+        (["--input", "i d=6"], "expected a shape"),
+    ],
+)
+def test_init_says_which_input_is_wrong(project, monkeypatch, capsys, options, says):
+    monkeypatch.setattr(sys, "argv", ["ranksearch", "init", "nets_of_mine:Words", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert re.search(says, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

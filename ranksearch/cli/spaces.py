@@ -9,7 +9,10 @@ from typing import Annotated
 import typer
 
 from ranksearch.cli.options import DEFAULT_RUNS, Budgets, Json, Runs, Settings, SpaceFile, Trust, app, print_json
-from ranksearch.errors import UsageError
+from ranksearch.errors import UsageError, nearest
+
+DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+"""Kinds of numbers that an input may be of."""
 
 
 @app.command(rich_help_panel="Before a search")
@@ -17,23 +20,54 @@ def init(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="package.module:callable, torchvision:NAME or timm:NAME.")
     ],
-    input_shape: Annotated[
-        str, typer.Option("--input", metavar="CxHxW", help="Shape of one input, without the batch.")
-    ] = "3x224x224",
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="[NAME=]CxHxW",
+            help="Shape of an input without the batch, and the argument that takes it; repeatable (left out: 3x224x224).",
+        ),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="float32|int64|…", help="Of every input, or one for each --input in turn (left out: float32)."
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where both files go.")] = Path(),
 ) -> None:
     """Begin with a model of your own: write NAME.yaml, its layers listed, and NAME_task.py, to be filled in.
 
     Example: ranksearch init my_package.nets:make_net --input 3x32x32
+    Example: ranksearch init my_package.nets:encoder --input input_ids=16 --input attention_mask=16 --dtype int64
     """
-    parts = input_shape.lower().replace(",", "x").split("x")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--input {input_shape}: expected a shape without the batch, such as 3x224x224.")
-    from ranksearch.space.starter import write_start
+    given, dtypes = inputs or ["3x224x224"], dtype or ["float32"]
+    if len(dtypes) not in (1, len(given)):
+        raise UsageError(
+            f"--dtype: {len(dtypes)} for {len(given)} inputs; give one for all, or one for each --input in turn."
+        )
+    for wrong in [name for name in dtypes if name not in DTYPES]:
+        raise UsageError(f"--dtype {wrong}: expected one of {', '.join(DTYPES)}. {nearest(wrong, DTYPES)}")
+    found = [_input(text, kind) for text, kind in zip(given, dtypes * (len(given) // len(dtypes)), strict=True)]
+    names = [name for name, _, _ in found if name is not None]
+    if names and (len(names) != len(found) or len(set(names)) != len(names)):
+        raise UsageError(f"--input: {', '.join(given)}: name every input, each once, or none.")
+    from ranksearch.space.starter import Given, write_start
 
-    space, task = write_start(model, [int(part) for part in parts], output)
+    space, task = write_start(model, [Given(shape, kind, name) for name, shape, kind in found], output)
     print(f"{space}\n{task}")
     print(f"Fill in {task} where it says TODO, then: ranksearch check {space}", file=sys.stderr)
+
+
+def _input(text: str, dtype: str) -> tuple[str | None, tuple[int, ...], str]:
+    """(argument or None, shape, dtype) of NAME=CxHxW or CxHxW; a shape of no extents is "" (NAME=)."""
+    name, equals, shape = text.rpartition("=")
+    parts = [part.strip() for part in shape.lower().replace(",", "x").split("x")] if shape or not equals else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or (equals and not name.isidentifier()):
+        raise UsageError(
+            f"--input {text}: expected a shape without the batch, such as 3x224x224, or an argument's, such as input_ids=16."
+        )
+    return name if equals else None, tuple(map(int, parts)), dtype
 
 
 @app.command(rich_help_panel="Before a search")

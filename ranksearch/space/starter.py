@@ -9,12 +9,15 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ranksearch.compress import Net, dense_cost, trace
+from ranksearch.compress.inputs import call, class_logits
 from ranksearch.errors import RanksearchError, UsageError, first_line, nearest
 from ranksearch.tasks.nets import LIBRARIES, build_named
 from ranksearch.tasks.task_file import told
@@ -43,9 +46,19 @@ def make_task() -> ranksearch.Task:
     return ranksearch.Task(model=model, train=train, val=val)
 
 
-def stand_in(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+{stand_in}'''
+
+ONE = '''def stand_in(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs {inputs} and targets of the right shapes, and nothing to learn."""
-    return torch.randn(samples, *{shape}), torch.randint({classes}, (samples,{positions}))
+    return {made}, torch.randint({classes}, (samples,{positions}))
+'''
+SEVERAL = '''def stand_in(samples: int) -> torch.utils.data.DataLoader:
+    """Batches of {inputs}, as the model is called with them, and targets of the right shapes, and nothing to learn."""
+    return torch.utils.data.DataLoader([one() for _ in range(samples)], batch_size=32, shuffle=True)
+
+
+def one() -> tuple[object, torch.Tensor]:
+    return {made}, torch.randint({classes}, ({positions}))
 '''
 
 SPACE = """# A search over low-rank forms of {model}. What every key means: ranksearch/space/space.py
@@ -136,27 +149,65 @@ def imported_net(model: str) -> nn.Module:
         raise UsageError(f"build={model!r}: {str(error).removeprefix('init: ')}") from error
 
 
-def write_start(model: str, shape: Sequence[int], folder: Path) -> tuple[Path, Path]:
+@dataclass(frozen=True)
+class Given:
+    """One tensor that a net takes."""
+
+    shape: tuple[int, ...]
+    """Without the batch."""
+    dtype: str = "float32"
+    name: str | None = None
+    """The argument that takes it; None where it is positional."""
+
+    def example(self) -> Tensor:
+        """[1, ...]: zeros, which are valid words, too."""
+        return torch.zeros(1, *self.shape, dtype=getattr(torch, self.dtype))
+
+    def made(self, samples: str) -> str:
+        """The expression that draws it: normal numbers, or whole ones of which any embedding has a row."""
+        sizes = ", ".join([*([samples] if samples else []), *map(str, self.shape)])
+        if self.example().is_floating_point():
+            cast = "" if self.dtype == "float32" else f", dtype=torch.{self.dtype}"
+            return f"torch.randn({sizes or '()'}{cast})"
+        return f"torch.randint(2, ({sizes}{',' if sizes else ''}), dtype=torch.{self.dtype})"
+
+    def described(self) -> str:
+        name = "" if self.name is None else f"{self.name} "
+        return f"{name}[{', '.join(['N', *map(str, self.shape)])}]" + (
+            "" if self.dtype == "float32" else f" ({self.dtype})"
+        )
+
+
+def _together(given: Sequence[Given], parts: Sequence[Any]) -> Any:
+    """One tensor as it is, named ones as a dict, others as a tuple."""
+    if given[0].name is not None:
+        return dict(zip([one.name for one in given], parts, strict=True))
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def write_start(model: str, inputs: Sequence[int] | Sequence[Given], folder: Path) -> tuple[Path, Path]:
     """Writes NAME.yaml and NAME_task.py for `model` to `folder`; returns both paths.
 
     Args:
-        shape: of one input, without the batch.
+        inputs: what one call takes: all by name, or all by position; of one float32 tensor its shape, without the batch, is enough.
 
     Raises:
         UsageError: the model is of no use, does not take the shape, or one of the files is there.
     """
     net, short, imports, build = load_model(model)
-    example = torch.zeros(1, *shape)
+    given = [Given(tuple(inputs))] if isinstance(inputs[0], int) else list(inputs)  # type: ignore[arg-type]
+    example = _together(given, [one.example() for one in given])
     try:
         traced = trace(net, example)
         with torch.inference_mode():
-            outputs = net.eval()(example)
+            outputs = call(net.eval(), example)
     except RanksearchError:
         raise
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"init: {model} does not take inputs {list(example.shape)} ({first}): name another shape by --input, such as --input 1x28x28."
+            f"init: {model} does not take inputs {_shown(given)} ({first}): name another shape by --input, such as --input 1x28x28, "
+            f"another kind of numbers by --dtype, such as --dtype int64, or arguments, such as --input input_ids=16."
         ) from error
     name = re.sub(r"[^A-Za-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", short)).strip("_").lower()
     space, task = folder / f"{name}.yaml", folder / f"{name}_task.py"
@@ -164,14 +215,9 @@ def write_start(model: str, shape: Sequence[int], folder: Path) -> tuple[Path, P
         if path.exists():
             raise UsageError(f"init: {path} is there already, and it is kept: remove it, or name another folder by -o.")
     folder.mkdir(parents=True, exist_ok=True)
-    positions = outputs.shape[2:] if isinstance(outputs, Tensor) else ()
     task.write_text(
-        TASK.format(
-            name=name, model=model, imports=imports, build=build, inputs=f"[N, {', '.join(map(str, shape))}]", shape=tuple(shape),
-            classes=outputs.shape[1] if isinstance(outputs, Tensor) and outputs.dim() > 1 else 2,
-            positions="".join(f" {extent}," for extent in positions).rstrip(","),
-        )
-    )  # fmt: skip
+        TASK.format(name=name, model=model, imports=imports, build=build, stand_in=_stand_in(given, outputs))
+    )
     cost = dense_cost(traced)
     space.write_text(
         SPACE.format(
@@ -184,6 +230,35 @@ def write_start(model: str, shape: Sequence[int], folder: Path) -> tuple[Path, P
         )
     )
     return space, task
+
+
+def _shown(given: Sequence[Given]) -> str:
+    return ", ".join(
+        f"{[1, *one.shape]}" if one.dtype == "float32" else f"{[1, *one.shape]} ({one.dtype})" for one in given
+    )
+
+
+def _stand_in(given: Sequence[Given], outputs: Any) -> str:
+    """The function that makes random data; targets are classes of the net's main output, where it has one."""
+    try:
+        logits = class_logits(outputs)
+    except UsageError:
+        logits = torch.zeros(1, 2)
+    classes = logits.shape[1] if logits.dim() > 1 else 2
+    extents = [str(extent) for extent in logits.shape[2:]]
+    described = ", ".join(one.described() for one in given)
+    if len(given) == 1 and given[0].name is None:
+        positions = "".join(f" {extent}," for extent in extents).rstrip(",")
+        return ONE.format(inputs=described, made=given[0].made("samples"), classes=classes, positions=positions)
+    parts = [one.made("") for one in given]
+    if given[0].name is None:
+        made = f"({', '.join(parts)})"
+    else:
+        made = (
+            f"{{{', '.join(f'{chr(34)}{one.name}{chr(34)}: {part}' for one, part in zip(given, parts, strict=True))}}}"
+        )
+    positions = "".join(f"{extent}, " for extent in extents).strip()
+    return SEVERAL.format(inputs=described, made=made, classes=classes, positions=positions)
 
 
 def _listed(net: Net) -> str:
