@@ -233,6 +233,44 @@ def test_a_chain_looks_like_the_layer_that_it_was(how):
                 torch.testing.assert_close(made.conv(y), wanted, rtol=1e-4, atol=1e-5)
 
 
+LAYER = nn.Linear(16, 16)
+
+
+class ByGlobal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = LAYER, nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.b(LAYER(x))
+
+
+def by_closure(default=False):
+    layers = [nn.Linear(16, 16)]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = layers[0], nn.Linear(16, 16)
+
+        def forward(self, x, held=layers if default else None):
+            return self.b(held[0](x)) if default else self.b(layers[0](x))
+
+    return Net()
+
+
+@pytest.mark.parametrize(
+    "made", [ByGlobal, by_closure, functools.partial(by_closure, True)], ids=["global", "closure", "default"]
+)
+def test_a_layer_that_a_classs_code_reaches_is_refused_without_an_example_too(made):
+    net = made()
+    with pytest.raises(UsageError, match=r"'a' cannot be lowered: .*forward reaches it by a global or a closure"):
+        ranksearch.compress(net, RankPlan({"a": LayerPlan("svd", 4)}))
+    small = ranksearch.compress(net, RankPlan({"b": LayerPlan("svd", 16)}))
+    x = torch.randn(2, 16)
+    torch.testing.assert_close(small(x), net(x), rtol=1e-4, atol=1e-5)
+
+
 class TiedAutoencoder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -350,7 +388,7 @@ def test_weights_tied_by_their_memory_are_one_layer(tmp_path):
     small = assert_exact(net, x, plan)
     assert plan_cost(t, plan).params == sum(p.numel() for p in small.parameters())
     for name in ("right", "ri*"):  # a second name of a weight excludes it, too
-        with pytest.raises(UsageError, match="Budget"):
+        with pytest.raises(UsageError, match="leave no layer to lower"):
             ranksearch.allocate(net, x, {"flops": "60%"}, exclude=[name])
     net.view.weight.data = net.left.weight.data.view(24, 6)
     with pytest.raises(

@@ -13,6 +13,7 @@ from ranksearch.compress.attention import IN_PROJ, QKV, leave_fused_, open_atten
 from ranksearch.compress.bare import bare
 from ranksearch.compress.copying import copied
 from ranksearch.compress.plan import LayerPlan, RankPlan
+from ranksearch.compress.reached import reached_by_classes
 from ranksearch.compress.slots import Slot, find_slots, slots_of
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
@@ -36,7 +37,8 @@ def compress(
 
     Args:
         example_input: the compressed net is then checked as a whole (`whole.py`, two forward passes). Left out, it is that of the plan,
-            where `allocate` leaves it; of a plan that knows none only the structure is checked.
+            where `allocate` leaves it; of a plan that knows none only the structure is checked, and that no class's code reaches the
+            original's layers.
         warm: what a `Projector` keeps of its last projection of this model; `cp` needs it to find the projected weight's own terms.
         weightings: layer -> the metric of its data (`ranksearch.weightings`), in which what is kept of it is nearest to it; of layers that
             are not named, and of lowerings that know no other metric (`cp`), the weight's own norm decides.
@@ -46,13 +48,26 @@ def compress(
             computes something else than planned.
         NonFiniteError: weights that are not finite; the text names the layer.
     """
-    small = _restructured(copied(bare(model)), plan, fill=True, warm=warm or {}, weightings=weightings or {})
     example = plan.example_input if example_input is None else example_input
+    if example is None:  # where there is one, it is measured
+        _check_reached(bare(model), plan)
+    small = _restructured(copied(bare(model)), plan, fill=True, warm=warm or {}, weightings=weightings or {})
     if example is not None and next(plan.lowered(), None) is not None:
         from ranksearch.compress.whole import check_whole
 
         check_whole(model, small, plan, example)
     return small
+
+
+def _check_reached(model: nn.Module, plan: RankPlan) -> None:
+    """Raises UsageError where code of a class computes with a layer of the plan: a copy's classes are the model's own."""
+    reached = reached_by_classes(model)
+    for name, _ in plan.lowered() if reached else ():
+        if name in reached:
+            raise UsageError(
+                f"Layer {name!r} cannot be lowered: {reached[name]} reaches it by a global or a closure, so that a copy of the model would "
+                f"go on computing with the original. Exclude it, or let the module hold it."
+            )
 
 
 def restructure_(model: nn.Module, plan: RankPlan) -> nn.Module:
