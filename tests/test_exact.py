@@ -493,6 +493,37 @@ def test_wrapped_models_are_unwrapped():
         assert isinstance(ranksearch.compress(wrapped, plan), nn.Sequential)
 
 
+@pytest.mark.parametrize("sensitivity", ["activation", "kfac", "fisher"])
+def test_hugging_faces_conv1d_is_a_linear_whose_weight_lies_the_other_way_round(sensitivity):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+    net, x = nn.Sequential(conv1d(20, 16), nn.GELU(), conv1d(12, 20), nn.Linear(12, 12)), torch.randn(3, 7, 16)
+    twin = nn.Sequential(nn.Linear(16, 20), nn.GELU(), nn.Linear(20, 12), nn.Linear(12, 12))
+    for own, theirs in zip(twin, net, strict=True):
+        if isinstance(own, nn.Linear):
+            own.weight.data = theirs.weight.data.T.contiguous() if isinstance(theirs, conv1d) else theirs.weight.data
+            own.bias.data = theirs.bias.data
+    plans = [
+        ranksearch.allocate(model, x, {"flops": "70%"}, sensitivity=sensitivity, calibration=[x], lowerings=["svd"])
+        for model in (net, twin)
+    ]
+    assert plans[0].layers == plans[1].layers
+    small = assert_exact(net, x, plans[0])
+    assert isinstance(small[0], conv1d)
+    assert (small[0].nx, small[0].nf, small[0].weight.shape) == (16, 20, (16, 20))
+    with pytest.raises(UsageError, match="lies the other way round"):
+        ranksearch.compress(net, RankPlan({"0": LayerPlan("tiled_8", 2)}))
+
+
+def test_products_of_fused_experts_are_counted():
+    if not hasattr(torch, "_grouped_mm"):
+        pytest.skip("this torch has no grouped products")
+    rows, experts = torch.randn(12, 16).bfloat16(), torch.randn(3, 16, 24).bfloat16()
+    with counter() as counted:
+        torch._grouped_mm(rows, experts, offs=torch.tensor([4, 4, 12], dtype=torch.int32))
+    assert macs(counted) == 12 * 16 * 24
+
+
 def test_a_model_that_is_one_layer_is_lowered():
     net, x = nn.Linear(32, 32), torch.randn(2, 32)
     assert_exact(net, x, ranksearch.allocate(net, x, {"flops": "60%"}))

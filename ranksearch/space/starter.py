@@ -195,7 +195,8 @@ def write_start(model: str, inputs: Sequence[int] | Sequence[Given], folder: Pat
         UsageError: the model is of no use, does not take the shape, or one of the files is there.
     """
     net, short, imports, build = load_model(model)
-    given = [Given(tuple(inputs))] if isinstance(inputs[0], int) else list(inputs)  # type: ignore[arg-type]
+    given = [one for one in inputs if isinstance(one, Given)]
+    given = given or [Given(tuple(extent for extent in inputs if isinstance(extent, int)))]
     example = _together(given, [one.example() for one in given])
     try:
         traced = trace(net, example)
