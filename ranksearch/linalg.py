@@ -24,6 +24,7 @@ class LowRank(NamedTuple):
     removed_energy: Tensor  # [...], squared Frobenius norm of what was cut off, as a share of the matrix's own (0..1)
 
 
+NOT_FINITE = "the matrix holds NaN or infinite values, so it has no SVD; was the training run diverging?"
 SAFE = (1e-6, 1e6)
 """max|M| between these needs no scaling: the squares of fp32 entries keep their digits."""
 
@@ -42,9 +43,7 @@ def moderate(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
     largest = torch.maximum(matrix.amax(dim=(-2, -1)), -matrix.amin(dim=(-2, -1)))
     smallest, most = float(largest.min()), float(largest.max())  # NaN travels through minima and maxima
     if not (isfinite(smallest) and isfinite(most)):
-        raise NonFiniteError(
-            "the matrix holds NaN or infinite values, so it has no SVD; was the training run diverging?"
-        )
+        raise NonFiniteError(NOT_FINITE)
     if SAFE[0] < smallest and most < SAFE[1]:
         return matrix, None
     scale = torch.where(largest > 0, largest, torch.ones_like(largest))[..., None, None]

@@ -14,6 +14,7 @@ ROWS = [
     ("errors", "_callable", "costs"),
     ("places", "words"),
     ("linalg", "maxvol", "pareto"),
+    ("subspaces",),
     ("lowering",),
     ("compress",),
     ("allocate",),

@@ -7,14 +7,17 @@ al. 2024, arXiv 2204.05566.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.bare import bare
+from ranksearch.compress.batched import Batched, Run
 from ranksearch.compress.plan import LayerPlan, RankPlan
-from ranksearch.compress.slots import slots_of
+from ranksearch.compress.program import Entry, takes
+from ranksearch.compress.slots import Slot, slots_of
 from ranksearch.errors import NonFiniteError
 from ranksearch.lowering import LayerSpec, Lowering, lowering_named
 from ranksearch.lowering.contract import View
@@ -37,6 +40,7 @@ class Projector:
         energy_transfer: bool = False,
         norms: Mapping[str, str] | None = None,
         weightings: Mapping[str, Weighting] | None = None,
+        batched: bool | None = None,
     ) -> None:
         """
         Args:
@@ -46,10 +50,14 @@ class Projector:
                 it has to find its own terms again when it decomposes.
             weightings: layer -> the metric of its data, in which what is kept of it is nearest to it; BN rectification then leaves it
                 alone. `weigh` brings fresher ones.
+            batched: all layers that can be as one program of batched products (`program.py`), the fastest on a GPU, or layer by
+                layer, the fastest on a CPU; None: as it is fastest where the weights lie.
         """
         self.plan, self.energy_transfer, self.norms = plan, energy_transfer, dict(norms or {})
         self.warm: dict[str, Any] = {}
         self._warm_plan: dict[str, LayerPlan] = {}
+        self._wanted, self._batched = batched, None  # type: bool | None, Batched | None
+        self._known: tuple[nn.Module, dict[str, tuple[Slot, LayerPlan]]] | None = None
         self.weigh(weightings or {})
 
     def weigh(self, weightings: Mapping[str, Weighting]) -> None:
@@ -79,41 +87,114 @@ class Projector:
             UsageError: a layer that is not there, a rank outside its range.
             NonFiniteError: weights that are not finite; the text names the layer.
         """
-        removed, written = {}, []
-        for name, (slot, choice) in slots_of(model, plan or self.plan).items():
-            lowering = lowering_named(choice.lowering)
-            view = self._view(name, lowering, slot.spec)
-            rectified = view is None and name in self.norms and lowering.is_projection
-            scale = _channel_scale(model, self.norms[name], slot.spec) if rectified else None
-            weight = slot.weight.detach() if scale is None else slot.weight.detach() * scale
-            warm = self.warm.get(name) if self._warm_plan.get(name, choice) == choice else None
-            try:
-                found = (
-                    lowering.project(weight, choice.rank, slot.spec, warm)
-                    if view is None
-                    else view.project(weight, choice.rank, warm)
-                )
-            except NonFiniteError as error:
-                raise NonFiniteError(f"Layer {name!r}: {error}") from error
-            projected, share, self.warm[name] = found
-            if scale is not None:
-                projected = projected / scale
-            if scale is not None or view is not None:
-                share = _removed(slot.weight, projected)
-            if self.energy_transfer and share < 1 and projected.norm() > 0:
-                projected = projected * (slot.weight.norm() / projected.norm())
-            removed[name], self._warm_plan[name] = share, choice
+        found = slots_of(model, plan or self.plan)
+        batched = self._batched_of(model, found)
+        removed, left = batched.now() if batched is not None else ({}, list(found))
+        inside = batched.program.names if batched is not None else []
+        alone, written = [name for name in found if name not in inside or name in left], []
+        for name in alone:
+            slot, choice = found[name]
+            if name in left:
+                self.warm[name] = None if name in inside else self.warm.get(name)
+            projected, removed[name] = self._alone(model, slot, choice)
             written.append((slot.weight, projected))
+        if batched is not None:
+            batched.program.write()
+            batched.start_from({name: self.warm[name] for name in alone if name in inside})
+            self.warm |= batched.warm()
+            self._warm_plan |= {name: found[name][1] for name in inside}
         for weight, projected in written:
             weight.copy_(projected)
-        return removed
+        return {name: removed[name] for name in found}
+
+    @torch.no_grad()
+    def later(self, model: nn.Module, run: Run) -> None:
+        """Projects in place as a call does, on a GPU without waiting for what becomes of it.
+
+        A layer that is not certified to be next to the optimum keeps its weight this once: the next projection is exact.
+
+        Args:
+            model: the same one all the time, or its slots are looked for anew.
+            run: runs the program's statements, or replays them.
+
+        Raises:
+            NonFiniteError: weights were not finite, now or the last time; the text names the layer.
+        """
+        if self._known is None or self._known[0] is not model:
+            self._known = model, slots_of(model, self.plan)
+        found = self._known[1]
+        batched = self._batched_of(model, found)
+        if batched is not None:
+            batched.look()
+        if batched is None or batched.unsure:
+            self(model)
+            return
+        for name, (slot, choice) in found.items():
+            if name not in batched.program.names:
+                slot.weight.copy_(self._alone(model, slot, choice)[0])
+        batched.later(run)
+
+    def _batched_of(self, model: nn.Module, found: Mapping[str, tuple[Slot, LayerPlan]]) -> Batched | None:
+        """The program of the layers that can be part of one, the last projection's where it still fits; None without any."""
+        entries = [self._entry(model, *it) for it in found.values() if self._is_batched(*it)]
+        if not entries:
+            return None
+        if self._batched is None or not self._batched.fits(entries):
+            self._refresh()
+            known = {
+                e.name: self.warm.get(e.name) for e in entries if self._warm_plan.get(e.name, e.choice) == e.choice
+            }
+            self._batched = Batched(entries, known, energy_transfer=self.energy_transfer)
+        return self._batched
+
+    def _is_batched(self, slot: Slot, choice: LayerPlan) -> bool:
+        lowering = lowering_named(choice.lowering)
+        wanted = slot.weight.is_cuda if self._wanted is None else self._wanted
+        full = choice.rank == lowering.full_rank(slot.spec)
+        return wanted and not full and slot.name not in self.weightings and takes(lowering, slot.weight)
+
+    def _entry(self, model: nn.Module, slot: Slot, choice: LayerPlan) -> Entry:
+        norm = self.norms.get(slot.name)
+        return Entry(slot, choice, partial(_channel_scale, model, norm, slot.spec) if norm is not None else None)
+
+    def _refresh(self) -> None:
+        """Brings `warm` up to date with what projections have left on the device."""
+        if self._batched is not None:
+            self.warm |= self._batched.warm()
+
+    def _alone(self, model: nn.Module, slot: Slot, choice: LayerPlan) -> tuple[Tensor, float]:
+        """(what a layer's weight becomes, the share of ||W||² that is removed), of this layer alone."""
+        name, lowering = slot.name, lowering_named(choice.lowering)
+        view = self._view(name, lowering, slot.spec)
+        rectified = view is None and name in self.norms and lowering.is_projection
+        scale = _channel_scale(model, self.norms[name], slot.spec) if rectified else None
+        weight = slot.weight.detach() if scale is None else slot.weight.detach() * scale
+        warm = self.warm.get(name) if self._warm_plan.get(name, choice) == choice else None
+        try:
+            found = (
+                lowering.project(weight, choice.rank, slot.spec, warm)
+                if view is None
+                else view.project(weight, choice.rank, warm)
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"Layer {name!r}: {error}") from error
+        projected, share, self.warm[name] = found
+        self._warm_plan[name] = choice
+        if scale is not None:
+            projected = projected / scale
+        if scale is not None or view is not None:
+            share = _removed(slot.weight, projected)
+        if self.energy_transfer and share < 1 and projected.norm() > 0:
+            projected = projected * (slot.weight.norm() / projected.norm())
+        return projected, share
 
     def state_dict(self) -> dict[str, Any]:
         """The bases, as tensors and numbers that can be saved without pickling code."""
+        self._refresh()
         return {name: None if warm is None else tuple(warm) for name, warm in self.warm.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.warm, self._warm_plan = dict(state), {}
+        self.warm, self._warm_plan, self._batched = dict(state), {}, None
 
 
 def project_(
