@@ -18,6 +18,7 @@ from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.folder import data_folder, writable_cache
 from ranksearch.tasks.resident import Augment, Normalise
 from ranksearch.tasks.schedule import SCHEDULES, learning_rate
+from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training
 
 CPU = torch.device("cpu")
@@ -356,3 +357,33 @@ def test_models_and_tasks_by_name_and_nearest():
     for validation in (0, 2000):
         with pytest.raises(UsageError, match="validation"):
             digits.make_task("resnet8", data=None, validation=validation, split_seed=0)
+
+
+# What the dense net was trained with ----------------------------------------------------------------------------------
+
+
+def test_trials_train_as_the_dense_net_did_where_the_recipe_names_neither():
+    from ranksearch.search.workbench import trained_alike
+    from ranksearch.space.reading import parse_space
+
+    splits = {name: (torch.randn(8, 4), torch.randint(3, (8,))) for name in ("train", "val")}
+    net = torch.nn.Linear(4, 3)
+    own = Task(model=net, **splits, trained_with={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01})
+
+    def recipe(**given):
+        space = parse_space(
+            {"name": "s", "task": "digits", "model": "resnet8", "validation": 1, "recipe": {"steps": 1, **given}}, "s"
+        )
+        return trained_alike(space, own).recipe
+
+    assert (recipe().optimizer, recipe().lr, recipe().weight_decay) == ("adamw", 1e-3, 0.01)
+    assert recipe(weight_decay=0.0).weight_decay == 0.0
+    assert (recipe(lr=0.1).optimizer, recipe(lr=0.1).lr) == ("sgd", 0.1)
+    assert recipe(optimizer="sgd").optimizer == "sgd"
+    for wrong, text in (
+        ({"optimizer": "adam", "lr": 1e-3}, "adamw"), ({"lr": 1e-3}, "belong together"),
+        ({"optimizer": "sgd", "lr": 0}, "expected a number"),
+        ({"rate": 1}, "no 'rate'"), ("adamw", "mapping"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=text):
+            Task(model=net, **splits, trained_with=wrong)

@@ -55,6 +55,7 @@ class Workbench:
     def settled(self, space: Space) -> Space:
         """A space with nothing left open of what plans are predicted by."""
         asked = space.search.sensitivity == AUTO and self.prediction is not None
+        space = trained_alike(space, self.task)
         return self.prediction.settled(space) if asked else usual(space)  # type: ignore[union-attr]
 
     def dense_model(self) -> torch.nn.Module:
@@ -70,6 +71,16 @@ class Workbench:
             for o in self.curves.layers
             if len(o.choices) > 1
         ]
+
+
+def trained_alike(space: Space, task: Task) -> Space:
+    """The space with the optimizer, learning rate and weight decay that the task's dense net was trained with, where its recipe names
+    neither optimizer nor learning rate."""
+    named = space.recipe.model_fields_set
+    if not task.trained_with or {"optimizer", "lr"} & named:
+        return space
+    taken = {name: value for name, value in task.trained_with.items() if name not in named}
+    return space.model_copy(update={"recipe": space.recipe.model_copy(update=taken)})
 
 
 def with_latency(curves: Curves, model: torch.nn.Module, example: Any, table: LatencyTable | None, log: Log) -> Curves:
@@ -134,6 +145,10 @@ def prepare(
     else:
         dense = dense_state(task, checkpoint=space.checkpoint, data=space.data, fallback=fallback, log=log)
     model.load_state_dict(dense)
+    if saved_dense is None and (alike := trained_alike(space, task)) is not space:
+        log(
+            f"recipe: {alike.recipe.optimizer} at learning rate {alike.recipe.lr:g}, as the task's dense net was trained"
+        )
     weightings = _weightings(space, task, model, net, log)
     curves = with_latency(rank_curves(model, net, rules, known, weightings), model, example, table, log)
     damage, rivals, prediction = _predicted(space, task, model, curves, weightings, log)

@@ -24,7 +24,7 @@ from ranksearch.tasks.task_file import told
 
 TASK = '''"""The task of {name}.yaml: {model}, its data, its loss and its metric.
 
-Fill in the three places that say TODO, then: ranksearch check {name}.yaml
+Fill in the four places that say TODO, then: ranksearch check {name}.yaml
 """
 
 import torch
@@ -43,6 +43,8 @@ def make_task() -> ranksearch.Task:
 
     # TODO 3: left out, the loss is cross-entropy and the metric accuracy in percent. Any others:
     # loss=torch.nn.MSELoss(), metric=rmse, direction="minimize", with def rmse(outputs, targets): return number
+    # TODO 4: what the dense net was trained with; trials train so where the space's recipe names neither optimizer nor lr
+    # (take both lines out there): trained_with={{"optimizer": "adamw", "lr": 0.001, "weight_decay": 0.01}}
     return ranksearch.Task(model=model, train=train, val=val)
 
 

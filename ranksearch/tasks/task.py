@@ -65,6 +65,9 @@ class Task:
     targets."""
     trained: bool = True
     """Whether the model's weights are those of the dense net; if not, it is trained once before the search."""
+    trained_with: Mapping[str, str | float] | None = None
+    """What the dense net was trained with, such as {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01}: trials train so where the
+    space's recipe names neither optimizer nor learning rate."""
     name: str = "own"
     model_name: str | None = None
     """Names the net in messages; left out, its class."""
@@ -86,6 +89,7 @@ class Task:
                 raise UsageError(f"Task: {name} is a function of (outputs, targets), got {_kind(value)}.")
         if self.metric is None and self.direction == "minimize":
             raise UsageError("Task: direction 'minimize' needs a metric; accuracy, the default, is maximised.")
+        _check_trained_with(self.trained_with)
         taken = targets_taken(self.model) if self.loss is None else ()
         train = as_source(self.train, "train", taken)
         first = next(train.in_order(1))[0] if taken or self.example_input is None else None
@@ -146,6 +150,39 @@ class Task:
             test=test,
             loss=self.loss_on(device),
             example_input=moved(self.example_input, device),
+        )
+
+
+TRAINED_WITH = ("optimizer", "lr", "weight_decay")
+
+
+def _check_trained_with(given: Any) -> None:
+    """Raises UsageError where it is no mapping of what a recipe can take over."""
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        raise UsageError(
+            f'Task: trained_with is a mapping such as {{"optimizer": "adamw", "lr": 1e-3}}, got {_kind(given)}.'
+        )
+    from ranksearch.tasks.train import OPTIMIZERS  # which trains tasks
+
+    for name, value in given.items():
+        if name not in TRAINED_WITH:
+            raise UsageError(f"Task: trained_with has no {name!r}. {nearest(str(name), TRAINED_WITH)}")
+        if name == "optimizer":
+            if value not in OPTIMIZERS:
+                raise UsageError(
+                    f"Task: trained_with: optimizer {value!r} is not possible. {nearest(str(value), OPTIMIZERS)}"
+                )
+            continue
+        low = 1e-8 if name == "lr" else 0.0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= 100:
+            raise UsageError(
+                f"Task: trained_with: {name} {value!r} is not possible: expected a number from {low:g} to 100."
+            )
+    if ("optimizer" in given) != ("lr" in given):
+        raise UsageError(
+            "Task: trained_with: optimizer and lr belong together: the one says nothing without the other."
         )
 
 
