@@ -46,6 +46,14 @@ def allocated(space: Space, bench: Workbench) -> Allocated:
     return Allocated(space, bench.curves, bench.damage, bench.rivals)
 
 
+def cut_in(space: Space) -> MetricSetting | None:
+    """The metric that a space's trials cut their layers in; None: that of the weights."""
+    layers = space.layers
+    if layers.metric == WEIGHTS:
+        return None
+    return MetricSetting(layers.metric, space.search.calibration_batches, layers.metric_refresh)
+
+
 class Proposals:
     """Asks Optuna's study for candidates."""
 
@@ -165,14 +173,8 @@ class Proposals:
         return Candidate(
             trial.number, found.plan, found.recipe, seed, trial_folder(self._results, trial.number), self.checkpoint(key, seed),
             rungs=tuple(rungs.rungs) if rungs is not None else (), latency=latency,
-            metric=self._cut_in(),
+            metric=cut_in(self._space),
         )  # fmt: skip
-
-    def _cut_in(self) -> MetricSetting | None:
-        layers = self._space.layers
-        if layers.metric == WEIGHTS:
-            return None
-        return MetricSetting(layers.metric, self._space.search.calibration_batches, layers.metric_refresh)
 
     def checkpoint(self, key: str, seed: int) -> Place:
         """The file of a plan, recipe and seed: a trial that is proposed again finds the state that it had."""

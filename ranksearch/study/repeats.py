@@ -13,6 +13,7 @@ from torch import nn
 
 from ranksearch.compress import RankPlan, load_net
 from ranksearch.search.workbench import Workbench
+from ranksearch.study.proposals import cut_in
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.trial.attempt import attempt
@@ -71,7 +72,13 @@ def _again(
     seed = row.seed + SEEDS_APART * (number + 1)
     folder = study.folder / FOLDER / f"{row.trial:03d}-{number}"
     candidate = Candidate(
-        row.trial, RankPlan.from_dict(row.plan), Recipe.from_dict(row.recipe), seed, folder, folder.with_suffix(".pt")
+        row.trial,
+        RankPlan.from_dict(row.plan),
+        Recipe.from_dict(row.recipe),
+        seed,
+        folder,
+        folder.with_suffix(".pt"),
+        metric=cut_in(study.space),
     )
     try:
         result = attempt(
