@@ -206,7 +206,7 @@ def test_the_prediction_is_settled_by_scores_on_the_tasks_metric(bench, digits_y
     shares = {options.layer.name: 0.5 * (1 - options.removed) for options in bench.curves.layers}
     void = Damage(bench.damage.measure, shares)
     found = settle(
-        space, bench.task, bench.dense_model(), bench.curves, lambda names: dict.fromkeys(names, void), said.append
+        space, bench.task, bench.dense_model(), bench.curves, lambda names: dict.fromkeys(names, void), said.append, {}
     )
     assert found.predictions[0] in ("uniform", "energy", "minimax")
     leading = found.scores[found.predictions[0]]

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from math import cos, pi
 
 STEP_FACTOR = 0.1
+OPTIMIZER_NAMES = ("sgd", "adamw")
+"""What `train.py` has; here for those that it imports."""
 
 
 def _cosine(progress: float) -> float:

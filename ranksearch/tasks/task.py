@@ -15,6 +15,7 @@ from ranksearch.compress.copying import copied
 from ranksearch.compress.inputs import cut, moved, tensors
 from ranksearch.errors import UsageError, nearest
 from ranksearch.tasks.loaded import as_source
+from ranksearch.tasks.schedule import OPTIMIZER_NAMES
 from ranksearch.tasks.scores import Accuracy, Loss, Metric, cross_entropy, is_accumulator, nets_loss
 from ranksearch.tasks.targets import targets_taken, without_targets
 
@@ -164,15 +165,13 @@ def _check_trained_with(given: Any) -> None:
         raise UsageError(
             f'Task: trained_with is a mapping such as {{"optimizer": "adamw", "lr": 1e-3}}, got {_kind(given)}.'
         )
-    from ranksearch.tasks.train import OPTIMIZERS  # which trains tasks
-
     for name, value in given.items():
         if name not in TRAINED_WITH:
             raise UsageError(f"Task: trained_with has no {name!r}. {nearest(str(name), TRAINED_WITH)}")
         if name == "optimizer":
-            if value not in OPTIMIZERS:
+            if value not in OPTIMIZER_NAMES:
                 raise UsageError(
-                    f"Task: trained_with: optimizer {value!r} is not possible. {nearest(str(value), OPTIMIZERS)}"
+                    f"Task: trained_with: optimizer {value!r} is not possible. {nearest(str(value), OPTIMIZER_NAMES)}"
                 )
             continue
         low = 1e-8 if name == "lr" else 0.0

@@ -20,7 +20,7 @@ from ranksearch.compress.inputs import batch_size, call, class_logits, device_of
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.tasks.device import channels_last_
 from ranksearch.tasks.parallel import ALONE, Group
-from ranksearch.tasks.schedule import learning_rate
+from ranksearch.tasks.schedule import OPTIMIZER_NAMES, learning_rate
 from ranksearch.tasks.scores import IGNORED, in_fp32
 from ranksearch.tasks.source import Batch
 from ranksearch.tasks.task import Task
@@ -83,7 +83,9 @@ def _adamw(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
     )
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, Optimisation], torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
+OPTIMIZERS: dict[str, Callable[[nn.Module, Optimisation], torch.optim.Optimizer]] = dict(
+    zip(OPTIMIZER_NAMES, (_sgd, _adamw), strict=True)
+)
 """SGD with Nesterov momentum; AdamW, whose first beta is the momentum."""
 
 
