@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from ranksearch.study.verdict import verdict_of
 from ranksearch.trial.metric import metric_column, metric_text
-from ranksearch.words import COST_NAMES, describe_budgets, limit_words, mix_of, percent_of_dense, shown_costs
+from ranksearch.words import (
+    COST_NAMES,
+    describe_budgets,
+    limit_words,
+    mix_of,
+    over_budget,
+    percent_of_dense,
+    shown_costs,
+)
 
 if TYPE_CHECKING:
     from ranksearch.study.row import Row
@@ -45,15 +53,16 @@ def number(value: float | None, form: str = ",d") -> str:
     return "–" if value is None else format(value, form)
 
 
-def _measured(row: Mapping[str, Any], dense: Mapping[str, Any], metric: Mapping[str, str]) -> list[str]:
-    """A net's cells of the front's table, from its validation accuracy to its size."""
-    ratio, dense_ms = row.get("latency_ratio"), None
+def _measured(row: Mapping[str, Any], front: Mapping[str, Any]) -> list[str]:
+    """A net's cells of the front's table, from its validation accuracy to its size; `!` behind a latency above its budget."""
+    dense, metric = front["dense"], front["metric"]
+    ratio, dense_ms, mark = row.get("latency_ratio"), None, "!" if over_budget(front, row) else ""
     if row.get("latency_ms") is not None and ratio:
         dense_ms = row["latency_ms"] / ratio
     return [
         metric_text(metric, row["val_accuracy"]), metric_text(metric, row["test_accuracy"]),
         number(100 * row["macs"] / dense["macs"], ".1f"), number(100 * row["params"] / dense["params"], ".1f"),
-        number(100 * row["size_bytes"] / dense["size_bytes"], ".1f"), number(None if ratio is None else 100 * ratio, ".1f"),
+        number(100 * row["size_bytes"] / dense["size_bytes"], ".1f"), number(None if ratio is None else 100 * ratio, ".1f") + mark,
         number(row["latency_ms"], ".2f"), number(dense_ms, ".2f"), number(row.get("latency_predicted_ms"), ".2f"),
         number(row["macs"]), number(row["params"]), number(row["size_bytes"] / 1024, ".1f"),
     ]  # fmt: skip
@@ -78,10 +87,9 @@ def front_table(front: Mapping[str, Any]) -> None:
         "made by": "left", "plan": "left",
     }  # fmt: skip
     rows = [
-        [str(row["trial"]), *_measured(row, dense, metric), row["allocator"], mix_of(row["plan"])]
-        for row in front["trials"]
+        [str(row["trial"]), *_measured(row, front), row["allocator"], mix_of(row["plan"])] for row in front["trials"]
     ]
-    rows.append(["dense", *_measured(dense | {"latency_ms": None}, dense, metric), "", ""])
+    rows.append(["dense", *_measured(dense | {"latency_ms": None}, front), "", ""])
     times = {"ms %", "ms", "dense ms"} if all(row["latency_ms"] is None for row in front["trials"]) else set()
     times |= {"ms predicted"} if all(row["latency_predicted_ms"] is None for row in front["trials"]) else set()
     known = [name for name in columns if name not in times]
@@ -119,12 +127,22 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+class _TwoLines(Progress):
+    """A bar, and under it a line that is asked for at every refresh."""
+
+    second: Callable[[], str] = staticmethod(lambda: "")
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(f"  {self.second()}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
 class Terminal:
-    """Shows a study on stderr: a live line where that is a terminal, else one plain line per finished trial."""
+    """Shows a study on stderr: two live lines where that is a terminal, else one plain line per finished trial."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
-        self.progress: Progress | None = None
+        self.progress: _TwoLines | None = None
         self._task: Any = None
         self._started: float | None = None
         self._done_before = 0
@@ -135,29 +153,33 @@ class Terminal:
     def start(self, study: Study) -> None:
         self._started, self._done_before = None, study.finished
         if self.console.is_terminal:
-            self.progress = Progress(
-                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(), TextColumn("{task.fields[state]}"), console=self.console,
+            self.progress = _TwoLines(
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total} trials"), TimeElapsedColumn(), console=self.console, refresh_per_second=4,
             )  # fmt: skip
+            self.progress.second = lambda: self._state(study)
             self.progress.start()
-            self._task = self.progress.add_task(
-                study.space.name, total=study.planned, completed=study.finished, state="starting"
-            )
+            self._task = self.progress.add_task(study.space.name, total=study.planned, completed=study.finished)
         else:
             self.log(f"{study.space.name}: {study.planned - study.finished} trials to run")
 
     def _state(self, study: Study) -> str:
+        """Such as `trial 5: step 240/400 · best 98.33 % · about 3 min left`."""
         done, best = study.finished, study.leader
-        assert self._started is not None
-        pace = (time.monotonic() - self._started) / max(1, done - self._done_before)
-        parts = [
-            f"{study.running} running",
-            f"best {study.metric.text(best.val_accuracy if best is not None else None)}",
-        ]
-        if len(study.space.search.objectives) > 1:
+        parts = [in_progress(study.running_steps) or f"{study.running} running"]
+        if best is not None:
+            parts.append(f"best {study.metric.text(best.val_accuracy)}")
+        if self._started is not None:
+            pace = (time.monotonic() - self._started) / max(1, done - self._done_before)
+            left = (
+                f"about {_duration(pace * (study.planned - done))} left"
+                if done < study.planned
+                else "then the test set"
+            )
+            parts.append(left)
+        if len(study.space.search.objectives) > 1 and best is not None:
             parts.append(f"hypervolume {study.hypervolume:.4f}")
-        left = f"about {_duration(pace * (study.planned - done))} left" if done < study.planned else "then the test set"
-        return " · ".join([*parts, left])
+        return " · ".join(parts)
 
     def row(self, study: Study, row: Row) -> None:
         if self._started is None:  # what went before the first trial, such as Ray's start, says nothing of the pace
@@ -169,18 +191,25 @@ class Terminal:
             what = f"{study.metric.text(row['val_accuracy'])} at {at}, {row['seconds']:.0f} s"
         else:
             what = f"{row['status']}: {(row['reason'] or '').splitlines()[0] if row['reason'] else ''}"
-        state = self._state(study)
         joined = row["status"] == "complete" and row["trial"] in study.on_front
         line = f"trial {row['trial']:03d} ({row['allocator']}): {what}{' · joins the front' if joined else ''}"
         bad = row["status"] in ("failed", "diverged")
         if self.progress is not None:
             self.console.print(line, markup=False, soft_wrap=True, style="red" if bad else "")
-            self.progress.update(self._task, completed=study.finished, state=state)
+            self.progress.update(self._task, completed=study.finished)
         else:
-            counted = f"[{study.finished}/{study.planned}] {line} · {state}"
+            counted = f"[{study.finished}/{study.planned}] {line} · {self._state(study)}"
             self.console.print(counted, markup=False, soft_wrap=True, style="red" if bad else "")
 
     def stop(self) -> None:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+def in_progress(steps: Mapping[int, tuple[int, int]]) -> str:
+    """Running trials (number -> steps done, steps in all) in a few words."""
+    if len(steps) > 2:
+        share = sum(done / of for done, of in steps.values()) / len(steps)
+        return f"{len(steps)} running, {100 * share:.0f} % of their steps"
+    return ", ".join(f"trial {number}: step {done}/{of}" for number, (done, of) in steps.items())

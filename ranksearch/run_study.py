@@ -18,7 +18,7 @@ from ranksearch.places.urls import check_apart, database_url
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
 from ranksearch.study.driver import run_inline
-from ranksearch.study.latency import measure_front
+from ranksearch.study.latency import time_front
 from ranksearch.study.repeats import repeat_front
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
@@ -136,9 +136,9 @@ def run_study(
             observer.log(
                 f"early stopping: {stopped} of {study.finished} trials stopped, {saved:.0f} % of all training steps saved"
             )
-        if study.space.has_latency:
+        if study.front:
             assert bench.task.example_input is not None
-            measure_front(
+            time_front(
                 study, bench.dense_model(), lambda row: _net_of(study, row), bench.task.example_input, observer.log
             )
         if bench.task.test is not None:

@@ -59,6 +59,12 @@ def percent_of_dense(row: Mapping[str, Any], cost: str) -> float | None:
     return None if ratio is None else 100 * ratio
 
 
+def over_budget(record: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a net measures slower than a budget on latency allows, within which it was predicted to be."""
+    limits = record.get("latency_limits") or {}
+    return any(row.get(key) is not None and row[key] > limit for key, limit in limits.items())
+
+
 def mix_of(plan: Mapping[str, Any]) -> str:
     """How many layers of a plan's dictionary take which lowering, the most frequent first, such as `spatial 12 · dense 4`."""
     counts: dict[str, int] = {}

@@ -2,11 +2,18 @@
 
 import json
 import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from ranksearch.errors import UsageError
-from ranksearch.tracking.store import written
+from ranksearch.tracking.store import at_home, written
 from ranksearch.tracking.ui import Opened, Page, find_store, say_pages
 
 
@@ -100,3 +107,65 @@ def test_a_store_whose_variable_is_not_set_does_not_hide_the_other_studies(runs,
 def test_what_is_not_there_names_the_nearest_study(runs, tmp_path):
     with pytest.raises(UsageError, match=r"There is no MLflow store in serve.*Did you mean 'served'"):
         find_store("serve", runs)
+
+
+def a_store(folder, root, runs):
+    """What is of use here of MLflow's tables: an experiment whose files are in `root`, with runs."""
+    with closing(sqlite3.connect(folder / "mlflow.db")) as store, store:
+        store.execute("CREATE TABLE experiments (experiment_id INTEGER, artifact_location TEXT)")
+        store.execute("CREATE TABLE runs (run_uuid TEXT, experiment_id INTEGER, artifact_uri TEXT)")
+        store.execute("INSERT INTO experiments VALUES (1, ?)", (root,))
+        for run in runs:
+            store.execute("INSERT INTO runs VALUES (?, 1, ?)", (run, f"{root}/{run}/artifacts"))
+            (folder / "mlartifacts" / run / "artifacts").mkdir(parents=True)
+
+
+def uris(folder):
+    with closing(sqlite3.connect(folder / "mlflow.db")) as store:
+        return [uri for (uri,) in store.execute("SELECT artifact_uri FROM runs")]
+
+
+@pytest.mark.parametrize("moved", [True, False], ids=["moved", "copied"])
+def test_a_folder_that_was_moved_or_copied_keeps_its_files_and_opens_its_own_store(runs, tmp_path, moved):
+    (runs / "mlflow.db").unlink()
+    a_store(runs, (runs / "mlartifacts").as_uri(), ["run-old", "run-new"])
+    before = uris(runs)
+    there = tmp_path / "elsewhere"
+    shutil.move(runs, there) if moved else shutil.copytree(runs, there)
+    opened = find_store("new", there)
+    assert opened.uri == f"sqlite:///{there / 'mlflow.db'}"
+    assert [page.run for page in opened.pages] == ["run-new"]
+    assert at_home(there, opened.uri) == 1
+    assert uris(there) == [uri.replace(runs.as_uri(), there.as_uri()) for uri in before]
+    assert at_home(there, opened.uri) == 0  # once is enough
+    if not moved:
+        assert uris(runs) == before
+
+
+def test_files_that_were_configured_to_lie_elsewhere_stay_there(runs):
+    (runs / "mlflow.db").unlink()
+    a_store(runs, "file:///shared/mlartifacts", ["run-new"])
+    (runs / "mlartifacts" / "run-new").rename(runs / "mlartifacts" / "another")
+    assert at_home(runs, f"sqlite:///{runs / 'mlflow.db'}") == 0
+    assert uris(runs) == ["file:///shared/mlartifacts/run-new/artifacts"]
+
+
+def test_what_the_ui_starts_ends_with_it_even_if_it_is_killed():
+    script = (
+        "import subprocess, sys, time\n"
+        "from ranksearch.tracking.ui import _ends_with_us\n"
+        "server = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        "_ends_with_us(server.pid)\n"
+        "print(server.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    ours = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    server = int(ours.stdout.readline())
+    ours.kill()
+    ours.wait()
+    until = time.monotonic() + 10
+    while time.monotonic() < until and Path(f"/proc/{server}/cmdline").exists():
+        if not Path(f"/proc/{server}/cmdline").read_bytes():  # a zombie: whoever reaps it is nobody of ours
+            return
+        time.sleep(0.05)
+    assert not Path(f"/proc/{server}").exists()

@@ -47,6 +47,17 @@ def test_a_verdict_sets_test_beside_test_with_its_error():
     assert not verdict.warning
 
 
+def test_a_net_that_measures_above_a_budget_on_latency_is_marked_and_not_shipped():
+    slow, fast = (row(i, 91.0 - i, None, 0.5, latency_ms=ms, latency_ratio=ms / 5) for i, ms in ((1, 3.6), (2, 3.4)))
+    limited = {"budgets": {"latency": "70%"}, "latency_limits": {"latency_ratio": 0.7}, "measured_with": "a CPU; eager"}
+    verdict = verdict_of(record([slow, fast], **limited))
+    assert verdict.trial == 2
+    assert verdict.warning.startswith("trial 1 measures above the budget latency ≤ 70%")
+    assert "in turn with the dense one: a CPU; eager" in verdict.trust
+    assert verdict_of(record([slow], **limited)).trial == 1
+    assert not verdict_of(record([fast], **limited)).warning
+
+
 def test_without_a_test_set_validation_stands_beside_validation():
     verdict = verdict_of(record([row(1, 91.0, None, 0.5)], dense=(92.0, None), samples=(5000, None)))
     assert verdict.split == "validation"

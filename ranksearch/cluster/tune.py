@@ -115,6 +115,7 @@ class AskTell(Searcher):
             return True
         entry = json.loads(result[ENTRY])
         self._history[trial_id].append(entry)
+        self._study.note_step(self._numbers[trial_id], entry["step"])
         if entry["phase"] != RUNG or self._study.goes_on(self._numbers[trial_id], entry["rung"], entry[METRIC]):
             return True
         self._stopped.add(trial_id)

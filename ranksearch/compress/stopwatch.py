@@ -58,32 +58,44 @@ class Stopwatch:
         s = self.setting
         return f"{hardware_name(self.device)}; {s.runtime} ({self._runtime.versions}); batch {s.batch}; threads {s.threads}"
 
-    def nets_ms(self, nets: Sequence[nn.Module], example: Any) -> list[float]:
+    def nets_ms(self, nets: Sequence[nn.Module], example: Any, *, seconds: float = NET_SECONDS) -> list[float]:
         """Median time of each net, in turn; the nets are not changed.
 
         Args:
             example: a batch of one input, a tensor or arguments, of which shapes and dtypes are taken; integers are repeated as they are.
+            seconds: what the rounds of one net may take, beyond the least number of them.
         """
-        return self.nets_and_layers_ms(nets, example, ())[0]
+        return self.nets_and_layers_ms(nets, example, (), seconds=seconds)[0]
 
     def nets_and_layers_ms(
-        self, nets: Sequence[nn.Module], example: Any, shapes: Sequence[Shape]
+        self, nets: Sequence[nn.Module], example: Any, shapes: Sequence[Shape], *, seconds: float = NET_SECONDS
     ) -> tuple[list[float], list[float]]:
         """Median time of each net, as `nets_ms`, and of one dense layer of each shape, by itself, all in turn."""
         batch = moved(repeated(example, self.setting.batch), self.device)
         with threads_set(self.setting.threads):
             copies = [copied(net).to(self.device).eval() for net in nets]
-            functions = [self._runtime.net(net, batch) for net in copies] + [self._alone(shape) for shape in shapes]
+            functions = [self._runtime.net(net, batch) for net in copies] + [
+                self._alone(shape, DENSE) for shape in shapes
+            ]
             times = latencies_ms(
-                functions, batch, NET_ROUNDS, seconds=NET_SECONDS * len(nets) + LAYER_SECONDS * len(shapes)
+                functions, batch, NET_ROUNDS, seconds=seconds * len(nets) + LAYER_SECONDS * len(shapes)
             )
         return times[: len(nets)], times[len(nets) :]
 
-    def _alone(self, shape: Shape) -> Function:
-        """A dense layer on an input of its own, whatever it is called with."""
+    def pieces_ms(self, pieces: Sequence[tuple[Shape, LayerPlan]], *, seconds: float = LAYER_SECONDS) -> list[float]:
+        """Median time of layers of any shapes and lowerings, each by itself on an input of its own, all in turn."""
+        if not pieces:
+            return []
+        with threads_set(self.setting.threads):
+            functions = [self._alone(shape, choice) for shape, choice in pieces]
+            example = torch.zeros(1, device=self.device)
+            return latencies_ms(functions, example, ROUNDS, seconds=seconds * len(pieces), least=3)
+
+    def _alone(self, shape: Shape, choice: LayerPlan) -> Function:
+        """A layer on an input of its own, whatever it is called with."""
         example = self._input_of(*shape)
         (layer,) = self._runtime.layers(
-            [lowering_named(DENSE.lowering).build(shape[0], DENSE.rank, device=self.device).eval()], example
+            [lowering_named(choice.lowering).build(shape[0], choice.rank, device=self.device).eval()], example
         )
         return lambda batch: layer(example)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from optuna.exceptions import StorageInternalError
@@ -145,6 +146,7 @@ def run_inline(study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
         result = attempt(
             task, bench.dense, bench.net, candidate, report=_stopper(study, candidate.number),
             checkpoint_seconds=study.space.resources.checkpoint_seconds,
+            watch=partial(study.note_step, candidate.number),
         )  # fmt: skip
         driver.settle(candidate.number, result)
 

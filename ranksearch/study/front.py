@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ranksearch.costs import NS_PER_MS
 from ranksearch.pareto import hypervolume
 from ranksearch.space.quality import Quality
 from ranksearch.space.space import Space
@@ -66,6 +67,15 @@ def limit_record(quality: Quality | None, metric: Metric) -> dict[str, Any] | No
     return None if quality is None else {"text": quality.text, "value": metric.limit(quality)}
 
 
+def _latency_limits(space: Space) -> dict[str, float]:
+    """The key of a row that a budget on latency bounds -> its limit: a share of dense's in turn with it, or milliseconds."""
+    budgets = [budget for budget in space.parsed_budgets() if budget.cost == "latency"]
+    return {
+        "latency_ratio" if b.relative else "latency_ms": float(b.value) / (100 if b.relative else NS_PER_MS)
+        for b in budgets
+    }
+
+
 def front_record(
     space: Space, dense: Mapping[str, Any], metric: Metric, front: Sequence[Row], hypervolume: float, facts: Mapping[str, Any],
     quality: Quality | None = None,
@@ -91,6 +101,7 @@ def front_record(
         "hypervolume": hypervolume,
         **facts,
         "latency": space.latency.model_dump() if space.has_latency else None,
+        "latency_limits": _latency_limits(space),
         "dense": dict(dense),
         "trials": [row.record() for row in front],
     }

@@ -1,4 +1,4 @@
-"""Latency in a study: its table on disk, and the front's nets measured again at the end, in turn with the dense net."""
+"""Latency in a study: its table on disk, and at the end the front's nets and their layers timed, in turn with the dense net's."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ from typing import Any
 
 from torch import nn
 
-from ranksearch.compress.latency_table import LatencyTable
-from ranksearch.compress.stopwatch import Stopwatch
+from ranksearch.compress import Layer, LayerPlan, RankPlan
+from ranksearch.compress.latency_table import LatencyTable, shapes_of
+from ranksearch.compress.stopwatch import NET_SECONDS, Shape, Stopwatch
+from ranksearch.errors import RanksearchError
 from ranksearch.space.space import Space
 from ranksearch.study.folder import LATENCY
+from ranksearch.study.layer_costs import layer_of
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.tasks.folder import data_folder
 
 AT_ONCE = 12
 """Nets of the front that are measured in turn with the dense one."""
+TOLD_SECONDS, PIECE_SECONDS = 0.15, 0.02
+"""What timing a net or a layer may take where latency is no part of the search and is told beside the rest."""
+PIECES = 150
+"""Different layers that are timed at most: all of them are in memory at once."""
+EAGER = "eager"
+"""The runtime in which a layer is timed without seconds of compilation."""
 
 Log = Callable[[str], None]
+Piece = tuple[Shape, LayerPlan]
 
 
 def open_table(space: Space, folder: Path | None, key: str | None = None) -> LatencyTable | None:
@@ -35,16 +45,79 @@ def open_table(space: Space, folder: Path | None, key: str | None = None) -> Lat
     return LatencyTable(Stopwatch(space.latency.as_setting()), [*files, data_folder(space.data) / LATENCY], key=key)
 
 
-def measure_front(study: Study, dense: nn.Module, load: Callable[[Row], nn.Module], example: Any, log: Log) -> None:
-    """Times the nets of the front in turn with the dense one, each once; those that are slower leave the front, and what comes up in
-    their place is timed too.
+def time_front(study: Study, dense: nn.Module, load: Callable[[Row], nn.Module], example: Any, log: Log) -> None:
+    """Times the nets of the front in turn with the dense one, and their layers; what cannot be and decides nothing is said.
+
+    Raises:
+        RanksearchError, RuntimeError: the nets cannot be timed, and latency is searched.
     """
-    stopwatch = Stopwatch(study.space.latency.as_setting())
+    try:
+        stopwatch = Stopwatch(study.space.latency.as_setting())
+        measure_front(study, stopwatch, dense, load, example, log)
+    except (RanksearchError, RuntimeError) as error:
+        if study.space.has_latency:
+            raise
+        log(f"the front's nets were not timed: {_first_line(error)}")
+        return
+    try:
+        measure_layers(study, stopwatch)
+    except (RanksearchError, RuntimeError) as error:
+        log(f"the layers were not timed: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def measure_front(
+    study: Study, stopwatch: Stopwatch, dense: nn.Module, load: Callable[[Row], nn.Module], example: Any, log: Log
+) -> None:
+    """Times the nets of the front in turn with the dense one, each once. Where latency is searched, those that are slower leave the front,
+    and what comes up in their place is timed too.
+    """
+    searched = study.space.has_latency
     while rows := [row for row in study.front if not study.is_timed(row.trial)][:AT_ONCE]:
-        dense_ms, *times = stopwatch.nets_ms([dense, *map(load, rows)], example)
-        study.note_latencies({row.trial: (ms, ms / dense_ms) for row, ms in zip(rows, times, strict=True)})
-        for row, ms in zip(rows, times, strict=True):
+        if not searched:
+            log(f"timing {len(rows)} nets of the front in turn with the dense one: {stopwatch.key}")
+        seconds = NET_SECONDS if searched else TOLD_SECONDS
+        dense_ms, *times = stopwatch.nets_ms([dense, *map(load, rows)], example, seconds=seconds)
+        found = {row.trial: (ms, ms / dense_ms) for row, ms in zip(rows, times, strict=True)}
+        study.note_latencies(found, measured_with=stopwatch.key)
+        for row, ms in zip(rows, times, strict=True) if searched else ():
             known = row.latency_predicted_ms
             predicted = "" if known is None else f", predicted {known:.3f} ms"
             left = "; slower than the dense net, so not on the front" if ms > dense_ms else ""
             log(f"latency of trial {row['trial']}: {ms:.3f} ms, dense {dense_ms:.3f} ms{predicted}{left}")
+
+
+def measure_layers(study: Study, stopwatch: Stopwatch) -> None:
+    """Times every layer of the dense net and of the front's nets by itself, the best net first, in turn and each kind once.
+
+    Not of a study that was made before its layers were kept, nor in a runtime that compiles each of them.
+    """
+    known, records = study.info.get("layer_ms", {}).get("trials", {}), study.info.get("layer_costs", ())
+    rows = [row for row in study.front if str(row.trial) not in known]
+    if not rows or not records or stopwatch.setting.runtime != EAGER:
+        return
+    layers = [layer_of(record) for record in records]
+    wanted: dict[str, dict[str, list[Piece]]] = {"dense": _pieces(layers, RankPlan())}
+    kinds = set(_kinds(wanted["dense"]))
+    for row in rows:
+        pieces = _pieces(layers, RankPlan.from_dict(row["plan"]))
+        if len(kinds | set(_kinds(pieces))) <= PIECES or len(wanted) == 1:
+            wanted[str(row.trial)], kinds = pieces, kinds | set(_kinds(pieces))
+    in_turn = list(kinds)
+    ms = dict(zip(in_turn, stopwatch.pieces_ms(in_turn, seconds=PIECE_SECONDS), strict=True))
+    found = {
+        net: {name: sum(ms[piece] for piece in of) for name, of in pieces.items()} for net, pieces in wanted.items()
+    }
+    study.note_layer_times(found.pop("dense"), found, measured_with=stopwatch.key)
+
+
+def _pieces(layers: list[Layer], plan: RankPlan) -> dict[str, list[Piece]]:
+    """Layer -> what it is made of under a plan, a piece per use."""
+    return {layer.name: [(shape, plan[layer.name]) for shape in shapes_of(layer)] for layer in layers}
+
+
+def _kinds(pieces: dict[str, list[Piece]]) -> list[Piece]:
+    return [piece for of in pieces.values() for piece in of]

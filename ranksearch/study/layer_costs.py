@@ -25,7 +25,9 @@ class LayerCost:
     becomes: str
     """Such as `im2col 14`, or `dense`."""
     dense_ms: float | None
-    """Of the dense layer by itself, where it was measured."""
+    """Of the dense layer by itself, all its uses, where it was measured."""
+    kept_ms: float | None
+    """The same of what it becomes."""
 
 
 def layer_records(layers: Sequence[Layer], dense_ms: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -43,21 +45,31 @@ def layer_records(layers: Sequence[Layer], dense_ms: Mapping[str, float]) -> lis
     ]
 
 
-def layer_costs(records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> list[LayerCost]:
-    """Every layer of the net under a plan (its dictionary), in the net's order."""
+def layer_costs(
+    records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], times: Mapping[str, Any] | None = None, trial: int | None = None
+) -> list[LayerCost]:  # fmt: skip
+    """Every layer of the net under a plan (its dictionary), in the net's order.
+
+    Args:
+        times: the study's `layer_ms` (`study/latency.py`), of which the layers of `trial` are taken.
+    """
     chosen, found = RankPlan.from_dict(plan), []
+    dense_ms = (times or {}).get("dense", {})
+    kept_ms = (times or {}).get("trials", {}).get(str(trial), {})
     for record in records:
-        layer = _layer(record)
+        layer = layer_of(record)
         choice = chosen[layer.name]
         kept_macs, kept_params = layer_cost(layer, choice)
         rank = "·".join(map(str, sides(choice.rank))) if choice.rank else ""
         becomes, spec = f"{choice.lowering} {rank}".strip(), layer.spec
         costs = (layer.macs, kept_macs, spec.params, kept_params)
-        found.append(LayerCost(layer.name, spec.weight_shape, *costs, becomes, record.get("dense_ms")))
+        ms = (dense_ms.get(layer.name, record.get("dense_ms")), kept_ms.get(layer.name))
+        found.append(LayerCost(layer.name, spec.weight_shape, *costs, becomes, *ms))
     return found
 
 
-def _layer(record: Mapping[str, Any]) -> Layer:
+def layer_of(record: Mapping[str, Any]) -> Layer:
+    """The layer that `layer_records` kept."""
     given: dict[str, Any] = {field.name: record["spec"][field.name] for field in fields(LayerSpec)}
     for name, value in given.items():
         given[name] = tuple(value) if isinstance(value, list) else value

@@ -75,6 +75,8 @@ class Study:
         """Where workers write their nets and states."""
         self._study = study
         self._running: dict[int, Cost] = {}
+        self._steps: dict[int, tuple[int, int]] = {}
+        """Trial -> (steps done, steps in all), of those that this process has asked for; in memory alone."""
         self.exhausted = ""
         """Why the space had nothing more to propose before the planned number was reached; empty as long as it has."""
         self._orphans = False
@@ -234,6 +236,16 @@ class Study:
         """Trials that this process has asked for and not told yet."""
         return len(self._running)
 
+    def note_step(self, number: int, step: int) -> None:
+        """Keeps how far a running trial is, for whoever shows it."""
+        if number in self._steps:
+            self._steps[number] = (step, self._steps[number][1])
+
+    @property
+    def running_steps(self) -> dict[int, tuple[int, int]]:
+        """Running trial -> (steps done, steps in all); on a cluster as of its last phase."""
+        return {number: self._steps[number] for number in list(self._running) if number in self._steps}
+
     def trial_folder(self, number: int) -> Path:
         """Where a trial's net is: `plan.json` and `model.safetensors`."""
         return trial_folder(self.folder, number)
@@ -271,6 +283,7 @@ class Study:
             return None
         candidate, cost = proposed
         self._running[candidate.number] = cost
+        self._steps[candidate.number] = (0, candidate.recipe.steps)
         return candidate
 
     # Trials that did not end -------------------------------------------------------------------------------------
@@ -338,6 +351,7 @@ class Study:
             self._tell_optuna(id_of(trial))
         row = self._take_up(id_of(trial))
         del self._running[number]
+        self._steps.pop(number, None)
         return row.unfolded()
 
     def _finish(self, trial_id: int) -> None:
@@ -457,10 +471,22 @@ class Study:
         """Whether a trial's net was timed at the end of the study."""
         return str(number) in self._late.latencies()
 
-    def note_latencies(self, found: Mapping[int, tuple[float, float]]) -> None:
-        """Keeps what was measured at the end, trial number -> (milliseconds, ratio of dense); the front is made anew."""
+    def note_latencies(self, found: Mapping[int, tuple[float, float]], *, measured_with: str) -> None:
+        """Keeps what was measured at the end, trial number -> (milliseconds, ratio of dense); the front is made anew.
+
+        Args:
+            measured_with: the stopwatch's key: device, runtime, versions, batch, threads.
+        """
+        self._note(measured_with=measured_with)
         self._ledger.time(self._late.note_latencies(found))
         self.write_front()
+
+    def note_layer_times(
+        self, dense: Mapping[str, float], trials: Mapping[str, Mapping[str, float]], *, measured_with: str
+    ) -> None:
+        """Keeps milliseconds by layer, of the dense net and by trial (its number as text)."""
+        before = self.info.get("layer_ms", {}).get("trials", {})
+        self._note(layer_ms={"measured_with": measured_with, "dense": dict(dense), "trials": {**before, **trials}})
 
     def test_accuracies(self) -> dict[str, float]:
         """Trial number (or "dense") -> the metric on the test set, of the nets that were scored at the end."""
@@ -501,6 +527,7 @@ class Study:
             "state": state, "planned": self.planned, "counts": self.counts, "failures": commonest(self._ledger.reasons()),
             "samples": self.info.get("samples") or {"validation": self.space.validation, "test": None}, "gains": self._ledger.gains(),
             "best": None if self.leader is None else {"trial": self.leader.trial, "val_accuracy": self.leader.val_accuracy},
+            "measured_with": self.info.get("measured_with"),
         }  # fmt: skip
 
     def write_front(self) -> None:

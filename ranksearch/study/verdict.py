@@ -1,7 +1,7 @@
 """`Verdict`: which net to ship, and how far that can be trusted, as one value. Terminal, report, MLflow and JSON show this same one.
 
 It is made of a front's record (what `front.json` holds) alone and loads neither torch nor optuna. Nothing is chosen by the test set: the
-net is the one with the best validation metric within the budgets, or, where the study has a limit of quality, the cheapest one above it.
+net is the one with the best validation metric within the budgets, of latency as measured.
 
 The ± of an accuracy over n samples is one standard error of a binomial share, p(1 - p)/n with p = (correct + 2)/(n + 4), so that 100 % of
 few samples is not certain (Agresti & Coull 1998); that of a difference takes two nets as independent, which is too much where they
@@ -17,7 +17,15 @@ from typing import Any
 
 from ranksearch.study.front_shape import shape_in_words
 from ranksearch.trial.metric import PERCENT, metric_text
-from ranksearch.words import COST_NAMES, MADE_BY, describe_budgets, limit_words, percent_of_dense, shown_costs
+from ranksearch.words import (
+    COST_NAMES,
+    MADE_BY,
+    describe_budgets,
+    limit_words,
+    over_budget,
+    percent_of_dense,
+    shown_costs,
+)
 
 Record = Mapping[str, Any]
 
@@ -84,7 +92,7 @@ def verdict_of(record: Record, *, where: str | None = None) -> Verdict:
     said: dict[str, Any] = {"trials": _trials(record), "done": _done(record)}
     if not trials:
         return Verdict(state, None, _nothing(record), "", "", "", "", "", warning="", split=None, **said)
-    row, dense = trials[0], record["dense"]
+    dense, row = record["dense"], next((row for row in trials if not over_budget(record, row)), trials[0])
     split = "test" if row["test_accuracy"] is not None and dense["test_accuracy"] is not None else "validation"
     key = KEYS[split]
     return Verdict(
@@ -96,7 +104,7 @@ def verdict_of(record: Record, *, where: str | None = None) -> Verdict:
         cheaper=_cheaper(record, row, split),
         front=shape_in_words(record),
         trust=" ".join(filter(None, (_trust(record), _again(record)))),
-        warning=_seen(record),
+        warning=" ".join(filter(None, [_slow(record), _seen(record)])),
         split=split,
         value=row[key],
         dense=dense[key],
@@ -209,10 +217,24 @@ def _trust(record: Record) -> str:
         error = _error(record, split, value, value)
         below = "" if error is None else f" (differences below {NOISE * error:.1f} points are noise)"
         parts.append(f"{count:,} {split} samples{below}")
+    timed = record.get("measured_with") if any(row.get("latency_ms") is not None for row in record["trials"]) else None
+    ms = f" Milliseconds are medians, the nets in turn with the dense one: {timed}." if timed else ""
     if not parts:
-        return ""
+        return ms.strip()
     n = "" if metric["name"] == "accuracy" else "; the ± of this metric is not known, judge by the number of samples"
-    return f"{', '.join(parts)}; ± is one standard error{n}.".replace("; ± is one standard error;", ";")
+    return f"{', '.join(parts)}; ± is one standard error{n}.".replace("; ± is one standard error;", ";") + ms
+
+
+def _slow(record: Record) -> str:
+    """Which nets of the front measure above a budget on latency that they were predicted to keep."""
+    slow = [str(row["trial"]) for row in record["trials"] if over_budget(record, row)]
+    if not slow:
+        return ""
+    which = (
+        "every net of the front measures" if len(slow) == len(record["trials"]) else f"trials {', '.join(slow)} measure"
+    )
+    which = f"trial {slow[0]} measures" if len(slow) == 1 else which
+    return f"{which} above the budget latency ≤ {record['budgets']['latency']}, within which it was predicted to be."
 
 
 def _again(record: Record) -> str:

@@ -33,6 +33,7 @@ from ranksearch.tracking.runs import (
     Step,
     created,
     dense_tags,
+    late_metrics,
     run_name,
     study_params,
     study_tags,
@@ -42,7 +43,16 @@ from ranksearch.tracking.runs import (
     trial_tags,
     trials_view,
 )
-from ranksearch.tracking.store import NOTED, artifact_root, note_in, noted_uri, quiet_mlflow, store_uri, written
+from ranksearch.tracking.store import (
+    NOTED,
+    artifact_root,
+    at_home,
+    note_in,
+    noted_uri,
+    quiet_mlflow,
+    store_uri,
+    written,
+)
 from ranksearch.tracking.view import View, shown_costs
 
 quiet_mlflow()
@@ -67,6 +77,7 @@ class Mirror:
             self.client = MlflowClient(tracking_uri=self.uri)
         except ModuleNotFoundError as error:
             raise MlflowException(f"{error}: {DRIVER_HINT}") from error
+        at_home(runs, self.uri)
         artifacts = artifact_root(runs, self.uri, view.space.tracking.artifacts)
         parent = self._find() or self._make(view, artifacts)
         self.experiment_id, self.parent_id = parent.info.experiment_id, parent.info.run_id
@@ -254,9 +265,8 @@ class Mirror:
         self._mark_front(view.on_front)
         self._catch_up(view)
         for row in view.trials:
-            if row["test_accuracy"] is not None:
-                score = {"test_accuracy": row["test_accuracy"]}
-                self._batch(self._runs[row["trial"]], metrics=[(0, score)], at=row["ended"] or 0.0)
+            for seconds_on, late in late_metrics(row, timed_before=self._space.has_latency):
+                self._batch(self._runs[row["trial"]], metrics=[(0, late)], at=(row["ended"] or 0.0) + seconds_on)
             if row["repeats"] is not None:
                 again = {f"again_{name}": float(value) for name, value in row["repeats"].items() if value is not None}
                 self._batch(self._runs[row["trial"]], metrics=[(0, again)], at=row["ended"] or 0.0)

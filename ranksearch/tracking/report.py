@@ -84,7 +84,7 @@ def _layers(view: View, trial: int | None) -> list[LayerCost]:
     """Every layer under the plan of a trial; none of a study that was made before these were kept."""
     row = next((row for row in view.trials if row["trial"] == trial), None)
     records = view.info.get("layer_costs")
-    return layer_costs(records, row["plan"]) if row is not None and records else []
+    return layer_costs(records, row["plan"], view.info.get("layer_ms"), trial) if row is not None and records else []
 
 
 def _makers(rows: Sequence[Row]) -> list[tuple[str, str]]:

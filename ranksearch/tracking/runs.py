@@ -103,6 +103,19 @@ def final_metrics(row: Row) -> dict[str, float]:
     }
 
 
+def late_metrics(row: Row, *, timed_before: bool) -> Iterator[tuple[float, dict[str, float]]]:
+    """(seconds after the trial's end, metrics) of what was measured once the trials were over; logged again it stays one value.
+
+    Args:
+        timed_before: the trial was timed by itself, too: what was measured in turn with the dense net is to be the later value.
+    """
+    if row["test_accuracy"] is not None:
+        yield 0.0, {"test_accuracy": row["test_accuracy"]}
+    if row["latency_ms"] is not None:
+        found = {name: value for name, value in final_metrics(row).items() if name.startswith("latency")}
+        yield 0.001 if timed_before else 0.0, found
+
+
 def _projection(record: Mapping[str, Any]) -> dict[str, float]:
     """The loss before and after, and the mean and largest share of ||W||² that a layer lost; each layer's share is in trial.json."""
     losses = {f"projection/{name}": record[name] for name in ("loss_before", "loss_after") if record[name] is not None}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from ranksearch.errors import UsageError
@@ -42,7 +44,12 @@ def store_uri(runs: Path, configured: str | None) -> str:
     """
     if configured is not None:
         return from_environment(configured, "tracking.uri")
-    return os.environ.get(VARIABLE) or f"sqlite:///{(runs / DATABASE).absolute()}"
+    return os.environ.get(VARIABLE) or store_uri_beside(runs)
+
+
+def store_uri_beside(runs: Path) -> str:
+    """URI of the SQLite store in a folder of studies."""
+    return f"sqlite:///{(runs / DATABASE).absolute()}"
 
 
 def written(uri: str, configured: str | None) -> str:
@@ -73,6 +80,56 @@ def noted_uri(noted: str) -> str:
 def is_server(uri: str) -> bool:
     """Whether a store is one that answers over the network by itself; else it is a database."""
     return uri.startswith(("http:", "https:", "databricks"))
+
+
+def holds_run(database: Path, run: str) -> bool:
+    """Whether a SQLite store has a run of this ID."""
+    try:
+        with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as store:
+            return store.execute("SELECT 1 FROM runs WHERE run_uuid = ?", (run,)).fetchone() is not None
+    except sqlite3.Error:
+        return False
+
+
+LOCATIONS = {
+    "experiments": ("artifact_location",), "runs": ("artifact_uri",), "logged_models": ("artifact_location",),
+    "model_versions": ("source", "storage_location"),
+}  # fmt: skip
+"""Table of MLflow's database -> columns that say where files are."""
+
+
+def at_home(runs: Path, uri: str) -> int:
+    """Makes the database beside the studies name the files beside them, where the folder was moved or copied; returns how many roots.
+
+    MLflow writes absolute paths down. What was configured to lie elsewhere stays there.
+    """
+    database, here = runs / DATABASE, (runs / ARTIFACTS).absolute()
+    if uri != store_uri_beside(runs) or not database.is_file() or not here.is_dir():
+        return 0
+    with closing(sqlite3.connect(database, timeout=30)) as store, store:
+        tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not {"experiments", "runs"} <= tables:
+            return 0
+        roots = [root for (root,) in store.execute("SELECT DISTINCT artifact_location FROM experiments") if root]
+        moved = [root for root in roots if _moved(store, root, here)]
+        for root in moved:
+            for table in tables & LOCATIONS.keys():
+                for column in LOCATIONS[table]:
+                    store.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                        (here.as_uri(), len(root) + 1, len(root), root),
+                    )
+        return len(moved)
+
+
+def _moved(store: sqlite3.Connection, root: str, here: Path) -> bool:
+    """Whether files that a database has in `root` are in `here` by now: folders of its runs are."""
+    if root == here.as_uri() or not root.startswith("file:") or not root.endswith(f"/{ARTIFACTS}"):
+        return False
+    runs = store.execute(
+        "SELECT run_uuid FROM runs JOIN experiments USING (experiment_id) WHERE artifact_location = ?", (root,)
+    )
+    return any((here / run).is_dir() for (run,) in runs)
 
 
 def artifact_root(runs: Path, uri: str, configured: str | None) -> str | None:

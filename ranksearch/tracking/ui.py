@@ -28,6 +28,8 @@ from ranksearch.tracking.store import (
     TRIALS_VIEW,
     VARIABLE,
     artifact_root,
+    at_home,
+    holds_run,
     is_server,
     note_in,
     noted_uri,
@@ -129,8 +131,7 @@ def _noted(folder: Path) -> dict[str, str]:
     uri = known["uri"] = noted_uri(known["uri"])
     beside, noted = folder.parent / DATABASE, Path(uri.removeprefix(SQLITE))
     # a copy of a folder of studies opens the copy's store, not the original's, which may be there still
-    own = noted.name == DATABASE and noted.parent.name == folder.parent.name
-    if uri.startswith(SQLITE) and beside.is_file() and (own or not noted.is_file()):
+    if uri.startswith(SQLITE) and beside.is_file() and (not noted.is_file() or holds_run(beside, known["parent"])):
         known["uri"] = store_uri(folder.parent, None)
     return known
 
@@ -148,6 +149,7 @@ def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
         StudyError: the server ends by itself.
     """
     quiet_mlflow()
+    at_home(opened.runs, opened.uri)
     port = _free_port(port)
     command = [
         sys.executable,
@@ -170,6 +172,7 @@ def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
         server = subprocess.Popen(
             [*command, "--workers", "1"], stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
+        watcher = _ends_with_us(server.pid)
         try:
             _wait_until_it_answers(server, address)
             say(f"MLflow UI: {address} (Ctrl-C ends it)")
@@ -180,6 +183,8 @@ def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
         except StudyError as error:
             raise StudyError(f"{error}{_last_words(said)}") from None
         finally:
+            watcher.kill()
+            watcher.wait()
             _end(server)
         raise StudyError(f"MLflow's server ended with exit code {code}.{_last_words(said)}")
 
@@ -200,6 +205,18 @@ def _ended_alike() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _ends_with_us(group: int) -> subprocess.Popen[bytes]:
+    """A shell that waits for this process to end, however that comes about, SIGKILL too, and ends a process group then.
+
+    It reads from a pipe whose other end this process alone holds.
+    """
+    script = 'read -r _; kill -s TERM -- "-$0"; sleep 5; kill -s KILL -- "-$0"'
+    return subprocess.Popen(
+        ["sh", "-c", script, str(group)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:

@@ -78,8 +78,9 @@ class View:
 
     @property
     def champion(self) -> Row | None:
-        """The trial of the front with the best metric: the best within the budgets."""
-        return self.front["trials"][0] if self.front["trials"] else None
+        """The trial of the front that the verdict names: the best within the budgets."""
+        trial = self.front["verdict"]["trial"]
+        return next((row for row in self.front["trials"] if row["trial"] == trial), None)
 
     def budget_ratio(self, cost: str) -> float | None:
         """The budget on `cost` as a share of the dense net's; None where there is none."""

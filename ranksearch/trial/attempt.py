@@ -20,7 +20,7 @@ from ranksearch.tasks.task_file import TASK_MODULE
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.checkpoint import CheckpointFile, Leaving, stays
 from ranksearch.trial.result import Status, TrialResult
-from ranksearch.trial.session import Report
+from ranksearch.trial.session import Report, Watch, unwatched
 from ranksearch.trial.trial import run_trial
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -38,6 +38,7 @@ def attempt(
     checkpoint_seconds: float,
     leaving: Callable[[], bool] = stays,
     group: Group = ALONE,
+    watch: Watch = unwatched,
 ) -> TrialResult:
     """Runs a trial; an exception becomes a result with its reason, so that one bad trial does not end a study.
 
@@ -51,7 +52,7 @@ def attempt(
     try:
         return run_trial(
             task, dense, net, candidate.plan, candidate.recipe, seed=candidate.seed, report=report, save_to=candidate.save_to,
-            checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency, metric=candidate.metric, group=group,
+            checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency, metric=candidate.metric, group=group, watch=watch,
         )  # fmt: skip
     except (Leaving, PeerLost, KeyboardInterrupt):
         raise

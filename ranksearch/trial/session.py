@@ -33,6 +33,14 @@ from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe
 
 Report = Callable[[dict[str, Any]], None]
+Watch = Callable[[int], None]
+"""Hears after every step how many are done."""
+
+
+def unwatched(step: int) -> None:
+    """Nobody looks."""
+
+
 RUNG = "rung"
 """The phase of a score that early stopping compares."""
 RUNG_BN_BATCHES = 3
@@ -70,6 +78,7 @@ class Session:
         checkpoint: CheckpointFile,
         rungs: Sequence[float],
         group: Group,
+        watch: Watch,
         metric: MetricSetting | None = None,
     ) -> None:
         device = pick_device()
@@ -80,6 +89,7 @@ class Session:
         self._device, self._dense, self._report, self._checkpoint = device, dense, report, checkpoint
         self.group = group
         self._metric, self._seed = metric, seed
+        self._watch = watch
         self._generator = torch.Generator(device).manual_seed(seed)
         self._rungs = {round(share * recipe.steps): number for number, share in enumerate(rungs)}
         self.settings = Optimisation(
@@ -168,6 +178,7 @@ class Session:
             self._resumed = None
 
         def after_step(training: Training) -> None:
+            self._watch(steps.start + training.done)
             if projecting is not None:
                 projecting.after_step(training)
             with _aside(training):

@@ -24,7 +24,7 @@ from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe
 from ranksearch.trial.result import Status, TrialResult
-from ranksearch.trial.session import Report, Session, Stopped
+from ranksearch.trial.session import Report, Session, Stopped, Watch, unwatched
 
 
 def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
@@ -83,6 +83,7 @@ def run_trial(
     latency: LatencySetting | None = None,
     metric: MetricSetting | None = None,
     group: Group = ALONE,
+    watch: Watch = unwatched,
 ) -> TrialResult:
     """Runs the method under `plan` and returns its validation score and costs; the compressed net is written to `save_to`.
 
@@ -92,7 +93,7 @@ def run_trial(
     takes its result removes that, for a result that is lost on the way is found again from it. Divergence is a result: a loss or weights
     that are not finite end the trial with status "diverged" and the metrics so far.
 
-    With `metric` the layers are cut in the metric of the data.
+    With `metric` the layers are cut in the metric of the data. `watch` is called with the number of steps done, after each of them, for whoever shows it.
 
     Of a `group` every process runs the trial, each on its part of every batch; rank 0 alone evaluates and writes, and all report alike.
     """
@@ -110,6 +111,7 @@ def run_trial(
         rungs=rungs,
         group=group,
         metric=metric,
+        watch=watch,
     )
     try:
         session.report_rungs()
