@@ -16,6 +16,7 @@ from ranksearch.study.verdict import verdict_of
 from ranksearch.trial.metric import metric_column, metric_text
 from ranksearch.words import (
     COST_NAMES,
+    dense_ms,
     describe_budgets,
     limit_words,
     mix_of,
@@ -56,14 +57,14 @@ def number(value: float | None, form: str = ",d") -> str:
 def _measured(row: Mapping[str, Any], front: Mapping[str, Any]) -> list[str]:
     """A net's cells of the front's table, from its validation accuracy to its size; `!` behind a latency above its budget."""
     dense, metric = front["dense"], front["metric"]
-    ratio, dense_ms, mark = row.get("latency_ratio"), None, "!" if over_budget(front, row) else ""
+    ratio, beside, mark = row.get("latency_ratio"), None, "!" if over_budget(front, row) else ""
     if row.get("latency_ms") is not None and ratio:
-        dense_ms = row["latency_ms"] / ratio
+        beside = row["latency_ms"] / ratio
     return [
         metric_text(metric, row["val_accuracy"]), metric_text(metric, row["test_accuracy"]),
         number(100 * row["macs"] / dense["macs"], ".1f"), number(100 * row["params"] / dense["params"], ".1f"),
         number(100 * row["size_bytes"] / dense["size_bytes"], ".1f"), number(None if ratio is None else 100 * ratio, ".1f") + mark,
-        number(row["latency_ms"], ".2f"), number(dense_ms, ".2f"), number(row.get("latency_predicted_ms"), ".2f"),
+        number(row["latency_ms"], ".2f"), number(beside, ".2f"), number(row.get("latency_predicted_ms"), ".2f"),
         number(row["macs"]), number(row["params"]), number(row["size_bytes"] / 1024, ".1f"),
     ]  # fmt: skip
 
@@ -89,8 +90,10 @@ def front_table(front: Mapping[str, Any]) -> None:
     rows = [
         [str(row["trial"]), *_measured(row, front), row["allocator"], mix_of(row["plan"])] for row in front["trials"]
     ]
-    rows.append(["dense", *_measured(dense | {"latency_ms": None}, front), "", ""])
+    found = dense_ms(front)
+    rows.append(["dense", *_measured(dense | {"latency_ms": found, "latency_ratio": found and 1.0}, front), "", ""])
     times = {"ms %", "ms", "dense ms"} if all(row["latency_ms"] is None for row in front["trials"]) else set()
+    times |= {"dense ms"} if found is not None else set()
     times |= {"ms predicted"} if all(row["latency_predicted_ms"] is None for row in front["trials"]) else set()
     known = [name for name in columns if name not in times]
     rows = [[cell for name, cell in zip(columns, row, strict=True) if name in known] for row in rows]
@@ -166,7 +169,7 @@ class Terminal:
     def _state(self, study: Study) -> str:
         """Such as `trial 5: step 240/400 · best 98.33 % · about 3 min left`."""
         done, best = study.finished, study.leader
-        parts = [in_progress(study.running_steps) or f"{study.running} running"]
+        parts = [in_progress(study.running_steps)] if study.running else []
         if best is not None:
             parts.append(f"best {study.metric.text(best.val_accuracy)}")
         if self._started is not None:

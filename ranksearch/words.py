@@ -65,6 +65,12 @@ def over_budget(record: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     return any(row.get(key) is not None and row[key] > limit for key, limit in limits.items())
 
 
+def dense_ms(record: Mapping[str, Any]) -> float | None:
+    """The dense net's time where all nets of a front's record were timed in turn with it at once; else every net has another beside it."""
+    times = {round(row["latency_ms"] / row["latency_ratio"], 9) for row in record["trials"] if row.get("latency_ratio")}
+    return times.pop() if len(times) == 1 else None
+
+
 def mix_of(plan: Mapping[str, Any]) -> str:
     """How many layers of a plan's dictionary take which lowering, the most frequent first, such as `spatial 12 · dense 4`."""
     counts: dict[str, int] = {}

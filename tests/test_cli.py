@@ -165,9 +165,9 @@ def test_ui_serves_the_study_on_loopback(studied):
     finally:
         server.send_signal(signal.SIGTERM)
     assert server.wait(30) == 0
-    shown = server.stdout.read()  # of every study its page and its trials, labelled
+    shown = server.stdout.read()  # of every study its page, its trials and their charts, labelled
     assert shown.count("which net to ship: http") == shown.count("all trials:        http") >= 1
-    assert shown.count("http") == 2 * shown.count("which net to ship: http")
+    assert shown.count("http") == 3 * shown.count("which net to ship: http")
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0  # nobody serves any more
 

@@ -58,6 +58,12 @@ def test_a_net_that_measures_above_a_budget_on_latency_is_marked_and_not_shipped
     assert not verdict_of(record([fast], **limited)).warning
 
 
+@pytest.mark.parametrize(("ratio", "warned"), [(1.23, True), (1.03, False), (None, False)])
+def test_a_net_that_is_slower_for_all_its_fewer_macs_is_told(ratio, warned):
+    warning = verdict_of(record([row(1, 91.0, 90.9, 0.5, latency_ms=ratio, latency_ratio=ratio)])).warning
+    assert ("23 % longer than the dense net" in warning) is warned
+
+
 def test_without_a_test_set_validation_stands_beside_validation():
     verdict = verdict_of(record([row(1, 91.0, None, 0.5)], dense=(92.0, None), samples=(5000, None)))
     assert verdict.split == "validation"

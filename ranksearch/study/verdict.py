@@ -34,6 +34,8 @@ SCHEMA = 2
 KEYS = {"test": "test_accuracy", "validation": "val_accuracy"}
 NOISE = 2.0
 """Standard errors below which a difference is called noise."""
+SLOWER = 1.05
+"""Share of the dense net's time above which a net is said to be slower; what lies between is the measurement's."""
 SEEN = 3.0
 """Standard errors that the dense net's validation may lie above its test before it is said to have seen those samples."""
 
@@ -104,7 +106,7 @@ def verdict_of(record: Record, *, where: str | None = None) -> Verdict:
         cheaper=_cheaper(record, row, split),
         front=shape_in_words(record),
         trust=" ".join(filter(None, (_trust(record), _again(record)))),
-        warning=" ".join(filter(None, [_slow(record), _seen(record)])),
+        warning=" ".join(filter(None, [_slow(record), _no_faster(record, row), _seen(record)])),
         split=split,
         value=row[key],
         dense=dense[key],
@@ -251,6 +253,17 @@ def _again(record: Record) -> str:
             f"trial {row['trial']} {split} {metric_text(record['metric'], mean)}{deviation} over {again['runs']} seeds{failed}"
         )
     return f"Trained again: {'; '.join(said)} (mean ± deviation)." if said else ""
+
+
+def _no_faster(record: Record, row: Record) -> str:
+    """Fewer MACs are no time saved where small layers cost as much as large ones, which the costs alone do not show."""
+    ratio = row.get("latency_ratio")
+    if ratio is None or ratio <= SLOWER:
+        return ""
+    return (
+        f"trial {row['trial']} was measured to take {100 * (ratio - 1):.0f} % longer than the dense net, for all its fewer MACs: "
+        f"search under `--budget latency=…`, or set the runtime and batch that it is deployed with (latency.runtime, latency.batch)."
+    )
 
 
 def _seen(record: Record) -> str:

@@ -59,6 +59,9 @@ class Plot:
     y_range: tuple[float, float] | None = None
     counted: bool = False
     """Whether x counts something, so that only whole numbers are marked."""
+    log_x: bool = False
+    small: bool = False
+    """Whether it stands beside others of its kind."""
 
 
 @dataclass(frozen=True)
@@ -89,4 +92,38 @@ class Bars:
     groups: Mapping[str, Sequence[float]]
 
 
-Chart = Plot | HeatMap | Bars
+@dataclass(frozen=True)
+class Axis:
+    """One axis of parallel coordinates; `values` are one per line, names of `ticks` by their place where it has any."""
+
+    name: str
+    values: Sequence[float]
+    ticks: Sequence[str] = ()
+    log: bool = False
+    """Whether the values are logarithms to base 10."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Lines across axes, shaded by `shade` (one per line) from low to high."""
+
+    title: str
+    axes: Sequence[Axis]
+    shade: Sequence[float]
+    scale: str
+
+
+Chart = Plot | HeatMap | Bars | Parallel
+
+
+def log_ticks(values: Sequence[float]) -> list[float]:
+    """Where an axis of logarithms is marked: its ends and the middle."""
+    low, high = min(values), max(values)
+    return [low] if low == high else [low, (low + high) / 2, high]
+
+
+def axis_ticks(axis: Axis) -> list[tuple[float, str]]:
+    """(value, text) of the marks of an axis."""
+    if axis.ticks:
+        return list(enumerate(axis.ticks))
+    return [(tick, f"{10**tick if axis.log else tick:.3g}") for tick in log_ticks(axis.values)]

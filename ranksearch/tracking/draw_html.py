@@ -7,12 +7,23 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ranksearch.tracking.chart import BLACK, LABELLED, PALETTE, Bars, Chart, HeatMap, Plot, Series
+from ranksearch.tracking.chart import BLACK, LABELLED, PALETTE, Bars, Chart, HeatMap, Parallel, Plot, Series, axis_ticks
 
 MARKERS = {
     "circle": "circle", "diamond": "diamond", "star": "star", "square": "square", "triangle": "triangle-up",
     "inverted": "triangle-down", "plus": "cross", "cross": "x",
 }  # fmt: skip
+BELOW: dict[str, Any] = {
+    "orientation": "h",
+    "y": 0,
+    "yref": "container",
+    "yanchor": "bottom",
+    "thickness": 12,
+    "len": 0.9,
+}
+"""Where the scale of a heat-map is: beside it there is no room on a narrow screen."""
+DECADES = 100.0
+"""Up to such a factor a logarithmic axis is marked between its powers of ten, too."""
 LINES: dict[str, dict[str, Any]] = {
     "straight": {"dash": "solid"}, "steps": {"shape": "hv"}, "dotted": {"dash": "dot"}, "": {"width": 0},
 }  # fmt: skip
@@ -39,12 +50,12 @@ def _figure(chart: Chart) -> Any:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    {Plot: _plot, HeatMap: _heat_map, Bars: _bars}[type(chart)](figure, chart)  # type: ignore[operator]
     figure.update_layout(
         title={"text": chart.title, "font": {"size": 14}},
         template="plotly_white",
         margin={"t": 60, "b": 60, "l": 60, "r": 20},
     )
+    {Plot: _plot, HeatMap: _heat_map, Bars: _bars, Parallel: _parallel}[type(chart)](figure, chart)  # type: ignore[operator]
     return figure
 
 
@@ -57,11 +68,22 @@ def _plot(figure: Any, chart: Plot) -> None:
     figure.update_yaxes(title_text=chart.y)
     if chart.y_range is not None:
         figure.update_yaxes(range=chart.y_range)
-    figure.update_layout(height=520, legend={"orientation": "h", "y": -0.16, "yanchor": "top", "x": 0})
+    figure.update_layout(
+        height=360 if chart.small else 520,
+        legend={"orientation": "h", "y": -0.3 if chart.small else -0.16, "yanchor": "top", "x": 0},
+    )
+    if chart.log_x:
+        figure.update_xaxes(type="log", dtick="D2" if _span(chart) < DECADES else 1)
     if chart.counted:
         figure.update_xaxes(
             tickformat="d", dtick=max(1, round(max((x for s in chart.series for x in s.x), default=1) / 10))
         )
+
+
+def _span(chart: Plot) -> float:
+    """By which factor x varies."""
+    found = [x for series in chart.series for x in series.x]
+    return max(found) / min(found)
 
 
 def _draw_series(figure: Any, series: Series) -> None:
@@ -82,7 +104,7 @@ def _heat_map(figure: Any, chart: HeatMap) -> None:
 
     names: list[Any] = list(chart.colours)
     values: list[list[Any]]
-    bar: dict[str, Any] = {"title": {"text": chart.scale.replace(" of the ", "<br>of the ")}}
+    bar: dict[str, Any] = dict(BELOW)
     if names:
         values = [[names.index(v) if v is not None else None for v in row] for row in chart.values]
         low, high, n = -0.5, len(names) - 0.5, len(names)
@@ -104,7 +126,25 @@ def _heat_map(figure: Any, chart: HeatMap) -> None:
     figure.update_yaxes(autorange="reversed", tickfont={"size": 10})
     ticks = [column.replace("\n", "<br>") for column in chart.columns]
     figure.update_xaxes(title_text=chart.x, tickvals=list(range(len(ticks))), ticktext=ticks, tickfont={"size": 10})
-    figure.update_layout(height=max(420, 17 * len(chart.rows) + 190))
+    figure.update_layout(height=max(420, 17 * len(chart.rows) + 260), margin={"b": 130})
+    if not names:  # what shades mean has no room beside their scale
+        figure.update_layout(title={"text": f"{chart.title}<br><sup>shade: {chart.scale}</sup>"})
+
+
+def _parallel(figure: Any, chart: Parallel) -> None:
+    axes = []
+    for axis in chart.axes:
+        made: dict[str, Any] = {"label": axis.name, "values": list(axis.values)}
+        if axis.ticks:
+            made |= {"tickvals": list(range(len(axis.ticks))), "ticktext": list(axis.ticks)}
+        elif axis.log:
+            made |= dict(zip(("tickvals", "ticktext"), zip(*axis_ticks(axis), strict=True), strict=True))
+        axes.append(made)
+    figure.add_parcoords(
+        dimensions=axes, labelangle=-20, labelfont={"size": 11},
+        line={"color": list(chart.shade), "colorscale": "Cividis", "showscale": True, "colorbar": {"title": {"text": chart.scale}}},
+    )  # fmt: skip
+    figure.update_layout(height=440, margin={"t": 130, "b": 40, "l": 90, "r": 20}, title={"y": 0.98, "yanchor": "top"})
 
 
 def _bars(figure: Any, chart: Bars) -> None:

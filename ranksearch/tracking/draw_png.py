@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ranksearch.tracking.chart import ANNOTATED, BLACK, LABELLED, PALETTE, Bars, Chart, HeatMap, Plot, Series
+from ranksearch.tracking.chart import (
+    ANNOTATED,
+    BLACK,
+    LABELLED,
+    PALETTE,
+    Bars,
+    Chart,
+    HeatMap,
+    Parallel,
+    Plot,
+    Series,
+    axis_ticks,
+)
 
 MARKERS = {
     "circle": "o", "diamond": "D", "star": "*", "square": "s", "triangle": "^", "inverted": "v", "plus": "P", "cross": "x",
@@ -32,7 +44,7 @@ def save_png(charts: Sequence[Chart], path: Path, *, title: str | None = None, s
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False, height_ratios=heights if stacked else None)
     for axes, chart in zip(places.flat, charts, strict=True):
-        {Plot: _plot, HeatMap: _heat_map, Bars: _bars}[type(chart)](figure, axes, chart)  # type: ignore[operator]
+        {Plot: _plot, HeatMap: _heat_map, Bars: _bars, Parallel: _parallel}[type(chart)](figure, axes, chart)  # type: ignore[operator]
         axes.set_title(chart.title, fontsize=10)
     if title is not None:
         figure.suptitle(title, fontsize=10)
@@ -55,6 +67,8 @@ def _plot(figure: Any, axes: Any, chart: Plot) -> None:
     if chart.y_range is not None:
         axes.set_ylim(*chart.y_range)
     axes.grid(alpha=0.25)
+    if chart.log_x:
+        axes.set_xscale("log")
     if chart.counted:
         axes.xaxis.get_major_locator().set_params(integer=True)
     if any(series.name for series in chart.series) or chart.limits:
@@ -111,3 +125,28 @@ def _bars(figure: Any, axes: Any, chart: Bars) -> None:
     axes.set(xlabel=chart.x)
     axes.grid(alpha=0.25, axis="x")
     axes.legend(fontsize=8)
+
+
+def _parallel(figure: Any, axes: Any, chart: Parallel) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    norm, shades = Normalize(min(chart.shade), max(chart.shade)), colormaps["cividis"]
+    spans = [(min(axis.values), max(axis.values)) for axis in chart.axes]
+
+    def place(value: float, span: tuple[float, float]) -> float:
+        return 0.5 if span[1] == span[0] else (value - span[0]) / (span[1] - span[0])
+
+    for i, shade in enumerate(chart.shade):
+        heights = [place(axis.values[i], span) for axis, span in zip(chart.axes, spans, strict=True)]
+        axes.plot(range(len(heights)), heights, color=shades(norm(shade)), alpha=0.75, linewidth=1.2)
+    for x, (axis, span) in enumerate(zip(chart.axes, spans, strict=True)):
+        axes.axvline(x, color="#999999", linewidth=0.8)
+        for value, text in axis_ticks(axis):
+            axes.annotate(
+                text, (x, place(value, span)), fontsize=7, xytext=(3, 0), textcoords="offset points", va="center"
+            )
+    axes.set_xticks(range(len(chart.axes)), [axis.name for axis in chart.axes], rotation=20, ha="right", fontsize=8)
+    axes.set_yticks([])
+    figure.colorbar(ScalarMappable(norm, shades), ax=axes, label=chart.scale)

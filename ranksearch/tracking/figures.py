@@ -15,13 +15,13 @@ from ranksearch.tracking.chart import (
     LOWERING_COLOURS,
     ORANGE,
     PALETTE,
-    Bars,
     Chart,
     HeatMap,
     Limit,
     Plot,
     Series,
 )
+from ranksearch.tracking.learnt_figures import learnt_charts
 from ranksearch.tracking.view import View, cost_percent
 from ranksearch.words import COST_NAMES, describe_budgets
 
@@ -30,7 +30,6 @@ Record = Mapping[str, Any]
 SHORT = {"im2col": "i", "channel": "c", "spatial": "s", "tucker2": "t", "cp": "cp", "svd": "v", "dense": ""}
 SHORT |= {f"{name}_pivoted": f"{SHORT[name]}*" for name in ("im2col", "channel", "spatial", "tucker2", "svd")}
 """Lowerings in a cell of a heat-map."""
-SHOWN_IMPORTANCES = 15
 ROOM_BELOW = 0.5
 """How far a figure goes down below a front, as a share of its height: one failed net must not flatten the front."""
 
@@ -44,9 +43,7 @@ def study_charts(view: View, importances: Mapping[str, Mapping[str, float]]) -> 
         charts |= dict(progress_charts(view))
     if view.front["trials"] and view.info.get("layers"):
         charts["kept_rank"], charts["lowerings"] = kept_rank_chart(view), lowering_chart(view)
-    if importances:
-        charts["importances"] = importance_chart(view, importances)
-    return charts
+    return charts | learnt_charts(view, importances)
 
 
 # The front ---------------------------------------------------------------------------------------------------------
@@ -135,6 +132,7 @@ def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
             Plot(
                 f"{view.name}: hypervolume of the front", "finished trials", f"hypervolume in ({axes}), as shares",
                 [Series("hypervolume", [n for n, _ in entries], worth, BLUE, "circle", "steps")], counted=True,
+                y_range=_late_range(worth),
             ),
         )  # fmt: skip
     own = [(n, row) for n, (row, _) in entries if row.complete]
@@ -156,6 +154,13 @@ def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
             y_range=_range_around(series[1:], each.y), counted=True,
         ),
     )  # fmt: skip
+
+
+def _late_range(worth: Sequence[float]) -> tuple[float, float] | None:
+    """The range in which what the later three quarters of the trials gained is seen; None where there are few, or they gained nothing."""
+    low, high = worth[len(worth) // 4], worth[-1]
+    room = 0.1 * (high - low)
+    return (low - room, high + room) if len(worth) >= 8 and high > low else None
 
 
 # Layers along the front --------------------------------------------------------------------------------------------
@@ -236,18 +241,3 @@ def lowering_chart(view: View) -> HeatMap:
         ],
         scale="lowering", colours=colours,
     )  # fmt: skip
-
-
-def importance_chart(view: View, importances: Mapping[str, Mapping[str, float]]) -> Bars:
-    """Which searched parameters distinguish the best quarter of the trials."""
-    names = sorted({n for shares in importances.values() for n in shares}, key=lambda n: -_largest(importances, n))
-    shown = names[:SHOWN_IMPORTANCES]
-    groups = {target: [shares.get(name, 0.0) for name in shown] for target, shares in importances.items()}
-    return Bars(
-        f"{view.name}: importance of what is searched", f"share (PED-ANOVA, best quarter of {len(view.complete)} trials)",
-        shown, groups,
-    )  # fmt: skip
-
-
-def _largest(importances: Mapping[str, Mapping[str, float]], name: str) -> float:
-    return max(shares.get(name, 0.0) for shares in importances.values())

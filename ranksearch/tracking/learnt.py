@@ -9,6 +9,8 @@ import numpy as np
 from ranksearch.study.importance import BEST, FEWEST, accuracy_at_cost
 from ranksearch.tracking.view import View
 
+FEWEST_DIRECTED = 4
+"""Complete trials below which no direction is told."""
 SAID = 5
 """Parameters that sentences are made of."""
 CLEAR = 2.0
@@ -42,23 +44,39 @@ def in_words(name: str) -> str:
 def learnt(view: View, importances: Mapping[str, Mapping[str, float]]) -> list[str]:
     """A sentence per parameter that matters, the most important first; or why there is none."""
     complete = view.complete
-    if len(complete) < 4:
+    if len(complete) < FEWEST_DIRECTED:
         return [
-            f"Nothing yet: {len(complete)} complete trials tell no direction (from 4 on), and importances come from {FEWEST} on."
+            f"Nothing yet: {len(complete)} complete trials tell no direction (from {FEWEST_DIRECTED} on), and importances come from "
+            f"{FEWEST} on."
         ]
-    found = directions(view)
-    shares = {
-        name: max(target.get(name, 0.0) for target in importances.values())
-        for target in importances.values()
-        for name in target
-    }
-    names = sorted(found, key=lambda name: (-shares.get(name, 0.0), -abs(found[name])))
+    found, shares = directions(view), _shares(importances)
+    names = by_weight(found, importances)
     lines = [_sentence(name, found[name], shares.get(name), len(complete)) for name in names[:SAID]]
     if not importances:
         lines.append(
             f"Importances are estimated from {FEWEST} complete trials on; there are {len(complete)}, so these are rank correlations alone."
         )
     return lines
+
+
+def by_weight(found: Mapping[str, float], importances: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The parameters of `found` (name -> rank correlation), the most important first."""
+    shares = _shares(importances)
+    return sorted(found, key=lambda name: (-shares.get(name, 0.0), -abs(found[name]), name))
+
+
+def _shares(importances: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Parameter -> its largest share of any target."""
+    return {
+        name: max(target.get(name, 0.0) for target in importances.values())
+        for target in importances.values()
+        for name in target
+    }
+
+
+def clear(trials: int) -> float:
+    """The rank correlation from which a direction is said."""
+    return CLEAR / (trials - 1) ** 0.5
 
 
 def directions(view: View) -> dict[str, float]:
@@ -72,7 +90,7 @@ def directions(view: View) -> dict[str, float]:
     for name in {name for row in complete for name in row["params_searched"]}:
         known = [(row["params_searched"].get(name), y) for row, y in zip(complete, above, strict=True)]
         pairs = [(x, y) for x, y in known if isinstance(x, int | float) and not isinstance(x, bool)]
-        if len(pairs) >= 4 and len({x for x, _ in pairs}) > 1:
+        if len(pairs) >= FEWEST_DIRECTED and len({x for x, _ in pairs}) > 1:
             ranks = _ranks(np.array([float(x) for x, _ in pairs]))
             others = _ranks(np.array([y for _, y in pairs]))
             found[name] = float(np.corrcoef(ranks, others)[0, 1]) if np.ptp(others) else 0.0
@@ -86,9 +104,12 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _sentence(name: str, direction: float, share: float | None, trials: int) -> str:
-    clear = CLEAR / (trials - 1) ** 0.5
     which = (
-        "no clear direction" if abs(direction) < clear else "more was better" if direction > 0 else "less was better"
+        "no clear direction"
+        if abs(direction) < clear(trials)
+        else "more was better"
+        if direction > 0
+        else "less was better"
     )
     weight = (
         ""

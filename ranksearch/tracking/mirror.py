@@ -54,6 +54,7 @@ from ranksearch.tracking.store import (
     written,
 )
 from ranksearch.tracking.view import View, shown_costs
+from ranksearch.trial.recipe import searched_settings
 
 quiet_mlflow()
 from mlflow import MlflowClient, MlflowException  # noqa: E402  (its settings are read at import)
@@ -132,8 +133,9 @@ class Mirror:
             experiment = self.client.create_experiment(name, artifact_location=artifacts)
             # the UI's pages for model training, not GenAI's
             self.client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")
+        searched = list(searched_settings(self._space.recipe))
         described = {"mlflow.note.content": experiment_note(view)}
-        for tag, value in (trials_view(view.costs, view.metric) | described).items():
+        for tag, value in (trials_view(view.costs, view.metric, searched) | described).items():
             self.client.set_experiment_tag(experiment, tag, value)
         return self.client.create_run(experiment, run_name=self._space.name, tags=study_tags(self._info, self._space))
 

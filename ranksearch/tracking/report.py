@@ -24,7 +24,7 @@ from ranksearch.tracking.runs import plan_line
 from ranksearch.tracking.trial_figures import trial_charts
 from ranksearch.tracking.view import View, cost_percent
 from ranksearch.trial.metric import metric_text
-from ranksearch.words import COST_NAMES, MADE_BY, describe_budgets, mix_of
+from ranksearch.words import COST_NAMES, MADE_BY, dense_ms, describe_budgets, mix_of, over_budget
 
 LAYER_FIGURES = ("kept_rank", "lowerings")
 DRAWN_TRIALS = 30
@@ -39,7 +39,11 @@ def report_html(view: View, importances: Mapping[str, Mapping[str, float]]) -> s
     figures = _in_their_places({name: fragment(chart, script=i == 0) for i, (name, chart) in enumerate(charts.items())})
     shown, verdict = view.front_rows[::-1], verdict_of(view.front)
     trials = [
-        {"row": row, "figures": [fragment(chart, script=False) for chart in trial_charts(row, view.metric).values()]}
+        {
+            "row": row,
+            "layers": _layers(view, row["trial"]),
+            "figures": [fragment(chart, script=False) for chart in trial_charts(row, view.metric).values()],
+        }
         for row in shown[:DRAWN_TRIALS]
     ]
     page = Environment(autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
@@ -59,8 +63,9 @@ def report_html(view: View, importances: Mapping[str, Mapping[str, float]]) -> s
         costs=[(cost, COST_NAMES[cost]) for cost in view.table_costs], drawn_trials=DRAWN_TRIALS, budgets=describe_budgets(view.front),
         objectives=[view.metric.name if name == "accuracy" else COST_NAMES[name] for name in view.objectives],
         counts=", ".join(f"{count} {status}" for status, count in view.front["counts"].items()) or "none done",
-        timed=any(row["latency_ms"] is not None for row in shown), layers=layers, most=max((layer.macs for layer in layers), default=1),
-        layers_timed=any(layer.dense_ms is not None for layer in layers), makers=_makers(shown), learnt=learnt(view, importances),
+        timed=any(row["latency_ms"] is not None for row in shown), dense_ms=dense_ms(view.front),
+        layers=layers, layers_timed="layer_ms" in view.info,
+        over={row["trial"] for row in shown if over_budget(view.front, row)}, makers=_makers(shown), learnt=learnt(view, importances),
         version=__version__, written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
 
@@ -74,9 +79,11 @@ def write_report(view: View, importances: Mapping[str, Mapping[str, float]], fol
 
 def _in_their_places(drawn: Mapping[str, str]) -> dict[str, list[str]]:
     """The figures by the section that they stand in; empty where there are none."""
-    places: dict[str, list[str]] = {"front": [], "layers": [], "learnt": []} if drawn else {}
+    places: dict[str, list[str]] = {"front": [], "layers": [], "learnt": [], "slices": []} if drawn else {}
     for name, figure in drawn.items():
-        places["front" if name.startswith("front") else "layers" if name in LAYER_FIGURES else "learnt"].append(figure)
+        layers = "layers" if name in LAYER_FIGURES else "learnt"
+        place = next((place for place in ("front", "slice") if name.startswith(place)), layers)
+        places["slices" if place == "slice" else place].append(figure)
     return places
 
 

@@ -188,16 +188,35 @@ def _settings(group: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
                 yield f"{prefix}{name}", str(value)
 
 
-def trials_view(costs: Sequence[str], metric: Metric) -> dict[str, str]:
-    """The experiment's tag that makes a link open the table of trials with these columns: MLflow's own way to share a view."""
+CHARTS = "ranksearch"
+"""The section of MLflow's chart view that holds ours, above those that it makes by itself."""
+
+
+def trials_view(costs: Sequence[str], metric: Metric, searched: Sequence[str]) -> dict[str, str]:
+    """The experiment's tag that makes a link open the table of trials with these columns, or the charts: MLflow's own way to share a view.
+
+    Args:
+        searched: parameters of the recipe that are searched, for the parallel coordinates.
+    """
     shown = [COST_RATIOS[cost].replace("_ratio", "_percent") for cost in costs]
     columns = [f"metrics.`{name}`" for name in dict.fromkeys(["val_accuracy", "test_accuracy", *shown])]
     columns += ["tags.`status`", "tags.`on_front`", "params.`allocator`"]
     view = {
         "searchFilter": f"tags.`{KIND_TAG}` = 'trial'", "orderByKey": "metrics.`val_accuracy`",
         "orderByAsc": metric.direction == "minimize", "selectedColumns": columns,
+        "compareRunSections": [{"uuid": CHARTS, "name": "The search", "display": True, "isReordered": False}],
+        "compareRunCharts": [
+            _chart("front", "SCATTER", xaxis={"key": shown[0], "type": "METRIC"}, yaxis={"key": "val_accuracy", "type": "METRIC"}),
+            _chart("parallel", "PARALLEL", selectedParams=list(searched), selectedMetrics=[*shown, "val_accuracy"], showAllRuns=True),
+        ],
     }  # fmt: skip
     return {f"mlflow.sharedViewState.{TRIALS_VIEW}": json.dumps(view)}
+
+
+def _chart(name: str, kind: str, **settings: Any) -> dict[str, Any]:
+    """A chart as MLflow's page keeps it in a view."""
+    made = {"uuid": f"{CHARTS}-{name}", "type": kind, "metricSectionId": CHARTS, "runsCountToCompare": 100}
+    return made | {"deleted": False, "isGenerated": False} | settings
 
 
 def dense_tags(view: View) -> dict[str, str]:

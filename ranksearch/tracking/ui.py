@@ -63,6 +63,11 @@ class Page:
         """The table of the trials, most accurate first, with the columns that matter."""
         return f"/#/experiments/{self.experiment}/runs?viewStateShareKey={TRIALS_VIEW}&{WORKFLOW}"
 
+    @property
+    def charts(self) -> str:
+        """The metric over the first cost, and parallel coordinates, of all trials."""
+        return f"{self.trials}&compareRunsMode=CHART"
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -242,6 +247,7 @@ def say_pages(opened: Opened, address: str, say: Callable[[str], None]) -> None:
         say(f"  {page.study}")
         say(f"    which net to ship: {address.rstrip('/')}{page.front}")
         say(f"    all trials:        {address.rstrip('/')}{page.trials}")
+        say(f"    their charts:      {address.rstrip('/')}{page.charts}")
 
 
 def _wait_until_it_answers(server: subprocess.Popen[bytes], address: str) -> None:

@@ -93,7 +93,8 @@ def run_trial(
     takes its result removes that, for a result that is lost on the way is found again from it. Divergence is a result: a loss or weights
     that are not finite end the trial with status "diverged" and the metrics so far.
 
-    With `metric` the layers are cut in the metric of the data. `watch` is called with the number of steps done, after each of them, for whoever shows it.
+    With `metric` the layers are cut in the metric of the data.
+    `watch` is called with the number of steps done, after each of them, for whoever shows it.
 
     Of a `group` every process runs the trial, each on its part of every batch; rank 0 alone evaluates and writes, and all report alike.
     """
