@@ -97,7 +97,7 @@ class LayersSpace(Strict):
 
 
 class LatencySpace(Strict):
-    """How latency is measured, where it is a budget or an objective."""
+    """How latency is measured: where it is a budget or an objective, and of the front's nets at the end of every study."""
 
     runtime: Literal["eager", "compile", "onnx"] = "eager"
     """PyTorch as it is, torch.compile (whose table takes seconds per layer, lowering and rank), or ONNX Runtime on the CPU."""

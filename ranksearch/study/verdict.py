@@ -1,7 +1,8 @@
 """`Verdict`: which net to ship, and how far that can be trusted, as one value. Terminal, report, MLflow and JSON show this same one.
 
 It is made of a front's record (what `front.json` holds) alone and loads neither torch nor optuna. Nothing is chosen by the test set: the
-net is the one with the best validation metric within the budgets, of latency as measured.
+net is the one with the best validation metric within the budgets (of latency: as measured), or, where the study has a limit on its metric,
+the cheapest one that keeps it.
 
 The ± of an accuracy over n samples is one standard error of a binomial share, p(1 - p)/n with p = (correct + 2)/(n + 4), so that 100 % of
 few samples is not certain (Agresti & Coull 1998); that of a difference takes two nets as independent, which is too much where they

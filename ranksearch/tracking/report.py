@@ -65,7 +65,8 @@ def report_html(view: View, importances: Mapping[str, Mapping[str, float]]) -> s
         counts=", ".join(f"{count} {status}" for status, count in view.front["counts"].items()) or "none done",
         timed=any(row["latency_ms"] is not None for row in shown), dense_ms=dense_ms(view.front),
         layers=layers, layers_timed="layer_ms" in view.info,
-        over={row["trial"] for row in shown if over_budget(view.front, row)}, makers=_makers(shown), learnt=learnt(view, importances),
+        over={row["trial"] for row in view.front["trials"] if over_budget(view.front, row)},
+        makers=_makers(shown), learnt=learnt(view, importances),
         version=__version__, written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
 
