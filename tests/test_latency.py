@@ -55,7 +55,7 @@ class Known(Stopwatch):
         self.timed += [(spec, in_size, choice) for choice in choices if choice != DENSE]
         return [known_ms(spec, in_size, choice) for choice in choices]
 
-    def nets_and_layers_ms(self, nets, example, shapes):
+    def nets_and_layers_ms(self, nets, example, shapes, *, seconds=1.0):
         layers = [trace(net, example).layers for net in nets]
         alone = [
             sum(known_ms(layer.spec, size, DENSE) for layer in found for size in layer.in_sizes) for found in layers
