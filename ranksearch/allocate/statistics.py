@@ -203,8 +203,8 @@ class _Collector:
 
         def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             given: Tensor = args[0] if args else next(iter(kwargs.values()))
-            axes = len(spec.kernel_size)
-            x = given.detach()[None] if spec.is_conv and given.dim() == axes + 1 else given.detach()
+            alone = len(spec.kernel_size) + 1  # one map, or one row, without a batch axis
+            x = given.detach()[None] if given.dim() == alone else given.detach()
             if not self.backward:
                 found.inputs.add(_rows(patches(x, spec), spec, self._generator).float())
                 found.positions += output.numel() / spec.out_channels
