@@ -1,21 +1,29 @@
 """A folder that came from somebody else: what it holds runs nothing and sends nothing, and what is damaged in it is told in a sentence."""
 
+import errno
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 
 import ranksearch
 from ranksearch.cli.studies import front
+from ranksearch.cluster.losses import Losses
+from ranksearch.cluster.upload import folder_files
 from ranksearch.compress import RankPlan
 from ranksearch.compress.export import save_net
 from ranksearch.errors import UsageError
 from ranksearch.space.reading import read_space
+from ranksearch.space.starter import write_start
+from ranksearch.study.ledger import Ledger
 from ranksearch.study.study import Study
 from ranksearch.tracking.ui import find_store
+from ranksearch.trial.attempt import _is_full
 from tests.conftest import SmallNet
 
 STORED = Path(__file__).parent / "stored_study"
@@ -196,3 +204,105 @@ def test_a_damaged_line_of_the_journal_is_told_with_its_number_and_the_front_is_
     with pytest.raises(UsageError, match=rf"optuna.journal: line {count + 1}: {place}"):
         front(str(folder), as_json=True)
     assert len(json.loads(capsys.readouterr().out)["trials"]) == 4
+
+
+def test_layers_that_are_called_by_numbers_go_through_init_and_check(tmp_path, monkeypatch):
+    (tmp_path / "numbered.py").write_text(
+        "from torch import nn\nmake = lambda: nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    written, _ = write_start("numbered:make", [32], tmp_path)
+    assert read_space(written).layers.exclude == ["2"]
+    assert read_space(written, settings=["layers.exclude=[2]"]).layers.exclude == ["2"]
+
+
+def test_a_net_that_is_found_twice_is_on_the_front_once(folder):
+    study = Study.open(folder)
+    first = study.front[0]
+    ledger = Ledger(["accuracy", "macs"], [first, replace(first, trial=90)])
+    assert ledger.on_front == {first.trial}
+    other = replace(first, trial=91, plan={**first.plan, "layers": {}})  # another net that is as good
+    assert ledger.add(other)
+
+
+def test_the_best_is_asked_for_as_python_users_write_it(folder):
+    study = Study.open(str(folder))
+    budgets = {"flops": "90%", "size": "90%"}
+    assert study.best(["flops=90%", "size=90%"]) == study.best(budgets) == study.best("flops=90%,size=90%")
+    with pytest.raises(UsageError, match="lies within flops=90%, flops=1%"):
+        study.best(["flops=90%", "flops=1%"])
+
+
+@pytest.mark.parametrize("call", [ranksearch.load, lambda net: ranksearch.export(net, 0, format="onnx")])
+def test_a_net_in_the_place_of_a_folder_is_answered(small_net, call):
+    with pytest.raises(UsageError, match="got a SmallNet"):
+        call(small_net)
+
+
+def test_a_worker_that_cannot_begin_is_told_with_its_own_error_and_not_tried_again(monkeypatch):
+    losses = Losses(print)
+    monkeypatch.setattr("ranksearch.cluster.losses.find_node", lambda node_id: None)
+    for error, final, text in (
+        ("Traceback\n  File x\nModuleNotFoundError: No module named 'sibling'\n", True, "No module named 'sibling'"),
+        (
+            "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory",
+            False,
+            "ran out of memory",
+        ),
+        (
+            "ActorDiedError: (1) The process is killed by SIGKILL by OOM killer due to high memory usage",
+            False,
+            "killed, or it left",
+        ),
+    ):
+        losses._errors["t"], losses._nodes["t"] = error, "0" * 32
+        monkeypatch.setattr("ranksearch.cluster.losses.state_of", lambda node: "alive")
+        loss = losses.explain("t")
+        assert (loss.final, loss.blameless) == (final, False)
+        assert text in loss.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError(
+            'Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'
+        ),
+        RuntimeError(
+            "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0: file write failed"
+        ),
+    ],
+)
+def test_a_full_disk_is_no_failure_of_the_trial(error):
+    assert _is_full(error)
+    assert not _is_full(RuntimeError("shape"))
+
+
+def test_a_metric_that_is_not_finite_on_the_test_set_is_not_recorded_and_not_asked_for_again(folder):
+    (folder / "test.json").unlink()
+    study, said = Study.open(folder), []
+    study.score_test(lambda row: float("nan") if row is None else 98.0, said.append)
+    assert "nan" in said[0]
+    again = Study.open(folder)
+    again.score_test(lambda row: pytest.fail("asked again"), said.append)
+    record = again.front_record()
+    assert record["dense"]["test_accuracy"] is None
+    assert record["trials"][0]["test_accuracy"] == 98.0
+
+
+def test_links_to_elsewhere_and_to_secrets_do_not_travel(tmp_path):
+    outside, root = tmp_path / "outside", tmp_path / "project"
+    outside.mkdir()
+    root.mkdir()
+    (outside / "notes.txt").write_text("x")
+    (root / "code.py").write_text("x")
+    (root / ".env").write_text("x")
+    (root / "beside.py").symlink_to(root / "code.py")
+    (root / "plain.txt").symlink_to(root / ".env")
+    (root / "notes.txt").symlink_to(outside / "notes.txt")
+    assert set(folder_files(root)) == {"code.py", "beside.py"}
+    (root / ".git").mkdir()
+    (root / ".git" / "HEAD").write_text("nothing of git's")
+    with pytest.raises(UsageError, match="git does not say what it ignores"):
+        folder_files(root)

@@ -265,7 +265,7 @@ def test_an_unknown_study_names_the_nearest(make, tmp_path):
 def test_a_damaged_study_is_an_error_not_a_traceback(make, tmp_path):
     study = make(trials=2)
     (study.folder / "study.json").write_text("{")
-    with pytest.raises(UsageError, match="no readable study"):
+    with pytest.raises(UsageError, match=r"study\.json: expected JSON"):
         Study.open(study.folder)
 
 

@@ -7,7 +7,10 @@ Heavy packages are imported inside the verbs: `ranksearch --help` loads neither 
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -24,6 +27,9 @@ from ranksearch.cli import clusters  # noqa: F401  # isort: skip
 from ranksearch.cli import doctor  # noqa: F401  # isort: skip
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -32,15 +38,47 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> None:
-    """Entry point: turns our own errors into one message and an exit code."""
+    """Entry point: turns our own errors into one message and an exit code; output that nobody takes is no traceback."""
+    try:
+        code = _run()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # its reader has seen enough, such as `head`
+        _drop_output()
+        code = 1
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _drop_output()
+        _say(f"the output cannot be written: {error.strerror}")
+        code = 1
+    sys.exit(code)
+
+
+def _run() -> int | str | None:
+    """What the verb ends with."""
     try:
         app()
+    except SystemExit as left:
+        return left.code
     except UsageError as error:
-        print(f"ranksearch: {error}", file=sys.stderr)
-        sys.exit(2)
+        _say(str(error))
+        return 2
     except RanksearchError as error:
-        print(f"ranksearch: {error}", file=sys.stderr)
-        sys.exit(1)
+        _say(str(error))
+        return 1
+    return 0
+
+
+def _say(message: str) -> None:
+    with suppress(OSError, AttributeError):  # stderr may be gone as well
+        print(f"ranksearch: {message}", file=sys.stderr, flush=True)
+
+
+def _drop_output() -> None:
+    """Keeps Python from trying again, at its end, to write what could not be written."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ JobServer = Annotated[
     ),
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's ID, as `submit` and `status` print it.")]
+SHOWN = 20
+"""Files that are said by name before they are sent."""
 DEFAULT_SERVER = "http://127.0.0.1:8265"
 
 
@@ -164,6 +166,10 @@ def _launch(job: Submission, address: str, *, ship: bool, driver_gpus: float, de
     _say(
         f"files      {len(job.files)}, {'and this source of ranksearch' if ship else 'and the ranksearch of the cluster'}"
     )
+    for name in list(job.files)[:SHOWN]:
+        _say(f"           {name}")
+    if len(job.files) > SHOWN:
+        _say(f"           … and {len(job.files) - SHOWN} more (--exclude leaves out what should stay here)")
     passed = {variable: value for variable, value in job.variables.items() if variable not in STOPPING}
     for line in describe_variables(passed, job.reads) or ["none"]:
         _say(f"variables  {line}")

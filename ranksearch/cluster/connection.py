@@ -86,6 +86,8 @@ def join(resources: ResourcesSpace, address: str | None, log: Callable[[str], No
         StudyError: Ray does not start or cannot be reached.
         UsageError: one trial asks for more than this machine has, or than the cluster has, or may grow to, after the wait.
     """
+    if address is None and not ray.is_initialized():
+        log("starting Ray on this machine")  # seconds, on a busy machine a minute
     connect(address)
     gpus, workers = resources.gpus_per_trial, resources.workers
     if gpus is None or gpus == AUTO:

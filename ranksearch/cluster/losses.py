@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,17 @@ from typing import Any
 from ray.tune import Callback
 
 from ranksearch.cluster.nodes import GCS_ERRORS, NodeState, find_node, node_of_actor, state_of
+from ranksearch.errors import clipped
 from ranksearch.study.driver import Log
 
 SUSPECT = 3
 """Trials that lost their process on one node, and the node is named."""
+START = re.compile(
+    r"^\S*\b(ModuleNotFoundError|ImportError|AttributeError: Can't get attribute|SyntaxError)\b.*$", re.MULTILINE
+)
+"""An error of Python's by which a worker ends before its trial begins: what that raises later is a result, not a loss."""
+MEMORY = re.compile(r"OutOfMemoryError|running low on memory")
+"""What Ray says where memory was short; of every process that died it says that memory may have been."""
 NODE_DIED = "node has died"
 """What Ray says of an actor that was lost with its node before it had started."""
 
@@ -25,6 +33,8 @@ class Loss:
     blameless: bool
     """Its node was lost or taken away: that is not the trial's doing."""
     text: str
+    final: bool = False
+    """It would be the same again: the worker could not begin, by an error of its own."""
 
 
 class Losses(Callback):
@@ -63,6 +73,13 @@ class Losses(Callback):
             return Loss(True, f"its cluster's head does not answer ({silent})")
         if state in (NodeState.GONE, NodeState.LEAVING):
             return Loss(True, f"its node {_name(node, node_id)} {state.value}")
+        if (found := START.search(error)) is not None:
+            return Loss(
+                False,
+                f"a process{f' on {_name(node, node_id)}' if node_id else ''} could not begin: {clipped(found[0])}. What the driver "
+                f"imports every node has to find too: install it there, or send the folder that it lies in (`submit --working-dir`)",
+                final=True,
+            )
         if state is None:
             return Loss(NODE_DIED in error, f"its process did not start: {_last(error)}")
         self._deaths[str(node_id)] += 1
@@ -71,7 +88,8 @@ class Losses(Callback):
                 f"the node {_name(node, node_id)} has lost the processes of {self._deaths[str(node_id)]} trials: look at its memory and "
                 f"its kernel's log, or take it out (`ray drain-node`)"
             )
-        return Loss(False, f"its process on {_name(node, node_id)} died")
+        why = "its node ran out of memory" if MEMORY.search(error) else "killed, or it left by itself, as by os._exit"
+        return Loss(False, f"its process on {_name(node, node_id)} died ({why})")
 
 
 def _name(node: dict[str, Any] | None, node_id: str | None) -> str:

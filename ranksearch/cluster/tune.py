@@ -151,14 +151,13 @@ class AskTell(Searcher):
                 return
             else:
                 loss = self.losses.explain(trial_id)
-                if self._study.retry(number, blameless=loss.blameless):
+                if not loss.final and self._study.retry(number, blameless=loss.blameless):
                     self._log(f"trial {number:03d}: {loss.text}; it goes on elsewhere from its last state")
                     return
                 losses = NODE_LOSSES if loss.blameless else self._study.space.resources.worker_losses
-                why = "it takes its nodes down" if loss.blameless else "out of memory, or killed"
-                found = TrialResult(
-                    Status.FAILED, seed, 0.0, reason=f"lost {losses + 1} times: {why}; at last, {loss.text}"
-                )
+                again = "it takes its nodes down; at last, " if loss.blameless else ""
+                reason = loss.text if loss.final else f"lost {losses + 1} times: {again}{loss.text}"
+                found = TrialResult(Status.FAILED, seed, 0.0, reason=reason)
             self._driver.settle(number, replace(found, placement=place), node=_node(place))
         except Exception as caught:  # Tune would log it and go on: kept, and raised once the running trials have ended
             self.error = self.error or caught

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from ranksearch.errors import UsageError
+from ranksearch.errors import UsageError, clipped
 
 Files = Mapping[str, Path]
 """Name in the archive, with forward slashes -> the file here."""
@@ -101,7 +101,13 @@ def _known_to_git(root: Path) -> list[str] | None:
     """Names of the files below `root` that git does not ignore; None where git does not know the folder."""
     git = ["git", "-C", str(root)]
     try:
-        if subprocess.run([*git, "check-ignore", "-q", "."], capture_output=True, timeout=60).returncode != 1:
+        asked = subprocess.run([*git, "check-ignore", "-q", "."], capture_output=True, timeout=60)
+        if asked.returncode not in (0, 1) and any((place / ".git").exists() for place in (root, *root.parents)):
+            raise UsageError(
+                f"{root} is in a checkout of git, but git does not say what it ignores there, which stays here "
+                f"({clipped(asked.stderr.decode(errors='replace'))}): mend that, or name another folder by --working-dir."
+            )
+        if asked.returncode != 1:
             return None  # no checkout, or a folder that is ignored as a whole
         listed = subprocess.run(
             [*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"], capture_output=True, timeout=60
@@ -128,6 +134,7 @@ def folder_files(root: Path, *, exclude: Sequence[str] = (), include: Sequence[s
         if (root / name).is_dir() and not (root / name).is_symlink():  # git names a submodule as one entry
             names += [f"{name.rstrip('/')}/{inner}" for inner in _walk(root / name, patterns)]
     names = [name for name in names if _travels(root, name, patterns)]
+    asked_for: set[str] = set()
     for wanted in include:
         place = root / wanted
         if not place.exists():
@@ -135,8 +142,22 @@ def folder_files(root: Path, *, exclude: Sequence[str] = (), include: Sequence[s
         within = place.resolve().relative_to(root.resolve()) if place.resolve().is_relative_to(root.resolve()) else None
         if within is None:
             raise UsageError(f"--include {wanted}: it lies outside {root}; name a folder above both by --working-dir.")
-        names += [(within / name).as_posix() for name in _walk(place, ())] if place.is_dir() else [within.as_posix()]
-    return {name: root / name for name in sorted(set(names)) if (root / name).is_file()}
+        asked_for |= (
+            {(within / name).as_posix() for name in _walk(place, ())} if place.is_dir() else {within.as_posix()}
+        )
+    names += asked_for
+    inside = root.resolve()
+    return {
+        name: root / name
+        for name in sorted(set(names))
+        if (root / name).is_file() and _stays_within(root / name, inside, patterns, named=name in asked_for)
+    }
+
+
+def _stays_within(file: Path, root: Path, patterns: Sequence[str], *, named: bool) -> bool:
+    """Whether a file is what its name says: a link to somewhere else, or to a name that stays here, does not travel unless it is named."""
+    real = file.resolve()
+    return named or (real.is_relative_to(root) and not _matches(real.relative_to(root).as_posix(), patterns))
 
 
 def size_text(size: float) -> str:

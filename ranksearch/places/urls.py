@@ -63,6 +63,17 @@ def checked_store(text: str) -> str:
     return text
 
 
+def checked_artifacts(text: str) -> str:
+    """`tracking.artifacts` as it may be written down: a URI without a secret.
+
+    Raises:
+        UsageError: it holds one.
+    """
+    if holds_secret(text):
+        raise _refused("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS)")
+    return text
+
+
 def without_password(text: str) -> str:
     """A database's or server's URL, or a text that holds a server's, as it may be shown: `***` for a password, and no options that may hold
     one."""

@@ -115,8 +115,8 @@ def _set(data: dict[str, Any], assignment: str) -> None:
             raise UsageError(f"--set {assignment}: {parent!r} is a value, not a group of keys.")
     try:
         data[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {assignment}: {text!r} is no YAML value.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, too
+        raise UsageError(f"--set {key}: {shortened(text)} is no YAML value.") from error
 
 
 def load_yaml(path: Path) -> Any:

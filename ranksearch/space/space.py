@@ -78,6 +78,12 @@ class LayersSpace(Strict):
     rules: list[LayerRuleSpace] = Field(default=[])
     """Rules for layers by name; where several match a layer, a later one overrides what it names."""
 
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _texts(cls, names: Any) -> Any:
+        """Layers of a Sequential are called by numbers, which YAML reads as such."""
+        return [str(name) if type(name) is int else name for name in names] if isinstance(names, list) else names
+
     @field_validator("lowerings")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
@@ -166,7 +172,7 @@ class ResourcesSpace(Strict):
             )
         if gpus < 0:
             raise ValueError(f"{gpus:g} is below 0")
-        if gpus > 1 and gpus != int(gpus):
+        if gpus > 1 and not float(gpus).is_integer():
             raise ValueError(f"{gpus:g} is neither a fraction of one GPU nor a whole number of them")
         return float(gpus)
 

@@ -6,6 +6,7 @@ What is written runs as it is, on random numbers that stand in for data, so that
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from ranksearch.compress import Net, dense_cost, trace
@@ -281,4 +283,9 @@ def _excluded(net: Net) -> str:
     names = [first.name] if first.spec.is_conv and len(net.layers) > 2 else []
     names += [last.name] if not last.spec.is_conv and len(net.layers) > 1 else []
     why = "  # the custom: the first conv and the classifier stay as they are" if names else ""
-    return f"[{', '.join(names)}]{why}"
+    return f"[{', '.join(map(_as_text, names))}]{why}"
+
+
+def _as_text(name: str) -> str:
+    """A name as YAML reads it back: `2`, a layer of a Sequential, would be a number."""
+    return name if yaml.safe_load(name) == name else json.dumps(name)

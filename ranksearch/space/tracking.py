@@ -6,7 +6,7 @@ import warnings
 
 from pydantic import field_validator
 
-from ranksearch.places.urls import checked_store
+from ranksearch.places.urls import checked_artifacts, checked_store
 from ranksearch.space.settings import Strict
 
 with warnings.catch_warnings():
@@ -27,6 +27,11 @@ with warnings.catch_warnings():
         """Whether the nets of the front are logged as MLflow models, at the end of a study: some seconds and twice its weights each."""
         register: bool = False
         """Whether the most accurate net within the budgets is registered under the study's name, with the alias `champion`."""
+
+        @field_validator("artifacts")
+        @classmethod
+        def _without_a_secret(cls, where: str | None) -> str | None:
+            return None if where is None else checked_artifacts(where)
 
         @field_validator("uri")
         @classmethod

@@ -144,10 +144,18 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: another process is running the study.
     """
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
-        with filelock.FileLock(folder / LOCK, timeout=0):
-            yield
+        lock.acquire()
     except filelock.Timeout:
         raise UsageError(
             f"{folder} is being run by another process; `ranksearch front` may be called meanwhile."
         ) from None
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be locked ({error.strerror or error}): a study is run where its folder can be written."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

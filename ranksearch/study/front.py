@@ -31,6 +31,12 @@ def dominates(row: Row, other: Row, objectives: Sequence[str]) -> bool:
     return a != b and all(x <= y for x, y in zip(a, b, strict=True))
 
 
+def same_net(row: Row, other: Row, objectives: Sequence[str]) -> bool:
+    """Whether two complete rows are one net found twice: the same layers, and the same values."""
+    a, b = _points([row, other], objectives)
+    return a == b and (row.plan or {}).get("layers") == (other.plan or {}).get("layers")
+
+
 def merit(row: Row) -> tuple[float, int]:
     """What makes a complete row the best of several: its metric, then fewer MACs."""
     return row.worth, -(row.macs or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 
 from ranksearch.places.files import write_atomically
@@ -43,20 +44,22 @@ class Late:
         write_atomically(self._repeats, json.dumps(known, indent=2, allow_nan=False))
         return known
 
-    def test_accuracies(self) -> dict[str, float]:
-        """Trial number (or "dense") -> the metric on the test set, of the nets that were scored."""
+    def test_accuracies(self) -> dict[str, float | None]:
+        """Trial number (or "dense") -> the metric on the test set, of the nets that were scored; None where it was not finite."""
         return read_record(self._test, TEST_ACCURACIES) if self._test.is_file() else {}
 
     def score(
         self, front: Sequence[Row], metric: Metric, evaluate: Callable[[Row | None], float], log: Callable[[str], None]
-    ) -> dict[str, float]:
+    ) -> dict[str, float | None]:
         """Scores the dense net (`evaluate(None)`) and a front's nets, once each; returns all that is known."""
         known = self.test_accuracies()
         keys = {DENSE if row is None else str(row.trial): row for row in [None, *front]}
         for i, (key, row) in enumerate(keys.items(), start=1):
             if key not in known:
-                known[key] = evaluate(row)
+                found = evaluate(row)
+                known[key] = found if isfinite(found) else None
                 net = "the dense net" if row is None else f"trial {key}"
-                log(f"[{i}/{len(keys)}] test {metric.name} of {net}: {metric.text(known[key])}")
+                text = metric.text(found) if isfinite(found) else f"{found}, which is recorded as not measured"
+                log(f"[{i}/{len(keys)}] test {metric.name} of {net}: {text}")
                 write_atomically(self._test, json.dumps(known, indent=2))
         return known

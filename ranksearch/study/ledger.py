@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from ranksearch.study.front import dominates, front_hypervolume, in_order, merit
+from ranksearch.study.front import dominates, front_hypervolume, in_order, merit, same_net
 from ranksearch.study.row import Row, repeated
 from ranksearch.trial.result import Status
 
@@ -60,7 +60,9 @@ class Ledger:
             return False
         if self._least is not None and row.worth < self._least:
             return False
-        if any(dominates(other, row, self._objectives) for other in self._front):
+        if any(
+            dominates(other, row, self._objectives) or same_net(other, row, self._objectives) for other in self._front
+        ):
             return False
         self._front = [other for other in self._front if not dominates(row, other, self._objectives)]
         self._front.append(row)
@@ -128,7 +130,7 @@ class Ledger:
                 self._rows[row.trial] = replace(row, latency_ms=milliseconds, latency_ratio=ratio)
         self._rebuild()
 
-    def score(self, test: Mapping[str, float]) -> None:
+    def score(self, test: Mapping[str, float | None]) -> None:
         """Writes test accuracies (trial number as text -> percent) into the rows."""
         if not test:
             return

@@ -291,7 +291,7 @@ FRONT = TypeAdapter(FrontRecord)
 RESULT, COMPLETE = TypeAdapter(ResultRecord), TypeAdapter(CompleteRecord)
 CANDIDATE = TypeAdapter(CandidateRecord)
 TEST_ACCURACIES = TypeAdapter(
-    dict[Annotated[str, Field(pattern=r"^(\d{1,9}|dense)$")], Finite], config=ConfigDict(strict=True)
+    dict[Annotated[str, Field(pattern=r"^(\d{1,9}|dense)$")], Finite | None], config=ConfigDict(strict=True)
 )
 REPEATED = TypeAdapter(
     dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], list[dict[Literal["validation", "test"], Finite | None]]],

@@ -443,7 +443,7 @@ class Study:
         state = trials[number].state
         return "given back" if state.is_finished() else state.name.lower()
 
-    def best(self, budget: str | None = None, *, budgets: Budgets = (), accuracy: str | float | None = None) -> Row:
+    def best(self, budget: Budgets | None = None, *, budgets: Budgets = (), accuracy: str | float | None = None) -> Row:
         """The best complete trial within the budgets that are given, such as budget="flops=30%", budgets=["params=40%", "size=1MiB"].
 
         That is the one with the best metric; or with `accuracy` ("-1": points below dense, "-2%": a share, "90": as such), and in a study
@@ -452,7 +452,7 @@ class Study:
         Raises:
             UsageError: no trial lies within them.
         """
-        given = [*assignments(budgets), *([budget] if budget is not None else [])]
+        given = [*assignments(budgets), *assignments(budget or ())]
         return self.picked(given, {} if accuracy is None else {ACCURACY: accuracy}).unfolded()
 
     def picked(self, budgets: Budgets, at_least: Limits) -> Row:
@@ -488,7 +488,7 @@ class Study:
         before = self.info.get("layer_ms", {}).get("trials", {})
         self._note(layer_ms={"measured_with": measured_with, "dense": dict(dense), "trials": {**before, **trials}})
 
-    def test_accuracies(self) -> dict[str, float]:
+    def test_accuracies(self) -> dict[str, float | None]:
         """Trial number (or "dense") -> the metric on the test set, of the nets that were scored at the end."""
         return self._late.test_accuracies()
 

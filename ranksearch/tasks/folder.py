@@ -10,8 +10,13 @@ from ranksearch.errors import UsageError
 
 
 def data_folder(override: str | None = None) -> Path:
-    """The data folder: what the space or `--set data=` says, else `$RANKSEARCH_DATA`, else `~/.cache/ranksearch`."""
-    return Path(override or os.environ.get("RANKSEARCH_DATA") or "~/.cache/ranksearch").expanduser()
+    """The data folder: what the space or `--set data=` says, else `$RANKSEARCH_DATA`, else `~/.cache/ranksearch`; for a user without a
+    home, as in a container, a folder in the system's temporary one."""
+    named = Path(override or os.environ.get("RANKSEARCH_DATA") or "~/.cache/ranksearch")
+    try:
+        return named.expanduser()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"ranksearch-{os.getuid()}"
 
 
 def writable_cache(folder: Path, fallback: Path) -> Path:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ranksearch.compress.inputs import LOGITS, class_logits, field_of, joined, mapped, moved, own_loss, shape_of
-from ranksearch.errors import UsageError
+from ranksearch.errors import UsageError, shortened
 
 Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) of a batch -> mean loss of its samples, a scalar with a gradient."""
@@ -126,10 +126,12 @@ def as_number(value: Any, name: str) -> float:
     if getattr(found, "ndim", 0) == 0 and not isinstance(found, str | bytes):
         try:
             return float(found)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # a whole number may be too large
             pass
-    shown = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"
-    raise UsageError(f"The metric {name!r} returned {shown[:200]}: expected one number for the whole split.")
+    shown = (
+        f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"{shortened(value)} ({type(value).__name__})"
+    )
+    raise UsageError(f"The metric {name!r} returned {shown}: expected one number for the whole split.")
 
 
 def in_fp32(outputs: Any) -> Any:

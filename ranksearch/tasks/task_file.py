@@ -10,6 +10,7 @@ has failed.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 import traceback
@@ -141,15 +142,16 @@ def _made(code: TaskCode, function: str, name: str) -> Task:
 
 @contextmanager
 def _as_a_guest() -> Iterator[None]:
-    """While a user's code runs: what it prints goes to stderr, and it finds no arguments but the program's name, for the command line is
-    ours."""
-    arguments = sys.argv
+    """While a user's code runs: what it prints goes to stderr, it finds no arguments but the program's name, for the command line is ours,
+    and the working directory, in which a study's relative folders lie, is afterwards what it was."""
+    arguments, here = sys.argv, Path.cwd()
     sys.argv = arguments[:1]
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
         sys.argv = arguments
+        os.chdir(here)
 
 
 def told(error: BaseException, origin: str) -> str:

@@ -252,11 +252,14 @@ def say_pages(opened: Opened, address: str, say: Callable[[str], None]) -> None:
 
 def _wait_until_it_answers(server: subprocess.Popen[bytes], address: str) -> None:
     until = time.monotonic() + PATIENCE_SECONDS
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # a proxy (`http_proxy`) knows nothing of this machine's ports
     while time.monotonic() < until:
         if (code := server.poll()) is not None:
             raise StudyError(f"MLflow's server ended with exit code {code}.")
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
+            with direct.open(f"{address}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)

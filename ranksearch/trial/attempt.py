@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from ranksearch.compress import Net
 from ranksearch.errors import first_line
@@ -24,6 +25,7 @@ from ranksearch.trial.session import Report, Watch, unwatched
 from ranksearch.trial.trial import run_trial
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SAID_OF_FULL = ("StorageFull", "No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 RAY = "ray"
 """The package whose own `sys.exit` ends a worker that is stopped or taken away."""
 
@@ -62,10 +64,18 @@ def attempt(
         if isinstance(error, SystemExit) and _by_ray(error):
             raise
         lines = traceback.format_exc().strip().splitlines()[-6:]
-        full = isinstance(error, OSError) and error.errno in FULL
-        status = Status.NO_SPACE if full else Status.NO_PLACE if isinstance(error, PlaceError) else Status.FAILED
+        status = (
+            Status.NO_SPACE if _is_full(error) else Status.NO_PLACE if isinstance(error, PlaceError) else Status.FAILED
+        )
         first = f"{type(error).__name__}: {first_line(error)}{_place(error)}"
         return TrialResult(status, candidate.seed, 0.0, reason="\n".join([first, *lines]))
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether it says that a disk has no room: an OSError, or what safetensors and PyTorch make of one while they write a file."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return isinstance(error, SafetensorError | RuntimeError) and any(said in str(error) for said in SAID_OF_FULL)
 
 
 def _by_ray(error: BaseException) -> bool:
