@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -302,7 +303,7 @@ def test_links_to_elsewhere_and_to_secrets_do_not_travel(tmp_path):
     (root / "plain.txt").symlink_to(root / ".env")
     (root / "notes.txt").symlink_to(outside / "notes.txt")
     assert set(folder_files(root)) == {"code.py", "beside.py"}
-    (root / ".git").mkdir()
-    (root / ".git" / "HEAD").write_text("nothing of git's")
+    subprocess.run(["git", "init", "-q", root], check=True)
+    (root / ".git" / "config").write_text("[damaged")
     with pytest.raises(UsageError, match="git does not say what it ignores"):
         folder_files(root)

@@ -101,8 +101,11 @@ def _known_to_git(root: Path) -> list[str] | None:
     """Names of the files below `root` that git does not ignore; None where git does not know the folder."""
     git = ["git", "-C", str(root)]
     try:
-        asked = subprocess.run([*git, "check-ignore", "-q", "."], capture_output=True, timeout=60)
-        if asked.returncode not in (0, 1) and any((place / ".git").exists() for place in (root, *root.parents)):
+        english = os.environ | {"LC_ALL": "C"}
+        asked = subprocess.run([*git, "check-ignore", "-q", "."], capture_output=True, timeout=60, env=english)
+        if (
+            asked.returncode not in (0, 1) and b"not a git repository" not in asked.stderr
+        ):  # another owner's, or damaged
             raise UsageError(
                 f"{root} is in a checkout of git, but git does not say what it ignores there, which stays here "
                 f"({clipped(asked.stderr.decode(errors='replace'))}): mend that, or name another folder by --working-dir."

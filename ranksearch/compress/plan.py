@@ -91,9 +91,10 @@ class RankPlan:
     @classmethod
     def from_json(cls, text: str) -> RankPlan:
         try:
-            return cls.from_dict(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, too
             raise UsageError(f"This is not a rank plan: no JSON ({error}).") from error
+        return cls.from_dict(data)
 
 
 def _read_rank(rank: Any, where: str, lowering: str) -> Rank:

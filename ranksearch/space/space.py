@@ -24,7 +24,7 @@ from ranksearch.allocate.budget import Budget, parse_budget
 from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.allocate.weightings import METRICS, WEIGHTS
 from ranksearch.compress.stopwatch import LatencySetting
-from ranksearch.errors import UsageError
+from ranksearch.errors import UsageError, shortened
 from ranksearch.lowering import default_lowerings, expand_families
 from ranksearch.places.trust import may_run, refuse_file
 from ranksearch.space.quality import Quality, quality_of
@@ -36,6 +36,8 @@ from ranksearch.space.tracking import TrackingSpace
 from ranksearch.tasks import TASKS, TaskKind, build_reference, is_own, task_kind
 
 AUTO = "auto"
+MOST_GPUS = 1024
+"""Of one trial."""
 
 
 class LayerRuleSpace(Strict):
@@ -172,6 +174,8 @@ class ResourcesSpace(Strict):
             )
         if gpus < 0:
             raise ValueError(f"{gpus:g} is below 0")
+        if gpus > MOST_GPUS:
+            raise ValueError(f"expected at most {MOST_GPUS}, got {shortened(gpus)}")
         if gpus > 1 and not float(gpus).is_integer():
             raise ValueError(f"{gpus:g} is neither a fraction of one GPU nor a whole number of them")
         return float(gpus)
