@@ -230,7 +230,7 @@ def test_the_best_is_asked_for_as_python_users_write_it(folder):
     study = Study.open(str(folder))
     budgets = {"flops": "90%", "size": "90%"}
     assert study.best(["flops=90%", "size=90%"]) == study.best(budgets) == study.best("flops=90%,size=90%")
-    with pytest.raises(UsageError, match="lies within flops=90%, flops=1%"):
+    with pytest.raises(UsageError, match="lies within flops=90% and flops=1%"):
         study.best(["flops=90%", "flops=1%"])
 
 
