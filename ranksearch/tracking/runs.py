@@ -205,6 +205,7 @@ def trials_view(costs: Sequence[str], metric: Metric, searched: Sequence[str]) -
         "searchFilter": f"tags.`{KIND_TAG}` = 'trial'", "orderByKey": "metrics.`val_accuracy`",
         "orderByAsc": metric.direction == "minimize", "selectedColumns": columns,
         "compareRunSections": [{"uuid": CHARTS, "name": "The search", "display": True, "isReordered": False}],
+        "isAccordionReordered": True,  # else sections are put in the order of their names
         "compareRunCharts": [
             _chart("front", "SCATTER", xaxis={"key": shown[0], "type": "METRIC"}, yaxis={"key": "val_accuracy", "type": "METRIC"}),
             _chart("parallel", "PARALLEL", selectedParams=list(searched), selectedMetrics=[*shown, "val_accuracy"], showAllRuns=True),
