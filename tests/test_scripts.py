@@ -122,3 +122,34 @@ def test_the_storage_bench_times_the_journal_and_sqlite():
     found = call("bench_storage", "--trials", "3")
     assert [row["storage"] for row in found["rows"]] == ["journal", "sqlite"]
     assert all(found["figures"][f"ms_per_trial_{row['storage']}"] == row["median ms"] > 0 for row in found["rows"])
+
+
+def test_the_tasks_bench_compares_the_search_with_every_control(tmp_path):
+    """On a task from outside, whose net has no width: there is no narrower control."""
+    (tmp_path / "own.py").write_text(
+        "import ranksearch, torch\n\n"
+        "def make():\n"
+        "    x = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))\n"
+        "    net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.Linear(16, 2))\n"
+        "    splits = dict(zip(('train', 'val', 'test'), (x.split(32)), strict=True))\n"
+        "    splits = {name: (part, (part.sum(1) > 0).long()) for name, part in splits.items()}\n"
+        "    return ranksearch.Task(model=net, trained=False, **splits)\n"
+    )
+    found = call(
+        "bench_tasks",
+        "--task",
+        f"{tmp_path / 'own.py'}:make",
+        "--steps",
+        "30,6",
+        "--trials",
+        "2",
+    )
+    rows, figures = {row["task"]: row for row in found["rows"]}, found["figures"]
+    assert set(rows) == {"make"}
+    assert figures["tasks"] == 1
+    assert all(
+        row["at"]["0.5"][method] is not None for row in rows.values() for method in ("uniform", "solver", "ours")
+    )
+    assert rows["make"]["above"]["narrow"] is None
+    assert {"tasks_above_uniform", "tasks_above_narrow", "tasks_above_solver", "far_below_share"} <= set(figures)
+    assert 0 < figures["smallest_at_minus_1_make"] <= 1
