@@ -39,7 +39,6 @@ def init(
     """Begin with a model of your own: write NAME.yaml, its layers listed, and NAME_task.py, to be filled in.
 
     Example: ranksearch init my_package.nets:make_net --input 3x32x32
-    Example: ranksearch init my_package.nets:encoder --input input_ids=16 --input attention_mask=16 --dtype int64
     """
     given, dtypes = inputs or ["3x224x224"], dtype or ["float32"]
     if len(dtypes) not in (1, len(given)):
