@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ranksearch.allocate import CurveCache
-from ranksearch.allocate.budget import Budgets
+from ranksearch.allocate.budget import Budgets, assignments
 from ranksearch.cluster.address import check_address
 from ranksearch.compress import RankPlan, load_net
 from ranksearch.compress.export import PLAN, load_stored_net
@@ -42,7 +42,7 @@ from ranksearch.space.reading import Settings, read_space
 from ranksearch.space.space import Space
 from ranksearch.space.starter import imported_net
 from ranksearch.study.addresses import ARTIFACTS, EVERY, MLFLOW, confirm_addresses
-from ranksearch.study.export_trial import export_trial, pick_trial, target_folder
+from ranksearch.study.export_trial import export_cut, export_trial, name_at, pick_trial, target_folder
 from ranksearch.study.folder import (
     CURVES,
     DENSE_WEIGHTS,
@@ -55,7 +55,7 @@ from ranksearch.study.folder import (
     new_folder,
     study_around,
 )
-from ranksearch.study.latency import open_table
+from ranksearch.study.latency_file import open_table
 from ranksearch.study.making import read_folder
 from ranksearch.study.study import Study
 from ranksearch.tasks import build_reference
@@ -381,9 +381,10 @@ def plan_file_to(path: str | Path, form: str, *, period: int | None = None) -> d
 
 def export(
     name: str | Path | nn.Module,
-    trial: Any,
+    trial: Any = None,
     *,
-    format: str,
+    format: str = "state_dict",
+    at: Budgets = (),
     output: str | Path | None = None,
     runs: str | Path = "runs",
     fold_bn: bool = False,
@@ -394,16 +395,21 @@ def export(
     dense: nn.Module | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
-    """Writes a trial's net in a form that other programs load, opens it again and holds it against the net: what `export.json` says.
+    """Writes a net in a form that other programs load, opens it again and holds it against the net: what `export.json` says.
+
+    It is a trial's net or, of a nested study, the one `at` any budget.
 
         ranksearch.export("NAME", "best", format="onnx")                              a net of a study
         ranksearch.export(net, example_input, format="onnx", output="exports/net")    any net by itself, such as one trained further
 
     Args:
         name: the study, by name or folder; or a net.
-        trial: a complete trial's number, or "best" for the one with the best metric; of a net, a batch of one input.
+        trial: a complete trial's number, or "best" for the one with the best metric; of a net, a batch of one input; left out with
+            `at`.
         format: "state_dict" (for `load`), "pt2" (torch.export) or "onnx" (needs the extra `onnx`).
-        output: folder of the export; None is exports/TRIAL-FORMAT in the study's folder.
+        at: budgets that hold at once, such as "flops=37%" or ["flops=37%", "size=60KiB"]: a net is cut for them from the weights of a
+            nested study.
+        output: folder of the export; None is exports/TRIAL-FORMAT in the study's folder, or exports/at-BUDGETS-FORMAT.
         fold_bn: folds BN into the layers before it; with "pt2" and "onnx".
         force: an earlier export in `output` gives way.
         trust: whether to run a task file that came with the study's folder, whoever wrote it.
@@ -424,14 +430,33 @@ def export(
     if isinstance(name, nn.Module):
         if output is None:
             raise UsageError("export: a net by itself goes to a folder that you name: output=…")
-        if force or budgets or at_least:
-            raise UsageError("export: force, budgets and at_least go with a study, not with a net by itself.")
+        if force or budgets or at_least or at:
+            raise UsageError("export: force, budgets, at_least and at go with a study, not with a net by itself.")
         return export_alone(name, trial, Path(output), form, fold_bn=fold_bn, dense=dense)
     if dense is not None:
         raise UsageError("export: dense goes with a net by itself; a study knows its own.")
     study = Study.open(find_study(str(name), Path(runs)), trust=trust)
+    given = None if output is None else Path(output)
+    if texts := assignments(at):
+        if budgets or at_least:
+            raise UsageError(
+                "export: budgets and at_least choose among the trials; `at` cuts a net: leave one of them out."
+            )
+        if trial is not None:
+            raise UsageError(f"Export trial {trial}, or the net at {' and '.join(texts)}? Leave one of them out.")
+        folder = target_folder(study, name_at(texts), form, given, force=force)
+        observer.log(
+            f"cutting the net of {study.space.name!r} at {' and '.join(texts)}, and exporting it as {form.name}"
+        )
+        return {"folder": str(folder)} | export_cut(
+            study, study.at(texts), folder, form, build=study.space.build, fold_bn=fold_bn
+        )
+    if trial is None:
+        raise UsageError(
+            "Which net? Name a TRIAL by its number, or `best`; of a nested study, any budget by --at flops=37%."
+        )
     row = pick_trial(study, trial, budgets, at_least)
-    folder = target_folder(study, row, form, None if output is None else Path(output), force=force)
+    folder = target_folder(study, row.trial, form, given, force=force)
     observer.log(
         f"exporting trial {row['trial']} of {study.space.name!r} as {form.name}, and holding it against the net"
     )

@@ -32,7 +32,7 @@ from ranksearch.search.predicting import usual
 from ranksearch.search.workbench import open_net, with_latency
 from ranksearch.space.space import Space
 from ranksearch.study.folder import LATENCY
-from ranksearch.study.latency import open_table
+from ranksearch.study.latency_file import open_table
 from ranksearch.tasks import model_reference
 from ranksearch.tasks.folder import data_folder
 from ranksearch.trial.metric import metric_text
@@ -305,8 +305,9 @@ def print_export(record: dict[str, Any]) -> None:
     checked = ", ".join(map(str, record["checked_batches"]))
     alike = record["latency_dense_runtime_ms"]
     dense = "" if alike is None else f", dense in the same runtime {alike:.3f} ms"
+    what = f"the net at {' and '.join(record['at'])}" if "at" in record else f"trial {record['trial']}"
     print(
-        f"trial {record['trial']} of {record['study']} as {record['format']}{opset}{folded}\n"
+        f"{what} of {record['study']} as {record['format']}{opset}{folded}\n"
         f"  files     {folder}/: {', '.join(record['files'])} ({record['size_bytes']:,} bytes), export.json\n"
         f"  checked   max relative error {record['max_rel_error']:.1e} against the net, batches of {checked}\n"
         f"  latency   {record['latency_ms']:.3f} ms{dense}; eager {record['latency_eager_ms']:.3f} ms, dense eager "

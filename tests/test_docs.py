@@ -127,7 +127,7 @@ def test_a_command_that_is_not_taken_would_be_noticed():
     with pytest.raises(REFUSED, match="No such option"):
         parsed(["search", "search_spaces/digits_resnet8.yaml", "--budgets", "flops=50%"])
     with pytest.raises(REFUSED, match="Missing"):
-        parsed(["export", "digits_resnet8"])
+        parsed(["resume"])
     assert list(commands("say `ranksearch front NAME`\n```\npip install . && ranksearch ui x\n```\n")) == [
         ["ui", "x"],
         ["front", "NAME"],

@@ -236,7 +236,7 @@ def test_the_best_is_asked_for_as_python_users_write_it(folder):
 
 @pytest.mark.parametrize("call", [ranksearch.load, lambda net: ranksearch.export(net, 0, format="onnx")])
 def test_a_net_in_the_place_of_a_folder_is_answered(small_net, call):
-    with pytest.raises(UsageError, match="got a SmallNet|a net by itself"):
+    with pytest.raises(UsageError, match=r"got a SmallNet|a net by itself"):
         call(small_net)
 
 

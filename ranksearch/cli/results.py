@@ -18,11 +18,21 @@ from ranksearch.places.files import write_atomically
 @app.command(rich_help_panel="Results")
 def export(
     study: StudyName,
-    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or `best`: the most accurate one.")],
+    trial: Annotated[
+        str | None, typer.Argument(metavar="TRIAL", help="A trial's number, or `best`; left out with --at.")
+    ] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--at",
+            metavar="COST=LIMIT",
+            help="Of a nested study: the net at any budget, flops=37%; repeated, all hold at once.",
+        ),
+    ] = None,
     format: Annotated[
         str,
         typer.Option("--format", metavar="state_dict|pt2|onnx", help="For ranksearch.load, PyTorch alone, or others."),
-    ],
+    ] = "state_dict",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Left out, runs/NAME/exports/TRIAL-FORMAT.")
     ] = None,
@@ -47,6 +57,7 @@ def export(
         study,
         trial,
         format=format,
+        at=at or (),
         output=output,
         runs=runs,
         fold_bn=fold_bn,

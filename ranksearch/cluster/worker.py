@@ -55,6 +55,8 @@ def packed(candidate: Candidate) -> dict[str, Any]:
         "save_to": text_of(candidate.save_to), "checkpoint": text_of(candidate.checkpoint), "rungs": candidate.rungs,
         "latency": asdict(candidate.latency) if candidate.latency is not None else None,
         "metric": asdict(candidate.metric) if candidate.metric is not None else None,
+        "path": [plan.to_dict() for plan in candidate.path], "drawn": candidate.drawn,
+        "weights": text_of(candidate.weights) if candidate.weights is not None else None,
     }  # fmt: skip
     return {"number": candidate.number, CANDIDATE: json.dumps(parts)}
 
@@ -67,6 +69,8 @@ def candidate_of(config: dict[str, Any]) -> Candidate:
         place_at(parts["save_to"]), place_at(parts["checkpoint"]), rungs=tuple(parts["rungs"]),
         latency=LatencySetting(**parts["latency"]) if parts["latency"] is not None else None,
         metric=MetricSetting(**parts["metric"]) if parts.get("metric") is not None else None,
+        path=tuple(RankPlan.from_dict(plan) for plan in parts["path"]), drawn=parts["drawn"],
+        weights=place_at(parts["weights"]) if parts["weights"] is not None else None,
     )  # fmt: skip
 
 

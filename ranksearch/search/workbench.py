@@ -151,11 +151,11 @@ def prepare(
         )
     weightings = _weightings(space, task, model, net, log)
     curves = with_latency(rank_curves(model, net, rules, known, weightings), model, example, table, log)
-    damage, rivals, prediction = _predicted(space, task, model, curves, weightings, log)
+    damage, rivals, prediction = predicted_damage(space, task, model, curves, weightings, log)
     return Workbench(task, dense, net, curves, damage, rivals, weightings, prediction)
 
 
-def _predicted(
+def predicted_damage(
     space: Space, task: Task, model: torch.nn.Module, curves: Curves, weightings: Mapping[str, Weighting], log: Log
 ) -> tuple[Damage, Mapping[str, Damage], Prediction | None]:
     """(the damage that plans are made by, that of rival sensitivities, what was settled)."""

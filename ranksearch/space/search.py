@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ranksearch.allocate.baselines import BASELINES
 from ranksearch.allocate.damage import MEASURES
@@ -36,6 +36,25 @@ class EarlyStoppingSpace(Strict):
         if not all(0 < rung < 1 for rung in rungs) or sorted(set(rungs)) != rungs:
             raise ValueError(f"expected rising shares between 0 and 1, got {rungs}")
         return rungs
+
+
+class NestedSpace(Strict):
+    """The nested run of a study whose strategy is `nested`."""
+
+    levels: int = Field(default=9, ge=2)
+    """Plans that are trained at once: the solver's, evenly spaced on a log scale from `front_from` of the budgets to the budgets."""
+    drawn: int = Field(default=1, ge=1)
+    """Levels of one step, drawn anew each time; each takes a forward and a backward pass."""
+    fine_tuning: int = Field(default=0, ge=0)
+    """Steps that a plan's factors are trained after they were cut from the nested weights; 0 scores them as they are, in seconds."""
+
+    @model_validator(mode="after")
+    def _no_more_than_there_are(self) -> NestedSpace:
+        if self.drawn > self.levels:
+            raise ValueError(
+                f"drawn {self.drawn} is more than the {self.levels} levels: at most {self.levels} can be drawn at once"
+            )
+        return self
 
 
 def _grouping(value: Any) -> Any:
@@ -80,6 +99,10 @@ class SearchSpace(Strict):
 
     trials: int = Field(default=16, ge=1)
     """Planned number of trials."""
+    strategy: Literal["separate", "nested"] = "separate"
+    """`separate` trains every plan for itself. `nested` trains one dense weight under many plans in the first trial, by the whole recipe;
+    every other trial is a plan cut from it and scored, without training. Then `export NAME --at flops=37%` gives the net of any budget."""
+    nested: NestedSpace = Field(default_factory=NestedSpace)
     parametrization: Literal["allocated", "direct"] = "allocated"
     """`allocated` searches corrections around the solver's optimum; `direct` a lowering and a rank ratio per group of layers."""
     sampler: Literal["tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "tpe"
@@ -132,6 +155,22 @@ class SearchSpace(Strict):
     MLflow."""
     max_failures: float = Field(default=0.5, ge=0, le=1)
     """The study ends where more than this share of its trials (of ten at least, or all of the first three) failed or diverged."""
+
+    @model_validator(mode="after")
+    def _nested_alone(self) -> SearchSpace:
+        if self.strategy != "nested":
+            return self
+        if self.early_stopping is not None:
+            raise ValueError(
+                "strategy nested has one long trial, which nothing can be compared with: leave early_stopping out"
+            )
+        if self.repeats:
+            raise ValueError(
+                "strategy nested cuts its nets from one run, which cannot be repeated net by net: leave repeats out"
+            )
+        if self.trials < 2:
+            raise ValueError("strategy nested needs 2 trials or more: the nested run, then a scored plan each")
+        return self
 
     @field_validator("objectives")
     @classmethod

@@ -302,6 +302,17 @@ class Space(Strict):
         return self
 
     @model_validator(mode="after")
+    def _trained_at_all(self) -> Space:
+        if self.search.strategy == "nested" and self.recipe.steps < 1:
+            raise ValueError("search.strategy nested trains by the recipe: recipe.steps is 0, and at least 1 is needed")
+        if self.search.strategy == "nested" and self.layers.metric != WEIGHTS:
+            raise ValueError(
+                f"search.strategy nested cuts layers in the metric of their weights alone: layers.metric {self.layers.metric} goes with "
+                f"strategy separate; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reached(self) -> Space:
         if self.search.early_stopping is not None:
             rungs, steps = self.search.early_stopping.rungs, self.recipe.steps

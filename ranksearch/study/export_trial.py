@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ranksearch.allocate.budget import Budgets
 from ranksearch.compress import RankPlan
@@ -24,10 +26,12 @@ from ranksearch.errors import UsageError
 from ranksearch.lowering.tiled import settle_
 from ranksearch.places.files import new_folder_atomically, write_atomically
 from ranksearch.space.quality import Limits
+from ranksearch.study.cut import Cut
 from ranksearch.study.folder import EXPORTS
 from ranksearch.study.provenance import cpu_name
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
+from ranksearch.trial.result import Status
 
 RECORD = "export.json"
 BEST = "best"
@@ -76,13 +80,22 @@ def _nearest(study: Study, number: int, shown: int = 5) -> str:
     return f"Nearest that can be exported: {', '.join(map(str, valid[:shown]))}{more}{best}."
 
 
-def target_folder(study: Study, row: Row, form: Format, output: Path | None, *, force: bool) -> Path:
+def name_at(budgets: Sequence[str]) -> str:
+    """What the export of a net at some budgets is called: `at-flops-37`."""
+    return "-".join(["at", *(re.sub(r"[^A-Za-z0-9.]+", "-", budget).strip("-") for budget in budgets)])
+
+
+def target_folder(study: Study, what: int | str, form: Format, output: Path | None, *, force: bool) -> Path:
     """Where an export goes: `output`, else exports/TRIAL-FORMAT in the study's folder.
+
+    Args:
+        what: the trial's number, or what else names the net.
 
     Raises:
         UsageError: something is there. With `force` an earlier export gives way, and nothing else does.
     """
-    folder = output or study.folder / EXPORTS / f"{row['trial']:03d}-{form.name}"
+    name = f"{what:03d}" if isinstance(what, int) else what
+    folder = output or study.folder / EXPORTS / f"{name}-{form.name}"
     folder = folder.expanduser().resolve()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: name a folder by -o.")
@@ -113,12 +126,43 @@ def export_trial(study: Study, row: Row, folder: Path, form: Format, *, build: B
         UsageError: the trial's files are damaged or another net's, or `folder` cannot be written.
         StudyError: the exported form computes something else, or cannot be made.
     """
-    kind = study.space.kind()
     model, plan = load_stored_net(study.trial_folder(row.trial), build)
     if plan != RankPlan.from_dict(row.plan):
         raise UsageError(
             f"{study.trial_folder(row['trial'])} holds another net: its {PLAN} is not the plan of trial {row['trial']}."
         )
+    return _export(study, row, model, plan, folder, form, build=build, fold_bn=fold_bn, at=None)
+
+
+def export_cut(study: Study, cut: Cut, folder: Path, form: Format, *, build: Build, fold_bn: bool) -> dict[str, Any]:
+    """The same of a net that was cut from a nested run's weights; `at` in `export.json` says at which budgets.
+
+    Raises:
+        UsageError: `folder` cannot be written.
+        StudyError: as `export_trial`.
+    """
+    number, cost = study.nested_trial, cut.cost
+    assert number is not None
+    row = Row(
+        number, Status.COMPLETE, val_accuracy=cut.val_accuracy, macs=cost.macs, params=cost.params, macs_ratio=cut.macs_ratio,
+        params_ratio=cut.params_ratio, plan=cut.plan.to_dict(),
+    )  # fmt: skip
+    return _export(study, row, cut.model, cut.plan, folder, form, build=build, fold_bn=fold_bn, at=list(cut.budgets))
+
+
+def _export(
+    study: Study,
+    row: Row,
+    model: nn.Module,
+    plan: RankPlan,
+    folder: Path,
+    form: Format,
+    *,
+    build: Build,
+    fold_bn: bool,
+    at: list[str] | None,
+) -> dict[str, Any]:
+    kind = study.space.kind()
     dense = build(plan.model or "").eval()  # untrained weights would take as long as trained ones
     check_rebuilt(settle_(copied(model)), plan, dense, kind.example_input)
     try:
@@ -134,7 +178,7 @@ def export_trial(study: Study, row: Row, folder: Path, form: Format, *, build: B
                 others=[dense],
                 dense=dense,
             )
-            record = _record(study, row, form, plan.model, exported)
+            record = _record(study, row, form, plan.model, exported) | ({} if at is None else {"at": at})
             write_atomically(partial / RECORD, json.dumps(record, indent=2, allow_nan=False))
     except OSError as error:
         raise UsageError(f"{folder} cannot be written ({error}): name another folder by -o.") from error

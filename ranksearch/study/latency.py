@@ -1,23 +1,19 @@
-"""Latency in a study: its table on disk, and at the end the front's nets and their layers timed, in turn with the dense net's."""
+"""Latency at the end of a study: the front's nets and their layers timed, in turn with the dense net's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ranksearch.compress import Layer, LayerPlan, RankPlan
-from ranksearch.compress.latency_table import LatencyTable, shapes_of
+from ranksearch.compress.latency_table import shapes_of
 from ranksearch.compress.stopwatch import NET_SECONDS, Shape, Stopwatch
 from ranksearch.errors import RanksearchError
-from ranksearch.space.space import Space
-from ranksearch.study.folder import LATENCY
 from ranksearch.study.layer_costs import layer_of
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
-from ranksearch.tasks.folder import data_folder
 
 AT_ONCE = 12
 """Nets of the front that are measured in turn with the dense one."""
@@ -30,19 +26,6 @@ EAGER = "eager"
 
 Log = Callable[[str], None]
 Piece = tuple[Shape, LayerPlan]
-
-
-def open_table(space: Space, folder: Path | None, key: str | None = None) -> LatencyTable | None:
-    """The table of the space's setting, from the study's own file and that of the data folder; None where latency plays no part.
-
-    Args:
-        folder: the study's; a table there is as the study began with it.
-        key: under which the study's times stand, if they may be another machine's.
-    """
-    if not space.has_latency:
-        return None
-    files = [folder / LATENCY] if folder is not None else []
-    return LatencyTable(Stopwatch(space.latency.as_setting()), [*files, data_folder(space.data) / LATENCY], key=key)
 
 
 def time_front(study: Study, dense: nn.Module, load: Callable[[Row], nn.Module], example: Any, log: Log) -> None:

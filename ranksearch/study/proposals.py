@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -24,6 +26,7 @@ from ranksearch.search.direct import Direct
 from ranksearch.search.local_tpe import INTERRUPTED
 from ranksearch.search.optuna_private import id_of, storage_of
 from ranksearch.search.parametrize import Form, Searched, Suggestion
+from ranksearch.search.path import NESTED_RUN, is_nested, nested_path, with_weights
 from ranksearch.search.samplers import make_sampler
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
@@ -31,9 +34,25 @@ from ranksearch.study.folder import CHECKPOINTS, trial_folder
 from ranksearch.study.journal import together
 from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.metric import Metric
+from ranksearch.trial.nested import NESTED, read_weights
+from ranksearch.trial.recipe import fixed, scored_after
+from ranksearch.trial.result import Status
 
 MAX_REJECTED = 200
 """So many proposals in a row that were infeasible or known already, and the space counts as exhausted."""
+
+
+def nested_trial(study: optuna.Study) -> int | None:
+    """The complete trial of a nested study's run; None where it is not over."""
+    for trial in study.get_trials(deepcopy=False):
+        made_by = trial.user_attrs.get("candidate", {}).get("allocator")
+        if (
+            made_by == NESTED_RUN
+            and trial.user_attrs.get("result", {}).get("status") == Status.COMPLETE
+            and trial.state.is_finished()
+        ):
+            return trial.number
+    return None
 
 
 def form_of(space: Space, bench: Workbench) -> Form:
@@ -61,6 +80,9 @@ class Proposals:
         self._study, self._space, self._results = study, space, results
         self._dense, self._metric = dense, metric
         self._searched: Searched | None = None
+        self._searched_on: Workbench | None = None
+        self._nested: tuple[int, Workbench] | None = None
+        """The trial of the nested run, and the workbench of its weights, once it is over."""
         self.why_exhausted = ""
         self._may_hold_returned = True
         """Whether a trial may wait that was under way before."""
@@ -79,6 +101,8 @@ class Proposals:
         Raises:
             StudyError: not a single proposal was feasible.
         """
+        if is_nested(self._space):
+            bench = self._with_nested_weights(bench)
         searched, known = self._search(bench), False
         for _ in range(MAX_REJECTED):
             with together(storage_of(self._study)):
@@ -118,12 +142,15 @@ class Proposals:
         cost = bench.curves.cost(found.plan)
         if not self._is_feasible(trial, cost):
             return None, None
-        return (self._take(trial, found) if self._is_new(trial, found) else None), cost
+        if is_nested(self._space):
+            found = self._in_turn(found)
+        return (self._take(trial, found, bench) if self._is_new(trial, found) else None), cost
 
     def _search(self, bench: Workbench) -> Searched:
         """The form, and with it the sampler, made at the first proposal."""
-        if self._searched is None:
-            self._searched = Searched(form_of(self._space, bench), self._space.recipe)
+        if self._searched is None or self._searched_on is not bench:
+            recipe = fixed(self._space.recipe) if is_nested(self._space) else self._space.recipe
+            self._searched, self._searched_on = Searched(form_of(self._space, bench), recipe), bench
             self._study.sampler = make_sampler(
                 self._space, self._searched.distributions, opened_with=len(self._study.get_trials(deepcopy=False)),
                 metric=self._metric,
@@ -160,7 +187,24 @@ class Proposals:
         recipe = json.dumps(found.recipe.to_dict(), sort_keys=True)
         return f"{found.plan.digest()} {hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
 
-    def _take(self, trial: optuna.Trial, found: Suggestion) -> Candidate:
+    def _in_turn(self, found: Suggestion) -> Suggestion:
+        """The same with the recipe of its place in a nested study: all of it for the nested run, what is left for a plan that is cut."""
+        if found.allocator == NESTED_RUN:
+            return found
+        return replace(found, recipe=scored_after(found.recipe, self._space.search.nested.fine_tuning))
+
+    def _with_nested_weights(self, bench: Workbench) -> Workbench:
+        """The workbench to propose from: that of the nested run's weights where it is over, `bench` before.
+
+        Raises:
+            PlaceError: the weights cannot be read.
+        """
+        if self._nested is None and (number := nested_trial(self._study)) is not None:
+            weights = read_weights(trial_folder(self._results, number) / NESTED)
+            self._nested = number, with_weights(self._space, bench, weights, lambda text: None)
+        return bench if self._nested is None else self._nested[1]
+
+    def _take(self, trial: optuna.Trial, found: Suggestion, bench: Workbench) -> Candidate:
         key = self._key(found)
         seed = trial.user_attrs.get("seed", self._space.search.seed * 100_003 + trial.number)
         record = {
@@ -173,8 +217,19 @@ class Proposals:
         return Candidate(
             trial.number, found.plan, found.recipe, seed, trial_folder(self._results, trial.number), self.checkpoint(key, seed),
             rungs=tuple(rungs.rungs) if rungs is not None else (), latency=latency,
-            metric=cut_in(self._space),
+            metric=cut_in(self._space), **self._nesting(found, bench),
         )  # fmt: skip
+
+    def _nesting(self, found: Suggestion, bench: Workbench) -> dict[str, Any]:
+        """What a candidate of a nested study is beside its plan: the nested run with its levels, or a plan cut from its weights."""
+        if found.allocator == NESTED_RUN:
+            return {
+                "path": nested_path(self._space, bench.curves, bench.damage),
+                "drawn": self._space.search.nested.drawn,
+            }
+        if self._nested is not None:
+            return {"weights": trial_folder(self._results, self._nested[0]) / NESTED}
+        return {}
 
     def checkpoint(self, key: str, seed: int) -> Place:
         """The file of a plan, recipe and seed: a trial that is proposed again finds the state that it had."""

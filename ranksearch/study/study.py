@@ -20,16 +20,18 @@ from optuna.trial import FrozenTrial
 from ranksearch.allocate.budget import Budgets, assignments, parse_budget
 from ranksearch.compress import Cost
 from ranksearch.compress.export import PLAN, WEIGHTS, holds_net
-from ranksearch.errors import RanksearchError, UsageError, clipped, first_line
+from ranksearch.errors import RanksearchError, StudyError, UsageError, clipped, first_line
 from ranksearch.places.files import write_atomically
 from ranksearch.places.place import Remote, fetch
 from ranksearch.search.optuna_private import id_of, storage_of
 from ranksearch.search.parametrize import Opening
+from ranksearch.search.path import NESTED_RUN, is_nested
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.quality import ACCURACY, Limits, limits_of, quality_of
 from ranksearch.space.space import Space
 from ranksearch.study.addresses import OPTUNA, confirm_addresses
 from ranksearch.study.best import Wanted, best_row, steps_saved
+from ranksearch.study.cut import Cut, Cutter
 from ranksearch.study.folder import (  # fmt: skip
     FRONT,
     GIVEN,
@@ -51,15 +53,16 @@ from ranksearch.study.ledger import Ledger
 from ranksearch.study.making import begin, read_folder, samples_of, space_text
 from ranksearch.study.orphans import settle_orphans
 from ranksearch.study.outcomes import record_of, tell_optuna
-from ranksearch.study.proposals import Proposals
+from ranksearch.study.proposals import Proposals, nested_trial
 from ranksearch.study.row import Row, row_of
 from ranksearch.study.stopping import recorded_rungs, rung_point
 from ranksearch.study.storage import forget_study, open_study
-from ranksearch.study.verdict import commonest
+from ranksearch.study.verdict import commonest, mend
 from ranksearch.tasks.task import Task
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.metric import Metric
+from ranksearch.trial.nested import NESTED
 from ranksearch.trial.result import TrialResult
 
 NODE_LOSSES = 20
@@ -85,6 +88,7 @@ class Study:
         self.dense = Cost(dense["macs"], dense["params"], dense["size_bytes"], dense["latency_ms"])
         self.metric = Metric.of_study(info)
         self._proposals = self._make_proposals()
+        self._cutter: Cutter | None = None
         trials = study.get_trials(deepcopy=False)
         done = [t for t in trials if t.state.is_finished() and "result" in t.user_attrs]
         done.sort(key=lambda t: t.datetime_complete.timestamp() if t.datetime_complete else 0.0)
@@ -258,7 +262,8 @@ class Study:
         """
         home = self.trial_folder(number)
         if isinstance(self.results, Remote):
-            return fetch(trial_folder(self.results, number), home, (WEIGHTS, PLAN))
+            nested = self._study.get_trials(deepcopy=False)[number].user_attrs["candidate"]["allocator"] == NESTED_RUN
+            return fetch(trial_folder(self.results, number), home, (*((NESTED,) if nested else ()), WEIGHTS, PLAN))
         return holds_net(home)
 
     def ask(self, bench: Workbench) -> Candidate | None:
@@ -271,6 +276,8 @@ class Study:
             OSError: the journal cannot be written; asking again is fine.
         """
         if self.exhausted or self.finished + len(self._running) >= self.planned:
+            return None
+        if is_nested(self.space) and not self._nested_is_over():
             return None
         if self._orphans:
             self._settle_orphans()
@@ -285,6 +292,39 @@ class Study:
         self._running[candidate.number] = cost
         self._steps[candidate.number] = (0, candidate.recipe.steps)
         return candidate
+
+    def _nested_is_over(self) -> bool:
+        """Whether plans can be cut, or the nested run is to be proposed; not as long as it runs.
+
+        Raises:
+            StudyError: it ended without weights.
+        """
+        if self.nested_trial is not None:
+            return True
+        ended = [row for row in self.rows if row.allocator == NESTED_RUN]
+        if ended:
+            reason = ended[-1].reason or str(ended[-1].status)
+            raise StudyError(
+                f"The nested run of {self.space.name!r} gave no weights to cut nets from. {reason}. {mend(reason)}"
+            )
+        return not self._running
+
+    @property
+    def nested_trial(self) -> int | None:
+        """The trial whose dense weights serve every budget; None where there is none, or not yet."""
+        return nested_trial(self._study) if is_nested(self.space) else None
+
+    def at(self, budgets: Budgets) -> Cut:
+        """The net within `budgets` ("flops=37%", or several that hold at once) of a nested study, cut from its weights in seconds.
+
+        The weights stay as they are: any budget can be asked for, in any order. Its score is on the validation set.
+
+        Raises:
+            UsageError: the study is not nested, its run is not over, or the budgets cannot be met.
+        """
+        if self._cutter is None:
+            self._cutter = Cutter(self.space, self.folder, self.nested_trial, self.info.get("latency_key"))
+        return self._cutter(budgets)
 
     # Trials that did not end -------------------------------------------------------------------------------------
 

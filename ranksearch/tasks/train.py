@@ -6,7 +6,7 @@ A `Training` can be saved in the middle and taken up again as if it had not stop
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -126,6 +126,15 @@ class TrainStats:
     seconds: float
 
 
+Passes = Callable[[int], Iterable[float]]
+"""Step of the schedule -> the share in its loss of each of its passes; between them the weights may be others (`compress/nesting.py`)."""
+
+
+def once(step: int) -> Iterable[float]:
+    """One pass, with the weights as they are."""
+    return (1.0,)
+
+
 class Training:
     """A model in training, for `steps` (positions within the schedule). The model, the task's tensors and the generator lie on one device.
 
@@ -142,14 +151,16 @@ class Training:
         generator: torch.Generator,
         distillation: Distillation | None = None,
         group: Group = ALONE,
+        passes: Passes = once,
     ) -> None:
         """
         Args:
+            passes: the forward and backward passes of a step.
             group: with others each trains on its part of a batch, with the mean of the gradients; losses are the whole batch's.
         """
         self.model = channels_last_(model).train()
         self.settings, self.steps, self.done = settings, steps, 0
-        self._task, self._distillation, self.group = task, distillation, group
+        self._task, self._distillation, self.group, self._passes = task, distillation, group, passes
         self.optimizer = OPTIMIZERS[settings.optimizer](model, settings)
         self._stream = task.train.stream(settings.batch_size, generator, group)
         self._average = None
@@ -214,10 +225,13 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(self.steps[self.done])
         self._last = inputs, _ = next(self._stream)
-        loss = self._loss(self._forward, *self._last)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        loss = loss.detach()
+        losses = []
+        for share in self._passes(self.steps[self.done]):
+            loss = share * self._loss(self._forward, *self._last)
+            loss.backward()
+            losses.append(loss.detach())
+        loss = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
         self.group.average_([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])
         if self.settings.clip_norm > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)

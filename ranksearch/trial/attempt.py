@@ -20,6 +20,7 @@ from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import TASK_MODULE
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.checkpoint import CheckpointFile, Leaving, stays
+from ranksearch.trial.nested import read_weights
 from ranksearch.trial.result import Status, TrialResult
 from ranksearch.trial.session import Report, Watch, unwatched
 from ranksearch.trial.trial import run_trial
@@ -55,6 +56,8 @@ def attempt(
         return run_trial(
             task, dense, net, candidate.plan, candidate.recipe, seed=candidate.seed, report=report, save_to=candidate.save_to,
             checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency, metric=candidate.metric, group=group, watch=watch,
+            path=candidate.path, drawn=candidate.drawn,
+            start=None if candidate.weights is None else read_weights(candidate.weights),
         )  # fmt: skip
     except (Leaving, PeerLost, KeyboardInterrupt):
         raise

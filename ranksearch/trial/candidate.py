@@ -36,3 +36,9 @@ class Candidate:
     """How the net is timed at the end; None: it is not."""
     metric: MetricSetting | None = None
     """The metric of the data in which layers are cut; None: that of the weights."""
+    path: tuple[RankPlan, ...] = ()
+    """The levels that a nested run trains, the smallest first; empty: the trial trains its plan alone."""
+    drawn: int = 1
+    """Levels of each of its steps."""
+    weights: Place | None = None
+    """The dense weights of a nested run that the trial starts from; None: the study's dense net."""

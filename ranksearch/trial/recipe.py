@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -96,6 +96,16 @@ def _settled(space: BaseModel, draw: Draw, prefix: str) -> dict[str, Any]:
 def middle(name: str, setting: Range | Choices, whole: bool) -> Scalar:
     """A `Draw` of every setting's default."""
     return round(setting.middle) if whole else setting.middle  # type: ignore[arg-type]
+
+
+def fixed(space: RecipeSpace) -> RecipeSpace:
+    """The same space with every searched setting at its default."""
+    return RecipeSpace(**Recipe.settled(space, middle).to_dict())
+
+
+def scored_after(recipe: Recipe, fine_tuning: int) -> Recipe:
+    """The recipe of a plan that is cut from trained weights: decomposed at once, then `fine_tuning` steps on the factors."""
+    return replace(recipe, steps=fine_tuning, factor_share=1.0)
 
 
 def searched_settings(space: RecipeSpace) -> dict[str, Scalar]:

@@ -24,11 +24,12 @@ from ranksearch.tasks.evaluate import Evaluation, evaluate
 from ranksearch.tasks.parallel import Group, synchronised
 from ranksearch.tasks.source import calibration_batches
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training, TrainStats
+from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Passes, Training, TrainStats, once
 from ranksearch.trial.calibration import paired_batches
 from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.kept import Kept
+from ranksearch.trial.levels import Levels
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe
 
@@ -80,6 +81,8 @@ class Session:
         group: Group,
         watch: Watch,
         metric: MetricSetting | None = None,
+        drawn: int = 1,
+        start: State | None = None,
     ) -> None:
         device = pick_device()
         torch.manual_seed(seed)  # on every rank: they draw the same batches
@@ -87,8 +90,9 @@ class Session:
             torch.cuda.manual_seed(seed + group.rank)  # and drop out other units
         self.task, self.net, self.recipe = task.to(device), net, recipe
         self._device, self._dense, self._report, self._checkpoint = device, dense, report, checkpoint
-        self.group = group
-        self._metric, self._seed = metric, seed
+        self._start = dense if start is None else start
+        self.group, self.seed, self.drawn = group, seed, drawn
+        self._metric = metric
         self._watch = watch
         self._generator = torch.Generator(device).manual_seed(seed)
         self._rungs = {round(share * recipe.steps): number for number, share in enumerate(rungs)}
@@ -100,7 +104,7 @@ class Session:
         )  # fmt: skip
         self._distillation = None
         if recipe.distillation.weight > 0:
-            teacher = self.dense_net().eval().requires_grad_(False)
+            teacher = self._net_of(dense).eval().requires_grad_(False)
             self._distillation = Distillation(
                 channels_last_(teacher), recipe.distillation.weight, recipe.distillation.temperature
             )
@@ -140,9 +144,12 @@ class Session:
         return time.perf_counter() - self._started
 
     def dense_net(self) -> nn.Module:
-        """The dense net with its trained weights, on the device."""
+        """The dense net with the weights that the trial starts from, on the device."""
+        return self._net_of(self._start)
+
+    def _net_of(self, weights: State) -> nn.Module:
         model = self.task.dense_model()
-        model.load_state_dict(self._dense)
+        model.load_state_dict(weights)
         return model.to(self._device)
 
     @property
@@ -154,24 +161,39 @@ class Session:
         """The metric of the data as `model` sees them now, of the layers that `plan` lowers; of none in the metric of weights."""
         if self._metric is None:
             return {}
-        metric, drawing = self._metric, torch.Generator().manual_seed(self._seed)
-        paired = paired_batches(self.task, metric.batches, self.recipe.batch_size, self._seed, self._device, drawing)
+        metric, drawing = self._metric, torch.Generator().manual_seed(self.seed)
+        paired = paired_batches(self.task, metric.batches, self.recipe.batch_size, self.seed, self._device, drawing)
         lowered = {name for name, _ in plan.lowered()}
         net = replace(self.net, layers=tuple(layer for layer in self.net.layers if layer.name in lowered))
-        return measure_weightings(model, net, paired, metric.kind, seed=self._seed, loss=paired.loss)
+        return measure_weightings(model, net, paired, metric.kind, seed=self.seed, loss=paired.loss)
 
     def resumes_at(self, phase: str) -> bool:
         """Whether a checkpoint says that the trial was stopped in `phase`, and has not been taken up yet."""
         return self._resumed is not None and self._resumed["phase"] == phase
 
     def train_(
-        self, phase: str, model: nn.Module, steps: range, plan: RankPlan, projecting: Projecting | None = None
+        self,
+        phase: str,
+        model: nn.Module,
+        steps: range,
+        plan: RankPlan,
+        projecting: Projecting | Levels | None = None,
+        *,
+        passes: Passes = once,
+        look: Callable[[Training], None] | None = None,
     ) -> tuple[Training, TrainStats]:
-        """Trains `model` for `steps` of the schedule, from the checkpoint where there is one of this phase."""
+        """Trains `model` for `steps` of the schedule, from the checkpoint where there is one of this phase.
+
+        Args:
+            projecting: what is done to the weights after a step, whose state goes into the checkpoint.
+            passes: the forward and backward passes of a step.
+            look: what else is done after a step, aside: it takes no training time.
+        """
         share = self.recipe.factor_lr if phase == "factors" else 1.0
         settings = replace(self.settings, lr=share * self.settings.lr)
         training = Training(
-            model, self.task, settings, steps, generator=self._generator, distillation=self._distillation, group=self.group
+            model, self.task, settings, steps, generator=self._generator, distillation=self._distillation, group=self.group,
+            passes=passes,
         )  # fmt: skip
         if self._resumed is not None and self.resumes_at(phase):
             self._go_on(self._resumed, training, projecting)
@@ -182,8 +204,12 @@ class Session:
             if projecting is not None:
                 projecting.after_step(training)
             with _aside(training):
+                if look is not None:
+                    look(training)
                 if (rung := self._rungs.get(steps[training.done - 1] + 1)) is not None:
-                    self._score_at_rung(rung, training, plan, projecting)
+                    self._score_at_rung(
+                        rung, training, plan, projecting if isinstance(projecting, Projecting) else None
+                    )
                 if phase == "factors" and self.recipe.ema > 0 and training.done == len(steps):
                     self._score_copy(LAST, training.model, steps.stop, None, {}, self.recipe.bn_batches)
             due = self.group.rank == 0 and self._checkpoint.due
@@ -222,17 +248,25 @@ class Session:
             weightings = projecting.projector.weightings
             self._score_copy(RUNG, training.model, step, plan, weightings, RUNG_BN_BATCHES, rung=rung, **done)
 
+    def look_at(self, phase: str, model: nn.Module, step: int, plan: RankPlan, **metrics: float) -> None:
+        """Scores a net that would be cut from `model` as it is; it is not the trial's own."""
+        self._score_copy(phase, model, step, plan, {}, RUNG_BN_BATCHES, False, **metrics)
+
     def _score_copy(
         self, phase: str, model: nn.Module, step: int, plan: RankPlan | None, weightings: Mapping[str, Weighting],
-        bn_batches: int, /, **metrics: float,
+        bn_batches: int, candidate: bool = True, /, **metrics: float,
     ) -> None:  # fmt: skip
-        """Scores a copy of `model`, decomposed by `plan` where there is one, as a candidate; what it draws, nothing else notices."""
+        """Scores a copy of `model`, decomposed by `plan` where there is one; what it draws, nothing else notices.
+
+        Args:
+            candidate: as of `score`.
+        """
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             net = copied(model) if plan is None else self.same_(compress(model, plan, weightings=weightings))
             generator = torch.Generator(self._device).manual_seed(step)
             batches = calibration_batches(self.task.train, bn_batches, self.recipe.batch_size, generator)
             reestimate_bn_(net, batches)
-            self.score(phase, net, step, candidate=True, **metrics)
+            self.score(phase, net, step, candidate=candidate, **metrics)
 
     def project_at_last_(self, projecting: Projecting, training: Training) -> None:
         """The projection that the dense training ends on; it counts as training time, like the others."""
@@ -241,11 +275,11 @@ class Session:
         self.seconds += projecting.seconds - before
         self._note(projecting)
 
-    def _note(self, projecting: Projecting | None) -> None:
+    def _note(self, projecting: Projecting | Levels | None) -> None:
         if projecting is not None:
             self.projections, self.projecting_seconds = projecting.records, projecting.seconds
 
-    def _save(self, phase: str, training: Training, projecting: Projecting | None) -> None:
+    def _save(self, phase: str, training: Training, projecting: Projecting | Levels | None) -> None:
         self._checkpoint.save({
             "phase": phase,
             "training": training.state_dict(),
@@ -261,7 +295,7 @@ class Session:
             },
         })  # fmt: skip
 
-    def _go_on(self, state: dict[str, Any], training: Training, projecting: Projecting | None) -> None:
+    def _go_on(self, state: dict[str, Any], training: Training, projecting: Projecting | Levels | None) -> None:
         training.load_state_dict(state["training"])
         if projecting is not None:
             projecting.load_state_dict(state["projector"])

@@ -21,6 +21,7 @@ from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Diverged
 from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
+from ranksearch.trial.nested import learn_all_levels, save_weights
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe
 from ranksearch.trial.result import Status, TrialResult
@@ -84,6 +85,9 @@ def run_trial(
     metric: MetricSetting | None = None,
     group: Group = ALONE,
     watch: Watch = unwatched,
+    path: Sequence[RankPlan] = (),
+    drawn: int = 1,
+    start: State | None = None,
 ) -> TrialResult:
     """Runs the method under `plan` and returns its validation score and costs; the compressed net is written to `save_to`.
 
@@ -95,6 +99,9 @@ def run_trial(
 
     With `metric` the layers are cut in the metric of the data.
     `watch` is called with the number of steps done, after each of them, for whoever shows it.
+
+    With a `path` it is a nested run: all of these plans are trained at once, `drawn` of them at every step, and the dense weights are
+    written beside the net. `start` are weights of such a run to begin with; `dense` is the teacher still.
 
     Of a `group` every process runs the trial, each on its part of every batch; rank 0 alone evaluates and writes, and all report alike.
     """
@@ -113,17 +120,19 @@ def run_trial(
         group=group,
         metric=metric,
         watch=watch,
+        drawn=drawn,
+        start=start,
     )
     try:
         session.report_rungs()
-        small = learn_low_rank(session, plan)
+        small, nested = learn_all_levels(session, plan, path) if path else (learn_low_rank(session, plan), None)
     except Stopped as stopped:
         status, reason = Status.STOPPED, str(stopped)
     except (Diverged, NonFiniteError) as error:
         status, reason = Status.DIVERGED, str(error)
     else:
         if save_to is not None:
-            group.on_rank_0(lambda: _write_net(small, plan, save_to))
+            group.on_rank_0(lambda: _write_net(small, plan, save_to, nested))
         if latency is not None:
             measured = group.on_rank_0(lambda: session.time(small, latency))
     seconds, kept = session.seconds, session.kept if status is Status.COMPLETE else None
@@ -139,6 +148,8 @@ def run_trial(
     )  # fmt: skip
 
 
-def _write_net(model: nn.Module, plan: RankPlan, save_to: Place) -> None:
+def _write_net(model: nn.Module, plan: RankPlan, save_to: Place, nested: nn.Module | None) -> None:
     with filling(save_to) as folder:
+        if nested is not None:
+            save_weights(nested, folder)
         save_net(model, plan, folder)

@@ -1,0 +1,110 @@
+"""Nets of any budget, read off the weights of a nested run: solved for, cut, given BN statistics, scored. Nothing is trained or changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ranksearch.allocate import CurveCache, allocate_plan, parse_budget
+from ranksearch.allocate.budget import Budgets, assignments
+from ranksearch.compress import Cost, RankPlan, reestimate_bn_
+from ranksearch.compress.surgery import compress
+from ranksearch.errors import UsageError
+from ranksearch.search.path import is_nested, with_weights
+from ranksearch.search.workbench import Workbench, prepare
+from ranksearch.space.space import Space
+from ranksearch.study.folder import CURVES, DENSE_WEIGHTS, trial_folder
+from ranksearch.study.latency_file import open_table
+from ranksearch.tasks import model_reference
+from ranksearch.tasks.device import pick_device
+from ranksearch.tasks.evaluate import evaluate
+from ranksearch.tasks.source import calibration_batches
+from ranksearch.trial.nested import NESTED, read_weights
+from ranksearch.trial.recipe import Recipe, middle
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A net within some budgets, cut from a nested run's weights."""
+
+    model: nn.Module
+    """In evaluation mode, on the CPU."""
+    plan: RankPlan
+    budgets: tuple[str, ...]
+    """As they were asked for, such as `flops=37%`."""
+    cost: Cost
+    dense: Cost
+    """Of the dense net."""
+    val_accuracy: float
+    """The task's metric on the validation set."""
+    val_loss: float
+
+    @property
+    def macs_ratio(self) -> float:
+        """MACs as a share of the dense net's."""
+        return self.cost.macs / self.dense.macs
+
+    @property
+    def params_ratio(self) -> float:
+        """Parameters as a share of the dense net's."""
+        return self.cost.params / self.dense.params
+
+
+class Cutter:
+    """Cuts nets from the weights of one study: what they are predicted by is found once."""
+
+    def __init__(self, space: Space, folder: Path, trial: int | None, latency_key: str | None) -> None:
+        """
+        Args:
+            trial: the nested run, where it is over.
+            latency_key: under which the study's times stand, where latency counts.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if not is_nested(space):
+            raise UsageError(
+                f"{space.name!r} trained every plan for itself (search.strategy separate): take one of its trials, or search with "
+                f"`--set search.strategy=nested`, whose one run serves every budget."
+            )
+        if trial is None:
+            raise UsageError(
+                f"The nested run of {space.name!r} is not over: `ranksearch resume {space.name}` goes on with it."
+            )
+        self._space, self._folder, self._key = space, folder, latency_key
+        self._weights = trial_folder(folder, trial) / NESTED
+        self._bench: Workbench | None = None
+
+    def _open(self) -> Workbench:
+        if self._bench is None:
+            table = open_table(self._space, self._folder, self._key)
+            bench = prepare(
+                self._space, fallback=self._folder, log=lambda text: None, known=CurveCache(self._folder / CURVES),
+                saved_dense=self._folder / DENSE_WEIGHTS, table=table,
+            )  # fmt: skip
+            self._bench = with_weights(self._space, bench, read_weights(self._weights), lambda text: None)
+        return self._bench
+
+    def __call__(self, budgets: Budgets) -> Cut:
+        """The net within all of `budgets`.
+
+        Raises:
+            UsageError: no budget, or none that can be read or met.
+        """
+        texts = tuple(assignments(budgets))
+        if not texts:
+            raise UsageError("At which budget? Name one, such as flops=37%, or several that hold at once.")
+        parsed, bench = [parse_budget(*text.partition("=")[::2]) for text in texts], self._open()
+        plan = allocate_plan(
+            bench.curves, parsed, damage=bench.damage, model=model_reference(self._space.task, self._space.model)
+        ).plan
+        recipe, device = Recipe.settled(self._space.recipe, middle), pick_device()
+        small = compress(bench.dense_model().to(device), plan)
+        task, generator = bench.task.to(device), torch.Generator(device).manual_seed(self._space.search.seed)
+        reestimate_bn_(small, calibration_batches(task.train, recipe.bn_batches, recipe.batch_size, generator))
+        found = evaluate(small, task.val, task)
+        dense = bench.curves.dense
+        return Cut(small.cpu().eval(), plan, texts, bench.curves.cost(plan), dense, found.accuracy, found.loss)

@@ -1,0 +1,24 @@
+"""The latency table of a study, on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ranksearch.compress.latency_table import LatencyTable
+from ranksearch.compress.stopwatch import Stopwatch
+from ranksearch.space.space import Space
+from ranksearch.study.folder import LATENCY
+from ranksearch.tasks.folder import data_folder
+
+
+def open_table(space: Space, folder: Path | None, key: str | None = None) -> LatencyTable | None:
+    """The table of the space's setting, from the study's own file and that of the data folder; None where latency plays no part.
+
+    Args:
+        folder: the study's; a table there is as the study began with it.
+        key: under which the study's times stand, if they may be another machine's.
+    """
+    if not space.has_latency:
+        return None
+    files = [folder / LATENCY] if folder is not None else []
+    return LatencyTable(Stopwatch(space.latency.as_setting()), [*files, data_folder(space.data) / LATENCY], key=key)

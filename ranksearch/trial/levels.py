@@ -1,0 +1,61 @@
+"""Levels of a nested training: which of them a step runs, and when the layers' bases are found anew."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ranksearch.compress import RankPlan
+from ranksearch.compress.nesting import Nesting
+from ranksearch.tasks.device import clock
+from ranksearch.tasks.train import Training
+
+
+class Levels:
+    """The plans of a path over one model under training, each drawn equally often; in `Session.train_` it stands where projections do."""
+
+    def __init__(self, model: nn.Module, path: Sequence[RankPlan], *, period: int, drawn: int, seed: int) -> None:
+        """
+        Args:
+            path: the plans of the levels.
+            period: steps between two looks for the layers' bases.
+            drawn: levels of one step, all different; at most all of them.
+        """
+        self.path = tuple(path)
+        self.nesting, self._period, self._seed = Nesting(model, path), period, seed
+        self.drawn = min(drawn, len(self.path))
+        self.seconds = 0.0
+        self.records: list[dict[str, Any]] = []
+        """Nothing is recorded of single passes."""
+        self._refresh(model)
+
+    def at(self, step: int) -> list[int]:
+        """The levels of a step: the same whenever it is asked for, so that a run that goes on from its state needs no dice of it."""
+        return random.Random(f"{self._seed} {step}").sample(range(len(self.path)), self.drawn)
+
+    def passes(self, step: int) -> Iterator[float]:
+        """The passes of a step, each with the weights of a level, of equal shares in the loss."""
+        for level in self.at(step):
+            with self.nesting.at(level):
+                yield 1 / self.drawn
+
+    def after_step(self, training: Training) -> None:
+        """Finds the bases anew where that is due."""
+        if training.done % self._period == 0:
+            self._refresh(training.model)
+
+    def _refresh(self, model: nn.Module) -> None:
+        device = next(model.parameters()).device
+        started = clock(device)
+        self.nesting.refresh()
+        self.seconds += clock(device) - started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bases": self.nesting.state_dict(), "seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.nesting.load_state_dict(state["bases"])
+        self.seconds = state["seconds"]

@@ -1,0 +1,204 @@
+"""A whole front from one run: levels of one weight, the nested run, plans that are cut from it, any budget afterwards."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import ranksearch
+from ranksearch.api import resume
+from ranksearch.cli import app
+from ranksearch.cluster.worker import candidate_of, packed
+from ranksearch.compress import LayerPlan, RankPlan
+from ranksearch.compress.nesting import Nesting
+from ranksearch.errors import StudyError, UsageError
+from ranksearch.lowering import LayerSpec, lowering_named
+from ranksearch.search.path import NESTED_RUN, nested_path
+from ranksearch.space.reading import read_space
+from ranksearch.study.driver import Driver, run_inline
+from ranksearch.trial.levels import Levels
+from ranksearch.trial.nested import NESTED
+from tests.conftest import simulated
+
+NESTED_STUDY = [
+    "search.strategy=nested", "search.nested.levels=4", "recipe.steps=24", "recipe.bn_batches=2", "search.trials=4",
+    "search.sensitivity=kfac", "tracking.models=false",
+]  # fmt: skip
+
+
+def one_layer(layer: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(layer)
+
+
+LAYERS = [
+    (nn.Conv2d(8, 12, 3, padding=1), "im2col", 3),
+    (nn.Conv2d(8, 12, 3, padding=1), "channel_pivoted", 4),
+    (nn.Conv2d(12, 8, 3, groups=2), "spatial", 5),
+    (nn.Conv2d(8, 12, 3), "tucker2", (3, 4)),
+    (nn.Linear(20, 9), "svd", 2),
+]
+
+
+@pytest.mark.parametrize(("layer", "name", "rank"), LAYERS, ids=[name for _, name, _ in LAYERS])
+def test_at_a_level_a_weight_is_its_best_approximation_and_afterwards_what_it_was(layer, name, rank):
+    model = one_layer(layer)
+    before = model[0].weight.detach().clone()
+    nesting = Nesting(model, [RankPlan({"0": LayerPlan(name, rank)}), RankPlan()])
+    nesting.refresh()
+    wanted = lowering_named(name).project(before, rank, LayerSpec.of(model[0])).weight
+    with nesting.at(0):
+        torch.testing.assert_close(model[0].weight.detach(), wanted, rtol=1e-4, atol=1e-5)
+        model[0].weight.sum().backward()
+    assert torch.equal(model[0].weight, before)
+    assert torch.equal(model[0].weight.grad, torch.ones_like(before))  # straight to the dense weight
+    with nesting.at(1):
+        assert torch.equal(model[0].weight, before)
+
+
+def test_smaller_levels_lie_within_larger_ones_also_after_the_weight_has_moved():
+    model = one_layer(nn.Linear(20, 12))
+    path = [RankPlan({"0": LayerPlan("svd", rank)}) for rank in (2, 5)]
+    nesting = Nesting(model, path)
+    nesting.refresh()
+    with torch.no_grad():
+        model[0].weight.add_(torch.randn(12, 20))
+    seen = []
+    for level in range(2):
+        with nesting.at(level):
+            seen.append(model[0].weight.detach().clone())
+    assert [int(torch.linalg.matrix_rank(weight, rtol=1e-4)) for weight in seen] == [2, 5]
+    # what the large one keeps beside the small one is orthogonal to it: one basis
+    assert torch.linalg.matrix_norm(seen[0].T @ (seen[1] - seen[0])) < 1e-3
+
+
+def test_levels_are_drawn_alike_at_every_step_and_all_of_them():
+    model = one_layer(nn.Linear(20, 12))
+    path = [RankPlan({"0": LayerPlan("svd", rank)}) for rank in (2, 4, 6)]
+    levels = Levels(model, path, period=5, drawn=2, seed=3)
+    drawn = [levels.at(step) for step in range(30)]
+    assert drawn == [levels.at(step) for step in range(30)]
+    assert {level for some in drawn for level in some} == {0, 1, 2}
+    assert all(len(set(some)) == 2 for some in drawn)
+    assert sum(levels.passes(0)) == pytest.approx(1)
+
+
+def test_a_path_rises_to_the_budgets_and_keeps_each_layers_lowering(bench, digits_yaml):
+    space = read_space(digits_yaml, settings=NESTED_STUDY, budgets=["flops=70%"])
+    path = nested_path(space, bench.curves, bench.damage)
+    macs = [bench.curves.cost(plan).macs / bench.curves.dense.macs for plan in path]
+    assert len(path) == 4
+    assert macs == sorted(macs)
+    assert 0.2 < macs[0] < 0.22
+    assert 0.65 < macs[-1] <= 0.7
+    for name in path[0].layers:
+        assert len({plan[name].lowering for plan in path if plan[name].rank}) <= 1
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, bench):
+    from tests.conftest import REPOSITORY
+
+    return ranksearch.search(
+        REPOSITORY / "search_spaces" / "digits_resnet8.yaml", settings=NESTED_STUDY, budgets=["flops=70%"],
+        runs=tmp_path_factory.mktemp("runs"), name="nested", inline=True,
+    )  # fmt: skip
+
+
+def test_one_long_trial_then_plans_cut_from_its_weights(study):
+    first, *others = study.trials
+    assert first.allocator == NESTED_RUN
+    assert study.nested_trial == first.trial
+    assert first.recipe["steps"] == 24
+    assert first.epochs > 0
+    assert {entry["phase"] for entry in first.history} == {
+        "level 1 of 4", "level 3 of 4", "level 4 of 4", "decomposed"
+    }  # fmt: skip
+    assert len(first.history) == 4 * 3 + 1  # the front is looked at while it trains
+    assert len(others) == 3
+    for row in others:
+        assert row.complete
+        assert row.epochs == 0
+        assert row.recipe["steps"] == 0
+        assert row.macs_ratio <= 0.7
+        assert "lr" not in row.params_searched  # the recipe is the run's
+    assert (study.trial_folder(0) / NESTED).is_file()
+    assert all(row.test_accuracy is not None for row in study.front)
+
+
+def test_any_budget_in_any_order(study):
+    small, large = study.at("flops=30%"), study.at("flops=60%")
+    assert small.macs_ratio <= 0.30 < large.macs_ratio <= 0.60
+    again = study.at("flops=30%")
+    assert again.plan == small.plan
+    assert again.val_accuracy == small.val_accuracy
+    both = study.at(["flops=60%", "params=25%"])
+    assert both.macs_ratio <= 0.60
+    assert both.params_ratio <= 0.25
+    with pytest.raises(UsageError, match="costs less than"):
+        study.at("flops=0.1%")
+
+
+def test_export_at_a_budget(study):
+    call = ["export", str(study.folder), "--at", "flops=37%", "--at", "params=30%", "--json"]
+    done = CliRunner().invoke(app, call)
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record["at"] == ["flops=37%", "params=30%"]
+    assert record["folder"].endswith("at-flops-37-params-30-state_dict")
+    assert record["macs_ratio"] <= 0.37
+    net = ranksearch.load(record["folder"])
+    cut = study.at(record["at"])
+    x = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(net(x), cut.model(x), rtol=1e-3, atol=1e-4)
+    for refused in ([str(study.folder)], [str(study.folder), "0", "--at", "flops=37%"]):
+        done = CliRunner().invoke(app, ["export", *refused])
+        assert isinstance(done.exception, UsageError) or done.exit_code == 2
+
+
+def test_a_run_that_is_cut_short_goes_on_from_its_state(study, tmp_path, digits_yaml, steps_made):
+    options = {
+        "settings": [*NESTED_STUDY, "resources.checkpoint_seconds=1e-6"], "budgets": ["flops=70%"], "runs": tmp_path,
+        "name": "cut", "inline": True,
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        ranksearch.search(digits_yaml, **options)
+    done = resume("cut", runs=tmp_path, inline=True)
+    assert steps_made == [*range(15), None, *range(15, 24)]
+    again, whole = (next(row for row in s.trials if row.trial == s.nested_trial) for s in (done, study))
+    assert again.val_accuracy == pytest.approx(whole.val_accuracy)
+    assert again.history[-1]["val_loss"] == pytest.approx(whole.history[-1]["val_loss"], rel=1e-4)
+    assert done.finished == 4
+
+
+def test_plans_wait_for_the_run_and_a_run_without_weights_ends_the_study(make, bench):
+    study = make(settings=NESTED_STUDY, budgets=["flops=70%"])
+    run = study.ask(bench)
+    assert run.path[-1] == run.plan
+    again = candidate_of(json.loads(json.dumps(packed(run))))
+    assert again.path == run.path
+    assert study.ask(bench) is None
+    assert not study.exhausted
+    with pytest.raises(UsageError, match="is not over"):
+        study.at("flops=50%")
+    found = replace(
+        simulated(run, bench), status="diverged", val_accuracy=None, reason="the loss is nan by step 3 of 24"
+    )
+    Driver(study, bench, lambda row: None, print).settle(run.number, found)
+    with pytest.raises(StudyError, match=r"gave no weights.*the loss is nan"):
+        run_inline(study, bench, lambda row: None, print)
+
+
+def test_what_makes_no_sense_is_refused(digits_yaml, make):
+    for settings, text in (
+        (["search.early_stopping={}"], "leave early_stopping out"), (["search.repeats=1"], "leave repeats out"),
+        (["recipe.steps=0"], "at least 1"),
+        (["search.trials=1"], "2 trials or more"), (["search.nested.drawn=7"], "more than the 4 levels"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=text):
+            read_space(digits_yaml, settings=[*NESTED_STUDY, *settings])
+    with pytest.raises(UsageError, match=r"search\.strategy=nested"):
+        make().at("flops=50%")
