@@ -109,7 +109,8 @@ def _traced(model: nn.Module, batch: Any, *, free: bool) -> ExportedProgram:
 
     def axes(x: Tensor) -> dict[int, Any]:
         own = {0: first} if x.dim() and x.shape[0] == batch_size(batch) else {}
-        return own | (dict.fromkeys(range(1, x.dim()), Dim.AUTO) if free else {})
+        # torch takes an axis of one step as fixed, and says so
+        return own | ({i: Dim.AUTO for i in range(1, x.dim()) if x.shape[i] > 1} if free else {})
 
     with told("torch.export cannot trace this net with a free batch axis"), quiet():
         if is_plain(model, batch):
