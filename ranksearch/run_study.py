@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Protocol
 
@@ -26,11 +26,15 @@ from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.source import Source
 from ranksearch.tasks.task import Task
+from ranksearch.tasks.task_file import told_of_user_code
 from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.report import write_report
 from ranksearch.tracking.store import store_uri
 from ranksearch.tracking.view import View
 from ranksearch.trial.result import Status
+
+LARGEST = 1e100
+"""A metric beyond it cannot be drawn, and its squares are infinite."""
 
 
 class Observer(Protocol):
@@ -79,12 +83,13 @@ def _accuracy(model: nn.Module, split: Source, task: Task) -> float:
     return evaluate(model.to(device), split.to(device), task).accuracy
 
 
+@told_of_user_code()
 def dense_accuracy(model: nn.Module, task: Task) -> float:
     """The validation metric of the dense net; UsageError where it is not finite, so that nothing can be compared with it."""
     found = _accuracy(model, task.val, task)
-    if not isfinite(found):
+    if not isfinite(found) or abs(found) > LARGEST:
         raise UsageError(
-            f"The metric {task.metric_name!r} of the dense net on the validation set is {found}: it must be finite."
+            f"The metric {task.metric_name!r} of the dense net on the validation set is {found}: finite and at most {LARGEST:g} is needed."
         )
     return found
 
@@ -99,6 +104,17 @@ def _test_accuracy(study: Study, bench: Workbench, row: Row | None) -> float:
     assert bench.task.test is not None
     model = bench.dense_model() if row is None else _net_of(study, row)
     return _accuracy(model, bench.task.test, bench.task)
+
+
+def _told_accuracy(study: Study, bench: Workbench, row: Row | None, observer: Observer) -> float:
+    """The same; NaN, and a sentence, where the user's metric fails on the test set: the trials are done, and the front is written."""
+    try:
+        with told_of_user_code():
+            found = _test_accuracy(study, bench, row)
+    except UsageError as error:
+        observer.log(f"test: {error}")
+        return nan
+    return found if abs(found) <= LARGEST else nan
 
 
 def _write_pages(study: Study, observer: Observer) -> None:
@@ -142,7 +158,7 @@ def run_study(
                 study, bench.dense_model(), lambda row: _net_of(study, row), bench.task.example_input, observer.log
             )
         if bench.task.test is not None:
-            study.score_test(lambda row: _test_accuracy(study, bench, row), observer.log)
+            study.score_test(lambda row: _told_accuracy(study, bench, row, observer), observer.log)
         test = bench.task.test
         repeat_front(study, bench, None if test is None else lambda net: _accuracy(net, test, bench.task), observer.log)
         study.conclude()

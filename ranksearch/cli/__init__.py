@@ -8,6 +8,7 @@ Heavy packages are imported inside the verbs: `ranksearch --help` loads neither 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from contextlib import suppress
@@ -39,6 +40,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """Entry point: turns our own errors into one message and an exit code; output that nobody takes is no traceback."""
+    _settle_output()
     try:
         code = _run()
         if sys.stdout is not None:
@@ -53,6 +55,16 @@ def main() -> None:
         _say(f"the output cannot be written: {error.strerror}")
         code = 1
     sys.exit(code)
+
+
+def _settle_output() -> None:
+    """A stream that is closed is none to write to, and one that has no letter for a character shows another in its place."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, io.StringIO())
+        elif hasattr(stream, "reconfigure") and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 def _run() -> int | str | None:

@@ -28,6 +28,7 @@ from ranksearch.space.space import Space
 from ranksearch.tasks import Task
 from ranksearch.tasks.dense import State, dense_state, read_checkpoint
 from ranksearch.tasks.device import pick_device
+from ranksearch.tasks.task_file import told_of_user_code
 from ranksearch.trial.calibration import paired_batches
 
 Log = Callable[[str], None]
@@ -111,6 +112,7 @@ def open_net(space: Space) -> tuple[torch.nn.Module, Net]:
     return model, net
 
 
+@told_of_user_code()
 def prepare(
     space: Space,
     *,

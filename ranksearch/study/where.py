@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ranksearch.errors import UsageError, nearest
+from ranksearch.errors import UsageError, nearest, shortened
 from ranksearch.places.trust import STUDY_FILE
 from ranksearch.study.verdict import SCHEMA
 
@@ -28,10 +29,11 @@ def find_study(name: str, runs: Path) -> Path:
         UsageError: no such study; the text names the nearest one.
     """
     for folder in (Path(name), runs / name):
-        if (folder / INFO).is_file():
-            return folder.resolve()
+        with suppress(OSError, ValueError):  # a name that is no file's, by its length or a NUL
+            if (folder / INFO).is_file():
+                return folder.resolve()
     known = sorted(p.parent.name for p in runs.glob(f"*/{INFO}"))
-    raise UsageError(f"There is no study {name!r}, neither as a folder nor in {runs}. {nearest(name, known)}")
+    raise UsageError(f"There is no study {shortened(name)}, neither as a folder nor in {runs}. {nearest(name, known)}")
 
 
 def finished_front(folder: Path) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-from ranksearch.errors import UsageError, first_line, nearest
+from ranksearch.errors import RanksearchError, UsageError, first_line, nearest
 from ranksearch.tasks.probe import check_task
 from ranksearch.tasks.task import Task
 
@@ -138,6 +138,25 @@ def _made(code: TaskCode, function: str, name: str) -> Task:
         )
     check_task(task)
     return replace(task, name=name) if task.name == "own" else task
+
+
+@contextmanager
+def told_of_user_code() -> Iterator[None]:
+    """Turns whatever a task file raises outside of a trial, in its loss while the dense net is scored, say, into a sentence with its line.
+
+    Raises:
+        UsageError: an exception went through a task file, `sys.exit` among them; what did not is raised as it is.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, RanksearchError):
+        raise
+    except BaseException as error:
+        frames = [frame.f_globals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        own = [found for found in frames if str(found.get("__name__", "")).startswith(TASK_MODULE)]
+        if not own:
+            raise
+        raise UsageError(f"task: {told(error, str(own[-1].get('__file__')))}") from error
 
 
 @contextmanager
