@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -23,6 +25,34 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+class Spans:
+    """Times of pieces of work that nobody waits for: on a GPU between two of its own events."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    @contextmanager
+    def span(self, device: torch.device) -> Iterator[None]:
+        """What is queued within is timed."""
+        if device.type != "cuda":
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+            return
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        yield
+        last.record()
+        self._events.append((first, last))
+
+    def taken(self) -> float:
+        """Seconds of all that has been timed since the last call; what is queued must have been waited for."""
+        found = self._seconds + sum(first.elapsed_time(last) for first, last in self._events) / 1000
+        self._seconds, self._events = 0.0, []
+        return found
 
 
 def use_bf16(precision: str, device: torch.device, macs: int) -> bool:

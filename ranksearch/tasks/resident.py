@@ -121,8 +121,16 @@ class ResidentStream(Iterator[Batch]):
         self._batches = Batches(len(source), batch_size, generator)
 
     def __next__(self) -> Batch:
+        return self.made(self.draw())
+
+    def draw(self) -> Tensor:
+        """Index of the next batch [batch_size], on the data's device."""
+        return next(self._batches)
+
+    def made(self, index: Tensor) -> Batch:
+        """The batch of an index; nothing in it waits for the device."""
         # augmented whole and cut then: every rank draws what a single process would
-        return self._group.shard(self._source.training_batch(next(self._batches), self._generator))  # type: ignore[no-any-return]
+        return self._group.shard(self._source.training_batch(index, self._generator))  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, object]:
         return self._batches.state_dict()

@@ -6,7 +6,7 @@ A `Training` can be saved in the middle and taken up again as if it had not stop
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ranksearch.compress.inputs import batch_size, call, class_logits, device_of, shape_of
+from ranksearch.compress.inputs import batch_size, call, class_logits, device_of, mapped, shape_of, tensors
 from ranksearch.errors import RanksearchError, UsageError
+from ranksearch.tasks.capture import Recorder, Replayed, recorder_for
 from ranksearch.tasks.device import channels_last_
 from ranksearch.tasks.parallel import ALONE, Group
+from ranksearch.tasks.resident import ResidentStream
 from ranksearch.tasks.schedule import OPTIMIZER_NAMES, learning_rate
 from ranksearch.tasks.scores import IGNORED, in_fp32
 from ranksearch.tasks.source import Batch
@@ -59,9 +61,11 @@ class Distillation:
             target = F.log_softmax(class_logits(call(self.teacher, inputs)).float() / self.temperature, dim=1)
         student = F.log_softmax(logits / self.temperature, dim=1)
         apart = F.kl_div(student, target, reduction="none", log_target=True).sum(1)
+        count: Tensor | int = max(apart.numel(), 1)
         if isinstance(targets, Tensor) and targets.shape == apart.shape:
-            apart = apart[targets != IGNORED]
-        soft = apart.sum() / max(apart.numel(), 1) * self.temperature**2
+            counted = targets != IGNORED
+            apart, count = torch.where(counted, apart, 0), counted.sum().clamp_min(1)
+        soft = apart.sum() / count * self.temperature**2
         return (1 - self.weight) * hard + self.weight * soft
 
 
@@ -152,11 +156,13 @@ class Training:
         distillation: Distillation | None = None,
         group: Group = ALONE,
         passes: Passes = once,
+        recorder: Recorder | None = None,
     ) -> None:
         """
         Args:
             passes: the forward and backward passes of a step.
             group: with others each trains on its part of a batch, with the mean of the gradients; losses are the whole batch's.
+            recorder: records steps and replays them; left out, that of the device, which a CPU has none of.
         """
         self.model = channels_last_(model).train()
         self.settings, self.steps, self.done = settings, steps, 0
@@ -179,6 +185,20 @@ class Training:
         self._points: list[tuple[int, Tensor]] = []  # points that have not been looked at
         self.images, self.seconds = 0, 0.0
         self._last: Batch | None = None
+        device = next(model.parameters()).device
+        self._recorder = recorder or recorder_for(device, [generator])
+        self.eager: str | None = None
+        """Why steps are not replayed as one graph; None where they are, or there is no GPU."""
+        if self._recorder is not None and (group.world > 1 or settings.compile):
+            self.eager = "several processes train it" if group.world > 1 else "torch.compile records by itself"
+        if self._recorder is not None and passes is not once:
+            self.eager = "a step has several passes, with other weights in each"
+        self._replayed = Replayed(self._recorder) if self._recorder is not None and self.eager is None else None
+        self._others: dict[int, tuple[object, Replayed]] = {}
+        # where these are recorded they stay in place; a GPU's fused optimizers read fp32
+        self._rate = torch.zeros((), device=device, dtype=torch.float32 if device.type == "cuda" else torch.float64)
+        self._held: Any = None
+        self._loss_of_step = torch.zeros((), device=device)
 
     def run(self, after_step: Callable[[Training], None] | None = None) -> TrainStats:
         """Trains until the steps are done; `after_step` may project the weights, or save the state.
@@ -222,13 +242,25 @@ class Training:
         self._points.clear()
 
     def _step(self) -> Tensor:
+        rate = self.settings.lr_at(self.steps[self.done])
+        self._last = None
+        if self._replayed is not None and (loss := self._replayed_step(self._replayed, rate)) is not None:
+            return loss
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr_at(self.steps[self.done])
-        self._last = inputs, _ = next(self._stream)
+            group["lr"] = rate
+        self._last = self._last or next(self._stream)
+        loss = self._descend(*self._last)
+        if self._average is not None:
+            self._average.update_parameters(self.model)
+        self.images += batch_size(self._last[0]) * self.group.world
+        return loss
+
+    def _descend(self, inputs: Any, targets: Any) -> Tensor:
+        """A step downhill on a batch; its loss."""
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for share in self._passes(self.steps[self.done]):
-            loss = share * self._loss(self._forward, *self._last)
+            loss = share * self._loss(self._forward, inputs, targets)
             loss.backward()
             losses.append(loss.detach())
         loss = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
@@ -236,10 +268,68 @@ class Training:
         if self.settings.clip_norm > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self.optimizer.step()
-        if self._average is not None:
-            self._average.update_parameters(self.model)
-        self.images += batch_size(inputs) * self.group.world
         return loss
+
+    def _replayed_step(self, replayed: Replayed, rate: float) -> Tensor | None:
+        """A step on tensors that stay where they are: the batch (of data in memory its index), the learning rate, the loss.
+
+        None where this step has to be made as ever: a batch of another form, for which `_last` is set, or no recording at all.
+        """
+        if replayed.reason is not None:
+            self.eager, self._replayed = replayed.reason, None
+            return None
+        drawn: Any = self._stream.draw() if isinstance(self._stream, ResidentStream) else next(self._stream)
+        if self._held is None and not _only_tensors(drawn):
+            self.eager, self._replayed, self._last = "its batches hold more than tensors", None, drawn
+            return None
+        if self._held is None:
+            self._held = mapped(torch.clone, drawn)
+        elif not _takes(self._held, drawn):
+            self._last = drawn
+            return None
+        else:
+            for held, new in zip(tensors(self._held), tensors(drawn), strict=True):
+                held.copy_(new, non_blocking=True)
+        self._rate.fill_(rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate
+            if "capturable" in group and self._rate.is_cuda:
+                group["capturable"] = True
+        replayed(self._recorded)
+        self._last = self._batch_of_step
+        self.images += batch_size(self._last[0])
+        return self._loss_of_step.clone()
+
+    def _recorded(self) -> None:
+        """What is recorded of a step."""
+        held = self._held
+        self._batch_of_step: Batch = self._stream.made(held) if isinstance(self._stream, ResidentStream) else held
+        self._loss_of_step = self._descend(*self._batch_of_step)
+        if self._average is not None:
+            _average_(self._average, self.model, self.settings.ema)
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether steps are replayed from a recording, as far as is known by now."""
+        return self._replayed is not None and self._replayed.reason is None
+
+    def replay(self, owner: object, work: Callable[[], None]) -> None:
+        """Runs statements of `owner`'s between steps, the same ones every time, recorded and replayed as the steps are."""
+        if self._recorder is None or self.eager is not None:
+            return work()
+        if id(owner) not in self._others:
+            self._others = {id(owner): (owner, Replayed(self._recorder))}
+        return self._others[id(owner)][1](work)
+
+    def forget_momentum_(self) -> None:
+        """The optimizer's state as at the start; where steps are recorded it stays in place."""
+        if self._replayed is None:
+            self.optimizer.state.clear()
+            return
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
 
     def _loss(self, forward: Callable[..., Any], inputs: Any, targets: Any) -> Tensor:
         with torch.autocast(device_of(inputs).type, dtype=torch.bfloat16, enabled=self.settings.bf16):
@@ -297,3 +387,30 @@ class Training:
         self.done, self._tail = state["done"], list(state["tail"])
         self.losses, self._sum, self._summed = list(state["losses"]), state["sum"], state["summed"]
         self.images, self.seconds = state["images"], state["seconds"]
+
+
+@torch.no_grad()
+def _average_(average: AveragedModel, model: nn.Module, decay: float) -> None:
+    """`average.update_parameters(model)` of an exponential average without its copies from the CPU, which cannot be recorded."""
+    if average.n_averaged == 0:  # on the CPU; recorded is a later step
+        average.update_parameters(model)
+        return
+    torch._foreach_lerp_(list(average.module.parameters()), list(model.parameters()), 1 - decay)
+    for mean, buffer in zip(average.module.buffers(), model.buffers(), strict=True):
+        mean.copy_(buffer)
+
+
+def _takes(held: Any, drawn: Any) -> bool:
+    """Whether a batch has the form of the one that is held, so that it can be copied there."""
+    there, new = tensors(held), tensors(drawn)
+    alike = len(there) == len(new) and all(
+        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(there, new, strict=True)
+    )
+    return alike and shape_of(held) == shape_of(drawn)
+
+
+def _only_tensors(value: Any) -> bool:
+    """Whether nothing in a batch could change from step to step but the numbers in its tensors."""
+    if isinstance(value, Mapping):
+        return all(map(_only_tensors, value.values()))
+    return all(map(_only_tensors, value)) if isinstance(value, tuple | list) else isinstance(value, Tensor)

@@ -12,7 +12,7 @@ from torch import nn
 from ranksearch.compress import LayerPlan, Net, Projector, RankPlan
 from ranksearch.lowering import lowering_named
 from ranksearch.lowering.weighting import Weighting
-from ranksearch.tasks.device import clock
+from ranksearch.tasks.device import Spans, clock
 from ranksearch.tasks.train import Training
 from ranksearch.trial.recipe import ProjectionRecipe
 
@@ -47,6 +47,7 @@ class Projecting:
             norms=net.norms() if recipe.bn_rectification else None,
         )
         self.count, self.seconds = 0, 0.0
+        self._timed = Spans()
         self.metric_seconds = 0.0
         """Those of `seconds` that measuring the metric took."""
         self._measure, self._refresh = measure, refresh
@@ -74,7 +75,7 @@ class Projecting:
         if self.recipe.schedule == "removed_energy":
             self._adapt(removed)
         if self.recipe.momentum == "reset":
-            training.optimizer.state.clear()
+            training.forget_momentum_()
 
     def finish(self, training: Training) -> None:
         """The projection that the training ends on, at the plan's ranks."""
@@ -95,18 +96,28 @@ class Projecting:
         return {name: value for name, value in figures.items() if value is not None}
 
     def _project(self, training: Training, step: int, *, recorded: bool) -> Mapping[str, float]:
+        if self._may_be_later(training, recorded):
+            with self._timed.span(next(training.model.parameters()).device):
+                self.projector.later(training.model, training.replay)
+            self.count += 1
+            return {}
         before = training.probe() if recorded else None
         device = next(training.model.parameters()).device
         started = clock(device)
         # rank 0's projection is everybody's: whatever the hardware, all go on from the same bits
         removed = training.group.on_rank_0(lambda: self._projected(training.model, step))
         training.group.broadcast_([*training.model.parameters(), *training.model.buffers()])
-        self.seconds += clock(device) - started
+        self.seconds += clock(device) - started + self._timed.taken()
         self.count += 1
         if recorded:
             after = training.probe()
             self.records.append({"step": step, "loss_before": before, "loss_after": after, "removed_energy": removed})
         return removed
+
+    def _may_be_later(self, training: Training, recorded: bool) -> bool:
+        """Whether nobody asks for what this projection does, so that a GPU need not be waited for."""
+        watched = recorded or self.recipe.schedule == "removed_energy" or self.recipe.rank_annealing > 0
+        return not (watched or self._refresh is not None or training.group.world > 1) and training.is_replayed
 
     def _projected(self, model: nn.Module, step: int) -> Mapping[str, float]:
         due = self._refresh is not None and (self.count % self._refresh == 0 or not self.projector.weightings)

@@ -43,6 +43,8 @@ class TrialResult:
     seconds: float | None = None
     projection_share: float | None = None
     """Share of the training time that projections took."""
+    eager: str | None = None
+    """Why a GPU's training steps were not replayed from a recording; None where they were, and on a CPU."""
     reason: str | None = None
     placement: dict[str, Any] | None = None
     """Where it ran (`placement.py`); None of a trial in the driver's own process."""

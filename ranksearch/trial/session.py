@@ -113,6 +113,7 @@ class Session:
         self.projections: list[dict[str, Any]] = []
         self.losses: list[dict[str, float]] = []
         self.images, self.seconds, self.projecting_seconds = 0, 0.0, 0.0
+        self.eager: str | None = None
         self.kept: Kept | None = None
         """The best low-rank net so far."""
         state = group.on_rank_0(checkpoint.load)
@@ -222,6 +223,7 @@ class Session:
         finally:  # where it diverged, what was seen until then counts too
             self.images, self.seconds = self.images + training.images, self.seconds + training.seconds
             self.losses += training.losses
+            self.eager = self.eager or training.eager
             self._note(projecting)
 
     def score_untrained(self, plan: RankPlan) -> None:

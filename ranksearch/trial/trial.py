@@ -144,7 +144,7 @@ def run_trial(
         macs=cost.macs, params=cost.params, size_bytes=cost.size_bytes, latency_ms=measured[0], latency_ratio=measured[1],
         images_per_second=session.images / seconds if session.images else None,
         projection_share=session.projecting_seconds / seconds if session.images else None,
-        seconds=session.elapsed,
+        seconds=session.elapsed, eager=session.eager,
     )  # fmt: skip
 
 
