@@ -160,7 +160,7 @@ def _attempted(monkeypatch, error, *, module, file):
     )
     exec(compile(source, file, "exec"), place)
     monkeypatch.setattr("ranksearch.trial.attempt.run_trial", place["raises"])
-    candidate = SimpleNamespace(plan=None, recipe=None, seed=0, save_to=None, checkpoint=None, rungs=(), latency=None)
+    candidate = SimpleNamespace(plan=None, recipe=None, seed=0, save_to=None, checkpoint=None, rungs=(), latency=None, metric=None)
     return attempt(None, None, None, candidate, report=None, checkpoint_seconds=60.0)
 
 
