@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from ranksearch.tasks.evaluate import Evaluation, evaluate
 from ranksearch.tasks.train import Training
 from ranksearch.trial import trial
 from ranksearch.trial.attempt import attempt
+from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.recipe import Recipe, middle
 from ranksearch.trial.result import Status
@@ -160,7 +160,7 @@ def _attempted(monkeypatch, error, *, module, file):
     )
     exec(compile(source, file, "exec"), place)
     monkeypatch.setattr("ranksearch.trial.attempt.run_trial", place["raises"])
-    candidate = SimpleNamespace(plan=None, recipe=None, seed=0, save_to=None, checkpoint=None, rungs=(), latency=None, metric=None)
+    candidate = Candidate(0, plan=None, recipe=None, seed=0, save_to=None, checkpoint=None)
     return attempt(None, None, None, candidate, report=None, checkpoint_seconds=60.0)
 
 
@@ -375,8 +375,6 @@ def test_a_checkpoint_that_cannot_be_read_starts_the_trial_anew(bench, tmp_path)
 
 @pytest.mark.parametrize("metric", ["auto", "kfac"])
 def test_a_trial_cuts_its_layers_in_the_metric_of_the_data_and_says_what_that_took(bench, tmp_path, metric):
-    from ranksearch.trial.candidate import MetricSetting
-
     result = run_trial(
         *bench, recipe(steps=4), seed=0, report=lambda entry: None, save_to=None,
         checkpoint=CheckpointFile(tmp_path / "state.pt", 60.0), metric=MetricSetting(metric, 1, 2),
