@@ -148,7 +148,7 @@ def full_plan(net: Net) -> RankPlan:
 @torch.inference_mode()
 def difference(found: nn.Module, wanted: nn.Module, x: Any) -> float:
     """The largest max |a - b| / max |a| over the tensors that the nets return."""
-    a, b = call(wanted, x), call(found, cast(x, next(found.parameters()).dtype))
+    a, b = (call(net, cast(x, next(net.parameters()).dtype)) for net in (wanted, found))
     return max(float((m - n).abs().max() / m.abs().max()) for m, n in zip(tensors(a), tensors(b), strict=True))
 
 

@@ -209,7 +209,7 @@ def test_pages_show_the_study_in_a_browser(studied, server, tmp_path):
     assert "on_front" in table
     run = opened(f"{server.uri}{page.front}", tmp_path / "run")
     assert "best_within_budget" in run
-    assert "low-rank forms of digits/resnet8" in run
+    assert "Ship trial" in run
     ranksearch.report(str(studied.folder), output=tmp_path / "report.html")
     drawn = opened((tmp_path / "report.html").as_uri(), tmp_path / "report")
     assert drawn.count("main-svg") >= 5  # what the page's script draws
