@@ -167,10 +167,16 @@ GOOD = "ranksearch.Task(model=net, train=(x, y), val=(x, y){})"
     [
         ("{'model': net}", r"returned a dict: expected a ranksearch\.Task"),
         ("ranksearch.Task(model=net[0].weight, train=(x, y), val=(x, y))", r"model is an nn\.Module, got a Parameter"),
-        ("ranksearch.Task(model=net, train=(x, y[:9]), val=(x, y))", r"train holds inputs \[40, 4\] \(float32\) and targets \[9\] \(int64\)"),
+        (
+            "ranksearch.Task(model=net, train=(x, y[:9]), val=(x, y))",
+            r"train holds inputs \[40, 4\] \(float32\) and targets \[9\] \(int64\)",
+        ),
         ("ranksearch.Task(model=net, train=iter([(x, y)]), val=(x, y))", "train is a list_iterator, which ends after one"),
         ("ranksearch.Task(model=net, train=x, val=(x, y))", r"train is a Tensor: expected a pair \(inputs, targets\) of tensors"),
-        ("ranksearch.Task(model=net, train=(x, y), val=[(x, y, y)])", r"the model on inputs \(\[2, 4\] \(float32\), \[2\] \(int64\)\) of val: TypeError"),
+        (
+            "ranksearch.Task(model=net, train=(x, y), val=[(x, y, y)])",
+            r"the model on inputs \(\[2, 4\] \(float32\), \[2\] \(int64\)\) of val: TypeError",
+        ),
         ("ranksearch.Task(model=net, train=(x, y), val=[])", "val gives no batch"),
         ("ranksearch.Task(model=net, train=(x[:, :3], y), val=(x, y))", r"the model on inputs \[2, 3\] \(float32\) of train"),
         (GOOD.format(", loss=nn.MSELoss()"), r"the loss on outputs \[2, 3\] \(float32\) and targets \[2\]"),
@@ -180,8 +186,14 @@ GOOD = "ranksearch.Task(model=net, train=(x, y), val=(x, y){})"
         (GOOD.format(", metric=lambda o, t: o"), r"returned a tensor \[2, 3\]: expected one number"),
         (GOOD.format(", metric=lambda o, t: 1.0, direction='max'"), "Did you mean 'maximize'"),
         (GOOD.format(", direction='minimize'"), "'minimize' needs a metric"),
-        (GOOD.format(", example_input={'x': x[:1]}"), r"the model on example_input \{x: \[1, 4\] \(float32\)\}: TypeError: .* argument 'x'"),
-        ("ranksearch.Task(model=net, train=[({'a': x}, y)], val=(x, y))", r"the model on inputs \{a: \[2, 4\] \(float32\)\} of train: TypeError: .* argument 'a'"),
+        (
+            GOOD.format(", example_input={'x': x[:1]}"),
+            r"the model on example_input \{x: \[1, 4\] \(float32\)\}: TypeError: .* argument 'x'",
+        ),
+        (
+            "ranksearch.Task(model=net, train=[({'a': x}, y)], val=(x, y))",
+            r"the model on inputs \{a: \[2, 4\] \(float32\)\} of train: TypeError: .* argument 'a'",
+        ),
         (GOOD.format(", example_input=x[0, :2]"), r"the model on example_input \[2\]"),
         (
             "ranksearch.Task(model=nn.Sequential(net, nn.Linear(3, 1)), train=(x, y.float()), val=(x, y.float()), loss=nn.MSELoss(), "
