@@ -24,7 +24,10 @@ from report import Report, arguments
 from ranksearch.study.journal import open_journal
 from ranksearch.study.storage import open_storage
 
-PLAN, RESULT = {"plan": "x" * 2000}, {"result": "x" * 4000}
+PLAN = {"plan": {"layers": {}}, "recipe": {"steps": 1}, "seed": 0, "key": "x" * 2000}
+RESULT = {
+    "status": "complete", "val_accuracy": 1.0, "macs": 1, "params": 1, "size_bytes": 4, "reason": "x" * 4000,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ import torch
 from ranksearch.allocate import MEASURES, Damage, rank_curves
 from ranksearch.compress import dense_cost, plan_cost
 from ranksearch.console import Terminal
+from ranksearch.search.predicting import usual
 from ranksearch.search.workbench import Workbench, open_net
 from ranksearch.space.reading import read_space
 from ranksearch.space.space import Space
@@ -55,7 +56,7 @@ def workbench(space: Space) -> Workbench:
     curves = rank_curves(model, net, space.layers.as_rules(), None)
     rng = random.Random(space.search.seed)
     scales = {options.layer.name: math.exp(rng.gauss(0, 1)) for options in curves.layers}
-    damage = Damage(MEASURES[space.search.measure], scales=scales)
+    damage = Damage(MEASURES[usual(space).search.measure], scales=scales)
     return Workbench(task, model.state_dict(), net, curves, damage)
 
 

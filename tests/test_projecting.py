@@ -18,6 +18,11 @@ PLAN = RankPlan({"body.0": LayerPlan("im2col", 3), "stem": LayerPlan("tucker2", 
 class FakeTraining(SimpleNamespace):
     """A training whose steps move the weights a little."""
 
+    is_replayed = False
+
+    def forget_momentum_(self):
+        self.optimizer.state.clear()
+
     def step(self):
         self.done += 1
         with torch.no_grad():

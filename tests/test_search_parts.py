@@ -104,7 +104,7 @@ def test_a_lock_does_not_outlive_its_process(journal):
 def row(number, accuracy, ratio, status="complete", params=0.5):
     return Row(
         number, Status(status), val_accuracy=accuracy, macs=int(1e6 * ratio), macs_ratio=ratio, params_ratio=params,
-        share=accuracy and accuracy / 100,
+        share=accuracy and accuracy / 100, plan={"layers": {"conv": {"lowering": "svd", "rank": number + 1}}},
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ranksearch.errors import UsageError
+from ranksearch.places.trust import ADDRESS, remember
 from ranksearch.tracking.store import at_home, written
 from ranksearch.tracking.ui import Opened, Page, find_store, say_pages
 
@@ -21,6 +22,7 @@ from ranksearch.tracking.ui import Opened, Page, find_store, say_pages
 def runs(tmp_path, monkeypatch):
     """Two studies in a SQLite store beside them, one on a server, one that was never mirrored."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    remember(ADDRESS, "https://mlflow.example.org/")
     folder = tmp_path / "runs"
     own = f"sqlite:///{folder / 'mlflow.db'}"
     for age, (name, uri) in enumerate(

@@ -158,15 +158,15 @@ class Journal(JournalStorage):
             return super().get_all_trials(study_id, deepcopy, states)
         with self._thread_lock:
             self._sync_with_backend()
-            if self._replay_result._studies.keys() != {study_id}:
-                return super().get_all_trials(study_id, deepcopy, states)
-            trials = list(self._replay_result._trials.values())
-            if states is None:
-                return trials
-            new, self._looked_at = range(self._looked_at, len(trials)), len(trials)
-            # a trial that is not waiting never waits again
-            self._waiting = [i for i in (*self._waiting, *new) if trials[i].state == TrialState.WAITING]
-            return [trials[i] for i in self._waiting]
+            if self._replay_result._studies.keys() == {study_id}:
+                trials = list(self._replay_result._trials.values())
+                if states is None:
+                    return trials
+                new, self._looked_at = range(self._looked_at, len(trials)), len(trials)
+                # a trial that is not waiting never waits again
+                self._waiting = [i for i in (*self._waiting, *new) if trials[i].state == TrialState.WAITING]
+                return [trials[i] for i in self._waiting]
+        return super().get_all_trials(study_id, deepcopy, states)  # which takes the lock itself
 
 
 def open_journal(path: Path) -> JournalStorage:

@@ -93,13 +93,13 @@ def find_store(where: str, runs: Path, *, trust: bool = False) -> Opened:
             folder = folder.resolve()
             noted = _noted(folder)
             uri = from_environment(noted["uri"], NOTED) if "uri" in noted else store_uri(folder.parent, None)
-            _confirm(noted.get("uri", uri), folder, trust=trust)
+            _confirm(folder, noted.get("uri", uri), trust=trust)
             return Opened(uri, folder.parent, _pages([folder], uri))
     folder = Path(where).resolve()
     studies = sorted((path.parent for path in folder.glob(f"*/{INFO}")), key=lambda p: -(p / INFO).stat().st_mtime)
     uri = store_uri(folder, None)
     if not is_server(uri) and not (folder / DATABASE).is_file() and VARIABLE not in os.environ:
-        elsewhere = [noted["uri"] for study in studies if (noted := _noted(study))]
+        elsewhere = [(study, noted["uri"]) for study in studies if (noted := _noted(study))]
         if not elsewhere:
             known = sorted(path.parent.name for path in runs.glob(f"*/{INFO}"))
             raise UsageError(
@@ -107,25 +107,26 @@ def find_store(where: str, runs: Path, *, trust: bool = False) -> Opened:
                 f"{nearest(where, known)}"
             )
         # a variable that is not set hides no other study's store
-        written = next((uri for uri in elsewhere if not uri.startswith(FROM_ENVIRONMENT)), elsewhere[0])
-        _confirm(written, folder, trust=trust)
-        uri = from_environment(written, NOTED)
+        study, noted_as = next((e for e in elsewhere if not e[1].startswith(FROM_ENVIRONMENT)), elsewhere[0])
+        _confirm(study, noted_as, trust=trust)
+        uri = from_environment(noted_as, NOTED)
     return Opened(uri, folder, _pages(studies, uri))
 
 
-def _confirm(written: str, folder: Path, *, trust: bool) -> None:
-    """Nothing, where a store is this user's: beside the studies, named by an own variable, one that a study was sent to, or `trust`ed.
+def _confirm(study: Path, uri: str, *, trust: bool) -> None:
+    """Nothing, where a study's store is this user's: beside it, named by an own variable, one that a study was sent to, or `trust`ed.
 
     Raises:
         UsageError: it is not.
     """
-    beside = Path(written.removeprefix(SQLITE)).parent in (folder, folder.parent) and written.startswith(SQLITE)
-    own = (os.environ.get(VARIABLE), store_uri(folder.parent, None), store_uri(folder, None))
-    if beside or written in own or written.startswith(FROM_ENVIRONMENT) or is_known(ADDRESS, written):
+    beside = uri.startswith(SQLITE) and Path(uri.removeprefix(SQLITE)).parent in (study, study.parent)
+    own = uri in (os.environ.get(VARIABLE), store_uri(study.parent, None))
+    by_variable = note_in(study).get("uri", uri).startswith(FROM_ENVIRONMENT)
+    if beside or own or by_variable or is_known(ADDRESS, uri):
         return
     if not trust:
-        raise refuse_addresses(folder, [f"{without_password(written)} ({NOTED})"])
-    remember(ADDRESS, written)
+        raise refuse_addresses(study, [f"{without_password(uri)} ({NOTED})"])
+    remember(ADDRESS, uri)
 
 
 def _noted(folder: Path) -> dict[str, str]:
