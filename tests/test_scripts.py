@@ -124,6 +124,12 @@ def test_the_storage_bench_times_the_journal_and_sqlite():
     assert all(found["figures"][f"ms_per_trial_{row['storage']}"] == row["median ms"] > 0 for row in found["rows"])
 
 
+def test_nothing_that_a_stranger_sends_runs_is_written_or_ends_in_a_traceback():
+    figures = call("drill_strangers")["figures"]
+    assert figures.pop("cases") >= 100
+    assert figures == {"tracebacks": 0, "wrong_exit": 0, "executed": 0, "secrets_written": 0}
+
+
 def test_the_tasks_bench_compares_the_search_with_every_control(tmp_path):
     """On a task from outside, whose net has no width: there is no narrower control."""
     (tmp_path / "own.py").write_text(
