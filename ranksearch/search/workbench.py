@@ -13,7 +13,7 @@ from ranksearch.allocate import MEASURES, CurveCache, Curves, Damage, rank_curve
 from ranksearch.allocate.curves import cost_curves
 from ranksearch.allocate.latency import timed
 from ranksearch.allocate.sensitivity import BALANCED
-from ranksearch.allocate.weightings import WEIGHTS, measure_weightings
+from ranksearch.allocate.weightings import WEIGHTS
 from ranksearch.compress import Net, trace
 from ranksearch.compress.inputs import shape_of
 from ranksearch.compress.latency_table import LatencyTable
@@ -29,7 +29,7 @@ from ranksearch.tasks import Task
 from ranksearch.tasks.dense import State, dense_state, read_checkpoint
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.task_file import told_of_user_code
-from ranksearch.trial.calibration import paired_batches
+from ranksearch.trial.calibration import metric_of, paired_batches
 
 Log = Callable[[str], None]
 LABELS = 7919
@@ -222,13 +222,10 @@ def _weightings(space: Space, task: Task, model: torch.nn.Module, net: Net, log:
     rules, device = space.layers.as_rules(), pick_device()
     layers = tuple(layer for layer in net.layers if rules.for_layer(layer.name).lowerings)
     log(f"metric {metric} of the layers on {search.calibration_batches} batches")
-    generator = torch.Generator().manual_seed(search.seed)
-    paired = paired_batches(
-        task.to(device), search.calibration_batches, space.recipe.batch_size, search.seed, device, generator
-    )
-    found = measure_weightings(
-        model.to(device).eval(), replace(net, layers=layers), paired, metric, seed=search.seed, loss=paired.loss
-    )
+    found = metric_of(
+        task.to(device), model.to(device).eval(), replace(net, layers=layers), metric,
+        count=search.calibration_batches, batch_size=space.recipe.batch_size, seed=search.seed, device=device,
+    )  # fmt: skip
     model.cpu()
     return found
 

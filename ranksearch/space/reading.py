@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from ranksearch.allocate.budget import Budgets, assignments
 from ranksearch.costs import COSTS, same_cost
 from ranksearch.errors import UsageError, clipped, nearest, shortened
+from ranksearch.places.files import read_bytes
 from ranksearch.places.trust import STUDY_FILE, may_run, refuse_file
 from ranksearch.space.quality import Limits, limits_of
 from ranksearch.space.space import SPELLINGS, Space, one_spelling
@@ -126,12 +127,9 @@ def load_yaml(path: Path) -> Any:
         UsageError: it cannot be read, or is no YAML.
         FileNotFoundError: there is none.
     """
+    raw = read_bytes(path)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UsageError(f"{path}: it cannot be read: {error.strerror or error}.") from error
+        return yaml.safe_load(raw.decode("utf-8"))
     except RecursionError:
         raise UsageError(f"{path}: no valid YAML: lists or mappings nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:  # a date that is none, too

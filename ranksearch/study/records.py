@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ranksearch.errors import UsageError, clipped, shortened
+from ranksearch.places.files import read_bytes
 from ranksearch.trial.result import Status
 
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -310,12 +311,9 @@ def read_record(path: Path, expected: TypeAdapter[Any]) -> Any:
         UsageError: it is no JSON, or does not hold what was expected; one sentence with the file, the place and the expectation.
         FileNotFoundError: there is none.
     """
+    raw = read_bytes(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UsageError(f"{path}: it cannot be read: {error.strerror or error}.") from error
+        data = json.loads(raw.decode("utf-8"))
     except RecursionError:
         raise UsageError(f"{path}: expected JSON, got lists or mappings nested too deeply to be read.") from None
     except ValueError as error:

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from ranksearch.allocate.drawn import Drawn, drawn_for, predicted
+from ranksearch.allocate.weightings import measure_weightings
+from ranksearch.compress import Net
 from ranksearch.compress.inputs import batch_size as size_of
+from ranksearch.lowering.weighting import Weighting
 from ranksearch.tasks.source import Batch
 from ranksearch.tasks.task import Task
 
@@ -62,3 +66,11 @@ def paired_batches(
     """
     drawn = drawn_for(None if task.cross_entropy else task.loss, generator, balanced=balanced)
     return PairedBatches(task, count, batch_size, torch.Generator(device).manual_seed(seed), drawn)
+
+
+def metric_of(
+    task: Task, model: nn.Module, net: Net, metric: str, *, count: int, batch_size: int, seed: int, device: torch.device
+) -> dict[str, Weighting]:
+    """Layer of `net` -> its weighting in a metric of the data, from `count` batches; task and model on `device`."""
+    paired = paired_batches(task, count, batch_size, seed, device, torch.Generator().manual_seed(seed))
+    return measure_weightings(model, net, paired, metric, seed=seed, loss=paired.loss)

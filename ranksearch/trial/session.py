@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.allocate.weightings import measure_weightings
 from ranksearch.compress import Net, RankPlan, dense_cost, reestimate_bn_
 from ranksearch.compress.copying import copied
 from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
@@ -25,7 +24,7 @@ from ranksearch.tasks.parallel import Group, synchronised
 from ranksearch.tasks.source import calibration_batches
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Passes, Training, TrainStats, once
-from ranksearch.trial.calibration import paired_batches
+from ranksearch.trial.calibration import metric_of
 from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.kept import Kept
@@ -162,11 +161,12 @@ class Session:
         """The metric of the data as `model` sees them now, of the layers that `plan` lowers; of none in the metric of weights."""
         if self._metric is None:
             return {}
-        metric, drawing = self._metric, torch.Generator().manual_seed(self.seed)
-        paired = paired_batches(self.task, metric.batches, self.recipe.batch_size, self.seed, self._device, drawing)
         lowered = {name for name, _ in plan.lowered()}
         net = replace(self.net, layers=tuple(layer for layer in self.net.layers if layer.name in lowered))
-        return measure_weightings(model, net, paired, metric.kind, seed=self.seed, loss=paired.loss)
+        return metric_of(
+            self.task, model, net, self._metric.kind, count=self._metric.batches, batch_size=self.recipe.batch_size,
+            seed=self.seed, device=self._device,
+        )  # fmt: skip
 
     def resumes_at(self, phase: str) -> bool:
         """Whether a checkpoint says that the trial was stopped in `phase`, and has not been taken up yet."""
@@ -244,11 +244,8 @@ class Session:
         """
         step = training.steps[training.done - 1] + 1
         done = {"epochs": (self.images + training.images) / len(self.task.train), "seconds": self.elapsed}
-        if projecting is None:
-            self._score_copy(RUNG, training.model, step, None, {}, RUNG_BN_BATCHES, rung=rung, **done)
-        else:
-            weightings = projecting.projector.weightings
-            self._score_copy(RUNG, training.model, step, plan, weightings, RUNG_BN_BATCHES, rung=rung, **done)
+        plan_of, weightings = (None, {}) if projecting is None else (plan, projecting.projector.weightings)
+        self._score_copy(RUNG, training.model, step, plan_of, weightings, RUNG_BN_BATCHES, rung=rung, **done)
 
     def look_at(self, phase: str, model: nn.Module, step: int, plan: RankPlan, **metrics: float) -> None:
         """Scores a net that would be cut from `model` as it is; it is not the trial's own."""
