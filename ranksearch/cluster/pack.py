@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ranksearch.compress.inputs import mapped
-from ranksearch.errors import UsageError
+from ranksearch.errors import UsageError, first_line
 from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import TaskCode, TaskFile
@@ -75,7 +75,7 @@ def pack(task: Task, own: TaskFile | None = None) -> Packed:
     try:
         rest = ray.cloudpickle.dumps(replace(task.without_test(), **hollow))
     except (TypeError, AttributeError, RuntimeError, NotImplementedError, pickle.PicklingError) as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise UsageError(
             f"task: it cannot be sent to Ray's workers ({first}): open files and connections when they are first used, not in the "
             f"task; or run the trials in this process, by --inline."

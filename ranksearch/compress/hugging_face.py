@@ -16,7 +16,7 @@ from torch import nn
 from ranksearch.compress.copying import memory
 from ranksearch.compress.plan import RankPlan
 from ranksearch.compress.surgery import restructure_
-from ranksearch.errors import UsageError
+from ranksearch.errors import UsageError, first_line
 from ranksearch.lowering.tiled import settle_
 
 KEY = "ranksearch_plan"
@@ -79,7 +79,7 @@ def _fill_(model: nn.Module, folder: Path) -> None:
             state |= safetensors.torch.load_file(path)
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (SafetensorError, RuntimeError) as error:
-        raise UsageError(f"The weights in {folder} do not fit its plan: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"The weights in {folder} do not fit its plan: {first_line(error)}") from error
     own = model.state_dict()
     there = {memory(own[name]) for name in state if name in own}
     missing = [name for name in missing if memory(own[name]) not in there]  # a tied weight is written once

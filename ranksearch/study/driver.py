@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from optuna.exceptions import StorageInternalError
 
-from ranksearch.errors import StudyError
+from ranksearch.errors import StudyError, first_line
 from ranksearch.places.place import PlaceError
 from ranksearch.search.workbench import Workbench
 from ranksearch.study.row import Row
@@ -111,7 +111,7 @@ class Driver:
         if isinstance(error, PlaceError):
             return str(error), "it is tried again"
         if isinstance(error, StorageInternalError):
-            first = str(error.__cause__ or error).splitlines()[0]
+            first = first_line(error.__cause__ or error)
             return f"Optuna's database does not answer ({first})", "start it"
         return f"{self._study.folder} cannot be written ({error})", "make room"
 

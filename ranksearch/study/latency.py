@@ -10,7 +10,7 @@ from torch import nn
 from ranksearch.compress import Layer, LayerPlan, RankPlan
 from ranksearch.compress.latency_table import shapes_of
 from ranksearch.compress.stopwatch import NET_SECONDS, Shape, Stopwatch
-from ranksearch.errors import RanksearchError
+from ranksearch.errors import RanksearchError, first_line
 from ranksearch.study.layer_costs import layer_of
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
@@ -40,16 +40,12 @@ def time_front(study: Study, dense: nn.Module, load: Callable[[Row], nn.Module],
     except (RanksearchError, RuntimeError) as error:
         if study.space.has_latency:
             raise
-        log(f"the front's nets were not timed: {_first_line(error)}")
+        log(f"the front's nets were not timed: {first_line(error)}")
         return
     try:
         measure_layers(study, stopwatch)
     except (RanksearchError, RuntimeError) as error:
-        log(f"the layers were not timed: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        log(f"the layers were not timed: {first_line(error)}")
 
 
 def measure_front(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ranksearch.compress import dense_cost, trace
 from ranksearch.compress.inputs import tensors
-from ranksearch.errors import StudyError, UsageError
+from ranksearch.errors import StudyError, UsageError, first_line
 from ranksearch.tasks.device import pick_device, use_bf16
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.folder import data_folder, writable_cache
@@ -61,7 +61,7 @@ def read_checkpoint(path: Path) -> State:
             state = state.get("state_dict", state)
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        raise UsageError(f"checkpoint: {path} is no checkpoint of weights: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"checkpoint: {path} is no checkpoint of weights: {first_line(error)}") from error
 
 
 def checkpoint_path(task: Task, checkpoint: str, data: str | None) -> Path | None:

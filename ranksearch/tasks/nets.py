@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ranksearch.errors import UsageError, nearest
+from ranksearch.errors import UsageError, first_line, nearest
 
 LIBRARIES = ("torchvision", "timm")
 OWN_TRAINING = ("googlenet", "inception_v3")
@@ -64,6 +64,6 @@ def _imported(library: str, model: str) -> ModuleType:
         raise UsageError(f"model: {model}: {library} does not load here: {error}.") from error
     except (ImportError, RuntimeError, OSError) as error:  # built for another torch
         raise UsageError(
-            f"model: {model}: {library} is installed, but does not load beside torch {torch.__version__} ({str(error).splitlines()[0]}): "
+            f"model: {model}: {library} is installed, but does not load beside torch {torch.__version__} ({first_line(error)}): "
             f"install the one that was built for this torch."
         ) from error

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ranksearch.compress.inputs import batch_size, cut
-from ranksearch.errors import RanksearchError, UsageError
+from ranksearch.errors import RanksearchError, UsageError, first_line
 
 T = TypeVar("T")
 SYNCHRONISED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -148,7 +148,7 @@ def _with_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of every backend
-        raise PeerLost(f"a worker of the trial is gone: {str(error).splitlines()[0]}") from error
+        raise PeerLost(f"a worker of the trial is gone: {first_line(error)}") from error
 
 
 def _sendable(error: Exception | None) -> Exception | None:
