@@ -51,6 +51,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
     return ByFile(config, log)
 
 
+def pytest_make_parametrize_id(val: Any) -> str | None:
+    """Bytes give a test no name: two processes that compress the same text at other seconds would collect other tests."""
+    return "bytes" if isinstance(val, bytes) else None
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of 127.0.0.1 that nothing listens on now."""
     with ExitStack() as open_ones:

@@ -232,7 +232,7 @@ def test_idx_files_are_read_and_searched(idx_folder, tmp_path, monkeypatch):
         (b"\x1f\x8b\x08junk", "cannot be read"),
         (gzip.compress(b"not idx", mtime=0), "is no idx file of bytes: it begins with 6e 6f 74 20"),
         (
-            gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2])),
+            gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2]), mtime=0),
             r"is not whole: its head says \(9,\), and 2 bytes follow",
         ),
         (
