@@ -220,6 +220,21 @@ def test_the_prediction_is_settled_by_scores_on_the_tasks_metric(bench, digits_y
     assert usual(named).search.sensitivity == "fisher"
 
 
+def test_the_usual_prediction_leads_unless_another_is_better_by_more_than_chance(bench, digits_yaml):
+    """The solver's sensitivities all alike here: no score tells them apart, and only rules that score better still compete."""
+    from ranksearch.search.predicting import settle
+
+    for trials, most in ((4, 1), (8, 2), (64, 3)):
+        space = read_space(digits_yaml, trials=trials)
+        found = settle(
+            space, bench.task, bench.dense_model(), bench.curves,
+            lambda names: dict.fromkeys(names, bench.damage), lambda text: None, {},
+        )  # fmt: skip
+        assert (found.sensitivity, found.predictions[0]) == ("kfac", "kfac")
+        assert len(found.predictions) <= most
+        assert all(found.scores[name] > found.scores["kfac"] for name in found.predictions[1:])
+
+
 def test_the_direct_form_finds_back_its_own_plans(bench, digits_yaml):
     form = Direct(read_space(digits_yaml, settings=["search.parametrization=direct"]), bench.curves)
     rng = np.random.default_rng(0)

@@ -1,14 +1,16 @@
 """Which prediction suits this net and this metric: settled by a few untrained scores on the task's own metric before the first trial.
 
 Candidates are the solver under every sensitivity, and the classic rules that know no data. Each plans at two levels of the study's range;
-the plans are decomposed, get fresh BN statistics and are scored on validation images, as `preview` does. What comes close to the best
-competes with it in the search (`allocated.py`), where trained scores decide.
+the plans are decomposed, get fresh BN statistics and are scored on validation images, as `preview` does. The usual prediction (K-FAC)
+leads unless another is better by more than chance; what may be better competes with the one that leads in the search (`allocated.py`),
+where trained scores decide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from statistics import fmean
 from typing import Any
 
@@ -37,10 +39,12 @@ IMAGES, WORK = (100, 500), 1e11
 BN_BATCHES = 3
 BEHIND = 0.1
 """A candidate that is so much behind the best at the first level is not tried at another."""
-MARGIN = 0.005
-"""Share by which a candidate must be better than the usual prediction to take its place: scores are noisy."""
-CLOSE, MOST = 0.03, 3
-"""What is within this share of the best competes in the search, so many at most."""
+MARGIN, ERRORS = 0.005, 2
+"""A candidate takes the place of the usual prediction where it is better by more than this share, and by more than so many standard errors
+of a score."""
+CLOSE, MOST, TRIALS_EACH = 0.03, 3, 8
+"""Where another than the usual prediction leads, what is within this share of it competes in the search; so many in all at most, and at
+most one rival for every so many trials."""
 
 Log = Callable[[str], None]
 Weigh = Callable[[Sequence[str]], Mapping[str, Damage]]
@@ -148,9 +152,15 @@ class _Trial:
         return len(self._known)
 
     def best_of(self, names: Iterable[str], usual: str) -> str:
-        """The best; the usual one where that is as good as the best, within `MARGIN`."""
+        """The best; the usual one where the best is not better by more than chance."""
         best = max(names, key=self.share)
-        return usual if usual in self.found and self.share(usual) >= self.share(best) - MARGIN else best
+        return usual if usual in self.found and self.share(best) <= self.share(usual) + self.chance(usual) else best
+
+    def chance(self, name: str) -> float:
+        """What a lead over a candidate may be by chance: `ERRORS` standard errors of its mean share over images and levels, as if every
+        image were right or wrong, which no mean of values in [0, 1] exceeds."""
+        p = min(1.0, max(0.0, self.share(name)))
+        return max(MARGIN, ERRORS * sqrt(p * (1 - p) / (self.images * len(self.levels))))
 
 
 def settle(
@@ -197,10 +207,10 @@ def settle(
     own = {name: trial.share(name) for name in (*damages, *RULES) if name in trial.found} | {
         sensitivity: trial.share(best)
     }
-    top = max(own.values())
-    ranked = sorted(
-        (n for n in own if own[n] >= top - CLOSE), key=lambda n: (own[n] < top - MARGIN, n != sensitivity, -own[n])
-    )
+    leader = trial.best_of(own, sensitivity)
+    least = own[leader] if leader == USUAL_SENSITIVITY else own[leader] - CLOSE
+    rivals = sorted((n for n in own if own[n] > least and n != leader), key=lambda n: -own[n])
+    ranked = [leader, *rivals[: min(MOST - 1, space.search.trials // TRIALS_EACH)]]
     tried = {name: values for name, values in trial.found.items() if len(values) == len(trial.levels)}
     scores = {name: fmean(values) for name, values in tried.items()}
     leading = best if ranked[0] == sensitivity else ranked[0]
@@ -210,4 +220,4 @@ def settle(
         f"prediction: {trial.scored} plans without training on {trial.images} validation images: {leading} is best with "
         f"{trial.metric.text(scores[leading])} ({', '.join(others)})"
     )
-    return Prediction(tuple(ranked[:MOST]), sensitivity, measure, trust, scores)
+    return Prediction(tuple(ranked), sensitivity, measure, trust, scores)
