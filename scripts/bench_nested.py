@@ -7,7 +7,7 @@ and scores them. Beside it, `separate` at the nested study's passes: a share of 
 set, `hv_test_*` is the same of the fronts' test accuracies, read once at a study's end.
 
     python scripts/bench_nested.py --json                              digits, ResNet-8, three seeds: about six minutes on one core
-    python scripts/bench_nested.py --variants sandwich through fixed   other forms of the nested run beside the default one
+    python scripts/bench_nested.py --variants straight through fixed   other forms of the nested run beside the default one
     python scripts/bench_nested.py --space search_spaces/cifar10_resnet20.yaml --steps 450     hours on two cores; use a GPU
     python scripts/bench_nested.py --quick                             whether it runs
 """
@@ -15,6 +15,7 @@ set, `hv_test_*` is the same of the fronts' test accuracies, read once at a stud
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,10 +25,13 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
-import torch
 from report import Report, arguments
+from torch import Tensor
 
 import ranksearch
+from ranksearch.compress import LayerPlan
+from ranksearch.compress.nesting import Nesting
+from ranksearch.compress.slots import Slot
 from ranksearch.pareto import hypervolume
 from ranksearch.study.study import Study
 from ranksearch.trial.levels import Levels
@@ -52,22 +56,37 @@ class Sandwich(Levels):
                 yield 1 / 3
 
 
-class Through(Levels):
-    """Gradients are projected as the weights were, so that they reach the kept directions alone."""
+class Formed(Nesting):
+    """Gradients get to the dense weight as they are."""
 
-    def passes(self, step: int) -> Iterator[float]:
-        for level in self.at(step):
-            slots = list(self.nesting.levels[level].values())
-            earlier = [slot.weight.grad for slot, _ in slots]
-            for slot, _ in slots:
-                slot.weight.grad = None
-            with self.nesting.at(level):
-                yield 1 / self.drawn
-            with torch.no_grad():
-                for (slot, choice), before in zip(slots, earlier, strict=True):
-                    if slot.weight.grad is not None:
-                        cut = self.nesting.cut(slot, choice, slot.weight.grad)
-                        slot.weight.grad.copy_(cut if before is None else before + cut)
+    def along(self, slot: Slot, choice: LayerPlan, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class FormedThrough(Nesting):
+    """Gradients are projected as the weights are, so that they reach the kept directions alone: the derivative with the basis held."""
+
+    def along(self, slot: Slot, choice: LayerPlan, gradient: Tensor) -> Tensor:
+        return self.cut(slot, choice, gradient)
+
+
+class Straight(Levels):
+    """Gradients go straight to the dense weight, those outside the level's directions too."""
+
+    kind = Formed
+
+
+class Through(Levels):
+    """Gradients reach the directions that the level keeps of the shorter side alone."""
+
+    kind = FormedThrough
+
+
+class Independent(Levels):
+    """Each step draws its levels for itself, whatever came before."""
+
+    def at(self, step: int) -> list[int]:
+        return random.Random(f"{self._seed} {step}").sample(range(len(self.path)), self.drawn)
 
 
 class Fixed(Levels):
@@ -87,7 +106,9 @@ class Shrinking(Levels):
         return [first + level % (last - first + 1) for level in super().at(step)]
 
 
-VARIANTS: dict[str, type[Levels]] = {"sandwich": Sandwich, "through": Through, "fixed": Fixed, "shrinking": Shrinking}
+VARIANTS: dict[str, type[Levels]] = {
+    "straight": Straight, "through": Through, "independent": Independent, "sandwich": Sandwich, "fixed": Fixed, "shrinking": Shrinking,
+}  # fmt: skip
 
 
 def main() -> None:

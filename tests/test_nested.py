@@ -52,11 +52,53 @@ def test_at_a_level_a_weight_is_its_best_approximation_and_afterwards_what_it_wa
     wanted = lowering_named(name).project(before, rank, LayerSpec.of(model[0])).weight
     with nesting.at(0):
         torch.testing.assert_close(model[0].weight.detach(), wanted, rtol=1e-4, atol=1e-5)
-        model[0].weight.sum().backward()
     assert torch.equal(model[0].weight, before)
-    assert torch.equal(model[0].weight.grad, torch.ones_like(before))  # straight to the dense weight
     with nesting.at(1):
         assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize(("layer", "name", "rank"), LAYERS, ids=[name for _, name, _ in LAYERS])
+def test_a_gradient_at_a_level_is_along_what_the_level_can_change(layer, name, rank):
+    """Against finite differences of the projection, of a matrix with a gap behind its rank: its derivative is the tangent space."""
+    model = one_layer(layer)
+    choice, spec = LayerPlan(name, rank), LayerSpec.of(model[0])
+    nesting = Nesting(model, [RankPlan({"0": choice})])
+    kept = lowering_named(name).project(model[0].weight.detach(), rank, spec).weight
+    with torch.no_grad():
+        model[0].weight.copy_(kept + 1e-4 * torch.randn_like(kept))
+    nesting.refresh()
+    slopes = torch.randn_like(kept)
+    with nesting.at(0):
+        (model[0].weight * slopes).sum().backward()
+    found = model[0].weight.grad
+    if name == "tucker2":  # no matrix: as it is
+        assert torch.equal(found, slopes)
+        return
+    step = 1e-3 * torch.randn_like(kept)
+    there, back = (lowering_named(name).project(kept.double() + s * step.double(), rank, spec).weight for s in (1, -1))
+    moved = float(((there - back) / 2 * slopes).sum())
+    assert float((found * step).sum()) == pytest.approx(moved, rel=2e-2, abs=2e-5)
+
+
+def test_earlier_gradients_stay_and_parts_of_a_packed_weight_get_their_own():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("attention", nn.MultiheadAttention(8, 2, batch_first=True))
+    packed = model.attention.in_proj_weight
+    nesting = Nesting(model, [RankPlan({"attention.q_proj": LayerPlan("svd", 2)})])
+    nesting.refresh()
+    packed.grad = torch.full_like(packed, 3.0)
+    slopes = torch.randn_like(packed)
+    with nesting.at(0):
+        (packed * slopes).sum().backward()
+    added = packed.grad - 3
+    torch.testing.assert_close(added[8:], slopes[8:])  # k and v are dense at this level
+    assert not torch.allclose(added[:8], slopes[:8])
+    weight = packed[:8].detach().double()
+    left, _, right = torch.linalg.svd(weight)
+    u, v = left[:, :2], right[:2].T
+    g = slopes[:8].double()
+    torch.testing.assert_close(added[:8].double(), u @ u.T @ g + (g - u @ u.T @ g) @ v @ v.T, rtol=1e-4, atol=1e-5)
 
 
 def test_smaller_levels_lie_within_larger_ones_also_after_the_weight_has_moved():
@@ -84,6 +126,9 @@ def test_levels_are_drawn_alike_at_every_step_and_all_of_them():
     assert {level for some in drawn for level in some} == {0, 1, 2}
     assert all(len(set(some)) == 2 for some in drawn)
     assert sum(levels.passes(0)) == pytest.approx(1)
+    alone = Levels(model, path, period=5, drawn=1, seed=3)
+    for first in range(0, 30, 3):  # each has its turn before any has another
+        assert sorted(level for step in range(first, first + 3) for level in alone.at(step)) == [0, 1, 2]
 
 
 def test_a_path_rises_to_the_budgets_and_keeps_each_layers_lowering(bench, digits_yaml):

@@ -1,15 +1,19 @@
 """One dense weight that serves many sizes: for one pass its layers are what they are at a level, then the dense weights are back.
 
-Levels are plans, the smallest first. A layer's basis is found from its weight now and then (`refresh`), the leading directions first; its
+Levels are plans, the smallest first. A layer's bases are found from its weight now and then (`refresh`), the leading directions first; its
 weight at any rank is then two small products. Formats that are no matrices (`tucker2`, `cp`) are projected anew at every pass.
 
-Reference: nested directions of one weight, Horváth et al. 2021, arXiv 2102.13451 (FjORD, ordered dropout); the smallest and the largest
-level at every step, Yu & Huang 2019, arXiv 1903.05134 (the sandwich rule).
+A gradient G at a level goes to the dense weight along the tangent space of the matrices of that rank: U Uᵀ G + (1 - U Uᵀ) G V Vᵀ, with the
+leading left and right directions U and V. That changes what the level computes, and turns its bases; the rest of G would only feed
+directions that the level does not see. Formats that are no matrices get G as it is.
+
+References: nested directions of one weight, Horváth et al. 2021, arXiv 2102.13451 (FjORD, ordered dropout); the tangent space,
+Vandereycken 2013, arXiv 1209.3834.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +44,8 @@ class Nesting:
             UsageError: a plan does not fit the model.
         """
         self.levels = [slots_of(model, plan) for plan in path]
-        self._bases: dict[Key, Tensor] = {}
+        self._bases: dict[Key, tuple[Tensor, Tensor]] = {}
+        """The leading directions [blocks, side, rank] of the shorter side and of the longer one, the last one leads."""
         self._most: dict[Key, int] = {}
         for slot, choice, matrix in self._matrices():
             key = slot.name, matrix.name
@@ -57,7 +62,7 @@ class Nesting:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Finds every layer's basis anew from its weight as it is.
+        """Finds every layer's bases anew from its weight as it is.
 
         Raises:
             NonFiniteError: a weight is not finite; the text names the layer.
@@ -68,50 +73,100 @@ class Nesting:
                 scaled, _ = linalg.moderate(matrix.unfold(slot.spec.blocks(slot.weight.detach()), slot.spec))
             except NonFiniteError as error:
                 raise NonFiniteError(f"Layer {slot.name!r}: {error}") from error
-            rows = scaled.shape[-2] <= scaled.shape[-1]
-            self._bases[key] = linalg.leading(scaled if rows else scaled.mT, self._most[key])[0]
+            wide = scaled.mT if _is_tall(scaled) else scaled
+            near = linalg.leading(wide, self._most[key])[0]
+            # W'U has orthogonal columns; one of length 0 is no direction
+            self._bases[key] = near, nn.functional.normalize(wide.mT @ near, dim=-2)
 
     @contextmanager
     def at(self, level: int) -> Iterator[None]:
         """Within, the model is what it is at a level; afterwards its weights are as before.
 
-        Gradients that are added within go straight to the dense weights, those outside the basis too: so a basis can turn.
+        Gradients that come in within go to the dense weights along the level's tangent space, see above; earlier ones stay as they are.
         """
-        slots = self.levels[level].values()
+        slots = list(self.levels[level].values())
+        owners = list({id(owner): owner for owner in (_owner(slot.weight) for slot, _ in slots)}.values())
+        earlier = [owner.grad for owner in owners]
         with torch.no_grad():
             kept = [slot.weight.detach().clone() for slot, _ in slots]
             for slot, choice in slots:
                 slot.weight.copy_(self.cut(slot, choice, slot.weight.detach()))
+        for owner in owners:
+            owner.grad = None
         try:
             yield
         finally:
             with torch.no_grad():
-                for (slot, _), weight in zip(slots, kept, strict=True):
+                for (slot, choice), weight in zip(slots, kept, strict=True):
                     slot.weight.copy_(weight)
+                    if (gradient := _gradient(slot.weight)) is not None:
+                        gradient.copy_(self.along(slot, choice, gradient))
+                for owner, before in zip(owners, earlier, strict=True):
+                    if before is not None:
+                        owner.grad = before if owner.grad is None else owner.grad.add_(before)
 
     def cut(self, slot: Slot, choice: LayerPlan, tensor: Tensor) -> Tensor:
-        """A tensor of a weight's shape, projected onto what the layer keeps of it at a rank."""
+        """What the layer is at a rank, of a tensor of its weight's shape: U Uᵀ T, or the lowering's own projection."""
         matrix = _as_matrices(choice)
         if matrix is None:
             return lowering_named(choice.lowering).project(tensor, choice.rank, slot.spec).weight
+        near, _ = self._kept(slot, choice, matrix, tensor)
+        return _through(matrix, slot, tensor, lambda wide: near @ (near.mT @ wide))
+
+    def along(self, slot: Slot, choice: LayerPlan, gradient: Tensor) -> Tensor:
+        """A gradient of a weight's shape along the tangent space at a rank; as it is for a format that is no matrix."""
+        matrix = _as_matrices(choice)
+        if matrix is None:
+            return gradient
+        near, far = self._kept(slot, choice, matrix, gradient)
+
+        def tangent(wide: Tensor) -> Tensor:
+            inside = near @ (near.mT @ wide)
+            return inside + ((wide - inside) @ far) @ far.mT
+
+        return _through(matrix, slot, gradient, tangent)
+
+    def _kept(self, slot: Slot, choice: LayerPlan, matrix: MatrixLowering, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The directions that a rank keeps of the shorter side, and of the longer one."""
         (count,) = sides(choice.rank)
-        unfolded = matrix.unfold(slot.spec.blocks(tensor), slot.spec)
-        basis = self._bases[slot.name, matrix.name][..., -count:].to(unfolded)
-        rows = unfolded.shape[-2] <= unfolded.shape[-1]
-        product = basis @ (basis.mT @ unfolded) if rows else (unfolded @ basis) @ basis.mT
-        return slot.spec.weight_of(matrix.fold(product, slot.spec)).to(tensor.dtype)
+        near, far = self._bases[slot.name, matrix.name]
+        return near[..., -count:].to(like), far[..., -count:].to(like)
 
     def state_dict(self) -> dict[str, Any]:
         """The bases, as tensors by text."""
-        return {f"{name} {form}": basis for (name, form), basis in self._bases.items()}
+        return {f"{name} {form}": bases for (name, form), bases in self._bases.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, basis in state.items():
+        for name, (near, far) in state.items():
             layer, _, form = name.rpartition(" ")
-            self._bases[layer, form] = basis
+            self._bases[layer, form] = near, far
 
 
 def _as_matrices(choice: LayerPlan) -> MatrixLowering | None:
     """The lowering as a batch of matrices; a pivoted form is its plain one. None for formats that are none."""
     plain = lowering_named(lowering_named(choice.lowering).curve_name)
     return plain if isinstance(plain, MatrixLowering) else None
+
+
+def _is_tall(matrices: Tensor) -> bool:
+    return matrices.shape[-2] > matrices.shape[-1]
+
+
+def _through(matrix: MatrixLowering, slot: Slot, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A tensor of a slot's shape, changed as matrices [blocks, n, m] with n <= m."""
+    unfolded = matrix.unfold(slot.spec.blocks(tensor), slot.spec)
+    changed = change(unfolded.mT).mT if _is_tall(unfolded) else change(unfolded)
+    return slot.spec.weight_of(matrix.fold(changed, slot.spec)).to(tensor.dtype)
+
+
+def _owner(weight: Tensor) -> Tensor:
+    """The parameter that a slot's weight is, or is a part of."""
+    return weight if weight._base is None else weight._base
+
+
+def _gradient(weight: Tensor) -> Tensor | None:
+    """The gradient of a slot's weight, itself a part of a larger one where the weight is; None where there is none."""
+    whole, owner = _owner(weight).grad, _owner(weight)
+    if whole is None or owner is weight:
+        return whole
+    return whole.as_strided(weight.shape, weight.stride(), weight.storage_offset() - owner.storage_offset())

@@ -15,7 +15,9 @@ from ranksearch.tasks.train import Training
 
 
 class Levels:
-    """The plans of a path over one model under training, each drawn equally often; in `Session.train_` it stands where projections do."""
+    """The plans of a path over one model under training, each dealt equally often; in `Session.train_` it stands where projections do."""
+
+    kind: type[Nesting] = Nesting
 
     def __init__(self, model: nn.Module, path: Sequence[RankPlan], *, period: int, drawn: int, seed: int) -> None:
         """
@@ -25,7 +27,7 @@ class Levels:
             drawn: levels of one step, all different; at most all of them.
         """
         self.path = tuple(path)
-        self.nesting, self._period, self._seed = Nesting(model, path), period, seed
+        self.nesting, self._period, self._seed = self.kind(model, path), period, seed
         self.drawn = min(drawn, len(self.path))
         self.seconds = 0.0
         self.records: list[dict[str, Any]] = []
@@ -33,8 +35,13 @@ class Levels:
         self._refresh(model)
 
     def at(self, step: int) -> list[int]:
-        """The levels of a step: the same whenever it is asked for, so that a run that goes on from its state needs no dice of it."""
-        return random.Random(f"{self._seed} {step}").sample(range(len(self.path)), self.drawn)
+        """The levels of a step: dealt from a shuffled deck of all of them, so that each has its turn before any has another.
+
+        The same whenever it is asked for, so that a run that goes on from its state needs no dice of it.
+        """
+        deals = len(self.path) // self.drawn
+        deck = random.Random(f"{self._seed} {step // deals}").sample(range(len(self.path)), len(self.path))
+        return deck[step % deals * self.drawn :][: self.drawn]
 
     def passes(self, step: int) -> Iterator[float]:
         """The passes of a step, each with the weights of a level, of equal shares in the loss."""
