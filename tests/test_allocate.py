@@ -488,6 +488,19 @@ def test_public_allocate_by_measured_score(small_net, image):
         ranksearch.allocate(small_net, image, {"flops": "60%"}, method="greedy")
 
 
+def test_public_allocate_weighs_by_kfac_where_it_has_data(small_net):
+    torch.manual_seed(3)
+    images = [torch.randn(8, 3, 12, 12) for _ in range(2)]
+    budgets = {"params": "60%"}
+    told = {
+        name: ranksearch.allocate(small_net, images[0], budgets, sensitivity=name, calibration=images)
+        for name in ("kfac", "none")
+    }
+    assert told["kfac"].digest() != told["none"].digest()
+    assert ranksearch.allocate(small_net, images[0], budgets, calibration=images).digest() == told["kfac"].digest()
+    assert ranksearch.allocate(small_net, images[0], budgets).digest() == told["none"].digest()
+
+
 def test_public_allocate_takes_rules_and_multiples(small_net, image):
     names = [layer.name for layer in trace(small_net, image).layers]
     rules = [ranksearch.LayerRule(names[0], min_rank=4)]

@@ -12,13 +12,13 @@ from torch import nn
 from ranksearch.allocate.baselines import BASELINES, random
 from ranksearch.allocate.budget import Budgets, assignments, parse_budget
 from ranksearch.allocate.curves import rank_curves
-from ranksearch.allocate.damage import MEASURES
+from ranksearch.allocate.damage import MEASURES, USUAL_MEASURE
 from ranksearch.allocate.drawn import Loss
 from ranksearch.allocate.exact import solve_exactly
 from ranksearch.allocate.greedy import greedy, measure_scores
 from ranksearch.allocate.latency import timed
 from ranksearch.allocate.rules import LayerRule, LayerRules
-from ranksearch.allocate.sensitivity import SENSITIVITIES, weigh
+from ranksearch.allocate.sensitivity import SENSITIVITIES, USUAL_SENSITIVITY, weigh
 from ranksearch.allocate.solver import Solver, allocate_plan, solve
 from ranksearch.compress import RankPlan, reestimate_bn_, trace
 from ranksearch.compress.bare import bare
@@ -43,8 +43,8 @@ def allocate(
     rules: Sequence[LayerRule] = (),
     rank_multiple: int = 1,
     method: str = "solver",
-    sensitivity: str = "none",
-    measure: str = "log_kept_energy",
+    sensitivity: str | None = None,
+    measure: str = USUAL_MEASURE,
     calibration: Sequence[Any] = (),
     loss: Loss | None = None,
     weightings: Mapping[str, Weighting] | None = None,
@@ -65,7 +65,7 @@ def allocate(
             a minute allows), or a baseline: "uniform", "energy", "minimax", "evbmf", "stable_rank", "random", or "greedy", which
             evaluates the net nine times a layer with `score`.
         sensitivity: what weighs a layer's error: "none" (the weights alone), or with `calibration` "activation", "fisher", "kfac",
-            "kfac_balanced" (every class counts alike).
+            "kfac_balanced" (every class counts alike). Left out, "kfac" with `calibration` and "none" without.
         measure: damage as a function of the share that a layer loses, "log_kept_energy" or "relative_energy".
         calibration: batches of inputs as the model takes them, a list; "greedy" re-estimates BN statistics on them.
         loss: output of the model -> sum of the samples' losses, for "fisher" and "kfac"; left out, cross-entropy against labels drawn
@@ -80,6 +80,7 @@ def allocate(
         UsageError: an unknown name, a pattern that matches nothing, data that is missing, or a budget that cannot be met.
     """
     model = bare(model)
+    sensitivity = sensitivity or (USUAL_SENSITIVITY if calibration else "none")
     for what, name, valid in (
         ("allocation method", method, METHODS), ("damage measure", measure, MEASURES), ("sensitivity", sensitivity, SENSITIVITIES),
     ):  # fmt: skip

@@ -30,6 +30,7 @@ def log_kept_energy(removed: np.ndarray) -> np.ndarray:
 
 
 MEASURES: dict[str, Measure] = {"log_kept_energy": log_kept_energy, "relative_energy": relative_energy}
+USUAL_MEASURE = "log_kept_energy"
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,6 +73,8 @@ def kfac(error: Tensor, found: Statistics, norm: bool, damping: float) -> Tensor
 BALANCED = "kfac_balanced"
 FORMS: dict[str, Form] = {"activation": activation, "fisher": fisher, "kfac": kfac, BALANCED: kfac}
 SENSITIVITIES = ("none", *FORMS)
+USUAL_SENSITIVITY = "kfac"
+"""Where there are data, and nothing else was named or scored better."""
 ABSOLUTE = ("fisher", "kfac", BALANCED)
 """Those in units of the loss; the other shares are of the layer's own output."""
 

@@ -17,13 +17,14 @@ from typing import Any
 from torch import nn
 
 from ranksearch.allocate import BASELINES, MEASURES, Curves, Damage, allocate_plan
-from ranksearch.allocate.sensitivity import ABSOLUTE, BALANCED
+from ranksearch.allocate.damage import USUAL_MEASURE
+from ranksearch.allocate.sensitivity import ABSOLUTE, BALANCED, USUAL_SENSITIVITY
 from ranksearch.compress import RankPlan
 from ranksearch.errors import UsageError
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.search.budgets import at_level, budgets_of, has_levels, lowest_level
 from ranksearch.search.scorer import Scorer
-from ranksearch.space.search import AUTO, RULES, USUAL_MEASURE, USUAL_SENSITIVITY
+from ranksearch.space.search import AUTO, RULES
 from ranksearch.space.settings import Range
 from ranksearch.space.space import Space
 from ranksearch.tasks.evaluate import Evaluation

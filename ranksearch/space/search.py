@@ -14,8 +14,7 @@ from ranksearch.errors import nearest
 from ranksearch.space.settings import Range, Strict, searchable
 
 AUTO = "auto"
-USUAL_SENSITIVITY, USUAL_MEASURE = "kfac", "log_kept_energy"
-"""What "auto" stands for where nothing is scored."""
+"""Settled by untrained scores; where nothing is scored it stands for `USUAL_SENSITIVITY` and `USUAL_MEASURE`."""
 GROUPINGS = ("blocks", "stage", "shape", "layer", "all")
 """Ways to group layers by themselves; names with patterns are another."""
 RULES = ("uniform", "energy", "minimax")

@@ -85,7 +85,7 @@ layers:
 recipe:
   steps: 1000             # of a trial; one or two epochs at least, more where accuracy is to come back
   batch_size: 64          # a DataLoader's own goes before it
-  optimizer: sgd          # adamw wants a learning rate of about 0.0005
+  optimizer: sgd          # adamw wants a learning rate of about 0.001
   lr: {{low: 0.001, high: 0.03, log: true, default: 0.005}}
   projection:
     period: {{low: 10, high: 80, log: true, default: 30}}

@@ -1,8 +1,9 @@
-"""Learning-rate schedules: the share of the peak at a step of a run. Each starts with a linear warm-up."""
+"""How weights are updated, and learning-rate schedules: the share of the peak at a step of a run, after a linear warm-up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import cos, pi
 
 STEP_FACTOR = 0.1
@@ -34,3 +35,20 @@ def learning_rate(name: str, step: int, total: int, *, peak: float, warmup: floa
     if step < rising:
         return peak * (step + 1) / rising
     return peak * SCHEDULES[name]((step - rising) / max(1, total - rising))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updates:
+    """What a recipe says of the steps of a training; meanings and defaults are stated in `space/recipe.py`."""
+
+    batch_size: int
+    optimizer: str
+    schedule: str
+    warmup: float
+    lr: float
+    momentum: float
+    weight_decay: float
+    label_smoothing: float
+    clip_norm: float
+    ema: float
+    compile: bool

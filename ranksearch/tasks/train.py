@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any
 
@@ -22,7 +22,7 @@ from ranksearch.tasks.capture import Recorder, Replayed, recorder_for
 from ranksearch.tasks.device import channels_last_
 from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.resident import ResidentStream
-from ranksearch.tasks.schedule import OPTIMIZER_NAMES, learning_rate
+from ranksearch.tasks.schedule import OPTIMIZER_NAMES, Updates, learning_rate
 from ranksearch.tasks.scores import IGNORED, in_fp32
 from ranksearch.tasks.source import Batch
 from ranksearch.tasks.task import Task
@@ -93,25 +93,18 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, Optimisation], torch.optim.Optimizer]
 """SGD with Nesterov momentum; AdamW, whose first beta is the momentum."""
 
 
-@dataclass(frozen=True)
-class Optimisation:
-    """How weights are updated. `total_steps` is the schedule's length, over all phases of a trial."""
+@dataclass(frozen=True, kw_only=True)
+class Optimisation(Updates):
+    """How a training updates its weights. `total_steps` is the schedule's length, over all phases of a trial."""
 
-    optimizer: str
-    schedule: str
-    lr: float
-    warmup: float
-    momentum: float
-    weight_decay: float
-    batch_size: int
     total_steps: int
-    label_smoothing: float
-    clip_norm: float
-    """Largest norm of the gradient; 0 does without."""
-    ema: float
-    """Decay of the exponential moving average of weights that a phase ends with; 0 does without."""
     bf16: bool
-    compile: bool
+
+    @classmethod
+    def of(cls, updates: Updates, *, total_steps: int, bf16: bool) -> Optimisation:
+        """What a recipe says, in a training of so many steps."""
+        said = {field.name: getattr(updates, field.name) for field in fields(Updates)}
+        return cls(**said, total_steps=total_steps, bf16=bf16)
 
     def lr_at(self, step: int) -> float:
         return learning_rate(self.schedule, step, self.total_steps, peak=self.lr, warmup=self.warmup)

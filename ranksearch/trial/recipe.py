@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from ranksearch.space.recipe import RecipeSpace
 from ranksearch.space.settings import Choices, Range, Scalar, is_whole
+from ranksearch.tasks.schedule import Updates
 
 Draw = Callable[[str, Range | Choices, bool], Scalar]
 """(dotted name, distribution, whether whole) -> a value"""
@@ -38,26 +39,15 @@ class DistillationRecipe:
     temperature: float
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Updates):
     """How a trial trains: `steps` optimizer steps, the last `factor_share` of them on the factors."""
 
     steps: int
-    batch_size: int
-    optimizer: str
-    schedule: str
-    warmup: float
-    lr: float
-    momentum: float
-    weight_decay: float
-    label_smoothing: float
-    clip_norm: float
-    ema: float
     factor_share: float
     factor_lr: float
     bn_batches: int
     precision: str
-    compile: bool
     projection: ProjectionRecipe
     distillation: DistillationRecipe
 

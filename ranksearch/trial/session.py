@@ -95,12 +95,8 @@ class Session:
         self._watch = watch
         self._generator = torch.Generator(device).manual_seed(seed)
         self._rungs = {round(share * recipe.steps): number for number, share in enumerate(rungs)}
-        self.settings = Optimisation(
-            optimizer=recipe.optimizer, schedule=recipe.schedule, lr=recipe.lr, warmup=recipe.warmup,
-            momentum=recipe.momentum, weight_decay=recipe.weight_decay, batch_size=recipe.batch_size,
-            total_steps=recipe.steps, label_smoothing=recipe.label_smoothing, clip_norm=recipe.clip_norm, ema=recipe.ema,
-            bf16=use_bf16(recipe.precision, device, dense_cost(net).macs), compile=recipe.compile,
-        )  # fmt: skip
+        bf16 = use_bf16(recipe.precision, device, dense_cost(net).macs)
+        self.settings = Optimisation.of(recipe, total_steps=recipe.steps, bf16=bf16)
         self._distillation = None
         if recipe.distillation.weight > 0:
             teacher = self._net_of(dense).eval().requires_grad_(False)
