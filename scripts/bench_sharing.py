@@ -35,7 +35,7 @@ from ranksearch.tasks.task import Task
 
 
 def private_mib() -> float:
-    """Of this process, without what it shares."""
+    """Bytes of this process, without what it shares."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 PACKAGES = ("matplotlib", "mlflow", "numpy", "optuna", "pandas", "pydantic", "scipy", "sklearn", "sqlalchemy", "torch")
 TOKENS = 64
-"""Of every text the first so many; shorter ones are passed over, so that no batch is padded."""
+"""How many tokens of a text are taken, the first ones; shorter texts are passed over, so that no batch is padded."""
 
 
 def _order(text: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 START_SECONDS = 90
 OBJECT_STORE_BYTES = 100_000_000
 TOKEN = secrets.token_hex(32)
-"""Of the clusters of this process; no other one can talk to them."""
+"""The token of this process's clusters; no other process can talk to them."""
 TRAINS = "ray::ImplicitFunc"
 """How the title of a process begins that runs trials."""
 

@@ -117,7 +117,7 @@ class Driven:
     idle: float = 0.0
     """Worker-seconds of waiting until the last trial was given out."""
     starting: float = 0.0
-    """Of these the wait for a worker's first trial."""
+    """The part of these seconds that was the wait for a worker's first trial."""
     until: float = 0.0
     """When that was."""
     ends: Counter[str] = field(default_factory=Counter)

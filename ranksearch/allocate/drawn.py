@@ -34,7 +34,7 @@ Drawn = Callable[[Tensor, Any], Tensor]
 SQUARED = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 SQUARED_FUNCTIONS = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 RAREST = 0.02
-"""Of `balanced`: a class whose share is below this, times that of an even split, is weighed as if it had it."""
+"""The least share of a class that `balanced` weighs by, times that of an even split: a rarer class counts as if it had it."""
 
 
 def labels_loss(

@@ -34,7 +34,7 @@ class RankPlan:
     """How far a solver's plan may be from the optimum: its predicted damage is at most this share of itself above the least possible."""
 
     example_input: Any = field(default=None, compare=False, repr=False)
-    """Of a plan that `allocate` made: what `compress` checks the compressed net on. It is not written to files."""
+    """The input that `allocate` was given, on which `compress` checks the compressed net. It is not written to files."""
 
     def __getitem__(self, name: str) -> LayerPlan:
         return self.layers.get(name, DENSE)

@@ -41,7 +41,7 @@ class Layer:
     """How many maps (of a Linear: rows, or sequences of them) every use took when the net was given `batch` samples; () where as many."""
     batch: int = 1
     bytes_per_weight: int = BYTES_PER_WEIGHT
-    """Of its weight's dtype: 4 in float32, 2 in bfloat16."""
+    """Bytes of a number of its weight's dtype: 4 in float32, 2 in bfloat16."""
 
     @property
     def macs(self) -> int:
@@ -87,7 +87,7 @@ class Net:
 
     @property
     def bytes_per_weight(self) -> int:
-        """Of the layers' dtype; the most, where they have several: a size counted by it is never below the real one."""
+        """Bytes of a number of the layers' dtype; the most, where they have several: a size counted by it is never below the real one."""
         return max((layer.bytes_per_weight for layer in self.layers), default=BYTES_PER_WEIGHT)
 
     @property

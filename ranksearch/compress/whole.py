@@ -26,7 +26,7 @@ from ranksearch.lowering import lowering_named
 from ranksearch.lowering.chain import Chain, Computed
 
 TOLERANCE = 1e-4
-"""Of max |a - b| / max |a|, a the outputs of the projected net and b those of the compressed one."""
+"""The largest allowed max |a - b| / max |a|, with a the outputs of the projected net and b those of the compressed one."""
 
 
 def check_whole(model: nn.Module, small: nn.Module, plan: RankPlan, example_input: Any) -> None:

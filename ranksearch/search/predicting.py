@@ -34,7 +34,7 @@ from ranksearch.trial.metric import Metric
 
 SENSITIVE = (USUAL_SENSITIVITY, "activation", "none", BALANCED)
 LEVELS = (0.25, 0.7)
-"""Of the way from the lowest level of the study to its budgets, the first one tried by all."""
+"""Where plans are scored, as shares of the way from the study's lowest level to its budgets; every candidate is tried at the first."""
 IMAGES, WORK = (100, 500), 1e11
 """A plan is scored on as many images as take `WORK` MACs of the dense net, within these bounds."""
 BN_BATCHES = 3

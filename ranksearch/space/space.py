@@ -37,7 +37,7 @@ from ranksearch.tasks import TASKS, TaskKind, build_reference, is_own, task_kind
 
 AUTO = "auto"
 MOST_GPUS = 1024
-"""Of one trial."""
+"""The most GPUs that one trial may take."""
 
 
 class LayerRuleSpace(Strict):

@@ -37,14 +37,14 @@ class Cut:
     """As they were asked for, such as `flops=37%`."""
     cost: Cost
     dense: Cost
-    """Of the dense net."""
+    """The cost of the dense net."""
     val_accuracy: float
     """The task's metric on the validation set."""
     val_loss: float
 
     @property
     def macs_ratio(self) -> float:
-        """MACs as a share of the dense net's."""
+        """The cost of the dense net."""
         return self.cost.macs / self.dense.macs
 
     @property

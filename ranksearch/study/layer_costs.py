@@ -17,7 +17,7 @@ class LayerCost:
 
     name: str
     shape: tuple[int, ...]
-    """Of the dense weight."""
+    """The shape of the dense weight."""
     macs: int
     kept_macs: int
     params: int
@@ -25,7 +25,7 @@ class LayerCost:
     becomes: str
     """Such as `im2col 14`, or `dense`."""
     dense_ms: float | None
-    """Of the dense layer by itself, all its uses, where it was measured."""
+    """Milliseconds of the dense layer by itself, all its uses, where they were measured."""
     kept_ms: float | None
     """The same of what it becomes."""
 

@@ -30,7 +30,7 @@ Log = Callable[[str], None]
 
 
 def that_matter(front: Sequence[Row], cost: str) -> list[Row]:
-    """Of a front, the best first: the net to ship, the next cheaper one, and the cheapest."""
+    """The rows of a front (the best first) that matter for the verdict: the net to ship, the next cheaper one, and the cheapest."""
     if not front:
         return []
     share = COST_RATIOS[cost]

@@ -35,7 +35,7 @@ class Row:
     """The task's metric in its own unit."""
     val_loss: float | None = None
     repeats: dict[str, Any] | None = None
-    """Of a net that was trained again with other seeds at the end: `runs`, and mean and deviation by split (`repeats.py`)."""
+    """How the net did that was trained again with other seeds at the end: `runs`, and mean and deviation by split (`repeats.py`)."""
     kept: dict[str, Any] | None = None
     """Which net of the trial this is: the `phase` and the `step` it was scored after (`trial/kept.py`)."""
     macs: int | None = None
@@ -126,7 +126,7 @@ class Row:
 
 
 def repeated(own: Row, again: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Of a trial and its repeats: how many ended well (`runs`, the trial among them), mean and deviation (n - 1) by split.
+    """Sums up a trial and its repeats: how many ended well (`runs`, the trial among them), mean and deviation (n - 1) by split.
 
     None where nothing was repeated. The trial itself was chosen for its validation: the mean with it is a little too good.
     """

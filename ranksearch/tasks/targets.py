@@ -12,7 +12,7 @@ from ranksearch.compress.inputs import shape_of
 from ranksearch.errors import UsageError
 
 NAMES = ("target", "targets", "start_positions", "end_positions")
-"""Of targets in a batch dict, beside every name with `label` in it, as Hugging Face has it."""
+"""Names that targets go by in a batch dict, beside every name with `label` in it, as Hugging Face has it."""
 
 
 def is_target(name: object) -> bool:
