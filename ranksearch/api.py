@@ -35,6 +35,7 @@ from ranksearch.search.preview import (
     preview_record,
     preview_rows,
 )
+from ranksearch.search.range_test import with_recipe
 from ranksearch.search.scorer import Scorer
 from ranksearch.search.workbench import prepare
 from ranksearch.space.quality import Limits
@@ -142,7 +143,8 @@ def search(
         from ranksearch.cluster.connection import join
 
         join(space.resources, address, observer.log)  # a cluster that is not there must not leave an empty study behind
-    study = Study.create(runs, space, bench, dense_accuracy(bench.dense_model(), bench.task))
+    dense = dense_accuracy(bench.dense_model(), bench.task)
+    study = Study.create(runs, space, with_recipe(space, bench, dense, observer.log), dense)
     known.save()
     if table is not None:
         table.save_to(study.folder / LATENCY)

@@ -88,6 +88,13 @@ def usual(space: Space) -> Space:
     return space.model_copy(update={"search": search.model_copy(update=changes)}) if changes else space
 
 
+def chance(share: float, samples: int) -> float:
+    """What a lead over a share may be by chance: `ERRORS` standard errors of a mean over samples, as if each were right or wrong, which no
+    mean of values in [0, 1] exceeds; at least `MARGIN`."""
+    p = min(1.0, max(0.0, share))
+    return max(MARGIN, ERRORS * sqrt(p * (1 - p) / samples))
+
+
 Planner = Callable[[list[Any]], RankPlan]
 """Budgets -> a plan within them; UsageError where there is none."""
 
@@ -158,10 +165,8 @@ class _Trial:
         return usual if usual in self.found and self.share(best) <= self.share(usual) + self.chance(usual) else best
 
     def chance(self, name: str) -> float:
-        """What a lead over a candidate may be by chance: `ERRORS` standard errors of its mean share over images and levels, as if every
-        image were right or wrong, which no mean of values in [0, 1] exceeds."""
-        p = min(1.0, max(0.0, self.share(name)))
-        return max(MARGIN, ERRORS * sqrt(p * (1 - p) / (self.images * len(self.levels))))
+        """What a lead over a candidate may be by chance."""
+        return chance(self.share(name), self.images * len(self.levels))
 
 
 def settle(

@@ -45,8 +45,8 @@ def make_task() -> ranksearch.Task:
 
     # TODO 3: left out, the loss is cross-entropy and the metric accuracy in percent. Any others:
     # loss=torch.nn.MSELoss(), metric=rmse, direction="minimize", with def rmse(outputs, targets): return number
-    # TODO 4: what the dense net was trained with; trials train so where the space's recipe names neither optimizer nor lr
-    # (take both lines out there): trained_with={{"optimizer": "adamw", "lr": 0.001, "weight_decay": 0.01}}
+    # TODO 4: what the dense net was trained with; trials train so where the space's recipe names neither optimizer nor lr:
+    # trained_with={{"optimizer": "adamw", "lr": 0.001, "weight_decay": 0.01}}
     return ranksearch.Task(model=model, train=train, val=val)
 
 
@@ -85,8 +85,7 @@ layers:
 recipe:
   steps: 1000             # of a trial; one or two epochs at least, more where accuracy is to come back
   batch_size: 64          # a DataLoader's own goes before it
-  optimizer: sgd          # adamw wants a learning rate of about 0.001
-  lr: {{low: 0.001, high: 0.03, log: true, default: 0.005}}
+  # optimizer and lr: as the task says that the net was trained (trained_with), else found by short trials before the first one
   projection:
     period: {{low: 10, high: 80, log: true, default: 30}}
 
