@@ -213,17 +213,26 @@ def simulated(bench: Workbench, candidate: Candidate) -> TrialResult:
 
 @lru_cache(maxsize=1)
 def _workbench(
-    task: str, model: str, lowerings: str, validation: int, data: str | None, seed: int, out: str
+    task: str, model: str, lowerings: str, validation: int, data: str | None, front_from: float, seed: int, out: str
 ) -> Workbench:
     options = argparse.Namespace(
-        task=task, model=model, lowerings=lowerings, validation=validation, data=data, steps=1, front_from=0.5
+        task=task, model=model, lowerings=lowerings, validation=validation, data=data, steps=1, front_from=front_from
     )
     return prepare(space_of(options, "bench", seed, {}), fallback=Path(out) / "dense", log=lambda text: None)
 
 
 def workbench(options: argparse.Namespace, out: Path, seed: int) -> Workbench:
     """Data, dense net, curves and sensitivities of a seed, kept for the next study of this process."""
-    return _workbench(options.task, options.model, options.lowerings, options.validation, options.data, seed, str(out))
+    return _workbench(
+        options.task,
+        options.model,
+        options.lowerings,
+        options.validation,
+        options.data,
+        options.front_from,
+        seed,
+        str(out),
+    )
 
 
 @lru_cache(maxsize=1)

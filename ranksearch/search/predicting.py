@@ -2,8 +2,8 @@
 
 Candidates are the solver under every sensitivity, and the classic rules that know no data. Each plans at two levels of the study's range;
 the plans are decomposed, get fresh BN statistics and are scored on validation images, as `preview` does. The usual prediction (K-FAC)
-leads unless another is better by more than chance; what may be better competes with the one that leads in the search (`allocated.py`),
-where trained scores decide.
+leads unless another is better by more than chance; what is likely better, or close to another that leads, competes with it in the search
+(`allocated.py`), where trained scores decide.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ MARGIN, ERRORS = 0.005, 2
 """A candidate takes the place of the usual prediction where it is better by more than this share, and by more than so many standard errors
 of a score."""
 CLOSE, MOST, TRIALS_EACH = 0.03, 3, 8
-"""Where another than the usual prediction leads, what is within this share of it competes in the search; so many in all at most, and at
-most one rival for every so many trials."""
+"""Where the usual prediction leads, what is better by half of what may be chance competes with it in the search; where another leads, what
+is within the share `CLOSE` of it. So many in all at most, and at most one rival for every so many trials."""
 
 Log = Callable[[str], None]
 Weigh = Callable[[Sequence[str]], Mapping[str, Damage]]
@@ -214,7 +214,7 @@ def settle(
         sensitivity: trial.share(best)
     }
     leader = trial.best_of(own, sensitivity)
-    least = own[leader] if leader == USUAL_SENSITIVITY else own[leader] - CLOSE
+    least = own[leader] + trial.chance(leader) / 2 if leader == USUAL_SENSITIVITY else own[leader] - CLOSE
     rivals = sorted((n for n in own if own[n] > least and n != leader), key=lambda n: -own[n])
     ranked = [leader, *rivals[: min(MOST - 1, space.search.trials // TRIALS_EACH)]]
     tried = {name: values for name, values in trial.found.items() if len(values) == len(trial.levels)}
