@@ -64,7 +64,7 @@ def server(tmp_path_factory):
         stdout=subprocess.DEVNULL,
     )
     yield f"postgresql://ranksearch@127.0.0.1:{port}/postgres"
-    run(found / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop", stdout=subprocess.DEVNULL)
+    run(found / "pg_ctl", "-D", folder / "data", "-m", "immediate", "-t", "300", "stop", stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture
