@@ -117,18 +117,16 @@ def test_naming_the_other_one_of_a_tied_pair_says_which_to_name():
         ranksearch.compress(Tied(), RankPlan({"right": LayerPlan("im2col", 2)}))
 
 
-@pytest.mark.parametrize("computed", ["weight_norm", "spectral_norm", "prune", "old_weight_norm"])
+@pytest.mark.parametrize("computed", ["spectral_norm", "prune", "two"])
 def test_a_computed_weight_is_refused_with_the_reason(computed):
     layer = nn.Conv2d(4, 4, 3)
     match computed:
-        case "weight_norm":
-            parametrizations.weight_norm(layer)
+        case "two":
+            parametrizations.spectral_norm(parametrizations.weight_norm(layer))
         case "spectral_norm":
             parametrizations.spectral_norm(layer)
         case "prune":
             prune.random_unstructured(layer, "weight", 0.5)
-        case "old_weight_norm":
-            nn.utils.weight_norm(layer)
     model = nn.Sequential(layer, nn.Conv2d(4, 4, 3))
     net = trace(model, torch.randn(1, 4, 8, 8))
     assert [layer.name for layer in net.layers] == ["1"]

@@ -181,7 +181,7 @@ class Curves:
             return self.timing.other_ns
         if cost == "size":
             return self.net.other_bytes_in_all + BYTES_PER_INDEX * self.indices
-        layers = sum((layer.macs, layer.spec.params)[kind.axis] for layer in self.net.layers)
+        layers = sum((layer.macs, layer.params)[kind.axis] for layer in self.net.layers)
         return (kind.of(self.dense) or 0) - kind.per_unit * layers
 
     @cached_property

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ranksearch.allocate.drawn import Loss, default_loss
 from ranksearch.compress import Net
+from ranksearch.compress.as_plain import AsPlain, as_plain
 from ranksearch.compress.copying import copied
 from ranksearch.compress.inputs import (
     batch_size,
@@ -29,6 +30,7 @@ from ranksearch.compress.surgery import open_attentions_
 from ranksearch.compress.undisturbed import own, undisturbed
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec
+from ranksearch.lowering.padding import padded
 from ranksearch.lowering.weighting import SecondMoment
 
 ROWS = 8192
@@ -201,10 +203,14 @@ class _Collector:
             ),
         )
 
+        own = as_plain(module)
+        pad = own.pad if isinstance(own, AsPlain) else None
+
         def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             given: Tensor = args[0] if args else next(iter(kwargs.values()))
             alone = len(spec.kernel_size) + 1  # one map, or one row, without a batch axis
             x = given.detach()[None] if given.dim() == alone else given.detach()
+            x = x if pad is None else padded(x, pad)
             if not self.backward:
                 found.inputs.add(_rows(patches(x, spec), spec, self._generator).float())
                 found.positions += output.numel() / spec.out_channels

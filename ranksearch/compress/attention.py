@@ -31,9 +31,10 @@ def attention_refusal(module: Any) -> str | None:
     return hooks_refusal(module) or hooks_refusal(module.out_proj)
 
 
-def hooks_refusal(module: Any) -> str | None:
-    """Why a module with hooks cannot be replaced; None for one without."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+def hooks_refusal(module: Any, *, but: Any = None) -> str | None:
+    """Why a module with hooks, other than `but`, cannot be replaced; None for one without."""
+    before = [hook for hook in module._forward_pre_hooks.values() if hook is not but]
+    if module._forward_hooks or before or module._backward_hooks:
         return "it has hooks, which a replacement would lose."
     return None
 

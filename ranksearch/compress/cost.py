@@ -29,7 +29,7 @@ def layer_cost(layer: Layer, choice: LayerPlan) -> tuple[int, int]:
     lowering = lowering_named(choice.lowering)
     lowering.check_rank(layer.spec, choice.rank)
     macs = layer.summed(lambda size: lowering.macs(layer.spec, choice.rank, size))
-    return macs, lowering.params(layer.spec, choice.rank)
+    return macs, lowering.params(layer.spec, choice.rank) + (0 if lowering.has_rank else layer.own_params)
 
 
 def layer_indices(layer: Layer, choice: LayerPlan) -> int:

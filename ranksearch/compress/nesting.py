@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ranksearch import linalg
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.compress.slots import Slot, slots_of
-from ranksearch.errors import NonFiniteError
+from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import lowering_named
 from ranksearch.lowering.contract import sides
 from ranksearch.lowering.matrix import MatrixLowering
@@ -44,6 +44,10 @@ class Nesting:
             UsageError: a plan does not fit the model.
         """
         self.levels = [slots_of(model, plan) for plan in path]
+        if made := [slot.name for slots in self.levels for slot, _ in slots.values() if slot.is_made]:
+            raise UsageError(
+                f"A nested run cannot lower {made[0]!r}, whose weight is made of other parameters: exclude it, or remove that first."
+            )
         self._bases: dict[Key, tuple[Tensor, Tensor]] = {}
         """The leading directions [blocks, side, rank] of the shorter side and of the longer one, the last one leads."""
         self._most: dict[Key, int] = {}

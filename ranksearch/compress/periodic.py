@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ranksearch.compress.bare import COMPILED, unwrapped
 from ranksearch.compress.plan import RankPlan
 from ranksearch.compress.projection import Projector
-from ranksearch.compress.slots import find_slots, slots_of
+from ranksearch.compress.slots import find_slots, settled_, slots_of
 from ranksearch.compress.surgery import compress
 from ranksearch.errors import UsageError
 from ranksearch.lowering.weighting import Weighting
@@ -53,7 +53,8 @@ class PeriodicProjection:
         self.removed = self.projector(self.model)
         if self.replicas is not None:  # a replica's own rounding must not set it apart from the others
             for slot, _ in slots_of(self.model, self.projector.plan).values():
-                dist.broadcast(slot.weight.detach(), group=self.replicas, group_src=0)
+                for parameter in slot.parameters:
+                    dist.broadcast(parameter.detach(), group=self.replicas, group_src=0)
         self.projections, self._projected_at = self.projections + 1, self.steps
 
     def finish(self) -> dict[str, float]:
@@ -118,6 +119,7 @@ def project_every(
 
     Args:
         model: may be wrapped by DistributedDataParallel, DataParallel or torch.compile; the plan's names are those of the model itself.
+            Layers of the plan that make their weight by code of their own (standardised ones) compute the same and make it no more.
         period: optimizer steps between two projections; ten projections or more pay.
         energy_transfer, norms, weightings: as for `Projector`; its `weigh` brings fresher weightings on the way.
 
@@ -128,6 +130,7 @@ def project_every(
         raise UsageError(f"project_every: period is a whole number of optimizer steps, 1 or more, got {period!r}.")
     bare = unwrapped(model)[0]
     _check(bare, _bare(optimizer), _without_prefixes(plan, bare))
+    settled_(bare, _without_prefixes(plan, bare))
     projector = Projector(plan, energy_transfer=energy_transfer, norms=norms, weightings=weightings)
     return PeriodicProjection(model, optimizer, projector, period)
 
@@ -168,7 +171,7 @@ def _check(model: nn.Module, optimizer: Optimizer, plan: RankPlan) -> None:
     with torch.no_grad():
         held = {_storage(p) for group in optimizer.param_groups for p in group["params"]}
         for name, (slot, _) in slots_of(model, plan).items():
-            if slot.weight.requires_grad and _storage(slot.weight) not in held:
+            if slot.weight.requires_grad and _storage(slot.parameters[0]) not in held:
                 raise UsageError(
                     f"project_every: the optimizer does not hold the weight of {name!r}: give the one that trains this model, "
                     f"made of this model's parameters and not of a copy's."

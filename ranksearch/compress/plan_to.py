@@ -62,6 +62,8 @@ def _why_not(slot: Slot, choice: LayerPlan, form: str) -> str | None:
         return f"{choice.lowering} is not one matrix of one rank: plan with lowerings {', '.join(ONE_MATRIX)}."
     if slot.spec.is_conv and (slot.spec.groups > 1 or slot.spec.transposed):
         return "a grouped or transposed convolution is another matrix there."
+    if slot.is_made and form == "torchao":
+        return "its weight is made of other parameters, which the config cannot name."
     if slot.attention is not None and form == "peft":
         return "PEFT adapts an nn.MultiheadAttention as a whole, not its projections."
     if slot.attention is not None and slot.name.rpartition(".")[2] not in (IN_PROJ, OUT_PROJ):

@@ -17,7 +17,7 @@ from ranksearch.compress.bare import bare
 from ranksearch.compress.batched import Batched, Run
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.compress.program import Entry, takes
-from ranksearch.compress.slots import Slot, slots_of
+from ranksearch.compress.slots import Slot, settled_, slots_of
 from ranksearch.errors import NonFiniteError
 from ranksearch.lowering import LayerSpec, Lowering, lowering_named
 from ranksearch.lowering.contract import View
@@ -87,6 +87,7 @@ class Projector:
             UsageError: a layer that is not there, a rank outside its range.
             NonFiniteError: weights that are not finite; the text names the layer.
         """
+        settled_(model, plan or self.plan)
         found = slots_of(model, plan or self.plan)
         batched = self._batched_of(model, found)
         removed, left = batched.now() if batched is not None else ({}, list(found))
@@ -97,14 +98,14 @@ class Projector:
             if name in left:
                 self.warm[name] = None if name in inside else self.warm.get(name)
             projected, removed[name] = self._alone(model, slot, choice)
-            written.append((slot.weight, projected))
+            written.append((slot, projected))
         if batched is not None:
             batched.program.write()
             batched.start_from({name: self.warm[name] for name in alone if name in inside})
             self.warm |= batched.warm()
             self._warm_plan |= {name: found[name][1] for name in inside}
-        for weight, projected in written:
-            weight.copy_(projected)
+        for slot, projected in written:
+            slot.write_(projected)
         return {name: removed[name] for name in found}
 
     @torch.no_grad()
@@ -121,17 +122,17 @@ class Projector:
             NonFiniteError: weights were not finite, now or the last time; the text names the layer.
         """
         if self._known is None or self._known[0] is not model:
-            self._known = model, slots_of(model, self.plan)
+            self._known = model, slots_of(settled_(model, self.plan), self.plan)
         found = self._known[1]
         batched = self._batched_of(model, found)
         if batched is not None:
             batched.look()
-        if batched is None or batched.unsure:
+        if batched is None or batched.unsure or any(slot.is_made for slot, _ in found.values()):
             self(model)
             return
         for name, (slot, choice) in found.items():
             if name not in batched.program.names:
-                slot.weight.copy_(self._alone(model, slot, choice)[0])
+                slot.write_(self._alone(model, slot, choice)[0])
         batched.later(run)
 
     def _batched_of(self, model: nn.Module, found: Mapping[str, tuple[Slot, LayerPlan]]) -> Batched | None:
@@ -151,7 +152,8 @@ class Projector:
         lowering = lowering_named(choice.lowering)
         wanted = slot.weight.is_cuda if self._wanted is None else self._wanted
         full = choice.rank == lowering.full_rank(slot.spec)
-        return wanted and not full and slot.name not in self.weightings and takes(lowering, slot.weight)
+        alone = full or slot.is_made or slot.name in self.weightings
+        return wanted and not alone and takes(lowering, slot.weight)
 
     def _entry(self, model: nn.Module, slot: Slot, choice: LayerPlan) -> Entry:
         norm = self.norms.get(slot.name)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ranksearch.compress.as_plain import AsPlain, as_plain, settle_, weight_norm_hook
 from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV, OpenAttention, attention_refusal, hooks_refusal
 from ranksearch.compress.bare import is_lazy
 from ranksearch.compress.copying import memory
@@ -21,7 +22,6 @@ from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.chain import Chain
-from ranksearch.lowering.spec import own_forward
 
 KINDS = "Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear"
 
@@ -37,6 +37,36 @@ class Slot:
     """Names of the layers that compute with this weight, the slot's own name first."""
     attention: str | None = None
     """The `nn.MultiheadAttention` that it is part of, if any."""
+    layer: AsPlain | None = None
+    """What the layer computes, of one that has a class of its own or a weight that is made of parameters (`as_plain.py`)."""
+
+    @property
+    def is_made(self) -> bool:
+        """Whether `weight` is no parameter but was made of some when the slot was found."""
+        return self.layer is not None and bool(self.layer.sources)
+
+    @property
+    def settles(self) -> bool:
+        """Whether a layer that is written into makes its weight no more."""
+        return self.layer is not None and self.layer.settles
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What an optimizer holds of it."""
+        return self.layer.sources if self.layer is not None and self.layer.sources else (self.weight,)
+
+    @property
+    def own_params(self) -> int:
+        """Parameters beside the spec's that are gone once the layer is lowered."""
+        made_of = sum(source.numel() for source in self.parameters)
+        return made_of - self.weight.numel() if self.is_made else 0
+
+    def write_(self, weight: Tensor) -> None:
+        """Gives the layer another weight."""
+        if self.layer is not None and self.layer.write is not None:
+            self.layer.write(weight)
+        else:
+            self.weight.copy_(weight)
 
 
 def find_slots(model: nn.Module) -> dict[str, Slot]:
@@ -62,6 +92,17 @@ def slots_of(model: nn.Module, plan: RankPlan) -> dict[str, tuple[Slot, LayerPla
             raise UsageError(f"Layer {name!r}: {error}") from error
         found[name] = slots[name], choice
     return found
+
+
+def settled_(model: nn.Module, plan: RankPlan) -> nn.Module:
+    """The model; its layers that `plan` lowers and that make their weight by code of their own make it no more, in place.
+
+    They compute what they did. Nothing that is written into the parameters of such a layer would come out of it again.
+    """
+    for slot, _ in slots_of(model, plan).values():
+        if slot.settles:
+            settle_(model.get_submodule(slot.name))
+    return model
 
 
 def _no_slot(model: nn.Module, name: str, slots: dict[str, Slot], skipped: dict[str, str]) -> str:
@@ -97,7 +138,7 @@ def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
         owners[memory(parameter)].append(name)
         if len(memory(parameter)) > 1:
             stored[memory(parameter)[0]].add(memory(parameter))
-    sharing: dict[Any, list[tuple[LayerSpec, Any, list[str]]]] = defaultdict(list)
+    sharing: dict[Any, list[tuple[AsPlain, list[str]]]] = defaultdict(list)
     inside: set[int] = set()
     for module, names in _paths(model).values():
         if id(module) in inside:
@@ -114,9 +155,11 @@ def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
             else:
                 skipped[names[0]] = reason
         elif _has_matrix(module):
-            reason, spec = _refusal(module), LayerSpec.of(module)
-            if reason is None and spec is not None:
-                sharing[memory(module.weight)].append((spec, module, names))
+            found = as_plain(module)
+            reason = _refusal(module, found)
+            if reason is None and isinstance(found, AsPlain):
+                inside |= {id(child) for child in module.modules()}
+                sharing[memory(found.sources[0] if found.sources else found.weight)].append((found, names))
             else:
                 skipped[names[0] or "(the model itself)"] = reason or ""
         elif _is_quantised(module):
@@ -124,9 +167,10 @@ def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
                 f"{type(module).__name__} is quantised; lower the net first, then quantise it."
             )
     for key, holders in sharing.items():
-        spec, module, _ = holders[0]
-        names = [name for _, _, holder in holders for name in holder]
-        others = [owner for owner in owners[key] if owner.rpartition(".")[0] not in names]
+        first, _ = holders[0]
+        names = [name for _, holder in holders for name in holder]
+        places = {*names, *(f"{name}.parametrizations.weight".removeprefix(".") for name in names)}
+        others = [owner for owner in owners[key] if owner.rpartition(".")[0] not in places]
         beside = [owner for other in stored.get(key[0], set()) - {key} for owner in owners[other]]
         if others:
             skipped |= dict.fromkeys(names, f"its weight is shared with {others[0]!r}, which is no such layer.")
@@ -134,11 +178,14 @@ def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
             skipped |= dict.fromkeys(
                 names, f"its weight shares memory with {beside[0]!r}, which sees it in another shape."
             )
-        elif len({replace(other, bias=False) for other, _, _ in holders}) > 1:
+        elif len(holders) > 1 and first.sources:
+            skipped |= dict.fromkeys(names, f"{' and '.join(map(repr, names))} make their weights of one parameter.")
+        elif len({(replace(other.spec, bias=False), other.pad) for other, _ in holders}) > 1:
             reason = f"{' and '.join(map(repr, names))} share a weight, but are different kinds of layer."
             skipped |= dict.fromkeys(names, reason)
         else:
-            slots[names[0]] = Slot(names[0], spec, module.weight, tuple(names))
+            plain = first.pad is None and not first.sources
+            slots[names[0]] = Slot(names[0], first.spec, first.weight, tuple(names), layer=None if plain else first)
     return slots, skipped
 
 
@@ -159,24 +206,28 @@ def _own(names: list[str]) -> set[str]:
     return {*names, *(f"{name}.{OUT_PROJ}" for name in names)}
 
 
-def _refusal(module: Any) -> str | None:
-    """Why a module with a weight cannot be lowered; None where it can."""
+def _refusal(module: Any, found: AsPlain | str | None) -> str | None:
+    """Why a module with a weight cannot be lowered; None where it can.
+
+    Args:
+        found: what `as_plain` says of it.
+    """
     if any(map(is_lazy, module._parameters.values())):
         return "it is lazy, and the forward pass does not call it: its shape is not known."
     if isinstance(module, Chain):
         return f"it is lowered already, by {module.lowering.name}."
-    if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor):
-        return "its weight is computed (weight norm, spectral norm, pruning or another parametrization); remove that first."
-    if LayerSpec.of(module) is None:
-        if (reason := own_forward(module)) is not None:
-            return reason
+    if isinstance(found, str):
+        return found
+    if found is None:
+        if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor):
+            return "its weight is computed (spectral norm, pruning or another parametrization); remove that first."
         own = [name for name, p in module._parameters.items() if p is not None and p.dim() > 1]
         if own and next(module.children(), None) is not None:
             return f"{type(module).__name__} computes with {', '.join(own)} itself; the layers in it are treated one by one."
         return f"{type(module).__name__} is no plain {KINDS}."
-    if not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}, not floating point."
-    return hooks_refusal(module)
+    if not found.weight.is_floating_point():
+        return f"its weight is {found.weight.dtype}, not floating point."
+    return hooks_refusal(module, but=weight_norm_hook(module))
 
 
 def _attention_slots(module: Any, names: list[str]) -> Iterator[Slot]:

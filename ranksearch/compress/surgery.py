@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ranksearch.compress.as_plain import settle_
 from ranksearch.compress.attention import IN_PROJ, QKV, leave_fused_, open_attention_
 from ranksearch.compress.bare import bare
 from ranksearch.compress.copying import copied
@@ -16,7 +18,7 @@ from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.compress.reached import reached_by_classes
 from ranksearch.compress.slots import Slot, find_slots, slots_of
 from ranksearch.errors import NonFiniteError, UsageError
-from ranksearch.lowering import LayerSpec, lowering_named
+from ranksearch.lowering import lowering_named
 from ranksearch.lowering.chain import become_
 from ranksearch.lowering.contract import running_layers
 from ranksearch.lowering.weighting import Weighting
@@ -130,7 +132,8 @@ def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, nearest: Tensor, 
         leave_fused_(model, path)
         if id(module) in done:
             continue
-        spec, bias = LayerSpec.of(module) or slot.spec, module.bias
+        base, pad = settle_(module) if slot.layer is not None else (type(module), None)
+        spec, bias = replace(slot.spec, bias=module.bias is not None), module.bias
         built = lowering.build(spec, choice.rank, device=weight.device, dtype=weight.dtype)
         own = lowering.stored_weights(built)
         if shared is None:
@@ -141,7 +144,7 @@ def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, nearest: Tensor, 
             _share_(built, own, shared)
         if spec.bias:
             running_layers(built)[-1].bias = bias
-        become_(module, built.train(module.training), spec, lowering, choice.rank)
+        become_(module, built.train(module.training), spec, lowering, choice.rank, base=base, pad=pad)
         done.add(id(module))
     for stored in shared or ():
         if stored.is_floating_point():

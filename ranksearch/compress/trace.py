@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ranksearch.compress.as_plain import AsPlain, as_plain, weight_norm_hook
 from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV
 from ranksearch.compress.bare import bare, is_lazy
 from ranksearch.compress.copying import memory
@@ -42,6 +43,13 @@ class Layer:
     batch: int = 1
     bytes_per_weight: int = BYTES_PER_WEIGHT
     """Bytes of a number of its weight's dtype: 4 in float32, 2 in bfloat16."""
+    own_params: int = 0
+    """Parameters beside those of its spec that are gone once it is lowered, such as weight norm's g."""
+
+    @property
+    def params(self) -> int:
+        """Parameters of the dense layer."""
+        return self.spec.params + self.own_params
 
     @property
     def macs(self) -> int:
@@ -124,8 +132,12 @@ class _Elsewhere(TorchDispatchMode):
         self.found: set[int] = set()
         self._holders = defaultdict[int, list[nn.Module]](list)
         for module in model.modules():
-            if LayerSpec.of(module) is not None:
-                self._holders[id(module._parameters["weight"])].append(module)
+            for source in _sources(module):
+                self._holders[id(source)].append(module)
+
+    def reads(self, module: nn.Module) -> bool:
+        """Whether something else computed with the weight of `module`."""
+        return any(id(source) in self.found for source in _sources(module))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in args:
@@ -133,6 +145,16 @@ class _Elsewhere(TorchDispatchMode):
             if holders is not None and not any(holder in self.running for holder in holders):
                 self.found.add(id(value))
         return func(*args, **(kwargs or {}))
+
+
+def _sources(module: nn.Module) -> tuple[Tensor, ...]:
+    """The parameters that a Conv or Linear computes with, its bias aside; () for other modules and lazy ones.
+
+    Also under old weight norm, which computes with them before the layer is called and leaves others the weight.
+    """
+    if LayerSpec.stated(module) is None or any(map(is_lazy, module.parameters())) or weight_norm_hook(module):
+        return ()
+    return tuple(p for p in module.parameters() if p.dim() > 1)
 
 
 class _Recorder:
@@ -146,6 +168,7 @@ class _Recorder:
         """Attentions whose query, key and value are not one tensor."""
         self.norm_behind: dict[int, nn.Module] = {}
         self._batch = batch
+        self._own = {id(m): found for m in model.modules() if isinstance(found := _own(m), AsPlain)}
         self._outputs: dict[int, tuple[Tensor, nn.Module]] = {}  # the tensors are held, so that no id is given twice
         self._hooks = []
         for module in model.modules():
@@ -155,6 +178,10 @@ class _Recorder:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def _spec(self, module: nn.Module) -> LayerSpec | None:
+        own = self._own.get(id(module))
+        return LayerSpec.of(module) if own is None else own.spec
 
     def _tokens(self, x: Tensor) -> Use:
         """Rows [.., S]: with the batch in front, or as many to each sample as there are, or one by one."""
@@ -169,7 +196,7 @@ class _Recorder:
             if query is not key or key is not value:
                 self.crossing.add(id(module))
             self.uses[id(module)] += [self._tokens(x) for x in (query, key, value)]
-        elif (spec := LayerSpec.of(module)) is not None:
+        elif (spec := self._spec(module)) is not None:
             self.elsewhere.running.append(module)
             inputs = [*args, *kwargs.values()]
             if len(inputs) != 1:
@@ -178,7 +205,9 @@ class _Recorder:
                 self.odd[id(module)] = f"it is called with a {type(inputs[0]).__name__}, not with a tensor."
             elif spec.is_conv:
                 axes = len(spec.kernel_size)  # without a batch axis, too
-                self.uses[id(module)].append((tuple(inputs[0].shape[-axes:]), inputs[0].shape[: -axes - 1].numel()))
+                size, own = tuple(inputs[0].shape[-axes:]), self._own.get(id(module))
+                size = size if own is None or own.pad is None else own.pad.size_of(size)
+                self.uses[id(module)].append((size, inputs[0].shape[: -axes - 1].numel()))
             else:
                 self.uses[id(module)].append(self._tokens(inputs[0]))
         elif isinstance(module, _BatchNorm) and module.track_running_stats and args:
@@ -187,10 +216,15 @@ class _Recorder:
                 self.norm_behind[id(source)] = module
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if LayerSpec.of(module) is not None:
+        if self._spec(module) is not None:
             self._outputs[id(output)] = output, module
             if self.elsewhere.running and self.elsewhere.running[-1] is module:
                 self.elsewhere.running.pop()
+
+
+def _own(module: nn.Module) -> AsPlain | str | None:
+    """What a layer computes that is no plain Conv or Linear; None for one that is, and for other modules."""
+    return None if LayerSpec.of(module) is not None else as_plain(module)
 
 
 @contextmanager
@@ -243,7 +277,7 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
             modules = list({id(m): m for m in map(model.get_submodule, slot.paths)}.values())
             uses = [use for module in modules for use in recorder.uses[id(module)]]
             reason = next((recorder.odd[id(m)] for m in modules if id(m) in recorder.odd), None)
-            if any(id(m._parameters["weight"]) in recorder.elsewhere.found for m in modules):
+            if any(map(recorder.elsewhere.reads, modules)):
                 reason = "its weight is computed with outside of its own calls, where a lowered layer would have to make it anew."
             behind = [recorder.norm_behind.get(id(m)) for m in modules]
             norm = names[id(behind[0])] if len(behind) == 1 and behind[0] is not None else None
@@ -253,7 +287,9 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
             sizes, samples = tuple(size for size, _ in uses), tuple(count for _, count in uses)
             samples = () if all(count == batch for count in samples) else samples
             width = slot.weight.element_size()
-            layers.append(Layer(slot.name, slot.spec, sizes, norm, slot.paths[1:], samples, batch, width))
+            layers.append(
+                Layer(slot.name, slot.spec, sizes, norm, slot.paths[1:], samples, batch, width, slot.own_params)
+            )
         else:
             skipped |= dict.fromkeys(slot.paths, reason)
     if not layers:
@@ -273,10 +309,10 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
         layers=tuple(layers),
         skipped=tuple(skipped.items()),
         other_macs=max(0, measured - sum(layer.macs for layer in layers)),  # each layer is rounded up
-        other_params=sum(p.numel() for p in params.values()) - sum(layer.spec.params for layer in layers),
+        other_params=sum(p.numel() for p in params.values()) - sum(layer.params for layer in layers),
         other_floats=sum(b.numel() for b in buffers if b.is_floating_point()),
         other_bytes=sum(b.numel() * b.element_size() for b in buffers if not b.is_floating_point()),
-        other_size=stored - sum(layer.spec.params * layer.bytes_per_weight for layer in layers),
+        other_size=stored - sum(layer.params * layer.bytes_per_weight for layer in layers),
     )
     return net, outputs
 

@@ -22,8 +22,8 @@ from ranksearch.compress.slots import find_slots, slots_of
 from ranksearch.compress.trace import Net, traced
 from ranksearch.compress.undisturbed import own, undisturbed
 from ranksearch.errors import UsageError
-from ranksearch.lowering import lowering_named
 from ranksearch.lowering.chain import Chain, Computed
+from ranksearch.lowering.tiled import settle_, stores_factors
 
 TOLERANCE = 1e-4
 """The largest allowed max |a - b| / max |a|, with a the outputs of the projected net and b those of the compressed one."""
@@ -37,7 +37,9 @@ def check_whole(model: nn.Module, small: nn.Module, plan: RankPlan, example_inpu
             in place; the text names layers to exclude.
     """
     dense = copied(bare(model))
-    _project_(dense, _chains(small, plan), plan)
+    _project_(dense, small, plan)
+    if stores_factors(small):  # as it runs: what is rebuilt from factors is so once
+        small = settle_(copied(small))
     _compare(dense, small, plan, moved(example_input, _device(dense)))
 
 
@@ -107,10 +109,10 @@ def _in_fp64(dense: nn.Module, small: nn.Module, example_input: Any) -> float:
     """The difference of both nets in fp64; infinite where they do not run in it."""
     double = copied(small).double()
     try:
-        for name, module in double.named_modules():
-            if isinstance(module, Chain):
-                weight: Any = module.weight
-                dense.double().get_submodule(name).weight.data = weight.dense()  # type: ignore[union-attr]
+        with torch.no_grad():
+            for name, slot in find_slots(dense.double()).items():
+                if _holds(double, name):
+                    slot.write_(_weight(double.get_submodule(name)))
         example = cast(own(example_input), torch.float64)
         with undisturbed(dense), torch.no_grad():
             wanted = call(dense.double(), example)
@@ -127,15 +129,17 @@ def _holds(small: nn.Module, name: str) -> bool:
         return False
 
 
-def _project_(dense: nn.Module, chains: dict[str, nn.Module], plan: RankPlan) -> None:
-    """Writes into the dense weights what the chains compute with, so that nothing is decomposed twice."""
+def _project_(dense: nn.Module, small: nn.Module, plan: RankPlan) -> None:
+    """Writes into the dense weights what the lowered layers compute with, so that nothing is decomposed twice."""
     with torch.no_grad():
-        for name, (slot, choice) in slots_of(dense, plan).items():
-            chain: Any = chains.get(name)
-            if chain is None:
-                slot.weight.copy_(lowering_named(choice.lowering).project(slot.weight, choice.rank, slot.spec).weight)
-            else:
-                slot.weight.copy_(chain.weight.dense())
+        for name, (slot, _) in slots_of(dense, plan).items():
+            slot.write_(_weight(small.get_submodule(name)))
+
+
+def _weight(layer: Any) -> Tensor:
+    """The dense weight that a layer, lowered or not, computes with."""
+    weight: Tensor = layer.weight
+    return weight.dense() if isinstance(weight, Computed) else weight
 
 
 def _take_over_(dense: nn.Module, small: nn.Module) -> None:
@@ -150,8 +154,9 @@ def _take_over_(dense: nn.Module, small: nn.Module) -> None:
                 layer: Any = small.get_submodule(name)
             except AttributeError:  # an attention that was opened in its other form
                 continue
-            weight = layer.weight
-            slot.weight.copy_(weight.dense() if isinstance(weight, Computed) else weight)
+            if slot.settles and type(layer) is type(dense.get_submodule(name)):
+                continue  # it makes its weight there, too, of parameters that it has now
+            slot.write_(_weight(layer))
             if slot.attention is not None and layer.bias is not None:
                 _attention_bias(dense.get_submodule(slot.attention), name.rpartition(".")[2]).copy_(layer.bias)
             for path in slot.paths if slot.attention is None else ():  # layers of one weight have biases of their own

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ranksearch.lowering.contract import Lowering, Rank, lowering_named
+from ranksearch.lowering.padding import Pad, padded
 from ranksearch.lowering.spec import LayerSpec
 
-_CLASSES: dict[type, type] = {}
+_CLASSES: dict[tuple[type, type], type] = {}
 _INJECTED = ("weight", "__getstate__", "__deepcopy__")
 """What torch's parametrization puts into a class of its own."""
 
@@ -118,29 +119,57 @@ class Chain(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickled as the layer's class, of which the chain's is made again."""
-        return _empty, (type(self).__mro__[2],), self.__getstate__()  # type: ignore[misc]
+        kind, base = type(self).__bases__
+        return _empty, (base, kind), self.__getstate__()  # type: ignore[misc]
 
 
-def _empty(base: type) -> Any:
-    made: Any = _class_of(base)
+class PaddedChain(Chain):
+    """One in the place of a layer that pads its input by code of its own."""
+
+    if TYPE_CHECKING:
+        own_pad: Pad
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As a chain's, of the padded input."""
+        return super().forward(padded(input, self.own_pad))
+
+
+def _empty(base: type, kind: type = Chain) -> Any:
+    made: Any = _class_of(base, kind)
     return made.__new__(made)
 
 
-def _class_of(base: type) -> type:
-    """The class of chains in the place of layers of class `base`, under its name."""
-    if base not in _CLASSES:
-        _CLASSES[base] = type(
-            base.__name__, (Chain, base), {"__module__": base.__module__, "__qualname__": base.__qualname__}
+def _class_of(base: type, kind: type) -> type:
+    """The class of chains, of this kind, in the place of layers of class `base`, under its name."""
+    if (base, kind) not in _CLASSES:
+        _CLASSES[base, kind] = type(
+            base.__name__, (kind, base), {"__module__": base.__module__, "__qualname__": base.__qualname__}
         )
-    return _CLASSES[base]
+    return _CLASSES[base, kind]
 
 
-def become_(layer: nn.Module, built: nn.Module, spec: LayerSpec, lowering: Lowering, rank: Rank) -> None:
-    """Turns `layer` into what was `built` for it: a chain of layers, or one layer with a parametrized weight."""
+def become_(
+    layer: nn.Module,
+    built: nn.Module,
+    spec: LayerSpec,
+    lowering: Lowering,
+    rank: Rank,
+    *,
+    base: type[nn.Module],
+    pad: Pad | None,
+) -> None:
+    """Turns `layer` into what was `built` for it: a chain of layers, or one layer with a parametrized weight.
+
+    Args:
+        base: the class that a chain is an instance of.
+        pad: what is done to the input first.
+    """
     if isinstance(built, nn.Sequential):
         layer._parameters.clear()
         layer._modules = dict(built._modules)
-        layer.__class__ = _class_of(type(layer))
+        layer.__class__ = _class_of(base, Chain if pad is None else PaddedChain)
+        if pad is not None:
+            layer.own_pad = pad  # type: ignore[assignment]
         layer.dims_of_one = len(spec.kernel_size) + 1 if spec.is_conv else -1  # type: ignore[assignment]
         layer.spec, layer.lowering_name, layer.rank = spec, lowering.name, rank  # type: ignore[assignment]
         return

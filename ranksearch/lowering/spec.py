@@ -65,8 +65,11 @@ class LayerSpec:
         """
         if module._parameters.get("weight") is None or own_forward(module) is not None:
             return None
-        if torch.nn.parameter.is_lazy(module.weight):
-            return None
+        return None if torch.nn.parameter.is_lazy(module.weight) else cls.stated(module)
+
+    @classmethod
+    def stated(cls, module: Any) -> LayerSpec | None:
+        """What the attributes of a Conv or Linear say, whatever it does with its weight; None for any other module."""
         if isinstance(module, nn.Linear):
             return cls(module.in_features, module.out_features, bias=module.bias is not None)
         if _base(module) is not None and not isinstance(module, tuple(_CONVS.values())):
@@ -214,6 +217,11 @@ def own_forward(module: nn.Module) -> str | None:
     for name in _COMPUTING:
         if name in vars(module):
             return f"its {name} was replaced on the instance, so that it computes something else than {base.__name__}."
-        if getattr(type(module), name, None) is not getattr(base, name, None):
-            return f"{type(module).__name__} is no plain {base.__name__}: it has a {name} of its own."
-    return None
+    name = next(iter(own_methods(module)), None)
+    return f"{type(module).__name__} is no plain {base.__name__}: it has a {name} of its own." if name else None
+
+
+def own_methods(module: nn.Module) -> tuple[str, ...]:
+    """Those that decide what a Conv or Linear computes and that its class does not have from torch."""
+    base = _base(module)
+    return tuple(n for n in _COMPUTING if base and getattr(type(module), n, None) is not getattr(base, n, None))

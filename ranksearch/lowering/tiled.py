@@ -187,11 +187,23 @@ class Rebuilt(nn.Module):
         return self.lowering.decompose(weight, self.rank, self.spec)
 
 
+def stores_factors(model: nn.Module) -> bool:
+    """Whether a layer of the model rebuilds its weight from factors at every call."""
+    return any(isinstance(module, Rebuilt) for module in model.modules())
+
+
 def settle_(model: nn.Module) -> nn.Module:
     """Turns every layer that stores factors into the dense layer it computes, in place: nothing is rebuilt from then on."""
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight"):
             (first, *_) = module.parametrizations["weight"]  # type: ignore[index, union-attr]
             if isinstance(first, Rebuilt):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+                leave_as_it_is_(module)
     return model
+
+
+def leave_as_it_is_(module: nn.Module) -> None:
+    """Makes the weight that a parametrization computes the layer's parameter. Copies of the layer keep their parametrization."""
+    own = type(module)  # copies share it, and torch takes the weight from the class
+    module.__class__ = type(own.__name__, own.__bases__, dict(vars(own)))
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)

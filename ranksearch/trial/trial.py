@@ -11,6 +11,7 @@ from functools import partial
 from torch import nn
 
 from ranksearch.compress import Net, RankPlan, plan_cost, save_net
+from ranksearch.compress.slots import settled_
 from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.compress.surgery import compress, restructure_
 from ranksearch.errors import NonFiniteError
@@ -44,7 +45,7 @@ def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
 
 def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     """Trains the dense net under projections, ends on one, so that decomposing changes nothing, and decomposes."""
-    recipe, model, steps = session.recipe, session.dense_net(), range(session.recipe.dense_steps)
+    recipe, model, steps = session.recipe, settled_(session.dense_net(), plan), range(session.recipe.dense_steps)
     if not steps:  # decomposed first: the dense net as it is has no score of its own
         weightings = session.weightings(plan, model)
         small = session.same_(compress(model, plan, weightings=weightings, example_input=session.task.example_input))
