@@ -185,7 +185,7 @@ HUGGING_FACE = {
     ),
 }  # fmt: skip
 OWN = {
-    "lstm_tagger": Made(Tagger, _words, budget=0.95),
+    "lstm_tagger": Made(Tagger, _words),
     "siamese_unet": Made(Siamese, lambda count: {"before": torch.randn(count, 3, 32, 32), "after": torch.randn(count, 3, 32, 32)}),
     "video": Made(Video, _maps(3, 4, 16, 16)),
 }  # fmt: skip

@@ -26,7 +26,7 @@ from ranksearch.compress.inputs import (
     mapped,
     moved,
 )
-from ranksearch.compress.surgery import open_attentions_
+from ranksearch.compress.surgery import open_parts_
 from ranksearch.compress.undisturbed import own, undisturbed
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec
@@ -268,7 +268,7 @@ def collect(
         NonFiniteError: the net's activations or gradients are not finite; the text names the layer.
     """
     probe = copied(model).eval()
-    open_attentions_(probe, [layer.name for layer in net.layers])
+    open_parts_(probe, [layer.name for layer in net.layers])
     collector = _Collector(gradients, fisher, generator, widest)
     for layer in net.layers:
         modules = {id(m): m for m in map(probe.get_submodule, (layer.name, *layer.shared_with))}

@@ -115,7 +115,8 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A Linear that computes with these, the same parameters where they are some."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.clone())
     if bias is not None:
@@ -136,7 +137,7 @@ def _open_(attention: Any, *, packed: bool) -> None:
     """Its own parameters become Linears, which share them; `packed` keeps query, key and value in one Linear."""
     weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, attention.embed_dim
     if packed:
-        layers = {IN_PROJ: _linear(weight, bias)}
+        layers = {IN_PROJ: linear(weight, bias)}
     else:
         biases: Any = (None, None, None) if bias is None else bias.detach().split(width)
         weights = (
@@ -144,9 +145,9 @@ def _open_(attention: Any, *, packed: bool) -> None:
             if weight is None
             else weight.detach().split(width)
         )
-        layers = {name: _linear(*pair) for name, *pair in zip(QKV, weights, biases, strict=True)}
+        layers = {name: linear(*pair) for name, *pair in zip(QKV, weights, biases, strict=True)}
     out = attention.out_proj
-    layers[OUT_PROJ] = _linear(out.weight, out.bias)
+    layers[OUT_PROJ] = linear(out.weight, out.bias)
     attention._parameters.clear()
     attention._modules.clear()
     for name, layer in layers.items():

@@ -64,8 +64,8 @@ def _why_not(slot: Slot, choice: LayerPlan, form: str) -> str | None:
         return "a grouped or transposed convolution is another matrix there."
     if slot.is_made and form == "torchao":
         return "its weight is made of other parameters, which the config cannot name."
-    if slot.attention is not None and form == "peft":
-        return "PEFT adapts an nn.MultiheadAttention as a whole, not its projections."
+    if slot.inside is not None and form == "peft":
+        return "PEFT adapts no projections of an nn.MultiheadAttention and no matrices of an LSTM, GRU or RNN."
     if slot.attention is not None and slot.name.rpartition(".")[2] not in (IN_PROJ, OUT_PROJ):
         return "a part of an attention's packed weight has no name there."
     return None
@@ -106,6 +106,9 @@ def _torchao(plan: RankPlan, kept: Kept, left_out: dict[str, str], period: int |
 
 def _parameter(slot: Slot) -> str:
     """The weight's name in the dense net."""
+    if slot.recurrent is not None:
+        inside, _, part = slot.name.rpartition(".")
+        return f"{inside}.weight_{part}".removeprefix(".")
     if slot.attention is not None and slot.name.rpartition(".")[2] == IN_PROJ:
         return f"{slot.name}_weight"
     return f"{slot.name}.weight"

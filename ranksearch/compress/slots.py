@@ -19,6 +19,7 @@ from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV, OpenAttention,
 from ranksearch.compress.bare import is_lazy
 from ranksearch.compress.copying import memory
 from ranksearch.compress.plan import LayerPlan, RankPlan
+from ranksearch.compress.recurrent import OpenRecurrent, parts, recurrent_refusal
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.chain import Chain
@@ -37,8 +38,15 @@ class Slot:
     """Names of the layers that compute with this weight, the slot's own name first."""
     attention: str | None = None
     """The `nn.MultiheadAttention` that it is part of, if any."""
+    recurrent: str | None = None
+    """The LSTM, GRU or RNN that it is part of, if any."""
     layer: AsPlain | None = None
     """What the layer computes, of one that has a class of its own or a weight that is made of parameters (`as_plain.py`)."""
+
+    @property
+    def inside(self) -> str | None:
+        """The module that has to be opened for a layer of this name to be there."""
+        return self.recurrent if self.attention is None else self.attention
 
     @property
     def is_made(self) -> bool:
@@ -154,6 +162,13 @@ def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
                 slots |= {slot.name: slot for slot in _attention_slots(module, names)}
             else:
                 skipped[names[0]] = reason
+        elif isinstance(module, nn.RNNBase) and not isinstance(module, OpenRecurrent):
+            tied = [n for p in module.parameters() for n in owners[memory(p)] if n.rpartition(".")[0] not in names]
+            reason = f"it shares a weight with {tied[0]!r}." if tied else recurrent_refusal(module)
+            if reason is None:
+                slots |= {slot.name: slot for slot in _recurrent_slots(module, names)}
+            else:
+                skipped[names[0] or "(the model itself)"] = reason
         elif _has_matrix(module):
             found = as_plain(module)
             reason = _refusal(module, found)
@@ -228,6 +243,14 @@ def _refusal(module: Any, found: AsPlain | str | None) -> str | None:
     if not found.weight.is_floating_point():
         return f"its weight is {found.weight.dtype}, not floating point."
     return hooks_refusal(module, but=weight_norm_hook(module))
+
+
+def _recurrent_slots(module: Any, names: list[str]) -> Iterator[Slot]:
+    """The matrices of a recurrent module, as the Linears that they become."""
+    for part, weight, bias in parts(module):
+        paths = tuple(f"{path}.{part}".removeprefix(".") for path in names)
+        spec = LayerSpec(weight.shape[1], weight.shape[0], bias=bias is not None)
+        yield Slot(paths[0], spec, weight, paths, recurrent=names[0])
 
 
 def _attention_slots(module: Any, names: list[str]) -> Iterator[Slot]:

@@ -16,6 +16,7 @@ from ranksearch.compress.bare import bare
 from ranksearch.compress.copying import copied
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.compress.reached import reached_by_classes
+from ranksearch.compress.recurrent import open_recurrent_
 from ranksearch.compress.slots import Slot, find_slots, slots_of
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import lowering_named
@@ -80,23 +81,26 @@ def restructure_(model: nn.Module, plan: RankPlan) -> nn.Module:
 def _restructured(
     model: nn.Module, plan: RankPlan, *, fill: bool, warm: Mapping[str, Any], weightings: Mapping[str, Weighting]
 ) -> nn.Module:
-    open_attentions_(model, slots_of(model, plan))  # everything wrong is told before anything is changed
+    open_parts_(model, slots_of(model, plan))  # everything wrong is told before anything is changed
     for name, (slot, choice) in slots_of(model, plan).items():
         nearest = _nearest(slot, choice, weightings.get(name)) if fill else slot.weight
         _replace_(model, slot, choice, nearest, fill=fill, warm=warm.get(name))
     return model
 
 
-def open_attentions_(model: nn.Module, names: Iterable[str]) -> None:
-    """Opens the attentions that the slots `names` are parts of, so that each of those slots is a Linear of that name.
+def open_parts_(model: nn.Module, names: Iterable[str]) -> None:
+    """Opens the attentions and recurrent nets that the slots `names` are parts of, so that each of those slots is a Linear of that name.
 
     Raises:
         UsageError: an attention is named both packed and by its parts.
     """
     parts: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    recurrent: set[str] = set()
     slots = find_slots(model)
     for name in names:
         slot = slots[name]
+        if slot.recurrent is not None:
+            recurrent.add(slot.recurrent)
         if slot.attention is not None:
             paths = tuple(path.rpartition(".")[0] for path in slot.paths)
             parts[paths].add(name.rpartition(".")[2])
@@ -105,6 +109,8 @@ def open_attentions_(model: nn.Module, names: Iterable[str]) -> None:
             raise UsageError(f"The plan lowers {paths[0]}.{IN_PROJ} and a part of it: name it packed or its parts.")
     for paths, found in parts.items():
         open_attention_(model, paths, found)
+    for path in recurrent:
+        open_recurrent_(model, path)
 
 
 def _nearest(slot: Slot, choice: LayerPlan, weighting: Weighting | None) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranksearch.compress.as_plain import AsPlain, as_plain, weight_norm_hook
@@ -187,7 +188,9 @@ class _Recorder:
         """Rows [.., S]: with the batch in front, or as many to each sample as there are, or one by one."""
         if x.dim() > 1 and x.shape[0] == self._batch:
             return tuple(x.shape[1:-1]), self._batch
-        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        return self._spread(x.numel() // x.shape[-1] if x.shape[-1] else 0)
+
+    def _spread(self, rows: int) -> Use:
         return ((rows // self._batch,), self._batch) if rows % self._batch == 0 else ((), rows)
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -196,6 +199,13 @@ class _Recorder:
             if query is not key or key is not value:
                 self.crossing.add(id(module))
             self.uses[id(module)] += [self._tokens(x) for x in (query, key, value)]
+        elif isinstance(module, nn.RNNBase):
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            rows = x.data if isinstance(x, PackedSequence) else x
+            if isinstance(rows, Tensor):
+                self.uses[id(module)].append(self._spread(rows.numel() // max(rows.shape[-1], 1)))
+            else:
+                self.odd[id(module)] = f"it is called with a {type(x).__name__}."
         elif (spec := self._spec(module)) is not None:
             self.elsewhere.running.append(module)
             inputs = [*args, *kwargs.values()]
@@ -268,7 +278,10 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
     names = {id(module): name for name, module in model.named_modules()}
     layers = []
     for slot in slots.values():
-        if slot.attention is not None:
+        if slot.recurrent is not None:
+            module = model.get_submodule(slot.recurrent)
+            uses, reason, norm = recorder.uses[id(module)], recorder.odd.get(id(module)), None
+        elif slot.attention is not None:
             uses, reason = _attention_uses(recorder, model.get_submodule(slot.attention), slot), None
             if uses is None:
                 continue

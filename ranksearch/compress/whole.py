@@ -18,7 +18,7 @@ from ranksearch.compress.cost import plan_cost
 from ranksearch.compress.counting import counter, macs
 from ranksearch.compress.inputs import batch_size, call, cast, moved, tensors
 from ranksearch.compress.plan import RankPlan
-from ranksearch.compress.slots import find_slots, slots_of
+from ranksearch.compress.slots import Slot, find_slots, slots_of
 from ranksearch.compress.trace import Net, traced
 from ranksearch.compress.undisturbed import own, undisturbed
 from ranksearch.errors import UsageError
@@ -157,16 +157,20 @@ def _take_over_(dense: nn.Module, small: nn.Module) -> None:
             if slot.settles and type(layer) is type(dense.get_submodule(name)):
                 continue  # it makes its weight there, too, of parameters that it has now
             slot.write_(_weight(layer))
-            if slot.attention is not None and layer.bias is not None:
-                _attention_bias(dense.get_submodule(slot.attention), name.rpartition(".")[2]).copy_(layer.bias)
-            for path in slot.paths if slot.attention is None else ():  # layers of one weight have biases of their own
+            if slot.inside is not None and layer.bias is not None:
+                _bias_inside(dense, slot).copy_(layer.bias)
+            for path in slot.paths if slot.inside is None else ():  # layers of one weight have biases of their own
                 theirs: Any = dense.get_submodule(path).bias
                 if theirs is not None:
                     theirs.copy_(small.get_submodule(path).bias)
 
 
-def _attention_bias(attention: Any, part: str) -> Tensor:
-    """A view of the bias of one of an attention's projections."""
+def _bias_inside(dense: nn.Module, slot: Slot) -> Tensor:
+    """A view of the bias of a slot that is part of an attention or a recurrent net."""
+    attention: Any = dense.get_submodule(slot.inside or "")
+    part = slot.name.rpartition(".")[2]
+    if slot.recurrent is not None:
+        return getattr(attention, f"bias_{part}")  # type: ignore[no-any-return]
     if part == OUT_PROJ:
         return attention.out_proj.bias
     packed: Tensor = attention.in_proj_bias
