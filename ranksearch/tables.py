@@ -310,6 +310,7 @@ def print_export(record: dict[str, Any]) -> None:
         f"{what} of {record['study']} as {record['format']}{opset}{folded}\n"
         f"  files     {folder}/: {', '.join(record['files'])} ({record['size_bytes']:,} bytes), export.json\n"
         f"  checked   max relative error {record['max_rel_error']:.1e} against the net, batches of {checked}\n"
+        f"{_fixed(record)}"
         f"  latency   {record['latency_ms']:.3f} ms{dense}; eager {record['latency_eager_ms']:.3f} ms, dense eager "
         f"{record['latency_dense_ms']:.3f} ms (one image, {record['device']})\n"
         f"  {metric['name']:<9} validation {metric_text(metric, record['val_accuracy'], with_unit=True)}, "
@@ -317,6 +318,11 @@ def print_export(record: dict[str, Any]) -> None:
         f"{record['macs']:,} MACs, {record['params']:,} params\n"
         f"  open it   {opened}"
     )
+
+
+def _fixed(record: Mapping[str, Any]) -> str:
+    axes = "; ".join(record.get("fixed_axes", ()))
+    return f"  fixed     {axes}: the net takes other extents, this file does not\n" if axes else ""
 
 
 def print_findings(report: Mapping[str, Any], found: Sequence[Finding]) -> None:

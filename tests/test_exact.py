@@ -544,6 +544,22 @@ class Attending(nn.Module):
         return self.head(self.conv(x.mT).mT)
 
 
+@pytest.mark.parametrize(("norm_first", "batch_first"), [(False, True), (True, False)])
+def test_a_compressed_encoder_is_still_scripted_and_computes_with_every_mask(norm_first, batch_first):
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=batch_first, norm_first=norm_first)
+    net, x = nn.TransformerEncoder(layer, 2, nn.LayerNorm(16), enable_nested_tensor=False).eval(), torch.randn(5, 5, 16)
+    small = ranksearch.compress(net, full_plan(trace(net, x)))
+    hidden = torch.zeros(5, 5, dtype=torch.bool)
+    hidden[1, 3:] = True
+    scripted = torch.jit.script(small)
+    assert isinstance(small, nn.TransformerEncoder)
+    with torch.no_grad():
+        for mask in ({}, {"src_key_padding_mask": hidden}, {"mask": nn.Transformer.generate_square_subsequent_mask(5)}):
+            wanted = net(x, **mask)
+            torch.testing.assert_close(small(x, **mask), wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(scripted(x, **mask), wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("lowering", ["im2col", "im2col_pivoted", "tucker2", "cp"])
 def test_a_compressed_net_is_still_scripted_and_pickled(lowering):
     net, x = Attending().eval(), torch.randn(5, 6, 16)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from ranksearch.compress.unfused import UnfusedEncoder, UnfusedEncoderLayer
+
 IN_PROJ, OUT_PROJ = "in_proj", "out_proj"
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -169,6 +171,12 @@ def set_module_(model: nn.Module, path: str, module: nn.Module) -> None:
     leave_fused_(model, path)
 
 
+_UNFUSED: dict[type, type] = {
+    nn.TransformerEncoderLayer: UnfusedEncoderLayer,
+    nn.TransformerEncoder: UnfusedEncoder,
+}
+
+
 def leave_fused_(model: nn.Module, path: str) -> None:
     """Makes torch's encoder layers around `path` forgo their fused path, which reads weights and calls no layers."""
     parts = path.split(".")
@@ -178,3 +186,4 @@ def leave_fused_(model: nn.Module, path: str) -> None:
             ancestor.activation_relu_or_gelu = 0
         if isinstance(ancestor, nn.TransformerEncoder):
             ancestor.use_nested_tensor = False
+        ancestor.__class__ = _UNFUSED.get(type(ancestor), type(ancestor))

@@ -24,6 +24,16 @@ def free_axes(program: ExportedProgram, batch: Any) -> tuple[tuple[str, int], ..
     )
 
 
+def fixed_axes(net: Callable[..., Any], batch: Any, free: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """(input, axis) of every axis that is not `free` although the net takes other extents of it; all of them, or those behind axis 1."""
+    others = [(name, i) for name, x in named_inputs(batch).items() for i in range(1, x.dim()) if x.shape[i] > 1]
+    others = [axis for axis in others if axis not in set(free)]
+    for axes in (others, [axis for axis in others if axis[1] > 1]):
+        if axes and stretched(net, batch, axes) is not None:
+            return tuple(axes)
+    return ()
+
+
 @torch.inference_mode()
 def stretched(net: Callable[..., Any], batch: Any, free: Sequence[tuple[str, int]]) -> Any:
     """`batch` with one more step along every free axis; None where the net itself takes no such input."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.axes import free_axes, stretched
+from ranksearch.compress.axes import fixed_axes, free_axes, stretched
 from ranksearch.compress.copying import copied
 from ranksearch.compress.export import Build
 from ranksearch.compress.fold import fold_bn_
@@ -47,6 +47,8 @@ class Exported:
     latency_dense_runtime_ms: float | None
     """The dense net written in the same format and opened in the same runtime; None without one, or where it cannot be written so."""
     others_ms: tuple[float, ...]
+    fixed_axes: tuple[str, ...] = ()
+    """Axes of inputs that the net itself takes in other extents, and what was written in that of the example alone."""
 
 
 def export_net(
@@ -84,14 +86,15 @@ def export_net(
     if fold_bn:
         source = copied(eager)
         folded = fold_bn_(source, traced(source, batch))
-    form.write(source, plan, batch, folder)
+    program = form.write(source, plan, batch, folder)
     with told(f"What was written as {form.name} cannot be used, and was removed"):
         function = form.open(folder, build)
         batches = [_sample(example, count, generator) for count in CHECKED_BATCHES]
         error = max_rel_error(function, eager, batches, tolerance=TOLERANCE)
-        free = free_axes(traced(source, batch), batch) if form.traced else ()
+        free = free_axes(program, batch) if program is not None else ()
         if free and (longer := stretched(eager, batches[1], free)) is not None:
             error = max(error, max_rel_error(function, eager, [longer], tolerance=TOLERANCE))
+    fixed = fixed_axes(eager, batch, free) if program is not None else ()
     alike = [] if dense is None else _in_the_same_runtime(dense, batch, form, fold_bn=fold_bn)
     one = _sample(example, 1, generator)
     own, of_eager, *of_others = latencies_ms([function, eager, *others, *alike], one)
@@ -99,7 +102,7 @@ def export_net(
     files = sorted(path for path in folder.iterdir())
     return Exported(
         tuple(path.name for path in files), sum(path.stat().st_size for path in files), form.opset, folded,
-        error, own, of_eager, of_dense, tuple(of_others),
+        error, own, of_eager, of_dense, tuple(of_others), tuple(f"{name}, axis {axis}" for name, axis in fixed),
     )  # fmt: skip
 
 

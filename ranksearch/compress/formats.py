@@ -43,8 +43,9 @@ class Format:
     """A form of a net on disk."""
 
     name: str
-    write: Callable[[nn.Module, RankPlan, Any, Path], None]
-    """Writes a net in evaluation mode and its plan to a folder; the third is a batch to trace with, as the net takes it."""
+    write: Callable[[nn.Module, RankPlan, Any, Path], ExportedProgram | None]
+    """Writes a net in evaluation mode and its plan to a folder; the third is a batch to trace with, as the net takes it. Returns the
+    graph that was written, None where the format keeps layers."""
     open: Callable[[Path, Build], Function]
     """The net of such a folder as a function, with the threads of this process."""
     traced: bool
@@ -129,10 +130,11 @@ def _open_state_dict(folder: Path, build: Build) -> Function:
     return lambda batch: call(net, batch)
 
 
-def _write_pt2(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> None:
+def _write_pt2(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> ExportedProgram:
     program = traced(model, batch)
     with told("torch.export cannot save this net"), quiet():
         torch.export.save(program, folder / "model.pt2")
+    return program
 
 
 def _open_pt2(folder: Path, build: Build) -> Function:
@@ -147,9 +149,21 @@ def _as_function(program: ExportedProgram) -> Function:
     return lambda batch: net(**named_inputs(batch)) if by_name else net(batch)
 
 
-def _write_onnx(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> None:
+def _write_onnx(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> ExportedProgram:
+    program = traced(model, batch)
+    try:
+        _save_onnx(program, model, batch, folder)
+    except StudyError:  # T5: its operators are not known for lengths that are free
+        if not free_axes(program, batch):
+            raise
+        program = _traced(model, batch, free=False)
+        _save_onnx(program, model, batch, folder)
+    return program
+
+
+def _save_onnx(program: ExportedProgram, model: nn.Module, batch: Any, folder: Path) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    program, names = traced(model, batch), list(named_inputs(batch))
+    names = list(named_inputs(batch))
     with torch.no_grad():
         found = plain_outputs(call(model, batch))
     outputs = ["output"] if isinstance(found, Tensor) else [n if n not in names else f"output_{n}" for n in found]
