@@ -314,7 +314,7 @@ def patched(layer):
         (Offset(8, 8, 3), "changes its input"),
         (Called(8, 8), "__call__ of its own"),
         (patched(nn.Linear(8, 8)), "forward was replaced on the instance"),
-        (nn.Embedding(8, 8), "Embedding"),
+        (nn.Embedding(8, 8, max_norm=1.0), "Embedding"),
     ],
     ids=["conv_forward", "call", "instance", "embedding"],
 )

@@ -96,7 +96,11 @@ def test_a_weight_shared_with_what_cannot_be_lowered_is_left_alone_and_said():
     class Language(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.mix, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+            self.embed, self.mix, self.head = (
+                nn.Embedding(20, 8, max_norm=9),
+                nn.Linear(8, 8),
+                nn.Linear(8, 20, bias=False),
+            )
             self.head.weight = self.embed.weight
             self.a, self.b = nn.Conv1d(8, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=2, dilation=2)
             self.b.weight = self.a.weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from ranksearch.compress import Layer, Net
@@ -96,7 +96,9 @@ class LayerRules:
         allowed = [lowering_named(name) for name in rule.lowerings or () if lowering_named(name).has_rank]
         takers = [lowering.name for lowering in allowed if lowering.supports(layer.spec)]
         if not takers:
-            refusals = list(dict.fromkeys(lowering.refusal(layer.spec) or "" for lowering in allowed))
+            alike = replace(layer.spec, lookup=False, tied=False)  # whose lowerings say most of an embedding
+            nearest_ones = [lowering for lowering in allowed if lowering.supports(alike)] or allowed
+            refusals = list(dict.fromkeys(lowering.refusal(layer.spec) or "" for lowering in nearest_ones))
             return (
                 f"no lowering that is allowed here takes it: {refusals[0]}" if refusals else "no lowering is allowed."
             )

@@ -203,6 +203,8 @@ class _Collector:
             ),
         )
 
+        if isinstance(module, nn.Embedding):
+            return  # rows that no batch looks up say nothing of it: it is weighed by its weight alone
         own = as_plain(module)
         pad = own.pad if isinstance(own, AsPlain) else None
 

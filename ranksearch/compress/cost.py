@@ -29,6 +29,8 @@ def layer_cost(layer: Layer, choice: LayerPlan) -> tuple[int, int]:
     lowering = lowering_named(choice.lowering)
     lowering.check_rank(layer.spec, choice.rank)
     macs = layer.summed(lambda size: lowering.macs(layer.spec, choice.rank, size))
+    if layer.also is not None:
+        macs += layer_cost(layer.also, choice)[0]
     return macs, lowering.params(layer.spec, choice.rank) + (0 if lowering.has_rank else layer.own_params)
 
 

@@ -60,6 +60,8 @@ def plan_to(plan: RankPlan, form: str, *, model: nn.Module, period: int | None =
 def _why_not(slot: Slot, choice: LayerPlan, form: str) -> str | None:
     if lowering_named(choice.lowering).curve_name not in ONE_MATRIX:
         return f"{choice.lowering} is not one matrix of one rank: plan with lowerings {', '.join(ONE_MATRIX)}."
+    if (slot.spec.lookup or slot.spec.tied) and form == "peft":
+        return "PEFT adapts an embedding, and a head tied to it, in a way of its own."
     if slot.spec.is_conv and (slot.spec.groups > 1 or slot.spec.transposed):
         return "a grouped or transposed convolution is another matrix there."
     if slot.is_made and form == "torchao":

@@ -24,7 +24,7 @@ from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.chain import Chain
 
-KINDS = "Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear"
+KINDS = "Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear or Embedding"
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,9 @@ def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
             )
         elif len(holders) > 1 and first.sources:
             skipped |= dict.fromkeys(names, f"{' and '.join(map(repr, names))} make their weights of one parameter.")
+        elif (head := _tied_head([other.spec for other, _ in holders])) is not None:
+            paths = tuple(sorted(names, key=lambda name: isinstance(model.get_submodule(name), nn.Embedding)))
+            slots[paths[0]] = Slot(paths[0], head, first.weight, paths)
         elif len({(replace(other.spec, bias=False), other.pad) for other, _ in holders}) > 1:
             reason = f"{' and '.join(map(repr, names))} share a weight, but are different kinds of layer."
             skipped |= dict.fromkeys(names, reason)
@@ -202,6 +205,15 @@ def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
             plain = first.pad is None and not first.sources
             slots[names[0]] = Slot(names[0], first.spec, first.weight, tuple(names), layer=None if plain else first)
     return slots, skipped
+
+
+def _tied_head(specs: list[LayerSpec]) -> LayerSpec | None:
+    """The Linear among layers of one weight, the others being Embeddings of its rows; None where they are others."""
+    linear = {replace(spec, bias=False) for spec in specs if not spec.lookup}
+    lookups = {spec for spec in specs if spec.lookup}
+    if len(linear) != 1 or len(lookups) != 1 or next(iter(linear)).is_conv or next(iter(linear)).transposed:
+        return None
+    return replace(next(spec for spec in specs if not spec.lookup), tied=True)
 
 
 def _has_matrix(module: Any) -> bool:

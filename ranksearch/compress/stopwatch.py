@@ -100,6 +100,8 @@ class Stopwatch:
         return lambda batch: layer(example)
 
     def _input_of(self, spec: LayerSpec, in_size: Ints) -> Tensor:
+        if spec.lookup:
+            return torch.randint(spec.in_channels, (self.setting.batch, *in_size), device=self.device)
         shape = (spec.in_channels, *in_size) if spec.is_conv else (*in_size, spec.in_channels)
         return torch.randn(self.setting.batch, *shape, device=self.device)
 

@@ -19,8 +19,8 @@ from ranksearch.compress.reached import reached_by_classes
 from ranksearch.compress.recurrent import open_recurrent_
 from ranksearch.compress.slots import Slot, find_slots, slots_of
 from ranksearch.errors import NonFiniteError, UsageError
-from ranksearch.lowering import lowering_named
-from ranksearch.lowering.chain import become_
+from ranksearch.lowering import LayerSpec, lowering_named
+from ranksearch.lowering.chain import Turned, become_
 from ranksearch.lowering.contract import running_layers
 from ranksearch.lowering.weighting import Weighting
 
@@ -139,14 +139,23 @@ def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, nearest: Tensor, 
         if id(module) in done:
             continue
         base, pad = settle_(module) if slot.layer is not None else (type(module), None)
-        spec, bias = replace(slot.spec, bias=module.bias is not None), module.bias
+        bias = getattr(module, "bias", None)
+        spec = replace(slot.spec, bias=bias is not None)
+        if slot.spec.tied and isinstance(module, nn.Embedding):
+            spec = LayerSpec(spec.out_channels, spec.in_channels, transposed=True, lookup=True)
         built = lowering.build(spec, choice.rank, device=weight.device, dtype=weight.dtype)
-        own = lowering.stored_weights(built)
+        if spec.lookup:
+            _look_up_as_(built, module)
+        if slot.spec.tied and spec.lookup:
+            built[1], own = Turned(built[1]), ()  # type: ignore[index, operator]
+            built[0].weight, built[1].turned = reversed(shared or ())  # type: ignore[index, union-attr]
+        else:
+            own = lowering.stored_weights(built)
         if shared is None:
             shared = own
             if fill:
                 _fill_(own, slot, nearest, choice, warm)
-        else:
+        elif own:
             _share_(built, own, shared)
         if spec.bias:
             running_layers(built)[-1].bias = bias
@@ -155,6 +164,13 @@ def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, nearest: Tensor, 
     for stored in shared or ():
         if stored.is_floating_point():
             stored.requires_grad_(weight.requires_grad)
+
+
+def _look_up_as_(built: Any, module: nn.Embedding) -> None:
+    """Gives the lookup of a chain the settings of the Embedding that it replaces."""
+    if isinstance(built, nn.Sequential):
+        for name in ("padding_idx", "scale_grad_by_freq", "sparse"):
+            setattr(built[0], name, getattr(module, name))
 
 
 def _fill_(parameters: tuple[Tensor, ...], slot: Slot, nearest: Tensor, choice: LayerPlan, warm: Any) -> None:

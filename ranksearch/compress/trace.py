@@ -46,6 +46,8 @@ class Layer:
     """Bytes of a number of its weight's dtype: 4 in float32, 2 in bfloat16."""
     own_params: int = 0
     """Parameters beside those of its spec that are gone once it is lowered, such as weight norm's g."""
+    also: Layer | None = None
+    """The lookups of an Embedding that computes with this Linear's weight, too."""
 
     @property
     def params(self) -> int:
@@ -55,7 +57,7 @@ class Layer:
     @property
     def macs(self) -> int:
         """MACs of the dense layer for one sample, summed over its uses."""
-        return self.summed(self.spec.macs)
+        return self.summed(self.spec.macs)  # lookups cost none
 
     def summed(self, of_one: Callable[[Ints], int]) -> int:
         """What all uses cost for one sample of the net, rounded up, where `of_one` says it of one map of a size."""
@@ -209,6 +211,9 @@ class _Recorder:
         elif (spec := self._spec(module)) is not None:
             self.elsewhere.running.append(module)
             inputs = [*args, *kwargs.values()]
+            if spec.lookup and len(inputs) == 1 and isinstance(inputs[0], Tensor):
+                self.uses[id(module)].append(self._tokens(inputs[0].unsqueeze(-1)))
+                return
             if len(inputs) != 1:
                 self.odd[id(module)] = "it is called with more than its input (an output size)."
             if not isinstance(inputs[0], Tensor):
@@ -278,6 +283,7 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
     names = {id(module): name for name, module in model.named_modules()}
     layers = []
     for slot in slots.values():
+        also = None
         if slot.recurrent is not None:
             module = model.get_submodule(slot.recurrent)
             uses, reason, norm = recorder.uses[id(module)], recorder.odd.get(id(module)), None
@@ -288,6 +294,10 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
             norm = None
         else:
             modules = list({id(m): m for m in map(model.get_submodule, slot.paths)}.values())
+            if slot.spec.tied:
+                lookups = [m for m in modules if isinstance(m, nn.Embedding)]
+                modules = [m for m in modules if m not in lookups]
+                also = _lookups(slot, [use for m in lookups for use in recorder.uses[id(m)]], batch)
             uses = [use for module in modules for use in recorder.uses[id(module)]]
             reason = next((recorder.odd[id(m)] for m in modules if id(m) in recorder.odd), None)
             if any(map(recorder.elsewhere.reads, modules)):
@@ -301,7 +311,7 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
             samples = () if all(count == batch for count in samples) else samples
             width = slot.weight.element_size()
             layers.append(
-                Layer(slot.name, slot.spec, sizes, norm, slot.paths[1:], samples, batch, width, slot.own_params)
+                Layer(slot.name, slot.spec, sizes, norm, slot.paths[1:], samples, batch, width, slot.own_params, also)
             )
         else:
             skipped |= dict.fromkeys(slot.paths, reason)
@@ -328,6 +338,12 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
         other_size=stored - sum(layer.params * layer.bytes_per_weight for layer in layers),
     )
     return net, outputs
+
+
+def _lookups(slot: Slot, uses: list[Use], batch: int) -> Layer:
+    """The uses of an Embedding whose weight is a head's."""
+    spec = LayerSpec(slot.spec.out_channels, slot.spec.in_channels, transposed=True, lookup=True)
+    return Layer(slot.name, spec, tuple(size for size, _ in uses), samples=tuple(n for _, n in uses), batch=batch)
 
 
 def _attention_uses(recorder: _Recorder, attention: nn.Module, slot: Slot) -> list[Use] | None:

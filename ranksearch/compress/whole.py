@@ -160,7 +160,7 @@ def _take_over_(dense: nn.Module, small: nn.Module) -> None:
             if slot.inside is not None and layer.bias is not None:
                 _bias_inside(dense, slot).copy_(layer.bias)
             for path in slot.paths if slot.inside is None else ():  # layers of one weight have biases of their own
-                theirs: Any = dense.get_submodule(path).bias
+                theirs: Any = getattr(dense.get_submodule(path), "bias", None)
                 if theirs is not None:
                     theirs.copy_(small.get_submodule(path).bias)
 

@@ -134,6 +134,27 @@ class PaddedChain(Chain):
         return super().forward(padded(input, self.own_pad))
 
 
+class Turned(nn.Module):
+    """A Linear r -> T without bias whose weight is kept as [r, T]: the first factor of a head, which its embedding ends with."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        self.turned = nn.Parameter(like.weight.detach().t().contiguous())
+
+    @property
+    def weight(self) -> Tensor:
+        """[T, r]"""
+        return self.turned.t()
+
+    @property
+    def bias(self) -> None:
+        return None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[.., r] -> [.., T]"""
+        return input @ self.turned
+
+
 def _empty(base: type, kind: type = Chain) -> Any:
     made: Any = _class_of(base, kind)
     return made.__new__(made)

@@ -51,6 +51,8 @@ class PivotedLowering(Lowering):
     def refusal(self, spec: LayerSpec) -> str | None:
         if (reason := self.plain.refusal(spec)) is not None:
             return reason
+        if spec.lookup or spec.tied:
+            return f"{self.name} takes no embedding and no head that is tied to one: name {self.plain.name}, its plain form."
         if FIRST in self.plain.pivoted_ends and self._at_rank_one(spec)[0].transposed:
             return f"{self.name} gathers what a kernel's taps read, and a transposed convolution writes with them: take {self.plain.name}."
         return None

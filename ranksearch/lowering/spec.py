@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -44,6 +44,10 @@ class LayerSpec:
     transposed: bool = False
     output_padding: Ints = ()
     """What a transposed convolution adds to its output; 0 elsewhere."""
+    lookup: bool = field(default=False, repr=False)
+    """Whether it is an Embedding: a transposed Linear of S rows that one is looked up of, at no MACs."""
+    tied: bool = field(default=False, repr=False)
+    """Whether it is a Linear of whose weight an Embedding looks rows up, too."""
 
     @classmethod
     def conv(cls, in_channels: int, out_channels: int, kernel_size: Ints, **settings: Any) -> LayerSpec:
@@ -69,7 +73,11 @@ class LayerSpec:
 
     @classmethod
     def stated(cls, module: Any) -> LayerSpec | None:
-        """What the attributes of a Conv or Linear say, whatever it does with its weight; None for any other module."""
+        """What the attributes of a Conv, Linear or Embedding say, whatever it does with its weight; None for any other module."""
+        if isinstance(module, nn.Embedding):
+            plain = type(module).forward is nn.Embedding.forward and "forward" not in vars(module)
+            rows, width = module.num_embeddings, module.embedding_dim
+            return cls(rows, width, transposed=True, lookup=True) if plain and module.max_norm is None else None
         if isinstance(module, nn.Linear):
             return cls(module.in_features, module.out_features, bias=module.bias is not None)
         if _base(module) is not None and not isinstance(module, tuple(_CONVS.values())):
@@ -131,10 +139,14 @@ class LayerSpec:
 
         Every weight meets every position of the output, of a transposed convolution every position of the input.
         """
+        if self.lookup:
+            return 0
         return prod(in_size if self.transposed else self.out_size(in_size)) * prod(self.weight_shape)
 
     def build(self, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """The torch layer of this spec, with torch's own initial weights (of a transposed Linear, the plain one that computes the same)."""
+        if self.lookup:
+            return nn.Embedding(self.in_channels, self.out_channels, device=device, dtype=dtype)
         if not self.is_conv:
             return nn.Linear(self.in_channels, self.out_channels, bias=self.bias, device=device, dtype=dtype)
         extra = {"output_padding": self.output_padding} if self.transposed else {}
@@ -217,8 +229,8 @@ def own_forward(module: nn.Module) -> str | None:
     for name in _COMPUTING:
         if name in vars(module):
             return f"its {name} was replaced on the instance, so that it computes something else than {base.__name__}."
-    name = next(iter(own_methods(module)), None)
-    return f"{type(module).__name__} is no plain {base.__name__}: it has a {name} of its own." if name else None
+    own = next(iter(own_methods(module)), None)
+    return f"{type(module).__name__} is no plain {base.__name__}: it has a {own} of its own." if own else None
 
 
 def own_methods(module: nn.Module) -> tuple[str, ...]:

@@ -5,6 +5,9 @@ and value projections of attention are one Linear of 3S outputs: one input facto
 6rS for three separate ones). Per head there is nothing to gain: a head's d rows have rank d already, and no rank r < d is
 cheaper than dense unless r < dS / (d + S).
 
+An Embedding of S rows is a lookup of r numbers and a Linear r -> T: fewer params, r·T more MACs a row, and rows that calibration does not
+meet are cut all the same, so it is lowered where `svd` is asked for by name alone. A head that is tied to it shares its factors.
+
 Reference: Denton et al. 2014, arXiv 1404.0736.
 """
 
@@ -37,7 +40,8 @@ class Svd(MatrixLowering):
         return matrices
 
     def chain(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, ...]:
-        return LayerSpec(spec.in_channels, rank), LayerSpec(rank, spec.out_channels, bias=spec.bias)
+        first = LayerSpec(spec.in_channels, rank, transposed=spec.lookup, lookup=spec.lookup)
+        return first, LayerSpec(rank, spec.out_channels, bias=spec.bias)
 
     def split(self, left: Tensor, right: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
         return right, left

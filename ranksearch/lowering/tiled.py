@@ -95,6 +95,8 @@ class SquareTiles(MatrixLowering):
 
     def refusal(self, spec: LayerSpec) -> str | None:
         rows, columns = self._extents(spec)
+        if spec.tied:
+            return f"{self.name} cannot share its factors with an embedding: take svd."
         if spec.transposed and not spec.is_conv:
             return f"{self.name} rebuilds a torch layer's weight, and this one lies the other way round: take svd."
         if max(rows, columns) <= self.side:
