@@ -157,7 +157,7 @@ def test_integer_inputs_beside_a_mask_are_traced():
 
     given = torch.randint(9, (2, 5)), torch.ones(2, 5)
     net = trace(Tokens(), given)
-    assert [(layer.name, layer.in_sizes) for layer in net.layers] == [("mix", ((5,),))]
+    assert [(layer.name, layer.in_sizes) for layer in net.layers] == [("embed", ((5,),)), ("mix", ((5,),))]
     assert ranksearch.allocate(Tokens(), given, {"params": "95%"}).layers
 
 
@@ -182,8 +182,8 @@ def test_every_other_weight_is_said_to_be_left_alone():
 
     net = trace(Mixed(), torch.randn(2, 5, 8))
     reasons = dict(net.skipped)
-    assert [layer.name for layer in net.layers] == ["lazy"]
-    assert set(reasons) == {"(the model itself)", "lstm", "odd", "hooked"}
+    assert [layer.name for layer in net.layers] == ["lstm.ih_l0", "lstm.hh_l0", "lazy"]
+    assert set(reasons) == {"(the model itself)", "odd", "hooked"}
     assert "add_bias_kv" in reasons["odd"]
     assert "hooks" in reasons["hooked"]
     assert "LSTM" in reasons["lstm"]

@@ -119,7 +119,8 @@ def settle_(module: Any) -> tuple[type[nn.Module], Pad | None]:
     elif found.sources and not found.settles:
         leave_as_it_is_(module)
         reading = module._load_state_dict_pre_hooks  # of old names, a local function of torch that cannot be pickled
-        for key in [k for k, hook in reading.items() if "weight_norm" in getattr(hook, "__qualname__", str(hook))]:
+        names = {key: getattr(getattr(hook, "hook", hook), "__qualname__", "") for key, hook in reading.items()}
+        for key in [key for key, name in names.items() if name.startswith("weight_norm.")]:
             del reading[key]
     elif own_methods(module) and not isinstance(module, Settled):
         _settle_(module, found.spec, found.pad, found.weight)
