@@ -186,7 +186,6 @@ def test_every_other_weight_is_said_to_be_left_alone():
     assert set(reasons) == {"(the model itself)", "odd", "hooked"}
     assert "add_bias_kv" in reasons["odd"]
     assert "hooks" in reasons["hooked"]
-    assert "LSTM" in reasons["lstm"]
 
 
 @pytest.mark.parametrize("conv", ["im2col", "channel", "spatial", "tucker2", "cp", "tiled_c2", "tiled_16"])

@@ -80,7 +80,7 @@ def weight_norm_hook(module: nn.Module) -> WeightNorm | None:
 
 def _new_norm(module: Any) -> Any:
     """The parametrization of new weight norm, where it is the weight's only one."""
-    made = module.parametrizations["weight"] if parametrize.is_parametrized(module, "weight") else ()
+    made: Any = module.parametrizations["weight"] if parametrize.is_parametrized(module, "weight") else ()
     alone = len(made) == 1 and len(module.parametrizations) == 1
     return made[0] if alone and isinstance(made[0], parametrizations._WeightNorm) else None
 
@@ -144,6 +144,9 @@ def _settle_(module: Any, spec: LayerSpec, pad: Pad | None, weight: Tensor) -> N
 
 class Settled(nn.Module):
     """A layer of a class with code of its own that now does plainly what it did; the second of its bases is that class."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     plain_spec: LayerSpec
     own_pad: Pad | None

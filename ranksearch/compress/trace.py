@@ -283,7 +283,8 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
     names = {id(module): name for name, module in model.named_modules()}
     layers = []
     for slot in slots.values():
-        also = None
+        also: Layer | None = None
+        uses: list[Use] | None
         if slot.recurrent is not None:
             module = model.get_submodule(slot.recurrent)
             uses, reason, norm = recorder.uses[id(module)], recorder.odd.get(id(module)), None
