@@ -146,8 +146,9 @@ def _replace_(model: nn.Module, slot: Slot, choice: LayerPlan, nearest: Tensor, 
         built = lowering.build(spec, choice.rank, device=weight.device, dtype=weight.dtype)
         if spec.lookup:
             _look_up_as_(built, module)
+        own: tuple[Tensor, ...] = ()
         if slot.spec.tied and spec.lookup:
-            built[1], own = Turned(built[1]), ()  # type: ignore[index, operator]
+            built[1] = Turned(built[1])  # type: ignore[index, operator]
             built[0].weight, built[1].turned = reversed(shared or ())  # type: ignore[index, union-attr]
         else:
             own = lowering.stored_weights(built)
