@@ -19,6 +19,7 @@ from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.search.path import NESTED_RUN, nested_path
 from ranksearch.space.reading import read_space
 from ranksearch.study.driver import Driver, run_inline
+from ranksearch.tracking.trial_figures import trial_charts
 from ranksearch.trial.levels import Levels
 from ranksearch.trial.nested import NESTED
 from tests.conftest import simulated
@@ -163,6 +164,11 @@ def test_one_long_trial_then_plans_cut_from_its_weights(study):
         "level 1 of 4", "level 3 of 4", "level 4 of 4", "decomposed"
     }  # fmt: skip
     assert len(first.history) == 4 * 3 + 1  # the front is looked at while it trains
+    looks = trial_charts(first, study.metric)["levels"].series
+    assert [series.name.partition(":")[0] for series in looks] == ["step 6", "step 12", "step 18", "step 24"]
+    last = [(e["macs_ratio"], e["val_accuracy"]) for e in first.history if "macs_ratio" in e and e["step"] == 24]
+    assert [*looks[-1].x, *looks[-1].y] == pytest.approx([*(100 * x for x, _ in sorted(last)), *(y for _, y in sorted(last))])
+    assert "levels" not in trial_charts(others[0], study.metric)
     assert len(others) == 3
     for row in others:
         assert row.complete

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ranksearch.pareto import hypervolume
 from ranksearch.study.row import Row
-from ranksearch.tracking.chart import BLUE, GREEN, ORANGE, PINK, Chart, HeatMap, Plot, Series
+from ranksearch.tracking.chart import BLUE, GREEN, GREY, ORANGE, PINK, Chart, HeatMap, Plot, Series
 from ranksearch.trial.metric import Metric
 
 
@@ -14,6 +15,8 @@ def trial_charts(row: Row, metric: Metric) -> dict[str, Chart]:
         charts["training"] = training_chart(row)
     if row["history"]:
         charts["phases"] = phases_chart(row, metric)
+    if any("macs_ratio" in entry for entry in row["history"]):
+        charts["levels"] = levels_chart(row, metric)
     if any(record["removed_energy"] for record in row["projections"]):  # none where every layer stays dense
         charts["removed_energy"] = removed_energy_chart(row)
     return charts
@@ -42,6 +45,27 @@ def phases_chart(row: Row, metric: Metric) -> Plot:
     series = [Series("validation", list(range(1, len(y) + 1)), y, PINK, "circle", "dotted", hover=hover, labels=names)]
     return Plot(
         f"trial {row['trial']}: {metric.name} by phase", "scores in their order", f"validation {metric.heading}", series
+    )
+
+
+LOOKS = (GREY, PINK, ORANGE, GREEN, BLUE)
+"""Colours of the looks at a front in training; the last look has the last one."""
+
+
+def levels_chart(row: Row, metric: Metric) -> Plot:
+    """The front of a nested run at each look while it trains: validation accuracy against MACs, with its hypervolume."""
+    seen = [entry for entry in row["history"] if "macs_ratio" in entry]
+    steps = sorted({entry["step"] for entry in seen})
+    series = []
+    for order, step in enumerate(steps):
+        points = sorted((e["macs_ratio"], e["val_accuracy"]) for e in seen if e["step"] == step)
+        volume = hypervolume([[1 - metric.share(value), ratio] for ratio, value in points], [1.0, 1.0])
+        colour = LOOKS[max(0, len(LOOKS) - len(steps) + order)]
+        x, y = ([100 * ratio for ratio, _ in points], [value for _, value in points])
+        hover = [f"step {step}, {100 * ratio:.0f} % of the MACs: {metric.text(value)}" for ratio, value in points]
+        series.append(Series(f"step {step}: hypervolume {volume:.3f}", x, y, colour, "circle", "dotted", hover=hover))
+    return Plot(
+        f"trial {row['trial']}: the front while it trains", "MACs (% of dense)", f"validation {metric.heading}", series
     )
 
 
