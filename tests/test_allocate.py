@@ -45,6 +45,24 @@ def curves() -> Curves:
     return rank_curves(model, trace(model, torch.zeros(1, 3, 16, 16)), LayerRules(CONVS))
 
 
+def test_curves_are_the_same_where_several_threads_share_the_layers(curves):
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    model = CifarResNet(1, channels=3, classes=10)
+    try:
+        torch.set_num_threads(3)
+        found = rank_curves(model, curves.net, LayerRules(CONVS))
+        assert torch.get_num_threads() == 3
+        model.layer1[0].conv2.weight.data.fill_(torch.inf)
+        with pytest.raises(NonFiniteError, match=r"'layer1\.0\.conv2'"):
+            rank_curves(model, curves.net, LayerRules(CONVS))
+    finally:
+        torch.set_num_threads(before)
+    for ours, ever in zip(found.layers, curves.layers, strict=True):
+        assert ours.choices == ever.choices
+        np.testing.assert_allclose(ours.removed, ever.removed, rtol=0, atol=1e-6)
+
+
 def random_problem(seed: int, costs: int) -> Problem:
     """Convex-ish damage curves with noise, as rank curves are, with one infeasible-looking tail of unused places."""
     rng = np.random.default_rng(seed)

@@ -5,9 +5,9 @@ One Gram `eigvalsh` per layer and lowering gives the error at every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from ranksearch.allocate.budget import Budget, check_feasible
 from ranksearch.allocate.curve_cache import curve_key
 from ranksearch.allocate.rules import LayerRule, LayerRules
+from ranksearch.allocate.side_by_side import side_by_side
 from ranksearch.compress import DENSE, Cost, Layer, LayerPlan, Net, RankPlan, dense_cost, layer_cost, plan_cost
 from ranksearch.compress.cost import layer_indices
 from ranksearch.compress.slots import find_slots
@@ -234,16 +235,20 @@ def _lowering_options(layer: Layer, curve: RankCurve, name: str, min_rank: int) 
     return choices, np.array(columns).reshape(-1, 4).T
 
 
+def _useful(layer: Layer, rule: LayerRule) -> Iterator[Lowering]:
+    """The lowerings that a layer may take, and that have a rank that is cheaper than dense."""
+    for lowering in map(lowering_named, rule.lowerings or ()):
+        if lowering.has_rank and lowering.supports(layer.spec):
+            even = [lowering.break_even_rank(layer.spec, cost, layer.in_sizes[0]) for cost in ("macs", "params")]
+            if max(max(sides(rank)) for rank in even) >= (rule.min_rank or 1):
+                yield lowering
+
+
 def _options(layer: Layer, rule: LayerRule, curve_of: Callable[[Layer, Lowering, int], RankCurve]) -> LayerOptions:
     macs, params = layer_cost(layer, DENSE)
     choices, tables, spectra = [DENSE], [np.array([[0.0], [0.0], [macs], [params]])], {}
     min_rank, multiple = rule.min_rank or 1, rule.rank_multiple or 1
-    for lowering in map(lowering_named, rule.lowerings or ()):
-        if not (lowering.has_rank and lowering.supports(layer.spec)):
-            continue
-        even = [lowering.break_even_rank(layer.spec, cost, layer.in_sizes[0]) for cost in ("macs", "params")]
-        if max(max(sides(rank)) for rank in even) < min_rank:
-            continue
+    for lowering in _useful(layer, rule):
         curve = curve_of(layer, lowering, multiple)
         more, table = _lowering_options(layer, curve, lowering.name, min_rank)
         choices += more
@@ -275,12 +280,20 @@ def rank_curves(
     """
     slots, found = find_slots(model), {} if known is None else known
     digests: dict[str, str] = {}
+    keys: dict[tuple[str, str], str] = {}
+
+    def key_of(layer: Layer, lowering: Lowering, multiple: int) -> str:
+        """The key of a curve in the weights' own metric."""
+        if (layer.name, lowering.curve_name) not in keys:
+            weight = slots[layer.name].weight
+            keys[layer.name, lowering.curve_name] = curve_key(weight, layer.spec, lowering.curve_name, multiple)
+        return keys[layer.name, lowering.curve_name]
 
     def curve_of(layer: Layer, lowering: Lowering, multiple: int) -> RankCurve:
         weight = slots[layer.name].weight.detach()
         weighting = (weightings or {}).get(layer.name)
         view = lowering.seen(weighting, layer.spec) if weighting is not None else None
-        key = curve_key(weight, layer.spec, lowering.curve_name, multiple)
+        key = key_of(layer, lowering, multiple)
         if weighting is not None and view is not None:
             if layer.name not in digests:
                 digests[layer.name] = weighting.digest()
@@ -294,6 +307,15 @@ def rank_curves(
                 raise NonFiniteError(f"Layer {layer.name!r}: {error}") from error
         return found[key]
 
+    if not weightings:  # whose views of all layers at once might not fit into memory
+        asked = [
+            (layer, lowering, rule.rank_multiple or 1)
+            for layer in net.layers
+            for rule in [rules.for_layer(layer.name, layer.shared_with)]
+            for lowering in _useful(layer, rule)
+        ]
+        first = {key: each for each in asked if (key := key_of(*each)) not in found}
+        side_by_side([partial(curve_of, *each) for each in first.values()])
     return _curves(net, rules, curve_of)
 
 
