@@ -44,6 +44,14 @@ class ByFile(LoadScopeScheduling):
         return "ray" if name in RAY_FILES else name
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What is not marked `gpu` runs as on a machine without one: it compares with what a CPU computes to the last digits, and forks
+    processes, which a process that has begun CUDA cannot."""
+    marked = config.getoption("markexpr") or ""
+    if "gpu" not in marked or "not gpu" in marked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
     """Files begin in their order, so that Ray's, which take longest, begin early."""

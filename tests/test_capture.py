@@ -36,6 +36,21 @@ class Refuses(Calls):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
 
 
+class RefusesTheSecond(Calls):
+    def record(self, work):
+        replay = super().record(work)
+        if self.recorded == 2:
+            raise RuntimeError("no")
+        return replay
+
+
+class Nothing(Calls):
+    """Replays nothing: a recording that missed what the step did."""
+
+    def record(self, work):
+        return lambda: None
+
+
 class Waits(Calls):
     def warm(self, work):
         work()
@@ -66,7 +81,17 @@ def task(loader: bool = False) -> Task:
 
 
 def trained(
-    recorder, *, steps=12, loader=False, cpu_draw=False, distilled=False, reset=(), stop=None, state=None, **changes
+    recorder,
+    *,
+    steps=12,
+    loader=False,
+    cpu_draw=False,
+    distilled=False,
+    reset=(),
+    stop=None,
+    state=None,
+    between=None,
+    **changes,
 ):
     torch.manual_seed(0)
     settings = {
@@ -91,6 +116,8 @@ def trained(
     def after(training):
         if training.done in reset:
             training.forget_momentum_()
+        if between is not None:
+            training.replay(between, lambda: None)
         if training.done == stop:
             raise InterruptedError
 
@@ -124,6 +151,28 @@ def test_recorded_steps_train_as_steps_made_one_by_one(case, kind):
     else:
         refused = "RuntimeError: CUDA error: operation not permitted when stream is capturing"
         assert ours.eager == (refused if kind is Refuses else "waits for the GPU at net.py:3")
+
+
+@pytest.mark.parametrize("case", [{}, {"ema": 0.9}, {"optimizer": "adamw", "lr": 0.01}], ids=str)
+def test_a_replay_that_comes_out_otherwise_is_dropped_and_nothing_is_lost(case):
+    ours, stats = trained(Nothing(), **case)
+    ever, expected = trained(None, **case)
+    assert ours.eager == "a replayed step is 1 of a step away from the one that was recorded"
+    assert stats.loss == pytest.approx(expected.loss, abs=1e-6)
+    for mine, theirs in zip(ours.model.state_dict().values(), ever.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_steps_are_recorded_anew_after_a_recording_between_them_has_failed():
+    """It has replaced the states of the generators, from which the first recording draws."""
+    recorder = RefusesTheSecond()
+    ours, _ = trained(recorder, between=object())
+    ever, _ = trained(None)
+    assert (ours.eager, ours.between) == (None, "what is done between steps: RuntimeError: no")
+    assert ours.is_replayed
+    assert recorder.recorded == 3
+    for mine, theirs in zip(ours.model.parameters(), ever.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
 
 
 def test_numbers_drawn_on_the_cpu_would_be_frozen_and_are_not_recorded():

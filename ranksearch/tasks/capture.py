@@ -105,6 +105,10 @@ class Replayed:
     def is_warm(self) -> bool:
         return self._runs >= WARM_STEPS
 
+    def refuse(self, reason: str) -> None:
+        """Goes on without a recording."""
+        self.reason, self._replay = reason, None
+
     def __call__(self, work: Callable[[], None]) -> None:
         """Runs `work` once, in whichever way; it must be the same statements on the same memory every time."""
         if self.reason is not None:

@@ -39,12 +39,13 @@ def evaluate(model: nn.Module, source: Source, task: Task) -> Evaluation:
     device = next(model.parameters()).device
     batch_size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
     loss = task.loss_on(device)
-    metric, samples, total = accumulator(task.metric, reads_logits=task.reads_logits), 0, 0.0
+    metric, samples = accumulator(task.metric, reads_logits=task.reads_logits), 0
+    total: torch.Tensor | float = 0.0  # looked at once: a look at every batch would make a GPU wait
     for inputs, targets in source.in_order(batch_size):
         outputs = in_fp32(call(model, inputs))
         metric.update(outputs, targets)
         count = samples_of(inputs)
-        total += loss(outputs, targets).item() * count
+        total = total + loss(outputs, targets).double() * count
         samples += count
     model.train(training)
-    return Evaluation(accuracy=as_number(metric.compute(), task.metric_name), loss=total / samples)
+    return Evaluation(accuracy=as_number(metric.compute(), task.metric_name), loss=float(total) / samples)

@@ -60,15 +60,17 @@ class Accuracy:
     """
 
     def reset(self) -> None:
-        self._right, self._total = 0, 0
+        self._right: int | Tensor = 0
+        self._total: int | Tensor = 0
 
     def update(self, outputs: Any, targets: Tensor) -> None:
         counted = targets != IGNORED
-        self._right += int(((class_logits(outputs).argmax(1) == targets) & counted).sum())
-        self._total += int(counted.sum())
+        self._right = self._right + ((class_logits(outputs).argmax(1) == targets) & counted).sum()
+        self._total = self._total + counted.sum()
 
     def compute(self) -> float:
-        return 100 * self._right / self._total if self._total else float("nan")
+        right, total = int(self._right), int(self._total)  # looked at once: a look at every batch would make a GPU wait
+        return 100 * right / total if total else float("nan")
 
 
 class _OnCpu:

@@ -6,7 +6,7 @@ A `Training` can be saved in the middle and taken up again as if it had not stop
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any
@@ -179,9 +179,11 @@ class Training:
         self.images, self.seconds = 0, 0.0
         self._last: Batch | None = None
         device = next(model.parameters()).device
-        self._recorder = recorder or recorder_for(device, [generator])
+        self._recorder, self._generator = recorder or recorder_for(device, [generator]), generator
         self.eager: str | None = None
         """Why steps are not replayed as one graph; None where they are, or there is no GPU."""
+        self.between: str | None = None
+        """The same of what is done between steps, such as projections."""
         if self._recorder is not None and (group.world > 1 or settings.compile):
             self.eager = "several processes train it" if group.world > 1 else "torch.compile records by itself"
         if self._recorder is not None and passes is not once:
@@ -228,9 +230,9 @@ class Training:
             self._sum, self._summed = 0.0, 0
 
     def _settle_losses(self) -> None:
-        self._tail += [loss.item() for loss in self._recent]
+        self._tail += _numbers(self._recent)
         self._recent.clear()
-        looked_at = [(step, mean.item()) for step, mean in self._points]
+        looked_at = zip([step for step, _ in self._points], _numbers([mean for _, mean in self._points]), strict=True)
         self.losses += [{"step": step, "train_loss": mean} for step, mean in looked_at if isfinite(mean)]
         self._points.clear()
 
@@ -288,7 +290,10 @@ class Training:
             group["lr"] = self._rate
             if "capturable" in group and self._rate.is_cuda:
                 group["capturable"] = True
-        replayed(self._recorded)
+        if replayed.is_warm and not replayed.is_recorded:
+            self._step_both_ways(replayed)
+        else:
+            replayed(self._recorded)
         self._last = self._batch_of_step
         self.images += batch_size(self._last[0])
         return self._loss_of_step.clone()
@@ -301,6 +306,30 @@ class Training:
         if self._average is not None:
             _average_(self._average, self.model, self.settings.ema)
 
+    def _step_both_ways(self, replayed: Replayed) -> None:
+        """The step that is recorded: made step by step, undone, and replayed. Where the two differ, no other one is replayed."""
+        assert self._recorder is not None
+        nets = [self.model] if self._average is None else [self.model, self._average.module]
+        memory = [tensor for net in nets for tensor in (*net.parameters(), *net.buffers())]
+        memory += [
+            value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        ]
+        before, drawn = _copies(memory), self._generator.get_state()
+        with torch.random.fork_rng([self._rate.device] if self._rate.is_cuda else []):
+            self._recorder.warm(self._recorded)
+        expected, loss, drawn_then = _copies(memory), self._loss_of_step.clone(), self._generator.get_state()
+        _overwrite(memory, before)
+        self._generator.set_state(drawn)
+        replayed(self._recorded)
+        apart, moved = _distance(_copies(memory), expected), _distance(before, expected)
+        if replayed.is_recorded and isfinite(moved) and not apart <= ALIKE * moved:
+            _overwrite(memory, expected)
+            self._generator.set_state(drawn_then)
+            self._loss_of_step = loss
+            replayed.refuse(
+                f"a replayed step is {apart / moved if moved else apart:.2g} of a step away from the one that was recorded"
+            )
+
     @property
     def is_replayed(self) -> bool:
         """Whether steps are replayed from a recording, as far as is known by now."""
@@ -309,10 +338,18 @@ class Training:
     def replay(self, owner: object, work: Callable[[], None]) -> None:
         """Runs statements of `owner`'s between steps, the same ones every time, recorded and replayed as the steps are."""
         if self._recorder is None or self.eager is not None:
-            return work()
+            work()
+            return
         if id(owner) not in self._others:
             self._others = {id(owner): (owner, Replayed(self._recorder))}
-        return self._others[id(owner)][1](work)
+        replayed = self._others[id(owner)][1]
+        refused_before = replayed.reason is not None
+        replayed(work)
+        if replayed.reason is not None and not refused_before:
+            self.between = f"what is done between steps: {replayed.reason}"
+            if self._replayed is not None and self._replayed.is_recorded:
+                # a recording that fails gives the generators new states, and what was recorded before draws from the old ones
+                self._replayed = Replayed(self._recorder)
 
     def forget_momentum_(self) -> None:
         """The optimizer's state as at the start; where steps are recorded it stays in place."""
@@ -380,6 +417,33 @@ class Training:
         self.done, self._tail = state["done"], list(state["tail"])
         self.losses, self._sum, self._summed = list(state["losses"]), state["sum"], state["summed"]
         self.images, self.seconds = state["images"], state["seconds"]
+
+
+ALIKE = 0.1
+"""How far a replayed step may end from the same step made one by one, as a share of the step: sums in another order move it by less than
+.01 in bf16."""
+
+
+def _copies(memory: Sequence[Tensor]) -> list[Tensor]:
+    """On the CPU: a GPU that is shared may have no room for them."""
+    return [tensor.detach().to("cpu", copy=True) for tensor in memory]
+
+
+@torch.no_grad()
+def _overwrite(memory: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(memory, values, strict=True):
+        tensor.copy_(value)
+
+
+def _distance(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
+    """Euclidean distance of two lists of tensors as one vector each; those of whole numbers do not count."""
+    pairs = [(a, b) for a, b in zip(these, those, strict=True) if a.is_floating_point()]
+    return float(torch.stack([(a.double() - b.double()).square().sum() for a, b in pairs]).sum().sqrt())
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """All of them by one copy from the device."""
+    return torch.stack(list(scalars)).tolist() if scalars else []
 
 
 @torch.no_grad()

@@ -82,6 +82,7 @@ class Session:
         metric: MetricSetting | None = None,
         drawn: int = 1,
         start: State | None = None,
+        last: bool = False,
     ) -> None:
         device = pick_device()
         torch.manual_seed(seed)  # on every rank: they draw the same batches
@@ -92,7 +93,7 @@ class Session:
         self._start = dense if start is None else start
         self.group, self.seed, self.drawn = group, seed, drawn
         self._metric = metric
-        self._watch = watch
+        self._watch, self._last = watch, last
         self._generator = torch.Generator(device).manual_seed(seed)
         self._rungs = {round(share * recipe.steps): number for number, share in enumerate(rungs)}
         bf16 = use_bf16(recipe.precision, device, dense_cost(net).macs)
@@ -186,12 +187,7 @@ class Session:
             passes: the forward and backward passes of a step.
             look: what else is done after a step, aside: it takes no training time.
         """
-        share = self.recipe.factor_lr if phase == "factors" else 1.0
-        settings = replace(self.settings, lr=share * self.settings.lr)
-        training = Training(
-            model, self.task, settings, steps, generator=self._generator, distillation=self._distillation, group=self.group,
-            passes=passes,
-        )  # fmt: skip
+        training = self.training_(model, steps, lr=self.recipe.factor_lr if phase == "factors" else 1.0, passes=passes)
         if self._resumed is not None and self.resumes_at(phase):
             self._go_on(self._resumed, training, projecting)
             self._resumed = None
@@ -219,15 +215,23 @@ class Session:
         finally:  # where it diverged, what was seen until then counts too
             self.images, self.seconds = self.images + training.images, self.seconds + training.seconds
             self.losses += training.losses
-            self.eager = self.eager or training.eager
+            self.eager = self.eager or training.eager or training.between
             self._note(projecting)
+
+    def training_(self, model: nn.Module, steps: range, *, lr: float = 1.0, passes: Passes = once) -> Training:
+        """`model` in training, at the share `lr` of the learning rate."""
+        settings = replace(self.settings, lr=lr * self.settings.lr)
+        return Training(
+            model, self.task, settings, steps, generator=self._generator, distillation=self._distillation, group=self.group,
+            passes=passes,
+        )  # fmt: skip
 
     def score_untrained(self, plan: RankPlan) -> None:
         """Scores the dense net decomposed as it is, so that training never makes a trial worse than none; once, and aside as a rung is.
 
         A net whose outputs are not finite then is no candidate: training may mend it.
         """
-        if not any(entry["phase"] == UNTRAINED for entry in self.history):
+        if not self._last and not any(entry["phase"] == UNTRAINED for entry in self.history):
             model = self.dense_net()
             with suppress(Diverged):
                 self._score_copy(UNTRAINED, model, 0, plan, self.weightings(plan, model), self.recipe.bn_batches)
@@ -320,7 +324,8 @@ class Session:
         known = {name: value for name, value in metrics.items() if value is not None}
         entry = {"phase": phase, "step": step, "val_accuracy": found.accuracy, "val_loss": found.loss, **known}
         self.history.append(entry)
-        if candidate and (self.kept is None or self.kept.gives_way_to(found, self.task.direction)):
+        better = self.kept is None or self.kept.gives_way_to(found, self.task.direction)
+        if candidate and better and not self._last:
             self.kept = Kept.of(phase, step, found, model)
         self._tell(entry)
 

@@ -89,6 +89,7 @@ def run_trial(
     path: Sequence[RankPlan] = (),
     drawn: int = 1,
     start: State | None = None,
+    last: bool = False,
 ) -> TrialResult:
     """Runs the method under `plan` and returns its validation score and costs; the compressed net is written to `save_to`.
 
@@ -103,6 +104,9 @@ def run_trial(
 
     With a `path` it is a nested run: all of these plans are trained at once, `drawn` of them at every step, and the dense weights are
     written beside the net. `start` are weights of such a run to begin with; `dense` is the teacher still.
+
+    The net is the best candidate by the validation metric; with `last` that of the last step, for measurements whose dense net has seen the
+    validation images.
 
     Of a `group` every process runs the trial, each on its part of every batch; rank 0 alone evaluates and writes, and all report alike.
     """
@@ -123,6 +127,7 @@ def run_trial(
         watch=watch,
         drawn=drawn,
         start=start,
+        last=last,
     )
     try:
         session.report_rungs()
