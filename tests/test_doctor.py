@@ -21,6 +21,7 @@ FACTS = {
     "files": 65536,
     "memory_mib": 16_000,
     "gpus": [{"name": "H100", "free_mib": 80_000, "total_mib": 81_000}],
+    "mps": "available",
     "disk_mib": {"temporary": 50_000},
     "shm_mib": 16_000,
     "missing": [],
@@ -42,7 +43,7 @@ def report(**second):
 def test_a_sound_cluster_has_a_fine_finding_per_check():
     found = judge(report())
     assert {finding.level for finding in found} == {OK}
-    assert len({finding.check for finding in found}) == len(found) == 12
+    assert len({finding.check for finding in found}) == len(found) == 13
     assert {finding.where for finding in found} == {"all 2 nodes"}
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ranksearch
+from ranksearch.cluster import mps
 from ranksearch.cluster.cores import affinity_cores, quota_cores
 from ranksearch.places.place import Place, Remote, place_at
 
@@ -43,6 +44,7 @@ def node_facts(question: Mapping[str, Any]) -> dict[str, Any]:
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "memory_mib": _memory_mib(),
         "gpus": _gpus(),
+        "mps": mps.state(),
         "disk_mib": {"temporary": _free_mib(tempfile.gettempdir())} | _disk_of(place),
         "shm_mib": _total_mib("/dev/shm"),
         "missing": missing(question["data"]),

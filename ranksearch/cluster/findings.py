@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ranksearch.cluster.mps import ABSENT, AVAILABLE, CONTROL, OTHERS
+
 OK, WARNING, ERROR = "ok", "warning", "error"
 LEVELS = (OK, WARNING, ERROR)
 
@@ -50,6 +52,7 @@ def judge(report: Report) -> list[Finding]:
         _cpus,
         _memory,
         _gpus,
+        _sharing,
         _disks,
         _shared_memory,
         _files,
@@ -72,6 +75,7 @@ _FINE = {
     "cpus": "Ray offers no more CPUs than there are",
     "memory": "enough memory is free",
     "gpus": "Ray's GPUs are there, and free",
+    "sharing": "no GPU that trials could share",
     "disks": "enough disk is free",
     "shared memory": "Ray's object store fits into /dev/shm",
     "files": "enough files may be open",
@@ -206,6 +210,23 @@ def _gpus(report: Report) -> Wrong:
             if gpu["free_mib"] < FREE_SHARE * gpu["total_mib"]:
                 what = f"GPU {number} ({gpu['name']}) has {gpu['free_mib']} of {gpu['total_mib']} MiB free"
                 yield WARNING, node["name"], what, "Another process is at work there: end it, or leave that GPU out."
+
+
+SHARING = {
+    ABSENT: f"there is no {CONTROL}: trials that share a GPU take turns",
+    OTHERS: "somebody's CUDA MPS is running: trials that share a GPU go through it, side by side",
+    AVAILABLE: "CUDA MPS is started for a study whose trials share a GPU: side by side",
+}
+
+
+def _sharing(report: Report) -> Wrong:
+    """What is used, which is nothing wrong."""
+    found: dict[str, list[str]] = {}
+    for node in _answering(report):
+        if node["gpus"]:
+            found.setdefault(node["mps"], []).append(node["name"])
+    for state, names in found.items():
+        yield OK, _everywhere(report) if len(names) == len(report["nodes"]) else ", ".join(names), SHARING[state], ""
 
 
 def _disks(report: Report) -> Wrong:

@@ -1,4 +1,4 @@
-"""`resources.gpus_per_trial: auto`: what one trial takes of a GPU, measured by a short one before the first."""
+"""`resources.gpus_per_trial: auto`: what one trial takes of a GPU, and how many of them at once pay off, measured before the first."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ranksearch.allocate import Curves
+from ranksearch.cluster import pace
 from ranksearch.cluster.packing import GIB, MARGIN, Machine, per_gpu, share_of
 from ranksearch.cluster.shared import Shared, take
 from ranksearch.compress import Net, RankPlan
@@ -98,9 +99,15 @@ def gpu_sizes(nodes: Sequence[dict[str, Any]], find: FindMemory) -> list[tuple[s
 
 
 def auto_share(
-    study: Study, bench: Workbench, shared: Shared, nodes: Sequence[dict[str, Any]], log: Log, find: FindMemory = device_memory
+    study: Study, bench: Workbench, shared: Shared, nodes: Sequence[dict[str, Any]], log: Log, find: FindMemory = device_memory,
+    pipes: str | None = None,
 ) -> float:  # fmt: skip
     """The part of a GPU that `auto` gives to a trial: measured, or as the study's earlier run measured it on such a device.
+
+    As many trials as fit by memory, or fewer where more are no faster together.
+
+    Args:
+        pipes: where the processes that are measured look for MPS.
 
     Raises:
         StudyError: the probe fails, as every trial would.
@@ -119,7 +126,37 @@ def auto_share(
         cpus_per_gpu=min(machine.cpus / machine.gpus for machine in with_gpus),
     )  # fmt: skip
     log(_told(known, sizes, count))
+    if count > 1:
+        count = _as_useful(study, bench.curves, shared, count, known, log, pipes)
     return share_of(count)
+
+
+def _as_useful(
+    study: Study, curves: Curves, shared: Shared, most: int, known: dict[str, Any], log: Log, pipes: str | None
+) -> int:
+    """At most `most` trials on a GPU: as many as together are faster; `most` where that cannot be measured."""
+    rates = pace.read(known)
+    plan, recipe = probe_plan(curves), Recipe.settled(study.space.recipe, middle)
+
+    def rate_of(count: int) -> float:
+        if count not in rates:
+            try:
+                rates[count] = pace.together(count, shared, plan, recipe, pipes, share_of(count))
+            except StudyError as error:
+                if count == 1:
+                    raise
+                log(f"resources.gpus_per_trial: auto: {error}")
+                rates[count] = 0.0
+        return rates[count]
+
+    try:
+        count, measured = pace.useful(most, rate_of)
+    except StudyError as error:
+        log(f"resources.gpus_per_trial: auto: how fast trials are together was not measured ({error})")
+        return most
+    study.note_probe(known | {"rates": {str(number): rate for number, rate in rates.items()}})
+    log(f"resources.gpus_per_trial: auto: {count} at once on a GPU ({pace.told(measured)})")
+    return count
 
 
 def _measured(study: Study, curves: Curves, shared: Shared, space: Space, find: FindMemory) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ranksearch.cluster.probe import auto_share
 from ranksearch.cluster.ray_private import quiet_tune
 from ranksearch.cluster.room import Room
 from ranksearch.cluster.shared import Shared, load_of, share
+from ranksearch.cluster.sharing import shared_gpus
 from ranksearch.cluster.worker import ENTRY, GROUP, METRIC, PLACE, RESULT, Terms, packed, trial
 from ranksearch.errors import StudyError, Terminated
 from ranksearch.search.workbench import Workbench
@@ -246,12 +247,17 @@ def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: st
     needs = join(resources, address, log)
     shared, load = share(bench, study.space.kind().own, staging_of(study.space))
     _note_load(study.folder, load, log)
-    if resources.gpus_per_trial == AUTO:
-        needs = replace(needs, gpus=auto_share(study, bench, shared, usable_nodes(), log))
-    warn_of_loaders(bench.task, needs.cpus, log)
-    terms = Terms(needs.cpus, needs.gpus, needs.workers, resources.checkpoint_seconds, str(study.folder.absolute()))
-    # a Ray of this machine is looked at by its processes
-    with nullcontext() if address is None else watched_head(head_lost(study)) as head:
+    several = resources.gpus_per_trial == AUTO or 0 < needs.gpus < 1
+    with (
+        shared_gpus(resources.sharing, several, usable_nodes(), log) as pipes,
+        # a Ray of this machine is looked at by its processes
+        nullcontext() if address is None else watched_head(head_lost(study)) as head,
+    ):
+        if resources.gpus_per_trial == AUTO:
+            needs = replace(needs, gpus=auto_share(study, bench, shared, usable_nodes(), log, pipes=pipes))
+        warn_of_loaders(bench.task, needs.cpus, log)
+        folder = str(study.folder.absolute())
+        terms = Terms(needs.cpus, needs.gpus, needs.workers, resources.checkpoint_seconds, folder, pipes)
         searcher = AskTell(study, bench, on_row, log, shared=shared, room=Room(needs, log), head=head)
         _fit_all(searcher, study, shared, terms)
 

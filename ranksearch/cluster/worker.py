@@ -13,6 +13,7 @@ import threadpoolctl
 import torch
 from ray import tune
 
+from ranksearch.cluster import mps
 from ranksearch.cluster.nodes import LeaveWatch
 from ranksearch.cluster.shared import Shared, take, with_peak
 from ranksearch.compress import RankPlan
@@ -46,6 +47,8 @@ class Terms:
     checkpoint_seconds: float
     folder: str
     """The study's, absolute."""
+    pipes: str | None = None
+    """Where a node's MPS is looked for that was started for the study; None where none was."""
 
 
 def packed(candidate: Candidate) -> dict[str, Any]:
@@ -93,7 +96,8 @@ def compute_threads(cpus: int, task: Task) -> int:
 
 
 def settle_in(terms: Terms, task: Task) -> None:
-    """Keeps this process, and those that it starts, within its cores, and within its share of a GPU."""
+    """Keeps this process, and those that it starts, within its cores, and within its share of a GPU, beside others or by turns."""
+    mps.use(terms.pipes if 0 < terms.gpus < 1 else None)
     threads = compute_threads(terms.cpus, task)
     torch.set_num_threads(threads)
     threadpoolctl.threadpool_limits(threads)  # of BLAS and OpenMP, which were loaded before

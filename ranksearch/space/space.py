@@ -142,8 +142,12 @@ class ResourcesSpace(Strict):
     cpus_per_trial: int = Field(default=1, ge=1)
     """CPU cores of a trial, or of each of its workers (also spelled `cpus`). PyTorch computes with as many threads, less `data_workers`."""
     gpus_per_trial: float | Literal["auto"] | None = None
-    """A fraction lets trials share a GPU; `auto` measures a trial's memory and packs as many onto a GPU as fit; more than one makes the
-    trial data-parallel, a worker per GPU. Left out, a trial takes one GPU where the cluster has any. `gpus` is another spelling."""
+    """A fraction lets trials share a GPU; `auto` measures a trial's memory, and how fast several are at once, and packs as many onto a GPU
+    as fit and pay off; more than one makes the trial data-parallel, a worker per GPU. Left out, a trial takes one GPU where the cluster has
+    any. `gpus` is another spelling."""
+    sharing: Literal["auto", "mps", "time_slice"] = "auto"
+    """How trials share a GPU: `mps` side by side through CUDA MPS, started on every node for as long as the study runs, `time_slice` by
+    turns; `auto` takes MPS where it is available. Somebody else's MPS is used as it is."""
     workers_per_trial: int = Field(default=1, ge=1)
     """Processes that train one trial together, each on its part of every batch; `gpus_per_trial: 4` means four."""
     data_workers: int = Field(default=2, ge=0)

@@ -1,0 +1,122 @@
+"""CUDA MPS on one machine: with it the kernels of several processes run side by side on a GPU, without it they take turns.
+
+    started(folder)        starts a control daemon of our own, whose pipes lie in `folder`; says why not, where it cannot
+    stop(folder)           stops that one, and no other
+    use(folder)            CUDA, begun by this process or its children from here on, goes through it where it runs
+    side_by_side(folder)   all of these around a block
+    state()                what a machine has: for `doctor`
+
+A daemon of somebody else's, found where CUDA looks for one by itself, is used as it is and left alone. The standard library alone, so that
+a worker answers at once.
+
+Reference: https://docs.nvidia.com/deploy/mps/ (the control daemon, its environment and its commands).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+CONTROL, PIPES, LOGS = "nvidia-cuda-mps-control", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+SECONDS = 15.0
+"""A command that takes longer has failed."""
+ABSENT, OTHERS, AVAILABLE = "absent", "others", "available"
+TAKEN = "somebody's MPS is running already, and is used"
+FIRST_CONTEXT = (
+    "import ctypes, sys; cuda, context = ctypes.CDLL('libcuda.so.1'), ctypes.c_void_p(); "
+    "sys.exit(cuda.cuInit(0) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0))"
+)
+"""What a process does that begins CUDA, without any library."""
+
+
+def state() -> str:
+    """`ABSENT` without the control program, `OTHERS` where somebody's daemon runs, else `AVAILABLE`."""
+    if shutil.which(CONTROL) is None:
+        return ABSENT
+    return OTHERS if _answers(os.environ) else AVAILABLE
+
+
+def started(folder: str) -> str | None:
+    """Starts a daemon whose pipes lie in `folder`, a new one; why trials take turns where it does not run, None where it does.
+
+    One that nothing could begin CUDA under (a container without shared memory, say) is stopped again.
+    """
+    found = state()
+    if found != AVAILABLE:
+        return f"there is no {CONTROL}" if found == ABSENT else TAKEN
+    try:
+        Path(folder).mkdir(mode=0o700)
+        _call(["-d"], _environment(folder))
+        _run([sys.executable, "-c", FIRST_CONTEXT], _environment(folder))
+    except (OSError, subprocess.SubprocessError) as error:
+        stop(folder)
+        return f"MPS does not work here ({_said(error)})"
+    return None
+
+
+def stop(folder: str) -> None:
+    """Stops the daemon of `folder`, where there is one, and removes its pipes."""
+    if not Path(folder).is_dir():
+        return
+    with suppress(OSError, subprocess.SubprocessError):  # it has ended by itself, or never begun
+        _call([], _environment(folder), "quit\n")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def use(folder: str | None) -> None:
+    """Has CUDA, where this process has not begun it, go through the daemon of `folder`, if that was started on this machine."""
+    if folder is not None and Path(folder).is_dir():
+        os.environ[PIPES] = folder
+
+
+@contextmanager
+def side_by_side(folder: str) -> Iterator[str | None]:
+    """For as long as the block runs a daemon runs for the processes that are started in it; gives why not."""
+    before, reason = os.environ.get(PIPES), started(folder)
+    try:
+        if reason is None:
+            use(folder)
+        yield reason
+    finally:
+        if reason is None:
+            os.environ.pop(PIPES, None)
+            if before is not None:
+                os.environ[PIPES] = before
+            stop(folder)
+
+
+def _environment(folder: str) -> dict[str, str]:
+    """A daemon serves all GPUs, also where whoever starts it, such as a task of Ray's, is given none."""
+    mine = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    return {**mine, PIPES: folder, LOGS: folder}
+
+
+def _answers(environment: Mapping[str, str]) -> bool:
+    try:
+        _call([], environment, "get_server_list\n")
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
+
+
+def _call(options: list[str], environment: Mapping[str, str], command: str = "") -> None:
+    _run([CONTROL, *options], environment, command)
+
+
+def _run(command: list[str], environment: Mapping[str, str], said: str = "") -> None:
+    # into no pipe: a daemon would hold it open
+    subprocess.run(
+        command, env=dict(environment), input=said.encode(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        timeout=SECONDS, check=True,
+    )  # fmt: skip
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{Path(error.cmd[0]).name} ended with {error.returncode}"
+    return f"{type(error).__name__}"
