@@ -1,29 +1,40 @@
-"""What needs a GPU, in one command: steps eager and captured, what projections take, captured = eager, memory. Most important first.
+"""What needs a GPU, in one command: steps, projections, equality, sharing, a whole study, restarts, memory. Most important first.
 
   step          images per second of our training loop, ResNet-20 in bf16 on random images, eager and replayed from a recording
                 (`ips_{128,512}`, `captured_over_eager` of batch 128)
   projection    share of the time that projections at period 10 take, from two runs with and without them, by lowering
                 (`projection_share_p10_{im2col,spatial,tucker2}`), and how many layers' projections were not certified
   equal         relative difference of all weights after 200 fp32 steps, replayed against eager (`captured_error`)
+  shared        4, 8, 2 and 1 processes at once on one GPU, batch 128, with projections (`ips_shared_{4,8,2,1}`), through CUDA MPS where it
+                is available; then 4 by turns (`ips_turns_4`)
+  study         a study from beginning to end, 12 trials of 2,000 steps one after the other: the share of its time in which a trial trains
+                (`gpu_busy_share`), seconds before the first trial, of trials, after the last one; CIFAR-10 in the data folder, else digits
+  restart       relative difference of all weights of a training that was stopped and taken up again from what a checkpoint holds,
+                against one that was not (`restart_error`, and `restart_noise` of two that were not)
   memory        the most that PyTorch allocated, eager and replayed
-  shared        2 and 4 processes at once on one GPU, batch 128, with projections (`ips_shared_{2,4}`); CUDA MPS where it runs already
+  sixty_four    64 trials of 10 epochs, as many at once as `auto` packs (`trials_64_seconds`, to be at most 300): five minutes or more, so
+                only where `--parts` names it
 
 Each part's rows are printed as soon as it is done, and written to `--out`; a part that would begin after `--minutes` is left out and named.
 On a CPU (`--device cpu --quick`) the same statements run, steps "replayed" by calling them, so its figures say nothing about a GPU.
 
     python scripts/bench_gpu.py --json --minutes 8 --out gpu
+    python scripts/bench_gpu.py --json --minutes 7 --parts sixty_four --out gpu
     python scripts/bench_gpu.py --device cpu --quick --json
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +47,19 @@ import torch  # noqa: E402
 from bench_projection import half_break_even  # noqa: E402
 from bench_training import random_task  # noqa: E402
 from report import Report, arguments  # noqa: E402
+from torch import Tensor  # noqa: E402
 
+import ranksearch  # noqa: E402
+from ranksearch.cluster import mps  # noqa: E402
 from ranksearch.compress import Projector  # noqa: E402
 from ranksearch.errors import UsageError  # noqa: E402
+from ranksearch.run_study import Silent  # noqa: E402
+from ranksearch.study.study import Study  # noqa: E402
 from ranksearch.tasks import cifar10  # noqa: E402
 from ranksearch.tasks.capture import WARM_STEPS, Recorder, recorder_for  # noqa: E402
 from ranksearch.tasks.dense import checkpoint_path, read_checkpoint  # noqa: E402
 from ranksearch.tasks.device import clock, pick_device  # noqa: E402
+from ranksearch.tasks.folder import data_folder  # noqa: E402
 from ranksearch.tasks.train import Optimisation, Training  # noqa: E402
 
 PERIOD = 10
@@ -79,10 +96,10 @@ class Bench:
         except UsageError:
             pass
 
-    def trained(
+    def begun(
         self, steps: int, batch: int, *, captured: bool, bf16: bool, lowering: str | None = None
-    ) -> dict[str, Any]:
-        """One run: images per second after the warm-up, the net, why it was eager, layers that were not certified."""
+    ) -> tuple[Training, Projector | None]:
+        """A training that has made no step, and what projects it."""
         torch.manual_seed(0)
         model = self.task.dense_model().to(self.device)
         settings = Optimisation(
@@ -94,13 +111,19 @@ class Bench:
         training = Training(
             model, self.task, settings, range(steps), generator=generator, recorder=recorder if captured else Refuses()
         )
-        projector = Projector(half_break_even(model, lowering), batched=True) if lowering else None
+        return training, Projector(half_break_even(model, lowering), batched=True) if lowering else None
+
+    def trained(
+        self, steps: int, batch: int, *, captured: bool, bf16: bool, lowering: str | None = None
+    ) -> dict[str, Any]:
+        """One run: images per second after the warm-up, the net, why it was eager, layers that were not certified."""
+        training, projector = self.begun(steps, batch, captured=captured, bf16=bf16, lowering=lowering)
         warm, started, unsure = min(steps // 4, 6 * PERIOD), 0.0, 0
 
         def after(training: Training) -> None:
             nonlocal started, unsure
             if projector is not None and training.done % PERIOD == 0:
-                projector.later(model, training.replay)
+                projector.later(training.model, training.replay)
                 if projector._batched is not None:
                     unsure += len(projector._batched.unsure)
             if training.done == warm:
@@ -110,7 +133,7 @@ class Bench:
         seconds = clock(self.device) - started
         return {
             "images_per_second": (steps - warm) * batch / seconds, "ms_per_step": 1000 * seconds / (steps - warm),
-            "eager": training.eager if captured else "asked for", "not_certified": unsure, "model": model,
+            "eager": (training.eager or training.between) if captured else "asked for", "not_certified": unsure, "model": training.model,
         }  # fmt: skip
 
 
@@ -169,52 +192,67 @@ def memory(bench: Bench, report: Report) -> dict[str, float]:
 
 def shared(bench: Bench, report: Report) -> dict[str, float]:
     """Processes that begin together and train for the same time; their images are added up."""
-    figures = {}
-    for count in (2,) if bench.options.quick else (4, 2):
-        seconds = 2 if bench.options.quick else 10
-        begin = time.time() + (15 if bench.options.quick else 25)
-        command = [
-            sys.executable,
-            str(SCRIPT),
-            "--child",
-            str(begin),
-            "--child-seconds",
-            str(seconds),
-            "--threads",
-            "1",
-        ]
-        command += ["--device", bench.options.device, *(["--quick"] if bench.options.quick else [])]
-        children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
-        rates = [float(child.communicate(timeout=120)[0].split()[-1]) for child in children]
-        report.rows.append({"part": "shared", "processes": count, "images_per_second": sum(rates)})
-        figures[f"ips_shared_{count}"] = sum(rates)
+    figures, folder = {}, str(Path(tempfile.mkdtemp()) / "mps")
+    with mps.side_by_side(folder) if bench.device.type == "cuda" else nullcontext("no GPU") as reason:
+        for count in (2,) if bench.options.quick else (4, 8, 2, 1):
+            figures[f"ips_shared_{count}"] = at_once(bench, report, count, reason or "side by side through MPS")
+    if reason is None:
+        figures["ips_turns_4"] = at_once(bench, report, 4, "by turns")
     return figures
 
 
+def at_once(bench: Bench, report: Report, count: int, how: str) -> float:
+    """Images per second of so many processes."""
+    seconds = 1 if bench.options.quick else 8
+    command = [sys.executable, str(SCRIPT), "--child-seconds", str(seconds), "--threads", "1"]
+    command += ["--device", bench.options.device, *(["--quick"] if bench.options.quick else [])]
+    children = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
+    ]
+    try:
+        for child in children:
+            assert child.stdout is not None
+            if child.stdout.readline().strip() != "ready":
+                raise RuntimeError(f"a process of {count} did not get ready")
+        rates = [float(child.communicate(timeout=60)[0]) for child in told_to_begin(children)]
+    finally:
+        for child in children:
+            child.kill()
+    report.rows.append({"part": "shared", "processes": count, "how": how, "images_per_second": sum(rates)})
+    return sum(rates)
+
+
+def told_to_begin(children: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]:
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("begin\n")
+        child.stdin.flush()
+    return children
+
+
 def child(options: argparse.Namespace) -> None:
-    """One of several processes on a GPU: prints its images per second between the common beginning and end."""
+    """One of several processes on a GPU: says that it is ready, is told to begin, prints its images per second."""
     bench = Bench(options)
-    batch, counted = 8 if options.quick else 128, 0
-    model, generator = bench.task.dense_model().to(bench.device), torch.Generator(bench.device).manual_seed(0)
-    settings = Optimisation(
-        optimizer="sgd", schedule="constant", lr=0.02, warmup=0, momentum=0.9, weight_decay=5e-4, batch_size=batch,
-        total_steps=10**7, label_smoothing=0, clip_norm=0, ema=0, bf16=bench.device.type == "cuda", compile=False,
-    )  # fmt: skip
-    recorder = recorder_for(bench.device, [generator]) or Calls()
-    training = Training(model, bench.task, settings, range(10**7), generator=generator, recorder=recorder)
-    projector = Projector(half_break_even(model, "im2col"), batched=True)
+    batch, bf16 = 8 if options.quick else 128, bench.device.type == "cuda"
+    training, projector = bench.begun(10**7, batch, captured=True, bf16=bf16, lowering="im2col")
+    assert projector is not None
+    until, counted = float("inf"), 0
 
     class Over(Exception):
         pass
 
     def after(training: Training) -> None:
-        nonlocal counted
+        nonlocal until, counted
         if training.done % PERIOD == 0:
-            projector.later(model, training.replay)
+            projector.later(training.model, training.replay)
             clock(bench.device)  # no more than a period is queued ahead
+        if training.done == (2 * PERIOD if options.quick else 6 * PERIOD):
+            print("ready", flush=True)
+            sys.stdin.readline()
+            until = time.time() + options.child_seconds
         now = time.time()
-        counted += batch * (options.child <= now)
-        if now >= options.child + options.child_seconds:
+        counted += batch * (until < float("inf"))
+        if now >= until:
             raise Over
 
     try:
@@ -223,20 +261,118 @@ def child(options: argparse.Namespace) -> None:
         print(counted / options.child_seconds)
 
 
+def restart(bench: Bench, report: Report) -> dict[str, float]:
+    """In fp32, with projections, stopped between two of them."""
+    steps, batch = (24, 8) if bench.options.quick else (200, 128)
+
+    class Stop(Exception):
+        pass
+
+    def run(stop: int | None, state: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
+        training, projector = bench.begun(steps, batch, captured=True, bf16=False, lowering="im2col")
+        assert projector is not None
+        if state is not None:
+            training.load_state_dict(state["training"])
+            projector.load_state_dict(state["projector"])
+            training._generator.set_state(state["generator"])
+
+        def after(training: Training) -> None:
+            if training.done % PERIOD == 0:
+                projector.later(training.model, training.replay)
+            if training.done == stop:
+                raise Stop
+
+        with suppress(Stop):
+            training.run(after)
+        kept = {
+            "training": training.state_dict(), "projector": projector.state_dict(), "generator": training._generator.get_state(),
+        }  # fmt: skip
+        held = io.BytesIO()
+        torch.save(kept, held)
+        held.seek(0)
+        flat = torch.cat([p.detach().flatten() for p in training.model.parameters()]).double()
+        return flat, torch.load(held, map_location="cpu", weights_only=True)
+
+    whole, other = run(None)[0], run(None)[0]
+    again = run(None, run(steps // 2 + 3)[1])[0]
+    error, noise = (float((found - whole).norm() / whole.norm()) for found in (again, other))
+    report.rows.append({"part": "restart", "steps": steps, "restart_error": error, "restart_noise": noise})
+    return {"restart_error": error, "restart_noise": noise}
+
+
+class Times(Silent):
+    """An observer that notes when trials begin and end."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.created = say, time.perf_counter()
+        self.began = self.ended = self.created
+
+    def log(self, message: str) -> None:
+        self.say(message)
+
+    def start(self, study: Study) -> None:
+        self.began = time.perf_counter()
+
+    def stop(self) -> None:
+        self.ended = time.perf_counter()
+
+
+def searched(bench: Bench, report: Report, part: str, trials: int, epochs: float | None, gpus: str) -> dict[str, Any]:
+    """A study from beginning to end; the row of where its time went."""
+    quick, root = bench.options.quick, SCRIPT.parent.parent / "search_spaces"
+    known = (data_folder() / cifar10.FOLDER / "test_batch").is_file() and not quick
+    space = root / ("cifar10_resnet20.yaml" if known else "digits_resnet8.yaml")
+    images = 45_000 if known else 1_077
+    steps = 20 if quick else 2000 if epochs is None else round(epochs * images / 128)
+    settings = [f"recipe.steps={steps}", "recipe.batch_size=128", f"search.trials={trials}", f"resources.gpus={gpus}"]
+    settings += ["search.sensitivity=kfac", "tracking.models=false", "recipe.bn_batches=2"] if quick else []
+    times = Times(report.say)
+    with tempfile.TemporaryDirectory() as runs:
+        study = ranksearch.search(
+            space, settings=settings, runs=runs, name=part, inline=quick or gpus == "0", observer=times
+        )
+        over = time.perf_counter()
+        done = [row for row in study.trials if row["images_per_second"]]
+    training = sum(row["epochs"] * images / row["images_per_second"] for row in done)
+    row = {
+        "part": part, "space": space.name, "trials": len(study.trials), "steps": steps, "seconds": over - times.created,
+        "seconds_before": times.began - times.created, "seconds_of_trials": times.ended - times.began,
+        "seconds_after": over - times.ended, "seconds_of_training": training,
+    }  # fmt: skip
+    report.rows.append(row)
+    return row
+
+
+def study(bench: Bench, report: Report) -> dict[str, float]:
+    row = searched(
+        bench, report, "study", 2 if bench.options.quick else 12, None, "1" if bench.device.type == "cuda" else "0"
+    )
+    return {
+        "gpu_busy_share": row["seconds_of_training"] / row["seconds"],
+        **{f"study_{name}": row[name] for name in ("seconds_before", "seconds_of_trials", "seconds_after")},
+    }
+
+
+def sixty_four(bench: Bench, report: Report) -> dict[str, float]:
+    trials, gpus = (2, "0") if bench.options.quick else (64, "auto")
+    return {"trials_64_seconds": searched(bench, report, "sixty_four", trials, 10.0, gpus)["seconds"]}
+
+
 PARTS: dict[str, Callable[[Bench, Report], dict[str, float]]] = {
-    "step": step, "projection": projection, "equal": equal, "shared": shared, "memory": memory,
+    "step": step, "projection": projection, "equal": equal, "shared": shared, "study": study, "restart": restart, "memory": memory,
+    "sixty_four": sixty_four,
 }  # fmt: skip
+DEFAULT = [name for name in PARTS if name != "sixty_four"]
 
 
 def main() -> None:
     parser = arguments(__doc__, minutes=8.0)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu"], help="default: %(default)s")
-    parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    parser.add_argument("--parts", default=",".join(DEFAULT), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="a folder for rows and figures, written part by part")
-    parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--child-seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child is not None:
+    if options.child_seconds is not None:
         child(options)
         return
     report, started = Report("bench_gpu", options), time.monotonic()

@@ -1,6 +1,7 @@
 """Training runs that a measurement compares: CIFAR-10 and a trained dense net, one run per plan, recipe and seed, each kept on disk.
 
-A run that is on disk is not made again, one that was stopped goes on where it was. The test set is read once, at a run's end.
+A run that is on disk is not made again, one that was stopped goes on where it was. The test set is read once, at a run's end, of the net
+that the run ends with: the public checkpoints have seen the validation images, by which the untrained net would look best.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ranksearch.tasks.dense import State, dense_state
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.task import Task
-from ranksearch.trial.checkpoint import CheckpointFile
+from ranksearch.trial.checkpoint import CheckpointFile, stays
 from ranksearch.trial.recipe import Recipe
 from ranksearch.trial.trial import run_trial
 
@@ -64,6 +65,8 @@ class Bench:
     out: Path
     say: Callable[[str], None]
     curves: dict[tuple[tuple[str, ...], tuple[str, ...]], Curves] = field(default_factory=dict)
+    leaving: Callable[[], bool] = stays
+    """Whether the time is over: a run writes its state then and raises `Leaving`."""
 
     @classmethod
     def open(cls, options: argparse.Namespace, say: Callable[[str], None], *, test_images: int | None = None) -> Bench:
@@ -99,15 +102,21 @@ class Bench:
         return max(1, round(epochs * len(self.task.train) / batch_size))
 
     def plan(
-        self, allocator: str, ratio: float, lowerings: tuple[str, ...], *, include: tuple[str, ...] = ("*",)
+        self,
+        allocator: str,
+        ratio: float,
+        lowerings: tuple[str, ...],
+        *,
+        include: tuple[str, ...] = ("*",),
+        cost: str = "params",
     ) -> RankPlan:
-        """The plan of `allocator` ("solver" or a baseline) that has at most 1 / `ratio` of the net's parameters."""
+        """The plan of `allocator` ("solver" or a baseline) that has at most 1 / `ratio` of the net's parameters, or of its `cost`."""
         if (lowerings, include) not in self.curves:
             model = self.task.dense_model()
             model.load_state_dict(self.dense)
             self.curves[lowerings, include] = rank_curves(model, self.net, LayerRules(lowerings, include))
         curves = self.curves[lowerings, include]
-        budgets = [parse_budget("params", str(int(dense_cost(self.net).params / ratio + 1e-6)))]
+        budgets = [parse_budget(cost, str(int(getattr(dense_cost(self.net), cost) / ratio + 1e-6)))]
         reference = model_reference(self.task.name, self.task.model_name)
         if allocator == "solver":
             return allocate_plan(curves, budgets, model=reference).plan
@@ -120,7 +129,7 @@ class Bench:
         what = {
             "model": self.task.model_name, "dense": self.dense_digest, "torch": torch.__version__,
             "plan": plan.digest(), "recipe": recipe.to_dict(), "seed": seed,
-            "images": len(train), "val": len(self.task.val), "test": len(self.task.test or ()) if test else 0,
+            "net": "last", "images": len(train), "val": len(self.task.val), "test": len(self.task.test or ()) if test else 0,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         }  # fmt: skip
         name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -137,22 +146,25 @@ class Bench:
 
     def _train(self, plan: RankPlan, recipe: Recipe, seed: int, name: str, *, test: bool) -> dict[str, Any]:
         folder, device = self.out / "nets" / name, pick_device()
+        checkpoint = CheckpointFile(self.out / "checkpoints" / f"{name}.pt", CHECKPOINT_SECONDS, self.leaving)
         result = run_trial(
             self.task.without_test(), self.dense, self.net, plan, recipe, seed=seed, report=lambda metrics: None,
-            save_to=folder, checkpoint=CheckpointFile(self.out / "checkpoints" / f"{name}.pt", CHECKPOINT_SECONDS),
+            save_to=folder, checkpoint=checkpoint, last=True,
         )  # fmt: skip
         test_accuracy = None
         if test and self.task.test is not None and result.status == "complete":
             net = load_net(folder, build_reference).to(device)
             test_accuracy = evaluate(net, self.task.test.to(device), self.task).accuracy
         shutil.rmtree(folder, ignore_errors=True)
+        checkpoint.remove()
         cost, dense = plan_cost(self.net, plan), dense_cost(self.net)
         phases = {f"val_{entry['phase']}": entry["val_accuracy"] for entry in result.history}
         phases = {
             "val_trained": self.dense_accuracy
         } | phases  # decomposed first: the dense net is what was there before
         return {
-            "seed": seed, "status": result.status, "ratio": self.ratio(plan), "macs": cost.macs / dense.macs,
+            "seed": seed, "status": result.status, "reason": result.reason, "eager": result.eager,
+            "ratio": self.ratio(plan), "macs": cost.macs / dense.macs,
             "epochs": round(result.epochs, 3), "test_accuracy": test_accuracy, "val_accuracy": result.val_accuracy,
             "val_loss": result.val_loss, **phases, "images_per_second": result.images_per_second,
             "projection_share": result.projection_share, "seconds": round(result.seconds or 0, 1), "plan": plan.summary(),

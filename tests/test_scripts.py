@@ -1,5 +1,6 @@
 """The scripts that measure training and allocation: they run, say what they were asked for, and go on where they stopped."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -52,6 +53,43 @@ def test_the_papers_tables_are_run_once_and_read_from_disk_the_second_time(tmp_p
     again = call("reproduce_paper", "--out", str(tmp_path))
     assert again["rows"] == first["rows"]
     assert again["seconds"] < first["seconds"]
+
+
+def test_the_records_tables_go_on_where_they_stopped_and_the_recipe_is_chosen_without_the_test_set(
+    tmp_path, monkeypatch, capsys
+):
+    """In this process, and in one of its own that a GPU's runs would share it with; digits, an untrained net."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    records = importlib.import_module("records")
+
+    def made(*options):
+        words = ["records.py", "--quick", "--json", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", [*words, *options])
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        records.main()
+        return json.loads(capsys.readouterr().out)
+
+    nothing = made("--minutes", "0")
+    assert (nothing["rows"], nothing["figures"]["runs"], nothing["figures"]["runs_planned"]) == ([], 0, 6)
+    assert "the same command goes on" in nothing["notes"][-2]
+    first = made("--workers", "1")
+    assert [(row["table"], row["method"]) for row in first["rows"]] == [
+        ("paper", "ours"), ("haloc", "ours"), ("haloc", "dense"), ("paper", "dense"), ("paper", "projection"), ("paper", "decomposed"),
+    ]  # fmt: skip
+    rows = {(row["table"], row["method"]): row for row in first["rows"]}
+    assert all(row["status"] == "complete" and row["test_accuracy"] is not None for row in first["rows"])
+    assert rows["paper", "ours"]["ratio"] >= rows["paper", "projection"]["ratio"] >= 4.28
+    assert rows["haloc", "ours"]["macs"] <= 1 - 0.722
+    assert not {name for name in first["figures"] if "paper" in name or "public" in name}  # digits say nothing of these
+    assert "| ours | " in (tmp_path / "quick" / "table.md").read_text()
+    again = made()
+    assert again["rows"] == first["rows"]
+    chosen = made("--choose")
+    assert {row["value"] for row in chosen["rows"]} == {0.02, 0.01}
+    assert all(row["test_accuracy"] is None for row in chosen["rows"])
+    best = max(chosen["rows"], key=lambda row: row["val_accuracy"])
+    assert chosen["figures"]["chosen_lr"] == best["value"]
+    assert "chosen by validation" in made("--minutes", "0")["notes"][0]
 
 
 def test_the_allocator_bench_holds_the_solver_against_the_optimum():
