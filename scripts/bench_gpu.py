@@ -192,7 +192,7 @@ def memory(bench: Bench, report: Report) -> dict[str, float]:
 
 def shared(bench: Bench, report: Report) -> dict[str, float]:
     """Processes that begin together and train for the same time; their images are added up."""
-    figures, folder = {}, str(Path(tempfile.mkdtemp()) / "mps")
+    figures, folder = {}, mps.new_folder()
     with mps.side_by_side(folder) if bench.device.type == "cuda" else nullcontext("no GPU") as reason:
         for count in (2,) if bench.options.quick else (4, 8, 2, 1):
             figures[f"ips_shared_{count}"] = at_once(bench, report, count, reason or "side by side through MPS")

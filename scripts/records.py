@@ -48,7 +48,7 @@ from reproduce_paper import OURS, OURS_LOWERINGS, PAPER, markdown, summarise  # 
 from reproduce_paper import figures as paper_figures  # noqa: E402
 from training_runs import Bench, add_options, choose_device  # noqa: E402
 
-from ranksearch.cluster.mps import side_by_side  # noqa: E402
+from ranksearch.cluster.mps import new_folder, side_by_side  # noqa: E402
 from ranksearch.compress import RankPlan, trace  # noqa: E402
 from ranksearch.lowering import default_lowerings  # noqa: E402
 from ranksearch.places.files import write_atomically  # noqa: E402
@@ -103,7 +103,7 @@ def main() -> None:
     _BENCHES.clear()
     options.out.mkdir(parents=True, exist_ok=True)
     shared = torch.cuda.is_available() and options.workers > 1
-    with side_by_side(str(options.out.absolute() / "mps")) if shared else nullcontext("nothing is shared") as reason:
+    with side_by_side(new_folder()) if shared else nullcontext("nothing is shared") as reason:
         report.say(f"{options.workers or 1} at once, {'side by side through MPS' if reason is None else reason}")
         (chosen if options.choose else tables)(options, report)
 

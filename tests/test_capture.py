@@ -157,7 +157,7 @@ def test_recorded_steps_train_as_steps_made_one_by_one(case, kind):
 def test_a_replay_that_comes_out_otherwise_is_dropped_and_nothing_is_lost(case):
     ours, stats = trained(Nothing(), **case)
     ever, expected = trained(None, **case)
-    assert ours.eager == "a replayed step is 1 of a step away from the one that was recorded"
+    assert ours.eager == "a replayed step ends 1 steps away from where the same step made by hand does"
     assert stats.loss == pytest.approx(expected.loss, abs=1e-6)
     for mine, theirs in zip(ours.model.state_dict().values(), ever.model.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)

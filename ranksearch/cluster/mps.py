@@ -18,6 +18,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +34,11 @@ FIRST_CONTEXT = (
     "sys.exit(cuda.cuInit(0) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0))"
 )
 """What a process does that begins CUDA, without any library."""
+
+
+def new_folder() -> str:
+    """Where a daemon's pipes may lie, nothing as yet; near the root, for the path of a socket is at most a hundred letters long."""
+    return str(Path(tempfile.gettempdir()) / f"ranksearch-mps-{uuid.uuid4().hex[:12]}")
 
 
 def state() -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -40,7 +37,7 @@ def shared_gpus(
     if sharing == "time_slice" or not several or not with_gpus:
         yield None
         return
-    folder = str(Path(tempfile.gettempdir()) / f"ranksearch-mps-{uuid.uuid4().hex[:12]}")
+    folder = mps.new_folder()
     try:
         reasons = _on(with_gpus, mps.started, folder)
         fine = [reason for reason in reasons if reason in (None, mps.TAKEN)]

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ranksearch.compress.inputs import batch_size, call, class_logits, device_of, mapped, shape_of, tensors
 from ranksearch.errors import RanksearchError, UsageError
+from ranksearch.tasks.both_ways import difference
 from ranksearch.tasks.capture import Recorder, Replayed, recorder_for
 from ranksearch.tasks.device import channels_last_
 from ranksearch.tasks.parallel import ALONE, Group
@@ -308,27 +309,24 @@ class Training:
 
     def _step_both_ways(self, replayed: Replayed) -> None:
         """The step that is recorded: made step by step, undone, and replayed. Where the two differ, no other one is replayed."""
-        assert self._recorder is not None
+        recorder, losses = self._recorder, list[Tensor]()
+        assert recorder is not None
         nets = [self.model] if self._average is None else [self.model, self._average.module]
         memory = [tensor for net in nets for tensor in (*net.parameters(), *net.buffers())]
-        memory += [
-            value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
-        ]
-        before, drawn = _copies(memory), self._generator.get_state()
-        with torch.random.fork_rng([self._rate.device] if self._rate.is_cuda else []):
-            self._recorder.warm(self._recorded)
-        expected, loss, drawn_then = _copies(memory), self._loss_of_step.clone(), self._generator.get_state()
-        _overwrite(memory, before)
-        self._generator.set_state(drawn)
-        replayed(self._recorded)
-        apart, moved = _distance(_copies(memory), expected), _distance(before, expected)
-        if replayed.is_recorded and isfinite(moved) and not apart <= ALIKE * moved:
-            _overwrite(memory, expected)
-            self._generator.set_state(drawn_then)
-            self._loss_of_step = loss
-            replayed.refuse(
-                f"a replayed step is {apart / moved if moved else apart:.2g} of a step away from the one that was recorded"
-            )
+        memory += [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+
+        def by_hand() -> None:
+            recorder.warm(self._recorded)
+            losses.append(self._loss_of_step.clone())
+
+        def by_replay() -> bool:
+            replayed(self._recorded)
+            return replayed.is_recorded
+
+        reason = difference(memory, self._generator, by_hand, by_replay)
+        if reason is not None:
+            self._loss_of_step = losses[0]
+            replayed.refuse(reason)
 
     @property
     def is_replayed(self) -> bool:
@@ -417,28 +415,6 @@ class Training:
         self.done, self._tail = state["done"], list(state["tail"])
         self.losses, self._sum, self._summed = list(state["losses"]), state["sum"], state["summed"]
         self.images, self.seconds = state["images"], state["seconds"]
-
-
-ALIKE = 0.1
-"""How far a replayed step may end from the same step made one by one, as a share of the step: sums in another order move it by less than
-.01 in bf16."""
-
-
-def _copies(memory: Sequence[Tensor]) -> list[Tensor]:
-    """On the CPU: a GPU that is shared may have no room for them."""
-    return [tensor.detach().to("cpu", copy=True) for tensor in memory]
-
-
-@torch.no_grad()
-def _overwrite(memory: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for tensor, value in zip(memory, values, strict=True):
-        tensor.copy_(value)
-
-
-def _distance(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
-    """Euclidean distance of two lists of tensors as one vector each; those of whole numbers do not count."""
-    pairs = [(a, b) for a, b in zip(these, those, strict=True) if a.is_floating_point()]
-    return float(torch.stack([(a.double() - b.double()).square().sum() for a, b in pairs]).sum().sqrt())
 
 
 def _numbers(scalars: Sequence[Tensor]) -> list[float]:
