@@ -46,7 +46,8 @@ class ByFile(LoadScopeScheduling):
 
 def pytest_configure(config: pytest.Config) -> None:
     """What is not marked `gpu` runs as on a machine without one: it compares with what a CPU computes to the last digits, and forks
-    processes, which a process that has begun CUDA cannot. Ray counts devices by their commas, and some tests give it GPUs that are made up."""
+    processes, which one that has begun CUDA cannot. Ray counts devices by their commas, and some tests give it GPUs that are made up.
+    """
     marked = config.getoption("markexpr") or ""
     if Path("/dev/nvidiactl").exists() and ("gpu" not in marked or "not gpu" in marked):
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1,-1,-1,-1"
