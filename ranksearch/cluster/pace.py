@@ -116,8 +116,8 @@ def together(count: int, shared: Shared, plan: RankPlan, recipe: Recipe, pipes: 
         StudyError: one of them fails, as a trial would.
     """
     place = ray.util.placement_group([{"CPU": count, "GPU": 1}], strategy="STRICT_PACK")
-    make = ray.remote(num_cpus=1, num_gpus=share)(_Remote)
-    workers = []
+    make: Any = ray.remote(num_cpus=1, num_gpus=share)(_Remote)
+    workers: list[Any] = []
     try:
         ray.get(place.ready(), timeout=PLACE_SECONDS)
         strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(place)

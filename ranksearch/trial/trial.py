@@ -142,11 +142,11 @@ def run_trial(
         if latency is not None:
             measured = group.on_rank_0(lambda: session.time(small, latency))
     seconds, kept = session.seconds, session.kept if status is Status.COMPLETE else None
-    last = vars(kept) if kept is not None else session.history[-1] if session.history else {}
+    final = vars(kept) if kept is not None else session.history[-1] if session.history else {}
     return TrialResult(
         status, seed, session.images / len(task.train), reason=reason,
         history=session.history, projections=session.projections, losses=session.losses,
-        val_accuracy=last.get("val_accuracy"), val_loss=last.get("val_loss"), kept=kept.facts() if kept is not None else None,
+        val_accuracy=final.get("val_accuracy"), val_loss=final.get("val_loss"), kept=kept.facts() if kept is not None else None,
         macs=cost.macs, params=cost.params, size_bytes=cost.size_bytes, latency_ms=measured[0], latency_ratio=measured[1],
         images_per_second=session.images / seconds if session.images else None,
         projection_share=session.projecting_seconds / seconds if session.images else None,
