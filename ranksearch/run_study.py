@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import nn
 
 from ranksearch.compress import load_net
+from ranksearch.compress.export import PLAN, WEIGHTS
 from ranksearch.errors import UsageError
 from ranksearch.places.place import check_place
 from ranksearch.places.urls import check_apart, database_url
@@ -99,22 +100,41 @@ def _net_of(study: Study, row: Row) -> nn.Module:
     return load_net(study.trial_folder(row["trial"]), study.space.build)
 
 
-def _test_accuracy(study: Study, bench: Workbench, row: Row | None) -> float:
-    """The metric on the test set of a trial's net, or of the dense net where `row` is None."""
+def _told_accuracy(study: Study, bench: Workbench, row: Row | None, observer: Observer) -> float | None:
+    """The metric on the test set of a trial's net, or of the dense net where `row` is None.
+
+    NaN, and a sentence, where the user's metric fails on the test set: the trials are done, and the front is written. None, and a sentence,
+    where the trial's net is lost or damaged.
+    """
     assert bench.task.test is not None
-    model = bench.dense_model() if row is None else _net_of(study, row)
-    return _accuracy(model, bench.task.test, bench.task)
-
-
-def _told_accuracy(study: Study, bench: Workbench, row: Row | None, observer: Observer) -> float:
-    """The same; NaN, and a sentence, where the user's metric fails on the test set: the trials are done, and the front is written."""
+    model = None
+    if row is not None:
+        try:
+            model = _net_of(study, row)
+        except UsageError as error:
+            observer.log(f"the net of trial {row.trial} is not scored on the test set: {error}")
+            return None
     try:
         with told_of_user_code():
-            found = _test_accuracy(study, bench, row)
+            model = bench.dense_model() if model is None else model
+            found = _accuracy(model, bench.task.test, bench.task)
     except UsageError as error:
         observer.log(f"test: {error}")
         return nan
     return found if abs(found) <= LARGEST else nan
+
+
+def _tell_of_lost_nets(study: Study, observer: Observer) -> None:
+    """Says which nets of the front are not to be had any more: their numbers stand, and a net that is brought back counts again."""
+    for row in study.front:
+        folder = study.trial_folder(row.trial)
+        if gone := [
+            name for name in (PLAN, WEIGHTS) if not (folder / name).is_file() or not (folder / name).stat().st_size
+        ]:
+            observer.log(
+                f"the net of trial {row.trial} is lost: {' and '.join(gone)} of {folder} {'is' if len(gone) == 1 else 'are'} missing or "
+                f"empty. It stays on the front by its numbers, and cannot be exported; `resume --trials` with more trials finds others."
+            )
 
 
 def _write_pages(study: Study, observer: Observer) -> None:
@@ -161,6 +181,7 @@ def run_study(
             study.score_test(lambda row: _told_accuracy(study, bench, row, observer), observer.log)
         test = bench.task.test
         repeat_front(study, bench, None if test is None else lambda net: _accuracy(net, test, bench.task), observer.log)
+        _tell_of_lost_nets(study, observer)
         study.conclude()
         _write_pages(study, observer)
     except BaseException:

@@ -28,7 +28,7 @@ from ranksearch.study.journal import mend_journal, open_journal
 from ranksearch.study.ledger import Ledger
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
-from ranksearch.trial.result import Status
+from ranksearch.trial.result import Status, TrialResult
 from tests.conftest import drain, simulated
 
 # The journal ---------------------------------------------------------------------------------------------------------
@@ -362,6 +362,9 @@ def test_more_failures_than_allowed_end_the_study_with_the_last_reason(make, ben
     patient = make(trials=40, name="patient", settings=["search.max_failures=0.9"])
     failing(patient, bench, ["complete"] * 4 + ["failed", "diverged"] * 5)
     assert patient.finished == 14
+    stubborn = make(trials=4, name="stubborn", settings=["search.max_failures=1"])
+    failing(stubborn, bench, ["failed"] * 4)
+    assert stubborn.finished == 4
     # an earlier run's failures do not end this one
     failing(Study.open(study.folder), bench, ["complete"] * 8)
 
@@ -400,15 +403,45 @@ def test_a_result_is_held_while_the_disk_is_full(make, bench, monkeypatch, when)
     assert len(drain(again, bench)) == 1
 
 
-def test_a_trial_that_finds_no_space_is_run_again_by_resume(make, bench, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
+
+def test_a_trial_that_finds_the_disk_full_is_run_again_once_there_is_room(make, bench, monkeypatch):
+    study, said, tries, looks = make(trials=2), [], [], iter([False, False, False, True])
+
+    def run(task, dense, net, plan, recipe, *, seed, **options):
+        tries.append((plan.digest(), seed))
+        if len(tries) == 1:
+            full_disk()
+        return TrialResult("complete", seed, 1.0, val_accuracy=80.0 + len(tries))
+
+    monkeypatch.setattr(runner, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "has_room", lambda folder, size: next(looks))
+    monkeypatch.setattr("ranksearch.trial.attempt.run_trial", run)
+    runner.run_inline(study, bench, lambda row: None, said.append)
+    assert next(looks, None) is None
+    assert tries[0] == tries[1] != tries[2]
+    assert study.counts == {"complete": 2}
+    assert "it is run again once" in said[0]
+    assert "has room again" in said[1]
+    again = Study.open(study.folder)
+    assert (again.counts, again.requeue_interrupted()) == (study.counts, 0)
+
+
+def test_a_disk_that_stays_full_ends_the_study_and_resume_runs_the_trial_again(make, bench, monkeypatch):
     study = make(trials=3)
     with monkeypatch.context() as patch:
-        patch.setattr("ranksearch.trial.attempt.run_trial", full)
-        with pytest.raises(StudyError, match=r"No space is left for trial 0.*`ranksearch resume digits_resnet8`"):
+        patch.setattr(runner, "LOOK_SECONDS", 0.0)
+        patch.setattr("ranksearch.trial.attempt.run_trial", full_disk)
+        with pytest.raises(
+            StudyError, match=r"No space is left for trial \d.*has room: OSError.*`ranksearch resume digits_resnet8`"
+        ):
             runner.run_inline(study, bench, lambda row: None, print)
+        patch.setattr(runner, "has_room", lambda folder, size: False)
+        patch.setattr(runner, "PATIENCE_SECONDS", 0.0)
+        with pytest.raises(StudyError, match=r"No space is left in .*`ranksearch resume digits_resnet8`"):
+            runner.run_inline(Study.open(study.folder), bench, lambda row: None, print)
     again = Study.open(study.folder)
     assert again.finished == 0
     assert again.requeue_interrupted() == 1

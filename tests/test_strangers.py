@@ -1,6 +1,5 @@
 """A folder that came from somebody else: what it holds runs nothing and sends nothing, and what is damaged in it is told in a sentence."""
 
-import errno
 import hashlib
 import json
 import shutil
@@ -10,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from safetensors import SafetensorError
 
 import ranksearch
 from ranksearch.cli.studies import front
-from ranksearch.cluster.losses import Losses
 from ranksearch.cluster.upload import folder_files
 from ranksearch.compress import RankPlan
 from ranksearch.compress.export import save_net
@@ -24,7 +21,6 @@ from ranksearch.space.starter import write_start
 from ranksearch.study.ledger import Ledger
 from ranksearch.study.study import Study
 from ranksearch.tracking.ui import find_store
-from ranksearch.trial.attempt import _is_full
 from tests.conftest import SmallNet
 
 STORED = Path(__file__).parent / "stored_study"
@@ -238,46 +234,6 @@ def test_the_best_is_asked_for_as_python_users_write_it(folder):
 def test_a_net_in_the_place_of_a_folder_is_answered(small_net, call):
     with pytest.raises(UsageError, match=r"got a SmallNet|a net by itself"):
         call(small_net)
-
-
-def test_a_worker_that_cannot_begin_is_told_with_its_own_error_and_not_tried_again(monkeypatch):
-    losses = Losses(print)
-    monkeypatch.setattr("ranksearch.cluster.losses.find_node", lambda node_id: None)
-    for error, final, text in (
-        ("Traceback\n  File x\nModuleNotFoundError: No module named 'sibling'\n", True, "No module named 'sibling'"),
-        (
-            "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory",
-            False,
-            "ran out of memory",
-        ),
-        (
-            "ActorDiedError: (1) The process is killed by SIGKILL by OOM killer due to high memory usage",
-            False,
-            "killed, or it left",
-        ),
-    ):
-        losses._errors["t"], losses._nodes["t"] = error, "0" * 32
-        monkeypatch.setattr("ranksearch.cluster.losses.state_of", lambda node: "alive")
-        loss = losses.explain("t")
-        assert (loss.final, loss.blameless) == (final, False)
-        assert text in loss.text
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError(
-            'Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'
-        ),
-        RuntimeError(
-            "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0: file write failed"
-        ),
-    ],
-)
-def test_a_full_disk_is_no_failure_of_the_trial(error):
-    assert _is_full(error)
-    assert not _is_full(RuntimeError("shape"))
 
 
 def test_a_metric_that_is_not_finite_on_the_test_set_is_not_recorded_and_not_asked_for_again(folder):

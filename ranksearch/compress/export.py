@@ -17,7 +17,7 @@ from ranksearch.compress.plan import RankPlan
 from ranksearch.compress.surgery import restructure_
 from ranksearch.errors import UsageError
 from ranksearch.lowering.tiled import settle_
-from ranksearch.places.files import write_atomically
+from ranksearch.places.files import make_folder, partly_written, write_durably
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 
@@ -26,15 +26,14 @@ Build = Callable[[str], nn.Module]
 
 
 def save_net(model: nn.Module, plan: RankPlan, directory: Path) -> None:
-    """Writes the state dict and the plan that rebuilds the architecture; neither file is ever half written.
+    """Writes the state dict and the plan that rebuilds the architecture; neither file is ever half written, and both are on the disk.
 
     A tensor that several layers share is written once.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f"{WEIGHTS}.partial"
-    safetensors.torch.save_model(model, str(partial))
-    partial.replace(directory / WEIGHTS)
-    write_atomically(directory / PLAN, plan.to_json())
+    make_folder(directory)
+    with partly_written(directory / WEIGHTS) as partial:
+        safetensors.torch.save_model(model, str(partial))
+    write_durably(directory / PLAN, plan.to_json())
 
 
 def holds_net(directory: Path) -> bool:
@@ -66,12 +65,14 @@ def load_stored_net(directory: Path, build: Build) -> tuple[nn.Module, RankPlan]
         plan = RankPlan.from_json((directory / PLAN).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{directory / PLAN} is not a rank plan: it is no text ({error}).") from error
+    except OSError as error:
+        raise UsageError(f"{directory / PLAN} cannot be read ({error.strerror or error}).") from error
     if plan.model is None:
         raise UsageError(f"{directory / PLAN} does not name its model, so the dense architecture is unknown.")
     model = restructure_(build(plan.model), plan)
     try:
         safetensors.torch.load_model(model, directory / WEIGHTS)
-    except (SafetensorError, RuntimeError, json.JSONDecodeError) as error:
+    except (SafetensorError, RuntimeError, OSError, json.JSONDecodeError) as error:
         first, *more = [line.strip() for line in str(error).splitlines() if not line.startswith("Error(s) in")]
         others = f" (and {len(more)} more)" if more else ""
         raise UsageError(f"{directory / WEIGHTS} does not fit {PLAN}: {first}{others}") from error

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from ranksearch.errors import UsageError, nearest
+from ranksearch.places.files import make_folder, partly_written
 
 SCHEMES = ("s3", "gs", "file")
 SAYINGS = {
@@ -191,7 +192,7 @@ def _write_patiently(place: Remote, data: bytes) -> None:
 
 
 def fetch(place: Remote, folder: Path, names: tuple[str, ...]) -> bool:
-    """Brings the files `names` from `place` to `folder`, whole; False, and nothing is written, where one of them is missing.
+    """Brings the files `names` from `place` to `folder`, whole and durably; False, and nothing is written, where one of them is missing.
 
     Raises:
         PlaceError: the store cannot be read.
@@ -200,12 +201,11 @@ def fetch(place: Remote, folder: Path, names: tuple[str, ...]) -> bool:
     found = {name: (place / name).read() for name in names}
     if any(data is None for data in found.values()):
         return False
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, data in found.items():
         assert data is not None
-        partial = folder / f".{name}.{os.getpid()}"
-        partial.write_bytes(data)
-        partial.replace(folder / name)
+        with partly_written(folder / name) as partial:
+            partial.write_bytes(data)
     return True
 
 

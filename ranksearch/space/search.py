@@ -153,7 +153,7 @@ class SearchSpace(Strict):
     with other seeds at the end, in the driver's process; mean and deviation stand in front, report and
     MLflow."""
     max_failures: float = Field(default=0.5, ge=0, le=1)
-    """The study ends where more than this share of its trials (of ten at least, or all of the first three) failed or diverged."""
+    """The study ends where more than this share of its trials (of ten at least, or all of the first three) failed or diverged; 1: never."""
 
     @model_validator(mode="after")
     def _nested_alone(self) -> SearchSpace:

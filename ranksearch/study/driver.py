@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from optuna.exceptions import StorageInternalError
@@ -35,6 +38,10 @@ JUDGED_FROM = 10
 """Trials from which on the share of failures counts."""
 PATIENCE_SECONDS, LOOK_SECONDS = 600.0, 5.0
 """How long a result that the disk has no room for is held until somebody makes some, and how often that is tried."""
+ROOM = 8
+"""Nets of the dense one's size that a disk which was full must have room for: a trial's state, its net, and what writes them."""
+FULL_ELSEWHERE = 3
+"""Trials in a row that find some disk full while the study's own has room, and the study ends."""
 LOOKS = 4
 """How often, a second apart, a net is looked for that another node has written."""
 
@@ -45,9 +52,16 @@ class Driver:
     def __init__(self, study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
         self._study, self._bench, self._on_row, self._log = study, bench, on_row, log
         self._before = study.counts  # failures of an earlier run do not end this one
+        self._full_since: float | None = None
+        """When a trial found no room for its files; None where there is room, as far as is known."""
+        self._look_at = 0.0
+        self._full_elsewhere = 0
+        """Trials in a row that found some disk full while the study's own was not."""
 
     def ask(self) -> Candidate | None:
         """The next trial; None where there is none for now.
+
+        Where a trial found the disk full, none is begun until there is room again (`waits_for_room`).
 
         Raises:
             StudyError: not a single proposal was feasible, or the disk is full.
@@ -62,22 +76,62 @@ class Driver:
 
         Raises:
             StudyError: too large a share of the trials failed, the disk is full, or the place of results is away.
+
+        A trial that found no room for its files is no result: it is run again once there is some.
         """
         if result.status == Status.NO_SPACE:
-            raise StudyError(
-                f"No space is left for trial {number}'s net or state; it is run again. {self._resume_hint()}"
-            )
+            self._run_again_with_room(number, result.reason, node)
+            return
         if result.status == Status.NO_PLACE:
             first = (result.reason or "").splitlines()[0]
             raise StudyError(
                 f"Trial {number}{f' on {node}' if node else ''} could not keep its net or state: {first}. It is run again: "
                 f"`ranksearch resume {self._study.space.name}` goes on."
             )
+        self._full_elsewhere = 0
         remote = self._study.results != self._study.folder
         if result.status == Status.COMPLETE and (remote or node is not None) and not self._brought_home(number):
             result = replace(result, status=Status.FAILED, reason=self._lost_net(node))
         self._on_row(self._patiently(lambda: self._study.tell(number, result), f"the result of trial {number} is held"))
         self._check_failures()
+
+    def _run_again_with_room(self, number: int, reason: str | None, node: str | None) -> None:
+        """Gives a trial back that found a disk full. Where that is the study's own, no trial is begun until it has room.
+
+        Raises:
+            StudyError: it is another disk, such as a node's temporary folder, and it stays full.
+        """
+        full = not has_room(self._study.folder, self._room_wanted())
+        self._full_elsewhere = 0 if full else self._full_elsewhere + 1
+        first = (reason or "").partition("\n")[0]
+        if self._full_elsewhere == FULL_ELSEWHERE:
+            raise StudyError(
+                f"No space is left for trial {number}{f' on {node}' if node else ''}, though {self._study.folder} has room: {first}. "
+                f"It is run again. {self._resume_hint()}"
+            )
+        self._patiently(lambda: self._study.run_again(number), f"trial {number} is not begun again")
+        self._full_since, self._look_at = time.monotonic() if full else None, 0.0
+        when = f" once {self._study.folder} has {self._room_wanted() >> 20} MiB free: make room" if full else ""
+        self._log(f"trial {number:03d}: no space was left for what it writes ({first}); it is run again{when}")
+
+    def _room_wanted(self) -> int:
+        return ROOM * self._study.dense.size_bytes + 2**20
+
+    def waits_for_room(self) -> bool:
+        """Whether a trial found the disk full and it still is, looked at every few seconds: then none is to be begun.
+
+        Raises:
+            StudyError: it has been full for too long.
+        """
+        if self._full_since is None or time.monotonic() < self._look_at:
+            return self._full_since is not None
+        if has_room(self._study.folder, self._room_wanted()):
+            self._log(f"{self._study.folder} has room again")
+            self._full_since = None
+        elif time.monotonic() > self._full_since + PATIENCE_SECONDS:
+            raise StudyError(f"No space is left in {self._study.folder} for a trial's net. {self._resume_hint()}")
+        self._look_at = time.monotonic() + LOOK_SECONDS
+        return self._full_since is not None
 
     def _brought_home(self, number: int) -> bool:
         """Whether a trial's net is in the study's folder now; a shared disk may take a moment to show what another node wrote."""
@@ -123,7 +177,7 @@ class Driver:
         counts = {status: n - self._before.get(status, 0) for status, n in self._study.counts.items()}
         total, failed = sum(counts.values()), sum(counts.get(status, 0) for status in UNSUCCESSFUL)
         allowed = self._study.space.search.max_failures
-        early = total >= min(GIVE_UP_AFTER, self._study.planned) and failed == total
+        early = total >= min(GIVE_UP_AFTER, self._study.planned) and failed == total and allowed < 1
         if not early and not (total >= JUDGED_FROM and failed > allowed * total):
             return
         found = commonest([row.reason or row.status.value for row in self._study.rows if row.status in UNSUCCESSFUL])
@@ -135,6 +189,18 @@ class Driver:
         raise StudyError(f"{what}. {found['alike']} of {found['count']}: {found['reason']}. {mend(found['reason'])}")
 
 
+def has_room(folder: Path, size: int) -> bool:
+    """Whether a folder's disk has so many bytes free, and lets this user write at all: a quota is met before the disk is full."""
+    probe = folder / f".room-{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(2**16))
+        return shutil.disk_usage(folder).free >= size
+    except OSError:
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def run_inline(study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
     """Runs what is left of the study one trial after the other, with every core of this machine.
 
@@ -142,7 +208,11 @@ def run_inline(study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
         StudyError: too many trials fail, or the disk is full.
     """
     task, driver = bench.task.without_test(), Driver(study, bench, on_row, log)
-    while (candidate := driver.ask()) is not None:
+    while True:
+        while driver.waits_for_room():
+            time.sleep(LOOK_SECONDS)
+        if (candidate := driver.ask()) is None:
+            return
         result = attempt(
             task, bench.dense, bench.net, candidate, report=_stopper(study, candidate.number),
             checkpoint_seconds=study.space.resources.checkpoint_seconds,

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import filelock
 
 from ranksearch.errors import UsageError
+from ranksearch.places.files import settle
 from ranksearch.places.place import Place, Remote
 from ranksearch.space.space import Space
 from ranksearch.study.where import (  # noqa: F401  (a study's folder has one table of names, which lies where nothing heavy is loaded)
@@ -134,6 +135,7 @@ def keep_task_file(space: Space, folder: Path) -> dict[str, str] | None:
         return None
     code = file.code
     (folder / file.path.name).write_bytes(code.source)
+    settle(folder / file.path.name)
     return {"file": file.path.name, "function": file.function, "sha256": code.sha256, "origin": code.origin}
 
 

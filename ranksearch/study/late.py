@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 
-from ranksearch.places.files import write_atomically
+from ranksearch.places.files import write_durably
 from ranksearch.study.folder import MEASURED, REPEATS, TEST
 from ranksearch.study.records import LATENCIES, REPEATED, TEST_ACCURACIES, read_record
 from ranksearch.study.row import Row
@@ -30,7 +30,7 @@ class Late:
     def note_latencies(self, found: Mapping[int, tuple[float, float]]) -> dict[str, list[float]]:
         """Adds latencies by trial number; returns all that are known."""
         known = self.latencies() | {str(number): list(times) for number, times in found.items()}
-        write_atomically(self._latencies, json.dumps(known, indent=2))
+        write_durably(self._latencies, json.dumps(known, indent=2))
         return known
 
     def repeats(self) -> dict[str, list[dict[str, float | None]]]:
@@ -41,7 +41,7 @@ class Late:
         """Adds one; returns all that are known."""
         known = self.repeats()
         known.setdefault(str(number), []).append(dict(found))
-        write_atomically(self._repeats, json.dumps(known, indent=2, allow_nan=False))
+        write_durably(self._repeats, json.dumps(known, indent=2, allow_nan=False))
         return known
 
     def test_accuracies(self) -> dict[str, float | None]:
@@ -49,17 +49,23 @@ class Late:
         return read_record(self._test, TEST_ACCURACIES) if self._test.is_file() else {}
 
     def score(
-        self, front: Sequence[Row], metric: Metric, evaluate: Callable[[Row | None], float], log: Callable[[str], None]
+        self,
+        front: Sequence[Row],
+        metric: Metric,
+        evaluate: Callable[[Row | None], float | None],
+        log: Callable[[str], None],
     ) -> dict[str, float | None]:
-        """Scores the dense net (`evaluate(None)`) and a front's nets, once each; returns all that is known."""
+        """Scores the dense net (`evaluate(None)`) and a front's nets, once each; returns all that is known.
+
+        A net of which `evaluate` says None, since it is not to be had, stays without a score.
+        """
         known = self.test_accuracies()
         keys = {DENSE if row is None else str(row.trial): row for row in [None, *front]}
         for i, (key, row) in enumerate(keys.items(), start=1):
-            if key not in known:
-                found = evaluate(row)
+            if key not in known and (found := evaluate(row)) is not None:
                 known[key] = found if isfinite(found) else None
                 net = "the dense net" if row is None else f"trial {key}"
                 text = metric.text(found) if isfinite(found) else f"{found}, which is recorded as not measured"
                 log(f"[{i}/{len(keys)}] test {metric.name} of {net}: {text}")
-                write_atomically(self._test, json.dumps(known, indent=2))
+                write_durably(self._test, json.dumps(known, indent=2))
         return known

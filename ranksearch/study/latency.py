@@ -10,7 +10,7 @@ from torch import nn
 from ranksearch.compress import Layer, LayerPlan, RankPlan
 from ranksearch.compress.latency_table import shapes_of
 from ranksearch.compress.stopwatch import NET_SECONDS, Shape, Stopwatch
-from ranksearch.errors import RanksearchError, first_line
+from ranksearch.errors import RanksearchError, UsageError, first_line
 from ranksearch.study.layer_costs import layer_of
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
@@ -29,7 +29,8 @@ Piece = tuple[Shape, LayerPlan]
 
 
 def time_front(study: Study, dense: nn.Module, load: Callable[[Row], nn.Module], example: Any, log: Log) -> None:
-    """Times the nets of the front in turn with the dense one, and their layers; what cannot be and decides nothing is said.
+    """Times the nets of the front in turn with the dense one, and their layers; what cannot be and decides nothing is said, and so is a
+    net that is not to be had any more.
 
     Raises:
         RanksearchError, RuntimeError: the nets cannot be timed, and latency is searched.
@@ -54,12 +55,21 @@ def measure_front(
     """Times the nets of the front in turn with the dense one, each once. Where latency is searched, those that are slower leave the front,
     and what comes up in their place is timed too.
     """
-    searched = study.space.has_latency
-    while rows := [row for row in study.front if not study.is_timed(row.trial)][:AT_ONCE]:
+    searched, lost = study.space.has_latency, set[int]()
+    while rows := [row for row in study.front if not study.is_timed(row.trial) and row.trial not in lost][:AT_ONCE]:
+        nets = {}
+        for row in rows:
+            try:
+                nets[row.trial] = load(row)
+            except UsageError as error:
+                lost.add(row.trial)
+                log(f"the net of trial {row.trial} is not timed: {error}")
+        if not (rows := [row for row in rows if row.trial in nets]):
+            continue
         if not searched:
             log(f"timing {len(rows)} nets of the front in turn with the dense one: {stopwatch.key}")
         seconds = NET_SECONDS if searched else TOLD_SECONDS
-        dense_ms, *times = stopwatch.nets_ms([dense, *map(load, rows)], example, seconds=seconds)
+        dense_ms, *times = stopwatch.nets_ms([dense, *nets.values()], example, seconds=seconds)
         found = {row.trial: (ms, ms / dense_ms) for row, ms in zip(rows, times, strict=True)}
         study.note_latencies(found, measured_with=stopwatch.key)
         for row, ms in zip(rows, times, strict=True) if searched else ():

@@ -14,6 +14,7 @@ import yaml
 
 from ranksearch.compress.stopwatch import Stopwatch
 from ranksearch.errors import UsageError
+from ranksearch.places.files import settle
 from ranksearch.places.trust import FILE, remember
 from ranksearch.search.allocated import Allocated
 from ranksearch.search.groups import Grouping, grouping_of
@@ -53,6 +54,7 @@ def begin(
     space = space.kept_in(folder, own, trust=True)
     remember_addresses(space)
     safetensors.torch.save_file({k: v.contiguous().clone() for k, v in bench.dense.items()}, folder / DENSE_WEIGHTS)
+    settle(folder / DENSE_WEIGHTS)
     dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(bench.curves.dense)
     metric = Metric.of(bench.task, val_accuracy)
     metric.limit(space.quality)  # one on another metric, or beyond it, is refused here

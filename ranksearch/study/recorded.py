@@ -13,7 +13,7 @@ import optuna
 from ranksearch.allocate.budget import Budgets, assignments, parse_budget
 from ranksearch.compress import Cost
 from ranksearch.errors import RanksearchError, UsageError, clipped, first_line
-from ranksearch.places.files import write_atomically
+from ranksearch.places.files import write_atomically, write_durably
 from ranksearch.search.path import is_nested
 from ranksearch.space.quality import ACCURACY, Limits, limits_of, quality_of
 from ranksearch.space.space import Space
@@ -121,7 +121,7 @@ class RecordedStudy:
 
     def _note(self, **facts: Any) -> None:
         self.info = self.info | facts
-        write_atomically(self.folder / INFO, json.dumps(self.info, indent=2))
+        write_durably(self.folder / INFO, json.dumps(self.info, indent=2))
 
     # What is known ----------------------------------------------------------------------------------------------------
 
@@ -241,8 +241,11 @@ class RecordedStudy:
         """Trial number (or "dense") -> the metric on the test set, of the nets that were scored at the end."""
         return self._late.test_accuracies()
 
-    def score_test(self, evaluate: Callable[[Row | None], float], log: Callable[[str], None]) -> None:
-        """Scores the dense net and the front on the test set, once each: `evaluate(row)`, or None for the dense net."""
+    def score_test(self, evaluate: Callable[[Row | None], float | None], log: Callable[[str], None]) -> None:
+        """Scores the dense net and the front on the test set, once each: `evaluate(row)`, or None for the dense net.
+
+        `evaluate` says None of a net that is not to be had.
+        """
         self._ledger.score(self._late.score(self._ledger.front, self.metric, evaluate, log))
         self.write_front()
 

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial
 from ranksearch.compress import Cost
 from ranksearch.compress.export import PLAN, WEIGHTS, holds_net
 from ranksearch.errors import StudyError, UsageError
-from ranksearch.places.files import write_atomically
+from ranksearch.places.files import settle, write_durably
 from ranksearch.places.place import Remote, fetch
 from ranksearch.search.optuna_private import id_of, storage_of
 from ranksearch.search.parametrize import Opening
@@ -99,8 +99,9 @@ class Study(RecordedStudy):
                     made.enqueue(point)
             made._write_space()
             if space.given is not None:
-                write_atomically(folder / GIVEN, space.given)
+                write_durably(folder / GIVEN, space.given)
             made._note()  # last: a folder with it is a study
+            settle(folder.parent)
         except BaseException:
             forget_study(space, study)
             raise
@@ -157,7 +158,7 @@ class Study(RecordedStudy):
         return Proposals(self._study, self.space, self.results, self.dense, self.metric)
 
     def _write_space(self) -> None:
-        write_atomically(self.folder / SPACE, space_text(self.space))
+        write_durably(self.folder / SPACE, space_text(self.space))
 
     @property
     def running(self) -> int:
@@ -263,6 +264,20 @@ class Study(RecordedStudy):
         del self._running[number]
         self._give_back(frozen, enqueue=True, **{name: lost})
         return True
+
+    def run_again(self, number: int) -> None:
+        """Proposes a trial again that ended without a result, through no fault of its own or of its node's: its disk was full.
+
+        Raises:
+            OSError: the journal cannot be written; doing it again is fine.
+        """
+        trials = self._study.get_trials(deepcopy=False)
+        with together(storage_of(self._study)):
+            if not trials[number].state.is_finished():
+                known = any(trial.user_attrs.get("retry_of") == number for trial in trials)
+                self._give_back(trials[number], enqueue=not known)
+        self._running.pop(number, None)
+        self._steps.pop(number, None)
 
     def _give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:
         if self._rungs is not None:

@@ -344,7 +344,10 @@ def mend(reason: str | None) -> str:
     if any(word in reason for word in ("nan", "finite", "diverged", "loss is", "inf")):
         return "They diverged: lower the learning rate (`--set recipe.lr=…`)."
     if "memory" in reason:
-        return "They ran out of memory: a smaller `recipe.batch_size`, or more of the device per trial (`resources`)."
+        return (
+            "They ran out of memory: a smaller batch (`recipe.batch_size`, or the task's own loader), or more of the device per trial "
+            "(`resources`)."
+        )
     return "Mend what the reason names, then `ranksearch resume` with more `--trials`."
 
 

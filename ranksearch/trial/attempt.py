@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from ranksearch.compress import Net
 from ranksearch.errors import first_line
@@ -19,14 +17,12 @@ from ranksearch.tasks.parallel import ALONE, Group, PeerLost
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import TASK_MODULE
 from ranksearch.trial.candidate import Candidate
-from ranksearch.trial.checkpoint import CheckpointFile, Leaving, stays
+from ranksearch.trial.checkpoint import CheckpointFile, Leaving, is_full, stays
 from ranksearch.trial.nested import read_weights
 from ranksearch.trial.result import Status, TrialResult
 from ranksearch.trial.session import Report, Watch, unwatched
 from ranksearch.trial.trial import run_trial
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-SAID_OF_FULL = ("StorageFull", "No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 RAY = "ray"
 """The package whose own `sys.exit` ends a worker that is stopped or taken away."""
 
@@ -68,17 +64,10 @@ def attempt(
             raise
         lines = traceback.format_exc().strip().splitlines()[-6:]
         status = (
-            Status.NO_SPACE if _is_full(error) else Status.NO_PLACE if isinstance(error, PlaceError) else Status.FAILED
+            Status.NO_SPACE if is_full(error) else Status.NO_PLACE if isinstance(error, PlaceError) else Status.FAILED
         )
         first = f"{type(error).__name__}: {first_line(error)}{_place(error)}"
         return TrialResult(status, candidate.seed, 0.0, reason="\n".join([first, *lines]))
-
-
-def _is_full(error: BaseException) -> bool:
-    """Whether it says that a disk has no room: an OSError, or what safetensors and PyTorch make of one while they write a file."""
-    if isinstance(error, OSError):
-        return error.errno in FULL
-    return isinstance(error, SafetensorError | RuntimeError) and any(said in str(error) for said in SAID_OF_FULL)
 
 
 def _by_ray(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -13,12 +14,23 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
+from safetensors import SafetensorError
 
 from ranksearch.places.place import Place, PlaceError, Remote
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+SAID_OF_FULL = ("StorageFull", "No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 
 class Leaving(Exception):
     """The trial's state is written, and the trial has to go on elsewhere: its machine is going to be taken away."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it says that a disk has no room: an OSError, or what safetensors and PyTorch make of one while they write a file."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return isinstance(error, SafetensorError | RuntimeError) and any(said in str(error) for said in SAID_OF_FULL)
 
 
 def stays() -> bool:
@@ -43,10 +55,11 @@ class CheckpointFile:
     def save(self, state: dict[str, Any]) -> None:
         """Writes `state` (tensors, numbers, texts and containers of them) beside the old file, then in its place.
 
-        A store that refuses it is tried again when the next one is due: what a state spares is time, and the trial goes on.
+        A store that refuses it, or a disk without room, is tried again when the next one is due: what a state spares is time, and the
+        trial goes on.
 
         Raises:
-            Leaving: written, and the machine is going to be taken away.
+            Leaving: the machine is going to be taken away; the state is written, if there was room.
         """
         if self._path is None:
             return
@@ -56,7 +69,11 @@ class CheckpointFile:
             with suppress(PlaceError):
                 self._path.write(held.getbuffer())
         else:
-            self._write_beside(self._path, state)
+            try:
+                self._write_beside(self._path, state)
+            except (OSError, RuntimeError) as error:
+                if not is_full(error):
+                    raise
         self._written = time.monotonic()
         if self._leaving():
             raise Leaving
@@ -65,8 +82,11 @@ class CheckpointFile:
     def _write_beside(path: Path, state: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        torch.save(state, unfinished)
-        os.replace(unfinished, path)
+        try:
+            torch.save(state, unfinished)
+            os.replace(unfinished, path)
+        finally:  # half a state would keep a full disk full
+            unfinished.unlink(missing_ok=True)
 
     def load(self) -> dict[str, Any] | None:
         """The last state; None where there is none, or none that can be read (no code is run by reading it).

@@ -15,6 +15,7 @@ from torch import nn
 from ranksearch.compress import RankPlan, plan_cost
 from ranksearch.compress.surgery import compress
 from ranksearch.errors import UsageError
+from ranksearch.places.files import make_folder, partly_written
 from ranksearch.places.place import Place, PlaceError, Remote
 from ranksearch.tasks.dense import State, read_checkpoint
 from ranksearch.trial.levels import Levels
@@ -53,12 +54,11 @@ def learn_all_levels(session: Session, plan: RankPlan, path: Sequence[RankPlan])
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
-    """Writes the trained dense weights as `NESTED`; never half of them."""
-    partial = folder / f"{NESTED}.partial"
+    """Writes the trained dense weights as `NESTED`; never half of them, and on the disk once this returns."""
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(weights, partial)
-    partial.replace(folder / NESTED)
+    make_folder(folder)
+    with partly_written(folder / NESTED) as partial:
+        safetensors.torch.save_file(weights, partial)
 
 
 def read_weights(place: Place) -> State:

@@ -5,6 +5,7 @@ The same trial runs in-process and on Ray.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,13 +16,13 @@ from ranksearch.compress.slots import settled_
 from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.compress.surgery import compress, restructure_
 from ranksearch.errors import NonFiniteError
-from ranksearch.places.place import Place, filling
+from ranksearch.places.place import PAUSES, Place, filling
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Diverged
 from ranksearch.trial.candidate import MetricSetting
-from ranksearch.trial.checkpoint import CheckpointFile
+from ranksearch.trial.checkpoint import CheckpointFile, is_full
 from ranksearch.trial.nested import learn_all_levels, save_weights
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe
@@ -155,7 +156,15 @@ def run_trial(
 
 
 def _write_net(model: nn.Module, plan: RankPlan, save_to: Place, nested: nn.Module | None) -> None:
-    with filling(save_to) as folder:
-        if nested is not None:
-            save_weights(nested, folder)
-        save_net(model, plan, folder)
+    """Writes what the trial leaves; a disk that is full is tried again for most of a minute, since the training took longer."""
+    for pause in (*PAUSES, None):
+        try:
+            with filling(save_to) as folder:
+                if nested is not None:
+                    save_weights(nested, folder)
+                save_net(model, plan, folder)
+            return
+        except Exception as error:
+            if pause is None or not is_full(error):
+                raise
+            time.sleep(pause)
