@@ -23,6 +23,8 @@ from ranksearch.space.space import AUTO, ResourcesSpace
 HEAD = ("gcs_server", "raylet")
 SAY_AGAIN_SECONDS, LOOK_SECONDS = 60.0, 1.0
 """How often a wait for room is told of, and looked at."""
+STILL_SECONDS = 10.0
+"""How often it is said that Ray is still starting."""
 
 
 class HeadLost(StudyError):
@@ -88,13 +90,32 @@ def join(resources: ResourcesSpace, address: str | None, log: Callable[[str], No
     """
     if address is None and not ray.is_initialized():
         log("starting Ray on this machine")  # seconds, on a busy machine a minute
-    connect(address)
+    with told_meanwhile(log, "Ray is still starting" if address is None else f"{address} has not answered yet"):
+        connect(address)
     gpus, workers = resources.gpus_per_trial, resources.workers
     if gpus is None or gpus == AUTO:
         gpus = float(any(node["Resources"].get("GPU", 0) > 0 for node in usable_nodes()))
     needs = Needs(resources.cpus_per_trial, 1.0 if workers > 1 and gpus else float(gpus), workers)
     wait_for_room(needs, 0.0 if address is None else resources.wait_seconds, log)
     return needs
+
+
+@contextmanager
+def told_meanwhile(log: Callable[[str], None], text: str) -> Iterator[None]:
+    """Says every few seconds that what is done within goes on still, and for how long: it may be stuck in code of Ray's."""
+    over, started = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not over.wait(STILL_SECONDS):
+            log(f"{text} ({time.monotonic() - started:.0f} s)")
+
+    thread = threading.Thread(target=tell, daemon=True, name="still")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def wait_for_room(needs: Needs, seconds: float, log: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from ray.tune import Callback
 
 from ranksearch.cluster.nodes import GCS_ERRORS, NodeState, find_node, node_of_actor, state_of
+from ranksearch.cluster.ray_private import actor_record, logs_folder
 from ranksearch.errors import clipped
 from ranksearch.study.driver import Log
 
@@ -20,10 +22,26 @@ START = re.compile(
     r"^\S*\b(ModuleNotFoundError|ImportError|AttributeError: Can't get attribute|SyntaxError)\b.*$", re.MULTILINE
 )
 """An error of Python's by which a worker ends before its trial begins: what that raises later is a result, not a loss."""
-MEMORY = re.compile(r"OutOfMemoryError|running low on memory")
-"""What Ray says where memory was short; of every process that died it says that memory may have been."""
+RAISED = re.compile(r"^([\w.]+\.)?([A-Z]\w*)(?:: .*)?$", re.MULTILINE)
+"""The last line of a traceback: package and class of what was raised, and its text."""
+REMOTE = "ray::"
+"""Stands in the text of what a worker raised, as against what Ray says of a worker that died."""
+PASSES = ("Leaving", "PeerLost", "MemoryError")
+PASSES_TOO = re.compile(r"\[Errno (28|122)\]|CUDA|HIP error")
+"""What a worker may raise and another, or the same one later, need not: an end from outside, no memory, a full disk, a GPU's error."""
+MEMORY = re.compile(r"OutOfMemoryError|MemoryError|running low on memory")
+"""What Ray, or Python, says where memory was short; of every process that died Ray says that memory may have been."""
 NODE_DIED = "node has died"
 """What Ray says of an actor that was lost with its node before it had started."""
+STARTS = 2
+"""Workers that may die before any has begun a trial: one more may have been an accident, this many are none."""
+RAYS_OWN = re.compile(
+    r"^(\[\d{4}-\d\d-\d\d .*\]|\[.*pid=\d+.*\]|:(job_id|task_name|actor_name):|\*\*\* .*|\s*@ .*|\s*PC: .*)"
+)
+"""Lines of a worker's log that Ray wrote: its own log, marks, and the frames below "*** SIGSEGV"."""
+IMPORTS = (
+    "What the driver imports every node has to find too: install it there, or send its folder (`submit --working-dir`)"
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +61,29 @@ class Losses(Callback):
     def __init__(self, log: Log) -> None:
         self._log = log
         self._nodes: dict[str, str | None] = {}
+        self._actors: dict[str, str] = {}
         self._errors: dict[str, str] = {}
         self._deaths: Counter[str] = Counter()
+        self._begun: set[str] = set()
+        """Actors that have reported something: their process found all that it needs."""
+        self._starts = 0
+        """Workers in a row that died before they had begun a trial."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         actor = trial.temporary_state.ray_actor
         if actor is not None:
-            self._nodes[trial.trial_id] = node_of_actor(actor._actor_id.hex())
+            self._actors[trial.trial_id] = actor._actor_id.hex()
+            self._nodes[trial.trial_id] = node_of_actor(self._actors[trial.trial_id])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._begun.add(self._actors.get(trial.trial_id, ""))
+        self._starts = 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._nodes.pop(trial.trial_id, None)
+        self._actors.pop(trial.trial_id, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # for Tune's own snapshot, which is never restored
@@ -66,6 +97,7 @@ class Losses(Callback):
     def explain(self, trial_id: str) -> Loss:
         """Why the trial was lost; a node where this happens again and again is named in the log."""
         node_id, error = self._nodes.pop(trial_id, None), self._errors.pop(trial_id, "")
+        actor = self._actors.pop(trial_id, "")
         try:
             node = find_node(node_id)
             state = state_of(node) if node_id is not None else None
@@ -73,13 +105,11 @@ class Losses(Callback):
             return Loss(True, f"its cluster's head does not answer ({silent})")
         if state in (NodeState.GONE, NodeState.LEAVING):
             return Loss(True, f"its node {_name(node, node_id)} {state.value}")
+        where = f" on {_name(node, node_id)}" if node_id else ""
         if (found := START.search(error)) is not None:
-            return Loss(
-                False,
-                f"a process{f' on {_name(node, node_id)}' if node_id else ''} could not begin: {clipped(found[0])}. What the driver "
-                f"imports every node has to find too: install it there, or send the folder that it lies in (`submit --working-dir`)",
-                final=True,
-            )
+            return Loss(False, f"a process{where} could not begin: {clipped(found[0])}. {IMPORTS}", final=True)
+        if (raised := _raised(error)) is not None:
+            return Loss(False, f"a process{where} could not begin: {clipped(raised)}", final=True)
         if state is None:
             return Loss(NODE_DIED in error, f"its process did not start: {_last(error)}")
         self._deaths[str(node_id)] += 1
@@ -88,8 +118,47 @@ class Losses(Callback):
                 f"the node {_name(node, node_id)} has lost the processes of {self._deaths[str(node_id)]} trials: look at its memory and "
                 f"its kernel's log, or take it out (`ray drain-node`)"
             )
-        why = "its node ran out of memory" if MEMORY.search(error) else "killed, or it left by itself, as by os._exit"
-        return Loss(False, f"its process on {_name(node, node_id)} died ({why})")
+        if MEMORY.search(error):
+            return Loss(False, f"its process{where} died (its node ran out of memory)")
+        last = last_words(actor)
+        said = f"; the last that it wrote: {clipped(last)}" if last else ""
+        if actor in self._begun or not actor:
+            return Loss(False, f"its process{where} died (killed, or it left by itself, as by os._exit{said})")
+        self._starts += 1
+        text = (
+            f"its process{where} died before a trial began there (killed, or it left by itself, as by os._exit{said})"
+        )
+        return Loss(False, text, final=self._starts >= STARTS)
+
+
+def _raised(error: str) -> str | None:
+    """What a worker's own code raised before its trial had begun, and would again; None where it was something else.
+
+    Within a trial whatever is raised becomes its result: what Tune hears of came from outside, or from making the task.
+    """
+    found = list(RAISED.finditer(error))
+    if REMOTE not in error or not found:
+        return None
+    line, package, name = found[-1][0], found[-1][1] or "", found[-1][2]
+    return None if package.startswith("ray.") or name in PASSES or PASSES_TOO.search(line) else line
+
+
+def last_words(actor: str) -> str:
+    """The last line that a worker's process wrote to its stderr, if it ran on this machine, where Ray keeps it; empty where not known."""
+    try:
+        folder, pid = logs_folder(), actor_record(actor).get("Pid") if actor else None
+    except GCS_ERRORS:
+        return ""
+    files = sorted(Path(folder).glob(f"worker-*-{pid}.err")) if folder and pid else []
+    lines = [line for file in files for line in _tail(file) if line.strip() and not RAYS_OWN.match(line)]
+    return lines[-1].strip() if lines else ""
+
+
+def _tail(file: Path, size: int = 16_384) -> list[str]:
+    with suppress(OSError), file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - size))
+        return stream.read().decode(errors="replace").splitlines()
+    return []
 
 
 def _name(node: dict[str, Any] | None, node_id: str | None) -> str:

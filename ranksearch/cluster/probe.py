@@ -168,7 +168,7 @@ def _measured(study: Study, curves: Curves, shared: Shared, space: Space, find: 
         last = str(cause).strip().splitlines()[-1:] or [type(cause).__name__]
         raise StudyError(
             f"resources.gpus_per_trial: auto: a trial of a few steps failed on a GPU ({type(cause).__name__}: {last[0]}); state a number "
-            f"of your own, or a smaller recipe.batch_size."
+            f"of your own, or take a smaller batch (recipe.batch_size, or the task's own loader)."
         ) from error
     known = {"device": found.device, "peak_bytes": found.peak}
     study.note_probe(known)
@@ -184,5 +184,5 @@ def _told(known: dict[str, Any], sizes: Sequence[tuple[str, int]], count: int) -
     if len({size for _, size in sizes}) > 1:
         text += f"; the cluster's GPUs differ, and the smallest ({kind}) decides for all"
     if peak * (1 + MARGIN) > smallest:
-        text += "; that may not fit: a smaller recipe.batch_size needs less"
+        text += "; that may not fit: a smaller batch (recipe.batch_size, or the task's own loader) needs less"
     return text

@@ -26,6 +26,12 @@ def actor_record(actor_id: str) -> dict[str, Any]:
     return ray._private.state.actors(actor_id) or {}
 
 
+def logs_folder() -> str | None:
+    """Where the Ray that this process is connected to writes its logs on this machine; None without one."""
+    node = ray._private.worker._global_node
+    return None if node is None else str(node.get_logs_dir_path())
+
+
 def own_node() -> Any | None:
     """The Ray that this process has started, whose own processes can be looked after; None without one."""
     return ray._private.worker._global_node

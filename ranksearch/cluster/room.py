@@ -47,6 +47,7 @@ class Room:
             memory = sum(machine.memory for machine in machines())
             self._log(
                 f"memory: a trial took {peak_bytes / GIB:.2f} GiB at its peak, and the cluster's workers have {memory / GIB:.1f} GiB: "
-                f"{fewer} trials at once from here on, not {room}; with a smaller recipe.batch_size more fit"
+                f"{fewer} trials at once from here on, not {room}; with a smaller batch (recipe.batch_size, or the task's own loader) "
+                f"more fit"
             )
         self._asked_at = float("-inf")

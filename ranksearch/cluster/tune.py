@@ -21,6 +21,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ranksearch.cluster.connection import HEAD, HeadLost, head_is_gone, join
+from ranksearch.cluster.ending import end_with_ray
 from ranksearch.cluster.group import let_go, parallel_trial
 from ranksearch.cluster.head import HeadWatch, watched_head
 from ranksearch.cluster.losses import Losses
@@ -47,6 +48,8 @@ from ranksearch.trial.session import RUNG
 
 RESTARTS = 3
 """How often a Ray of our own that lost its head is started again before the study ends."""
+KEPT = 50
+"""Trials that Tune's list may hold before those that ended leave it; those under way stay, however many."""
 NEXT_TO_NOTHING = tune.PlacementGroupFactory([{"memory": 1}])
 """What Tune keeps for a data-parallel trial, whose workers ask for cores and GPUs themselves; Tune takes no empty request."""
 
@@ -76,6 +79,8 @@ class AskTell(Searcher):
         if len(self._numbers) >= self._room():  # nodes come and go
             return None
         try:
+            if self._driver.waits_for_room():
+                return None
             candidate = self._driver.ask()
         except Exception as error:
             self.error, candidate = error, None
@@ -196,13 +201,27 @@ def head_lost(study: Study) -> str:
     )
 
 
+def stopped(study: Study) -> str:
+    """What is said where SIGTERM has ended Ray's own processes, too."""
+    return (
+        f"stopped by SIGTERM, and Ray's own processes with it. {study.finished} finished trials are kept: `ranksearch resume "
+        f"{study.folder}` goes on."
+    )
+
+
 def _node(place: dict[str, Any] | None) -> str:
     """Where a trial ran, by its own account."""
     return f"{place['node']} ({place['ip']})" if place else "its node"
 
 
 class Forget(tune.Callback):
-    """Tune keeps every trial to the end; what one that was told returned is in the study's journal, and Tune lets go of it."""
+    """Tune keeps every trial to the end, and looks through all of them whenever none runs. What one returned is in the study's journal:
+    Tune lets go of it, and of the trial. The list that a callback is given is Tune's own."""
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if len(trials) > KEPT:
+            # of an empty list Tune would look for files at the end
+            trials[:] = [trial for trial in trials if not trial.is_finished()] or trials[-1:]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial.run_metadata.last_result.pop(RESULT, None)
@@ -283,9 +302,9 @@ def _fit_all(searcher: AskTell, study: Study, shared: Shared, terms: Terms) -> N
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
-    ended_by = _fit(tuner, searcher)
-    if searcher.error is not None:
-        raise searcher.error
+    ended_by = _fit(tuner, searcher, study)
+    if searcher.error is not None and not (ended_by is not None and isinstance(searcher.error, HeadLost)):
+        raise searcher.error  # a signal to a whole group ends Ray's processes as well: then it is what ended the study
     if ended_by is not None or study.running:
         raise ended_by or KeyboardInterrupt  # what was cut off stays RUNNING in the journal
     if study.finished < study.planned and not study.exhausted:
@@ -320,7 +339,7 @@ def warn_of_loaders(task: Task, cpus: int, log: Log) -> None:
         )
 
 
-def _fit(tuner: tune.Tuner, searcher: AskTell) -> type[KeyboardInterrupt] | None:
+def _fit(tuner: tune.Tuner, searcher: AskTell, study: Study) -> type[KeyboardInterrupt] | None:
     """Runs the tuner; what it was interrupted by, if it was.
 
     Tune takes SIGINT for itself, returns as if all were well, and gives the signal back then alone. SIGTERM is made the same of it, where
@@ -334,6 +353,7 @@ def _fit(tuner: tune.Tuner, searcher: AskTell) -> type[KeyboardInterrupt] | None
 
     def on_sigterm(number: int, frame: Any) -> None:
         terminated.set()
+        end_with_ray(stopped(study), 128 + signal.SIGTERM)
         signal.signal(signal.SIGTERM, on_term)  # a second one ends the process at once
         signal.raise_signal(signal.SIGINT)
 

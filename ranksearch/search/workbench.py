@@ -28,6 +28,7 @@ from ranksearch.space.space import Space
 from ranksearch.tasks import Task
 from ranksearch.tasks.dense import State, dense_state, read_checkpoint
 from ranksearch.tasks.device import pick_device
+from ranksearch.tasks.loaded import batch_text
 from ranksearch.tasks.task_file import told_of_user_code
 from ranksearch.trial.calibration import metric_of, paired_batches
 
@@ -202,7 +203,7 @@ def _weighed(
     count, size, seed = space.search.calibration_batches, space.recipe.batch_size, space.search.seed
     if told := [name for name in names if name != "none"]:
         text = f"sensitivity {' and '.join(told)} of {len(curves.layers)} layers"
-        log(f"{text} on {count} batches of {min(size, len(task.train))}")
+        log(f"{text} on {count} batches of {batch_text(task.train, size)}")
     device = pick_device()
     # labels have a generator of their own: which positions are drawn does not depend on what else is measured
     labels = torch.Generator().manual_seed(seed + LABELS)

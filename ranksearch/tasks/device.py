@@ -144,6 +144,7 @@ def out_of_memory(error: torch.OutOfMemoryError) -> str:
         torch.cuda.empty_cache()
     first = str(error).splitlines()[0] if str(error) else "CUDA out of memory"
     return (
-        f"out of GPU memory: a smaller recipe.batch_size needs less, a larger resources.gpus_per_trial gives a trial more of the GPU "
+        f"out of GPU memory: a smaller batch (recipe.batch_size, or the task's own loader) needs less, a larger resources.gpus_per_trial "
+        f"gives a trial more of the GPU "
         f"({first})"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -240,6 +240,18 @@ class DatasetStream(Iterator[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._order.seed, self._order.epoch, self._taken = state["seed"], state["epoch"], state["taken"]
         self._order.skip, self._epoch = self._taken * self._size, None
+
+
+def batch_text(source: Source, size: int) -> str:
+    """How large training batches are where `size` is asked for, in words: a loader of the user's makes them in its own size."""
+    if not isinstance(source, Loaded):
+        return str(min(size, len(source)))
+    own = getattr(source.loader, "batch_size", None) or getattr(
+        getattr(source.loader, "batch_sampler", None), "batch_size", None
+    )
+    if own is None and isinstance(source.loader, Sequence) and source.loader:
+        own = batch_size(split_batch(source.loader[0], source.split, source.kept)[0])
+    return f"{own}, as the task's loader makes them" if isinstance(own, int) else "the loader's own size"
 
 
 def loader_processes(task: Any) -> int:

@@ -130,8 +130,8 @@ class Distributed(Group):
         size = count // self.world
         if size == 0:
             raise UsageError(
-                f"A batch of {count} cannot be split over {self.world} workers: take a larger recipe.batch_size, or fewer "
-                f"resources.workers_per_trial."
+                f"A batch of {count} cannot be split over {self.world} workers: take a larger one (recipe.batch_size, or the task's own "
+                f"loader), or fewer resources.workers_per_trial."
             )
         return cut(batch, self.rank * size, (self.rank + 1) * size)
 
