@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from ranksearch.places.streams import Shown
 from ranksearch.study.verdict import verdict_of
 from ranksearch.trial.metric import metric_column, metric_text
 from ranksearch.words import (
@@ -144,7 +145,7 @@ class Terminal:
     """Shows a study on stderr: two live lines where that is a terminal, else one plain line per finished trial."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(file=cast(IO[str], Shown(sys.stderr)), highlight=False)
         self.progress: _TwoLines | None = None
         self._task: Any = None
         self._started: float | None = None

@@ -114,12 +114,14 @@ def main() -> None:
         assert first.code == 0, first.stderr
         os.chdir(place)
         cases = all_cases()
-        groups = {case.group: [c for c in cases if c.group == case.group] for case in cases}
+        groups = {
+            case.group: [c for c in cases if c.group == case.group and not (options.quick and c.long)] for case in cases
+        }
         draw = random.Random(options.seed)
         chosen = [
             case
             for group in groups.values()
-            for case in (draw.sample(group, max(1, len(group) // EVERY)) if options.quick else group)
+            for case in (draw.sample(group, min(len(group), max(1, len(group) // EVERY))) if options.quick else group)
         ]
         report.say(f"a study was made; {len(chosen)} of {len(cases)} cases")
         sandbox = Sandbox(made, place / "sandbox")

@@ -89,6 +89,8 @@ class Case:
     """A line of bash in the place of `argv`."""
     environment: Mapping[str, str | None] = field(default_factory=dict)
     """Variables of a process of its own; None takes one away."""
+    long: bool = False
+    """Takes many seconds: not in the quick form."""
 
 
 class Sandbox:
@@ -579,4 +581,53 @@ def machine() -> Iterator[Case]:
         (0,),
         environment={"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": None},
     )
+    yield from _lost_nets()
+    yield from _ended_or_unheard()
     yield Case("machine", "no home", ["front", STUDY], (0,), environment={"HOME": None, "XDG_STATE_HOME": None})
+
+
+def _lost_nets() -> Iterator[Case]:
+    """The front's nets gone or empty: the study is completed, synced and reported, and what is missing is said."""
+    for name, act in {"gone": lambda file: file.unlink(), "empty": lambda file: file.write_bytes(b"")}.items():
+
+        def prepare(sandbox: Sandbox, act: Callable[[Path], object] = act) -> None:
+            (sandbox.study / "test.json").unlink()
+            (sandbox.study / "latencies.json").unlink(missing_ok=True)
+            sandbox.change("study.json", "done", False)
+            for file in sandbox.study.glob("trials/*/model.safetensors"):
+                act(file)
+
+        yield Case("lost nets", f"{name}: resume", ["resume", STUDY, "--inline"], (0,), prepare, "is lost: model.saf")
+        yield Case("lost nets", f"{name}: sync", ["sync", STUDY], (0,), prepare)
+        yield Case("lost nets", f"{name}: report", ["report", STUDY], (0,), prepare)
+        yield Case("lost nets", f"{name}: export", ["export", STUDY, "0"], (2,), prepare)
+
+
+def _ended_or_unheard() -> Iterator[Case]:
+    """A signal to the whole group, on Ray, whose processes it ends first; a log that nobody reads, or on a full disk; output in between."""
+    chatty = TASK.replace("test=data", "loss=loss, test=data") + (
+        "\ndef loss(outputs, targets):\n    print('from the loss')\n    return nn.functional.cross_entropy(outputs, targets)\n"
+    )
+
+    def write(sandbox: Sandbox) -> None:
+        sandbox.write("odd.py", chatty)
+        space = SPACE.replace("own.py", "odd.py").replace("name: own", "name: odd")
+        sandbox.write("odd.yaml", space)
+        sandbox.write("long.yaml", space.replace("trials: 2", "trials: 500"))
+
+    search = "python -m ranksearch search sandbox/odd.yaml --inline --runs sandbox/runs --json"
+    lines = {
+        "a loss that prints": f"set -o pipefail; {search} | python -m json.tool",
+        "the log is on a full disk": f"{search} 2> /dev/full",
+        "the log has no reader": f"{search} 2> >(true)",
+    }
+    for name, line in lines.items():
+        yield Case("unheard", name, [], (0,), write, '"study": "odd"', line, long=True)
+    for where in ("", "--inline"):
+        begun = "grep -q '\"result\"' sandbox/runs/odd/optuna.journal 2> /dev/null"
+        line = (
+            f"setsid python -m ranksearch search sandbox/long.yaml --runs sandbox/runs {where} & "
+            f"until {begun} || ! kill -0 $!; do sleep .2; done; kill -TERM -- -$!; wait $!"
+        )
+        name = f"SIGTERM to the whole group {where or 'on Ray'}"
+        yield Case("ended", name, [], (143,), write, "stopped by SIGTERM", line, long=True)

@@ -12,13 +12,14 @@ import io
 import os
 import sys
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, TextIO, cast
 
 import typer
 
 from ranksearch import __version__
 from ranksearch.cli.options import app
 from ranksearch.errors import RanksearchError, UsageError
+from ranksearch.places.streams import Shown
 
 # their verbs, in the order that the help shows them in
 from ranksearch.cli import studies  # noqa: F401  # isort: skip
@@ -58,13 +59,17 @@ def main() -> None:
 
 
 def _settle_output() -> None:
-    """A stream that is closed is none to write to, and one that has no letter for a character shows another in its place."""
+    """A stream that is closed is none to write to, and one that has no letter for a character shows another in its place.
+
+    What goes to stderr, a user's own prints among it, is lost where nobody takes it.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, io.StringIO())
         elif hasattr(stream, "reconfigure") and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
+    sys.stderr = cast(TextIO, Shown(sys.stderr))
 
 
 def _run() -> int | str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +68,11 @@ Trust = Annotated[
     ),
 ]
 DEFAULT_RUNS = Path("runs")
+
+
+def ours_is_stdout() -> AbstractContextManager[Any]:
+    """Around what runs code of the user's: whatever that prints goes to stderr, so that stdout holds our results alone."""
+    return redirect_stdout(sys.stderr)
 
 
 def print_json(value: Any) -> None:

@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli.options import DEFAULT_RUNS, AtLeast, Budgets, Json, Runs, StudyName, Trust, app, print_json
+from ranksearch.cli.options import (
+    DEFAULT_RUNS,
+    AtLeast,
+    Budgets,
+    Json,
+    Runs,
+    StudyName,
+    Trust,
+    app,
+    ours_is_stdout,
+    print_json,
+)
 from ranksearch.errors import UsageError
 from ranksearch.places.files import write_atomically
 
@@ -53,20 +64,21 @@ def export(
     from ranksearch.console import Terminal
     from ranksearch.tables import print_export
 
-    record = api.export(
-        study,
-        trial,
-        format=format,
-        at=at or (),
-        output=output,
-        runs=runs,
-        fold_bn=fold_bn,
-        force=force,
-        trust=trust,
-        observer=Terminal(),
-        budgets=budget or (),
-        at_least=at_least or (),
-    )
+    with ours_is_stdout():
+        record = api.export(
+            study,
+            trial,
+            format=format,
+            at=at or (),
+            output=output,
+            runs=runs,
+            fold_bn=fold_bn,
+            force=force,
+            trust=trust,
+            observer=Terminal(),
+            budgets=budget or (),
+            at_least=at_least or (),
+        )
     if as_json:
         print_json(record)
     else:
@@ -88,7 +100,8 @@ def plan_to(
     """
     from ranksearch import api
 
-    record = api.plan_file_to(plan, form, period=period)
+    with ours_is_stdout():
+        record = api.plan_file_to(plan, form, period=period)
     for name, why in record.get("left_out", {}).items():
         print(f"left out: {name}: {why}", file=sys.stderr)
     if output is None:
@@ -128,7 +141,8 @@ def report(
     """
     from ranksearch import api
 
-    path = api.report(study, output=output, runs=runs, trust=trust)
+    with ours_is_stdout():
+        path = api.report(study, output=output, runs=runs, trust=trust)
     if as_json:
         print_json({"study": study, "report": str(path), "size_bytes": path.stat().st_size})
     else:

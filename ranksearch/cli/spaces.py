@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli.options import DEFAULT_RUNS, Budgets, Json, Runs, Settings, SpaceFile, Trust, app, print_json
+from ranksearch.cli.options import (
+    DEFAULT_RUNS,
+    Budgets,
+    Json,
+    Runs,
+    Settings,
+    SpaceFile,
+    Trust,
+    app,
+    ours_is_stdout,
+    print_json,
+)
 from ranksearch.errors import UsageError, nearest
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
@@ -53,7 +64,8 @@ def init(
         raise UsageError(f"--input: {', '.join(given)}: name every input, each once, or none.")
     from ranksearch.space.starter import Given, write_start
 
-    space, task = write_start(model, [Given(shape, kind, name) for name, shape, kind in found], output)
+    with ours_is_stdout():
+        space, task = write_start(model, [Given(shape, kind, name) for name, shape, kind in found], output)
     print(f"{space}\n{task}")
     print(f"Fill in {task} where it says TODO, then: ranksearch check {space}", file=sys.stderr)
 
@@ -87,7 +99,8 @@ def check(
     from ranksearch.tables import check_record, print_check
 
     resolved = read_space(space, budgets=budget or (), settings=setting or (), trials=trials, trust=trust)
-    record = check_record(resolved, Terminal().log)
+    with ours_is_stdout():
+        record = check_record(resolved, Terminal().log)
     if as_json:
         print_json(record)
     else:
@@ -104,7 +117,8 @@ def layers(space: SpaceFile, setting: Settings = None, trust: Trust = False, as_
     from ranksearch.tables import layer_rows, print_layers
 
     resolved = read_space(space, settings=setting or (), trust=trust)
-    found = layer_rows(resolved)
+    with ours_is_stdout():
+        found = layer_rows(resolved)
     if as_json:
         print_json(found)
     else:
@@ -135,7 +149,8 @@ def latency(
     from ranksearch.console import Terminal
     from ranksearch.tables import latency_record, print_latency
 
-    record = latency_record(resolved, Terminal().log)
+    with ours_is_stdout():
+        record = latency_record(resolved, Terminal().log)
     if as_json:
         print_json(record)
     else:
@@ -180,9 +195,10 @@ def preview(
 
     names = list(ALLOCATORS) if allocator and "all" in allocator else allocator or DEFAULT_ALLOCATORS
     try:
-        record = api.preview(
-            resolved, levels=percents or LEVELS, allocators=names, images=images, runs=runs, observer=Terminal()
-        )
+        with ours_is_stdout():
+            record = api.preview(
+                resolved, levels=percents or LEVELS, allocators=names, images=images, runs=runs, observer=Terminal()
+            )
     except KeyboardInterrupt:
         print("ranksearch: interrupted; no preview was written.", file=sys.stderr)
         raise typer.Exit(130) from None

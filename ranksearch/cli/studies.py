@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +25,7 @@ from ranksearch.cli.options import (
     Trials,
     Trust,
     app,
+    ours_is_stdout,
     print_json,
     runs_option,
 )
@@ -47,13 +47,14 @@ def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
     terminal = Terminal()
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        study = run(terminal)
+        with ours_is_stdout():
+            study = run(terminal)
     except KeyboardInterrupt as interruption:
         terminal.stop()
         started = (runs / name / "study.json").is_file() or (Path(name) / "study.json").is_file()
         kept = f" What is finished is kept: `ranksearch resume {name}{runs_option(runs)}` goes on." if started else ""
         stopped = isinstance(interruption, Terminated)
-        print(f"ranksearch: {'stopped by SIGTERM' if stopped else 'interrupted'}.{kept}", file=sys.stderr)
+        terminal.log(f"ranksearch: {'stopped by SIGTERM' if stopped else 'interrupted'}.{kept}")
         raise typer.Exit(128 + (signal.SIGTERM if stopped else signal.SIGINT)) from None
     front = study.front_record()
     if as_json:
@@ -73,10 +74,9 @@ def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
     store = study.space.tracking.uri or without_password(os.environ.get(VARIABLE, ""))
     experiment, here = study.space.tracking.experiment or study.space.name, f"{study.space.name}{runs_option(runs)}"
     at = f"MLflow at {store}, experiment {experiment!r}, or " if store else ""
-    print(
+    terminal.log(
         f"\nThe study is in {study.folder}/ (front.json, trials/NNN/ with each net).\n"
-        f"To look at it: {at}`ranksearch ui {here}` (MLflow), `ranksearch report {here}` (one HTML file).",
-        file=sys.stderr,
+        f"To look at it: {at}`ranksearch ui {here}` (MLflow), `ranksearch report {here}` (one HTML file)."
     )
 
 

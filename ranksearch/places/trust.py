@@ -75,7 +75,7 @@ def refuse_file(file: Path) -> UsageError:
     return UsageError(
         f"task: {file} came with its folder and is not a file that you have started a study with, so it is not run. Read it; then --trust "
         f"(in Python trust=True) runs it. To load a net without it: ranksearch.load(folder, build=make_net), or "
-        f"build='package.module:make_net'."
+        f"build='package.module:make_net'; a stored program (pt2) is not taken in its place, since opening one may run code, too."
     )
 
 

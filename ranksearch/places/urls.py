@@ -21,7 +21,8 @@ OWN_DATABASE = (
     "Optuna and MLflow each keep a table alembic_version, and refuse the other's: give each a database (`createdb optuna`), or a schema "
     "(`?options=-csearch_path%3Doptuna` at the URL's end)"
 )
-SECRETS = re.compile("pass|secret|token", re.IGNORECASE)
+SECRETS = re.compile("pass|pwd|secret|token|api_?key|credential|odbc_connect", re.IGNORECASE)
+"""Options of a database's URL that hold a secret; ODBC's is a whole connection string with its `PWD=`."""
 SERVER_PASSWORD = re.compile(r"(?<=://)(?P<user>[^/@:\s]*):(?!\d+/)[^@\s]*(?=@)")
 """The user and the password of a server's URL; a password may hold slashes, a port before a path is none."""
 SERVER_TOKEN = re.compile(r"(?P<scheme>\b(?:https?|s3|gs)://)[^/@:\s?#]{16,}(?=@)", re.IGNORECASE)
