@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ranksearch.lowering.contract import RankCurve, Spectrum, sides
 from ranksearch.lowering.spec import LayerSpec
+from ranksearch.places.files import partly_written
 
 FORMAT = 1
 """Counts up when a lowering's curve comes to mean something else: older files are then not used any more."""
@@ -61,9 +61,8 @@ class CurveCache(MutableMapping[str, RankCurve]):
                 tensors[f"{key}.squared.{side}"] = np.ascontiguousarray(spectrum.squared)
                 tensors[f"{key}.shape.{side}"] = np.array(spectrum.shape, dtype=np.int64)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, partial)
-        partial.replace(self.path)
+        with partly_written(self.path) as partial:
+            save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, partial)
         self.added = 0
 
 

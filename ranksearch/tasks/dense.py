@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch import Tensor
 from ranksearch.compress import dense_cost, trace
 from ranksearch.compress.inputs import tensors
 from ranksearch.errors import StudyError, UsageError, first_line
+from ranksearch.places.files import partly_written
 from ranksearch.tasks.device import pick_device, use_bf16
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.folder import data_folder, writable_cache
@@ -159,9 +159,8 @@ def dense_state(task: Task, *, checkpoint: str, data: str | None, fallback: Path
             return _train_dense(task, log)
         cache = writable_cache(data_folder(data), fallback) / f"{key}.safetensors"
         if not cache.is_file():
-            partial = cache.with_suffix(f".{os.getpid()}.partial")
-            safetensors.torch.save_file(_train_dense(task, log), partial, metadata={"task": json.dumps(task.name)})
-            partial.replace(cache)
+            with partly_written(cache) as partial:
+                safetensors.torch.save_file(_train_dense(task, log), partial, metadata={"task": json.dumps(task.name)})
         path = cache
     state = read_checkpoint(path)
     try:
