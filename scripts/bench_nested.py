@@ -2,9 +2,9 @@
 
 Both search fronts from 20 to 70 % of the dense MACs under one recipe. A pass is a forward and backward pass of one batch. `separate`
 trains `--trials` plans for `--steps` steps each; `nested` trains one weight for `--share` of all those steps, cuts `--plans` plans from it,
-which takes no passes, and scores them. Beside it, `separate` at the nested study's passes: a share of the trials (`fewer`), or all at a share of the steps
-(`shorter`). Hypervolume in (accuracy, MACs as a ratio of dense) against reference 0 and 1; fronts are chosen on the validation
-set, `hv_test_*` is the same of the fronts' test accuracies, read once at a study's end.
+which takes no passes, and scores them. Beside it, `separate` at the nested study's passes: a share of the trials (`fewer`), or all at a
+share of the steps (`shorter`). Hypervolume in (accuracy, MACs as a ratio of dense) against reference 0 and 1; fronts are chosen on the
+validation set, `hv_test_*` is the same of the fronts' test accuracies, read once at a study's end.
 
     python scripts/bench_nested.py --json                              digits, ResNet-8, three seeds: about six minutes on one core
     python scripts/bench_nested.py --variants straight through fixed   other forms of the nested run beside the default one
