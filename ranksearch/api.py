@@ -25,7 +25,7 @@ from ranksearch.compress.whole import check_rebuilt
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.lowering.tiled import settle_
 from ranksearch.places.files import write_atomically
-from ranksearch.run_study import Observer, Silent, dense_accuracy, preflight, run_study
+from ranksearch.run_study import Observer, Silent, dense_accuracy, preflight, run_study, tell_of_lost_nets
 from ranksearch.search.opening import WARM
 from ranksearch.search.preview import (
     DEFAULT_ALLOCATORS,
@@ -218,6 +218,7 @@ def sync(
         mirror.finish(complete=study.done)
     if mirror.failed:
         raise StudyError(f"MLflow is not up to date: {mirror.failed}.")
+    tell_of_lost_nets(study, observer)
     observer.log(f"MLflow holds {study.finished} trials of {study.space.name!r}")
     return study
 

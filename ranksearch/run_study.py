@@ -124,7 +124,7 @@ def _told_accuracy(study: Study, bench: Workbench, row: Row | None, observer: Ob
     return found if abs(found) <= LARGEST else nan
 
 
-def _tell_of_lost_nets(study: Study, observer: Observer) -> None:
+def tell_of_lost_nets(study: Study, observer: Observer) -> None:
     """Says which nets of the front are not to be had any more: their numbers stand, and a net that is brought back counts again."""
     for row in study.front:
         folder = study.trial_folder(row.trial)
@@ -181,7 +181,7 @@ def run_study(
             study.score_test(lambda row: _told_accuracy(study, bench, row, observer), observer.log)
         test = bench.task.test
         repeat_front(study, bench, None if test is None else lambda net: _accuracy(net, test, bench.task), observer.log)
-        _tell_of_lost_nets(study, observer)
+        tell_of_lost_nets(study, observer)
         study.conclude()
         _write_pages(study, observer)
     except BaseException:

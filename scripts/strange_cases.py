@@ -598,7 +598,7 @@ def _lost_nets() -> Iterator[Case]:
                 act(file)
 
         yield Case("lost nets", f"{name}: resume", ["resume", STUDY, "--inline"], (0,), prepare, "is lost: model.saf")
-        yield Case("lost nets", f"{name}: sync", ["sync", STUDY], (0,), prepare)
+        yield Case("lost nets", f"{name}: sync", ["sync", STUDY], (0,), prepare, "is lost: model.saf")
         yield Case("lost nets", f"{name}: report", ["report", STUDY], (0,), prepare)
         yield Case("lost nets", f"{name}: export", ["export", STUDY, "0"], (2,), prepare)
 

@@ -46,7 +46,7 @@ TRAIN = "ray::ImplicitFunc.train() (pid=7, ip=127.0.0.1)\n  File x, line 3\n"
     [
         ("Traceback\n  File x\nModuleNotFoundError: No module named 'sibling'\n", True, "No module named 'sibling'"),
         (TRAIN + "FileNotFoundError: [Errno 2] No such file: '/data'", True, "could not begin: FileNotFoundError"),
-        (TRAIN + "ranksearch.errors.UsageError: task: own.py, line 3: no data", True, "own.py, line 3: no data"),
+        (TRAIN + "ranksearch.errors.UsageError: task: own.py, line 3: no data", True, "could not begin: task: own.py, line 3: no data"),
         (TRAIN + "OSError: [Errno 28] No space left on device", False, "killed, or it left"),
         (TRAIN + "RuntimeError: CUDA error: device-side assert", False, "killed, or it left"),
         (TRAIN + "ranksearch.trial.checkpoint.Leaving", False, "killed, or it left"),

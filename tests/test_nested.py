@@ -167,7 +167,9 @@ def test_one_long_trial_then_plans_cut_from_its_weights(study):
     looks = trial_charts(first, study.metric)["levels"].series
     assert [series.name.partition(":")[0] for series in looks] == ["step 6", "step 12", "step 18", "step 24"]
     last = [(e["macs_ratio"], e["val_accuracy"]) for e in first.history if "macs_ratio" in e and e["step"] == 24]
-    assert [*looks[-1].x, *looks[-1].y] == pytest.approx([*(100 * x for x, _ in sorted(last)), *(y for _, y in sorted(last))])
+    assert [*looks[-1].x, *looks[-1].y] == pytest.approx(
+        [*(100 * x for x, _ in sorted(last)), *(y for _, y in sorted(last))]
+    )
     assert "levels" not in trial_charts(others[0], study.metric)
     assert len(others) == 3
     for row in others:

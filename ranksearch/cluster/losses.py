@@ -112,23 +112,21 @@ class Losses(Callback):
             return Loss(False, f"a process{where} could not begin: {clipped(raised)}", final=True)
         if state is None:
             return Loss(NODE_DIED in error, f"its process did not start: {_last(error)}")
+        last = last_words(actor)
+        left = f"killed, or it left by itself, as by os._exit{f'; the last that it wrote: {clipped(last)}' if last else ''}"
+        short = bool(MEMORY.search(error))
+        if actor and actor not in self._begun and not short:
+            self._starts += 1
+            return Loss(
+                False, f"its process{where} died before a trial began there ({left})", final=self._starts >= STARTS
+            )
         self._deaths[str(node_id)] += 1
         if self._deaths[str(node_id)] % SUSPECT == 0:
             self._log(
                 f"the node {_name(node, node_id)} has lost the processes of {self._deaths[str(node_id)]} trials: look at its memory and "
                 f"its kernel's log, or take it out (`ray drain-node`)"
             )
-        if MEMORY.search(error):
-            return Loss(False, f"its process{where} died (its node ran out of memory)")
-        last = last_words(actor)
-        said = f"; the last that it wrote: {clipped(last)}" if last else ""
-        if actor in self._begun or not actor:
-            return Loss(False, f"its process{where} died (killed, or it left by itself, as by os._exit{said})")
-        self._starts += 1
-        text = (
-            f"its process{where} died before a trial began there (killed, or it left by itself, as by os._exit{said})"
-        )
-        return Loss(False, text, final=self._starts >= STARTS)
+        return Loss(False, f"its process{where} died ({'its node ran out of memory' if short else left})")
 
 
 def _raised(error: str) -> str | None:
@@ -140,7 +138,9 @@ def _raised(error: str) -> str | None:
     if REMOTE not in error or not found:
         return None
     line, package, name = found[-1][0], found[-1][1] or "", found[-1][2]
-    return None if package.startswith("ray.") or name in PASSES or PASSES_TOO.search(line) else line
+    if package.startswith("ray.") or name in PASSES or PASSES_TOO.search(line):
+        return None
+    return line.partition(": ")[2] if package.startswith("ranksearch.") else line  # one of ours is a sentence by itself
 
 
 def last_words(actor: str) -> str:
