@@ -623,6 +623,14 @@ def _ended_or_unheard() -> Iterator[Case]:
     }
     for name, line in lines.items():
         yield Case("unheard", name, [], (0,), write, '"study": "odd"', line, long=True)
+    nobody = (
+        "import os, pwd, sys; os.environ.pop('HOME', None); pwd.getpwuid = lambda uid: {}[uid]; sys.argv[0] = 'ranksearch'; "
+        "from ranksearch.cli import main; main()"
+    )
+    line = (
+        f'env -u RANKSEARCH_DATA -u XDG_STATE_HOME python -c "{nobody}" {search.removeprefix("python -m ranksearch ")}'
+    )
+    yield Case("unheard", "a user without a home", [], (0,), write, '"study": "odd"', line, long=True)
     for where in ("", "--inline"):
         begun = "grep -q '\"result\"' sandbox/runs/odd/optuna.journal 2> /dev/null"
         line = (

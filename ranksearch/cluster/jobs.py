@@ -65,7 +65,7 @@ def token() -> str | None:
         return None
     if given := os.environ.get(TOKEN):
         return given
-    named, usual = os.environ.get("RAY_AUTH_TOKEN_PATH"), Path("~/.ray/auth_token").expanduser()
+    named, usual = os.environ.get("RAY_AUTH_TOKEN_PATH"), Path(os.path.expanduser("~/.ray/auth_token"))
     if not named and not usual.is_file():
         return None
     try:
