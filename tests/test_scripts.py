@@ -143,6 +143,15 @@ def test_the_search_bench_compares_the_search_with_its_controls(tmp_path):
     assert set(trials.values()) == {32, 64}
 
 
+def test_the_nested_bench_holds_one_run_against_separate_trials_by_passes():
+    found = call("bench_nested")
+    figures, passes = found["figures"], {row["method"]: row["passes"] for row in found["rows"]}
+    assert figures["passes_ratio"] == 0.25
+    assert passes == {"nested": 8, "separate": 32}
+    assert 0 < figures["seconds_per_plan"] <= 5
+    assert all(0.5 < figures[f"hv_{method}"] <= 0.8 for method in ("nested", "separate_4"))  # from 20 % of the MACs on
+
+
 def test_the_simulation_drives_studies_of_all_sizes():
     found = call("simulate_cluster", "--only", "workers,grown")
     figures = found["figures"]
