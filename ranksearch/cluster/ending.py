@@ -25,6 +25,8 @@ def end_with_ray(says: str, code: int) -> None:
         while not head_is_gone():
             time.sleep(LOOK_SECONDS)
         time.sleep(GRACE_SECONDS)
+        if not head_is_gone():  # it was this process that ended its Ray, in good order
+            return
         with suppress(OSError, ValueError):
             print(f"ranksearch: {says}", file=sys.stderr, flush=True)
         os._exit(code)
