@@ -17,7 +17,7 @@ from ranksearch.cluster.cores import usable_cores
 from ranksearch.cluster.nodes import room_at_most, room_now, usable_nodes
 from ranksearch.cluster.packing import Needs
 from ranksearch.cluster.ray_private import own_node
-from ranksearch.errors import StudyError, UsageError
+from ranksearch.errors import StudyError, UsageError, first_line
 from ranksearch.space.space import AUTO, ResourcesSpace
 
 HEAD = ("gcs_server", "raylet")
@@ -56,11 +56,12 @@ def connect(address: str | None) -> None:
             with own_sigterm():
                 ray.init(**quiet, **(local if address is None else {"address": address}))
             return
-        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-            # on a busy machine a node start can miss Ray's own time limit: once more, then it is a real failure
+        except Exception as error:
+            # on a busy machine a node start can miss Ray's own time limit, of which it says no more than `Exception`: once more, then it
+            # is a real failure
             if tries_left == 0 or address is not None:
                 where = f"reach the Ray cluster at {address}" if address else "start Ray on this machine"
-                raise StudyError(f"Could not {where}: {error}") from error
+                raise StudyError(f"Could not {where}: {first_line(error)}") from error
             ray.shutdown()
 
 
