@@ -21,6 +21,21 @@ class Looping(nn.Module):
     def forward(self, x):
         return self.b(torch.stack([torch.relu(self.a(x[i])) for i in range(int(x.shape[0]))]))
 
+class Standardised(nn.Conv1d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, (weight - weight.mean((1, 2), keepdim=True)) / weight.std((1, 2), keepdim=True), bias)
+
+class Mixed(nn.Module):
+    """Weight norm, a standardised weight and a recurrent net."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 16, 3, padding=1))
+        self.b, self.c, self.d = Standardised(16, 16, 3), nn.GRU(16, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.d(self.c(torch.relu(self.b(torch.relu(self.a(x)))).mT)[1][-1])
+
 def make_task():
     torch.manual_seed(0)
     net, shape = {
@@ -28,6 +43,7 @@ def make_task():
                                 nn.Flatten(), nn.Linear(16, 4)), (1, 4, 4, 4)),
         "double": (nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).double(), (16,)),
         "looping": (Looping(), (16,)),
+        "mixed": (Mixed(), (4, 6)),
     }["KIND"]
     x, y = torch.randn(48, *shape, dtype=next(net.parameters()).dtype), torch.randint(4, (48,))
     return ranksearch.Task(model=net, train=(x[:32], y[:32]), val=(x[32:], y[32:]))
@@ -35,7 +51,7 @@ def make_task():
 SPACE = """
 name: s
 task: t.py:make_task
-budgets: {flops: 70%}
+budgets: {flops: SHARE}
 recipe: {steps: 2, batch_size: 16, bn_batches: 1, projection: {period: 1}}
 search: {trials: 1, calibration_batches: 1}
 tracking: {models: MODELS}
@@ -50,14 +66,16 @@ class Notes(Silent):
         self.texts.append(text)
 
 
-@pytest.mark.parametrize("kind", ["video", "double", "looping"])
+@pytest.mark.parametrize("kind", ["video", "double", "looping", "mixed"])
 def test_any_net_is_searched_to_its_end(kind, tmp_path):
     (tmp_path / "t.py").write_text(TASK.replace("KIND", kind))
-    (tmp_path / "s.yaml").write_text(SPACE.replace("MODELS", "false" if kind == "video" else "true"))
+    share = 0.4 if kind == "mixed" else 0.7
+    space = SPACE.replace("MODELS", "false" if kind == "video" else "true").replace("SHARE", f"{share:.0%}")
+    (tmp_path / "s.yaml").write_text(space)
     notes = Notes()
     study = ranksearch.search(tmp_path / "s.yaml", runs=tmp_path / "runs", inline=True, observer=notes)
     (row,) = study.front["trials"] if isinstance(study.front, dict) else study.front
-    assert row["macs_ratio"] <= 0.7
+    assert row["macs_ratio"] <= share
     refused = [text for text in notes.texts if "its run has no model" in text]
     assert bool(refused) == (kind == "looping"), notes.texts
     stored = (study.trial_folder(row["trial"]) / "model.safetensors").stat().st_size
