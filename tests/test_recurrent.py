@@ -111,6 +111,7 @@ def test_it_is_planned_by_data_trained_under_projections_and_exported(sensitivit
     if sensitivity == "kfac":
         found = ranksearch.export(small, x, format="pt2", output=tmp_path / "net")
         assert found["max_rel_error"] < 1e-5
+        assert found["fixed_axes"] == ("input, axis 1",)  # a loop over the steps that the example has
 
 
 def test_a_recurrent_net_whose_weights_are_computed_or_that_has_a_forward_of_its_own_is_refused_with_the_reason():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ranksearch.compress.inputs import call, mapped, tensors
 from ranksearch.compress.plain import named_inputs
@@ -20,18 +21,19 @@ def free_axes(program: ExportedProgram, batch: Any) -> tuple[tuple[str, int], ..
     shapes = [n.meta["val"].shape for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
     names = list(named_inputs(batch))
     return tuple(
-        (n, i) for n, s in zip(names, shapes, strict=True) for i, e in enumerate(s) if i and not isinstance(e, int)
+        (n, i) for n, s in zip(names, shapes, strict=True) for i, e in enumerate(s) if i and not is_concrete_int(e)
     )
 
 
 def fixed_axes(net: Callable[..., Any], batch: Any, free: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-    """(input, axis) of every axis that is not `free` although the net takes other extents of it; all of them, or those behind axis 1."""
-    others = [(name, i) for name, x in named_inputs(batch).items() for i in range(1, x.dim()) if x.shape[i] > 1]
-    others = [axis for axis in others if axis not in set(free)]
-    for axes in (others, [axis for axis in others if axis[1] > 1]):
+    """(input, axis) of every axis that is not `free` although the net takes one more step of it, in all inputs that have it at once."""
+    found: list[tuple[str, int]] = []
+    named = named_inputs(batch)
+    for i in range(1, max(x.dim() for x in named.values())):
+        axes = [(name, i) for name, x in named.items() if x.dim() > i and x.shape[i] > 1 and (name, i) not in set(free)]
         if axes and stretched(net, batch, axes) is not None:
-            return tuple(axes)
-    return ()
+            found += axes
+    return tuple(found)
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ranksearch.compress.axes import BATCH, free_axes, name_axes_, stretched
 from ranksearch.compress.export import Build, load_net, save_net
@@ -153,11 +154,19 @@ def _write_onnx(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> E
     program = traced(model, batch)
     try:
         _save_onnx(program, model, batch, folder)
-    except StudyError:  # T5: its operators are not known for lengths that are free
-        if not free_axes(program, batch):
-            raise
-        program = _traced(model, batch, free=False)
-        _save_onnx(program, model, batch, folder)
+        return program
+    except StudyError:
+        pass
+    with sdpa_kernel(
+        SDPBackend.MATH
+    ):  # a mask as T5's: fused attention is not decomposed right, its plain products are
+        try:
+            _save_onnx(program, model, batch, folder)
+        except StudyError:
+            if not free_axes(program, batch):
+                raise
+            program = _traced(model, batch, free=False)
+            _save_onnx(program, model, batch, folder)
     return program
 
 
