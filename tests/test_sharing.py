@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ranksearch.cluster import mps, pace, sharing
+from ranksearch.compress import LayerPlan, RankPlan, trace
 from ranksearch.errors import UsageError
+from ranksearch.space.recipe import RecipeSpace
 from ranksearch.trial.recipe import Recipe, middle
+from tests.test_capture import task
 
 CONTROL = """#!/bin/sh
 # as NVIDIA's: -d makes a daemon, whose pipe is there for as long as it runs; without it commands are read and sent there
@@ -156,13 +160,12 @@ def test_more_trials_than_help_are_not_packed(rates, most, count):
     assert pace.useful(most, known.__getitem__) == (count, known)
 
 
-def test_a_pace_is_that_of_real_steps(bench, digits_yaml):
-    from ranksearch.allocate import parse_budget
-    from ranksearch.allocate.allocate import allocate_plan
-    from ranksearch.space.reading import read_space
-
-    plan = allocate_plan(bench.curves, [parse_budget("flops", "50%")]).plan
-    recipe = Recipe.settled(read_space(digits_yaml).recipe, middle)
-    found = pace.Pace(bench.task, bench.dense, bench.net, plan, recipe)
+def test_a_pace_is_that_of_real_steps():
+    given, plan = task(), RankPlan({"conv": LayerPlan("im2col", 2)})
+    recipe = Recipe.settled(RecipeSpace(steps=10, batch_size=16, projection={"period": 5}), middle)
+    net = trace(given.dense_model(), given.example_input)
+    found = pace.Pace(given, given.model.state_dict(), net, plan, recipe)
     assert found.steps(lambda: found._training.done >= 40) == 40 - pace.WARM
+    weight = found._training.model.conv.weight.detach()
+    assert torch.linalg.matrix_rank(weight.flatten(1), atol=1e-5) == 2  # projected at its 40th step
     assert found.rate(0.1) > 0
