@@ -21,6 +21,7 @@ from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.compress.stopwatch import Stopwatch
 from ranksearch.console import number, table
 from ranksearch.costs import NS_PER_MS
+from ranksearch.errors import RanksearchError, first_line
 from ranksearch.lowering import LOWERINGS, Rank
 from ranksearch.lowering.contract import sides
 from ranksearch.search.allocated import Allocated
@@ -32,6 +33,7 @@ from ranksearch.search.predicting import usual
 from ranksearch.search.workbench import open_net, with_latency
 from ranksearch.space.space import Space
 from ranksearch.study.folder import LATENCY
+from ranksearch.study.latency import dense_layers_ms
 from ranksearch.study.latency_file import open_table
 from ranksearch.tasks import model_reference
 from ranksearch.tasks.folder import data_folder
@@ -39,11 +41,17 @@ from ranksearch.trial.metric import metric_text
 from ranksearch.trial.recipe import searched_settings
 
 
-def layer_rows(space: Space) -> dict[str, Any]:
-    """Every layer with its shape, costs and break-even rank per lowering and cost (null where a lowering refuses it), and why it
-    stays dense where it does; what is no layer to us is listed with its reason."""
+def layer_rows(space: Space, log: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Every layer with its shape, costs, measured milliseconds (null where they are not to be had in seconds) and break-even rank per
+    lowering and cost (null where a lowering refuses it), and why it stays dense where it does; what is no layer to us is listed with its
+    reason."""
     _, net = open_net(space)
-    rules = space.layers.as_rules()
+    rules, stopwatch = space.layers.as_rules(), Stopwatch(space.latency.as_setting())
+    try:
+        ms = dense_layers_ms(net.layers, stopwatch)
+    except (RanksearchError, RuntimeError) as error:
+        log(f"the layers were not timed: {first_line(error)}")
+        ms = {}
     rows = []
     for layer in net.layers:
         allowed = rules.for_layer(layer.name, layer.shared_with).lowerings or ()
@@ -69,6 +77,7 @@ def layer_rows(space: Space) -> dict[str, Any]:
                 "shared_with": list(layer.shared_with),
                 "macs": layer.macs,
                 "params": layer.spec.params,
+                "dense_ms": ms.get(layer.name),
                 "lowerings": [name for name in allowed if LOWERINGS[name].supports(layer.spec)],
                 "stays_dense": rules.why_dense(layer),
                 "break_even_rank": even,
@@ -83,6 +92,7 @@ def layer_rows(space: Space) -> dict[str, Any]:
         "task": space.task,
         "net": reference,
         "total": total,
+        "measured_with": stopwatch.key if ms else None,
         "layers": rows,
         "skipped": skipped,
     }
@@ -92,6 +102,7 @@ def print_layers(record: dict[str, Any]) -> None:
     # a lowering that saves no MACs anywhere (square tiles) has no column of its own
     names = [name for name in LOWERINGS if any(_saves_macs(row, name) for row in record["layers"])]
     columns = {"layer": "left", "weight": "left", "stride": "left", "out": "left", "MACs": "right", "params": "right"}
+    columns |= {"ms": "right"} if record["measured_with"] else {}
     columns |= {f"{name} ≤": "right" for name in names}
     columns |= {"may become": "left"}
     rows = [
@@ -102,19 +113,23 @@ def print_layers(record: dict[str, Any]) -> None:
             "×".join(map(str, row["out_size"])) or "–",
             number(row["macs"]),
             number(row["params"]),
+            *([number(row["dense_ms"], ".3f")] if record["measured_with"] else []),
             *(_rank(row["break_even_rank"][name]["macs"]) for name in names),
             "dense alone" if row["stays_dense"] else " ".join(row["lowerings"]),
         ]
         for row in record["layers"]
     ]
     total = record["total"]
-    rows.append(["net", "", "", "", number(total["macs"]), number(total["params"]), *("" for _ in names), ""])
+    empty = len(columns) - 6
+    rows.append(["net", "", "", "", number(total["macs"]), number(total["params"]), *("" for _ in range(empty))])
     table(
         f"{record['net']}; '≤' is the largest rank with fewer MACs than dense",
         columns,
         rows,
         spare=("may become", "stride", "weight", "out", "params"),
     )
+    if record["measured_with"]:
+        print(f"ms: each layer by itself, dense, all its uses: {record['measured_with']}")
     for row in record["layers"]:
         if row["shared_with"]:
             print(f"one weight: {row['name']} and {', '.join(row['shared_with'])}")

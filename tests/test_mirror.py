@@ -186,6 +186,30 @@ def test_a_study_goes_to_another_store_as_a_whole(mirrored, uri, tmp_path):
     assert second == first
 
 
+def test_the_first_line_of_the_experiments_note_says_which_net_to_ship(mirrored, uri):
+    study, mirror = mirrored
+    client, parent, _ = runs_of(uri)
+
+    def noted():
+        return client.get_experiment(parent.info.experiment_id).tags["mlflow.note.content"]
+
+    mirror.finish(View.of(study), {}, print, complete=True)
+    first = noted()
+    assert first.startswith(f"**{study.space.name}**: Ship trial ")
+    for before, studies in (
+        (first.replace(f"**{study.space.name}", "**other"), ["other"]),
+        (first, []),
+        ("mine", None),
+    ):
+        client.set_experiment_tag(parent.info.experiment_id, "mlflow.note.content", before)
+        mirror.show(View.of(study), {}, complete=True)
+        lines = noted().split("\n\n")
+        expected = ["mine"] if studies is None else [study.space.name, *studies]
+        assert [
+            line.split("**")[1] if "**" in line else line for line in lines if "**" in line or studies is None
+        ] == expected
+
+
 def test_what_a_deleted_experiment_asks_for(mirrored, uri, tmp_path):
     study, _ = mirrored
     client, parent, _ = runs_of(uri)

@@ -24,6 +24,7 @@ console.error = (...said) => problems.push(said.join(" "));
 ASKS = """<!DOCTYPE html><body>
 <iframe id="w390" src="report.html" style="width:390px;height:844px;border:0"></iframe>
 <iframe id="w1400" src="report.html" style="width:1400px;height:900px;border:0"></iframe>
+<iframe id="paper" src="report.html" style="width:1400px;height:900px;border:0"></iframe>
 <script>
 function seen(frame) {
   const page = frame.contentDocument, part = (name) => page.querySelector(name).getBoundingClientRect();
@@ -34,11 +35,15 @@ function seen(frame) {
     clipped: wide.filter((box) => box.scrollWidth > box.clientWidth + 1).length, tables: wide.length,
     fetched: frame.contentWindow.performance.getEntriesByType("resource").map((entry) => entry.name),
     figures: page.querySelectorAll(".main-svg").length,
+    empty: page.querySelectorAll(".plotly-graph-div:not(.drawn)").length,
+    cut: [...page.querySelectorAll(".plotly-graph-div.drawn")].filter((box) => box.clientWidth
+      && box.querySelector(".main-svg").getBoundingClientRect().right > box.parentElement.getBoundingClientRect().right + 1).length,
     beyond: [...page.querySelectorAll(".plotly-graph-div")].filter((box) => box.clientWidth
       && box.querySelector(".main-svg").getBoundingClientRect().right > page.documentElement.clientWidth).length,
   };
 }
 addEventListener("load", () => setTimeout(() => {
+  document.getElementById("paper").contentWindow.dispatchEvent(new Event("beforeprint"));
   const found = Object.fromEntries([...document.querySelectorAll("iframe")].map((frame) => [frame.id, seen(frame)]));
   document.body.textContent = "FOUND" + JSON.stringify(found) + "END";
 }, 3000));
@@ -82,6 +87,14 @@ def test_a_browser_shows_the_report_whole_on_a_phone_and_on_a_desk(page, tmp_pat
         assert not [name for name in frame["fetched"] if not name.startswith(("file:", "data:", "blob:"))]
         assert frame["figures"] >= 6
         assert frame["beyond"] == 0
+        assert frame["cut"] == 0
+    paper = seen["paper"]
+    assert (paper["empty"], paper["cut"], paper["problems"]) == (
+        0,
+        0,
+        [],
+    )  # what is folded away is drawn on paper, as wide as it is
+    assert phone["empty"] > 0
     assert phone["width"] <= 390  # no sideways scrolling
     assert phone["ship"] <= 844  # the first screen says which net to ship
     assert desk["verdict"] <= 900

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ranksearch.cli import app
+from ranksearch.cli import app, clusters
 from ranksearch.cluster import upload
 from ranksearch.cluster.submission import (
     STOPPING,
@@ -223,6 +223,8 @@ def test_a_study_of_the_cluster_goes_on(project):
         (["submit", "SPACE", "--runs", "/r", "--resume", "digits"], "one of them"),
         (["submit", "--runs", "/r"], "one of them"),
         (["submit", "--resume", "a", "--runs", "/r", "--budget", "flops=1%"], "a study keeps its space"),
+        (["submit", "--resume", "a", "--runs", "/r", "--at-least", "accuracy=-1"], "a study keeps its space"),
+        (["submit", "SPACE", "--runs", "/r", "--objective", "smalest"], "smallest"),
         (["status", "--address", "nowhere"], "expected http://HOST:PORT"),
         (["status", "--address", "http://127.0.0.1:99999"], "expected http://HOST:PORT"),
         (["status", "--logs"], "go with the ID of a job"),
@@ -236,6 +238,29 @@ def test_mistakes_are_told_before_anything_is_sent(digits_yaml, arguments, says,
     assert isinstance(done.exception, UsageError)
     assert says in str(done.exception)
     assert done.stdout == ""
+
+
+def test_what_a_search_is_told_a_job_is_told_too(digits_yaml, monkeypatch):
+    sent = []
+    monkeypatch.setattr(clusters, "_launch", lambda job, *_, **__: sent.append(job.entrypoint))
+    wishes = [
+        "--budget",
+        "flops=40%",
+        "--at-least",
+        "accuracy=-1",
+        "--set",
+        "recipe.steps=9",
+        "--objective",
+        "smallest",
+        "--trials",
+        "3",
+    ]
+    done = CliRunner().invoke(app, ["submit", str(digits_yaml), "--runs", "/r", "--no-check", *wishes])
+    assert done.exception is None
+    assert all(
+        wish in sent[0]
+        for wish in ("flops=40%", "--at-least accuracy=-1", "steps=9", "--objective smallest", "--trials 3")
+    )
 
 
 def test_a_task_that_fails_here_is_not_submitted_unless_asked_to(project, monkeypatch):

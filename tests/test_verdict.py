@@ -10,6 +10,8 @@ from ranksearch.study.front_shape import knee, points_of
 from ranksearch.study.layer_costs import layer_costs
 from ranksearch.study.verdict import commonest, plus_minus, verdict_of
 from ranksearch.study.where import finished_front
+from ranksearch.tracking.figures import front_chart
+from ranksearch.tracking.view import View
 from ranksearch.trial.result import TrialResult
 from tests.conftest import simulated
 
@@ -118,6 +120,45 @@ def test_the_knee_is_where_the_front_bends():
     said = verdict_of(bent).front
     assert "bends at trial 2 (40 % of dense MACs)" in said
     assert "bring 0.10 points, below it they cost 5.75 points" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [
+        ({}, [50, 60, 75]),
+        ({"model": "resnet20"}, []),
+        ({"budgets": {"flops": "40%"}}, []),
+        ({"own_level": 75.0}, []),
+        ({"plans": 1}, []),
+    ],
+    ids=lambda value: "-".join(map(str, value)) or "none",
+)
+def test_what_a_preview_of_this_net_and_budget_knows_beyond_is_told_as_not_trained(make, bench, change, known):
+    study = make(trials=2, budgets=["flops=50%"])
+    while (candidate := study.ask(bench)) is not None:
+        study.tell(candidate.number, simulated(candidate, bench))
+    plans = [
+        {"level": level, "macs_ratio": level / 100, "val_accuracy": level + better}
+        for level, better in ((25, 0), (50, 0), (50, 9), (60, 9), (75, 9))
+    ]
+    previewed = {
+        "task": "digits",
+        "model": "resnet8",
+        "cost": "flops",
+        "cost_ratio": "macs_ratio",
+        "own_level": 50.0,
+        "plans": plans,
+    }
+    (study.folder / "preview").mkdir()
+    (study.folder / "preview/preview.json").write_text(json.dumps(previewed | {"budgets": {"flops": "50%"}} | change))
+    front = study.front_record()
+    assert [point["percent"] for point in front["preview"]] == known
+    said = (
+        "the preview knows 2 beyond the budget, not trained: 59.00 at 50 % of MACs, then 69.00 at 60 %, 84.00 at 75 %"
+    )
+    assert (said in verdict_of(front).front) == bool(known)
+    names = [series.name.split(" (")[0] for series in front_chart(View.of(study), "macs").series]
+    assert ("preview, not trained" in names) == bool(known)
 
 
 def test_the_record_of_a_study_holds_its_verdict_state_and_failures(make, bench):

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ranksearch.cli.options import (
+    AtLeast,
     Budgets,
     Json,
     NewName,
+    Objective,
     Settings,
     Trials,
     Trust,
@@ -51,6 +53,8 @@ def _say(text: str) -> None:
 def submit(
     space: Annotated[Path | None, typer.Argument(metavar="SPACE.yaml", help="Search-space file.")] = None,
     budget: Budgets = None,
+    at_least: AtLeast = None,
+    objective: Objective = None,
     trials: Trials = None,
     name: NewName = None,
     setting: Settings = None,
@@ -134,7 +138,7 @@ def submit(
     }
     common |= places
     if space is None:
-        if budget or setting or name or warm_start:
+        if budget or at_least or objective or setting or name or warm_start:
             raise UsageError("--resume: a study keeps its space and its name; --trials alone may change.")
         job = continued(resume or "", trials=trials, **common)
     else:
@@ -148,11 +152,15 @@ def submit(
             name=name,
             warm_start=warm_start or (),
             trust=trust,
+            at_least=at_least or (),
+            objective=objective,
         )
         if check:
             _say(_checked(resolved))
-        options = [("--budget", value) for value in budget or ()] + [("--set", value) for value in setting or ()]
-        options += [(option, str(value)) for option, value in {"--trials": trials, "--name": name}.items() if value]
+        repeated = {"--budget": budget, "--at-least": at_least, "--set": setting}
+        options = [(option, value) for option, values in repeated.items() for value in values or ()]
+        single = {"--objective": objective, "--trials": trials, "--name": name}
+        options += [(option, str(value)) for option, value in single.items() if value]
         job = new_study(space, resolved, options=[part for option in options for part in option], **common)
     _launch(job, address, ship=not installed, driver_gpus=driver_gpus, detach=detach, as_json=as_json)
 

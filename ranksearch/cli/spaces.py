@@ -109,16 +109,17 @@ def check(
 
 @app.command(rich_help_panel="Before a search")
 def layers(space: SpaceFile, setting: Settings = None, trust: Trust = False, as_json: Json = False) -> None:
-    """List the layers of a space's net: shapes, MACs, params, break-even rank per lowering. Needs no data.
+    """List the layers of a space's net: shapes, MACs, params, measured milliseconds, break-even rank per lowering. Needs no data.
 
     Example: ranksearch layers search_spaces/cifar10_resnet20.yaml
     """
+    from ranksearch.console import Terminal
     from ranksearch.space.reading import read_space
     from ranksearch.tables import layer_rows, print_layers
 
     resolved = read_space(space, settings=setting or (), trust=trust)
     with ours_is_stdout():
-        found = layer_rows(resolved)
+        found = layer_rows(resolved, Terminal().log)
     if as_json:
         print_json(found)
     else:

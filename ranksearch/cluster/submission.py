@@ -156,7 +156,7 @@ def new_study(
     """A job that runs `ranksearch search` on a space that was read and found good.
 
     Args:
-        options: `--budget`, `--set`, `--trials` and `--name` as they were given.
+        options: `--budget`, `--at-least`, `--objective`, `--set`, `--trials` and `--name` as they were given.
         trust: whether the cluster runs a task file that lies in a study's folder.
         working_dir: the folder that travels; None is the space's file alone, or, for a task of the user's own, the smallest folder that
             holds both.

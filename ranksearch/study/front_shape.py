@@ -17,12 +17,13 @@ MORE_BUDGET = 0.1
 
 
 def shape_in_words(record: Record) -> str:
-    """The knee with the slopes beside it, and what a tenth more budget would give; empty for fewer than two nets."""
+    """The knee with the slopes beside it, what a tenth more budget would give, and what a preview knows beyond; the first two for two nets
+    or more."""
     cost, points = shown_costs(record)[0], points_of(record)
-    if len(points) < 2:
-        return ""
     name, said = COST_NAMES[cost], []
-    if (at := knee(points)) is not None:
+    if len(points) < 2:
+        pass
+    elif (at := knee(points)) is not None:
         low, here, high = points[0], points[at], points[-1]
         said.append(
             f"it bends at trial {here[2]} ({here[0]:.0f} % of dense {name}): above it 10 points of {name} bring "
@@ -30,8 +31,8 @@ def shape_in_words(record: Record) -> str:
         )
     else:
         said.append(f"10 points of {name} bring about {_worth(record, _slope(points[0], points[-1]))} along it")
-    said += [f"{more}"] if (more := _more(record, points, name)) else []
-    return "; ".join(said) + "."
+    found = filter(None, (*said, _more(record, points, name), _previewed(record, name)))
+    return f"{text}." if (text := "; ".join(found)) else ""
 
 
 def points_of(record: Record) -> list[Point]:
@@ -72,7 +73,7 @@ def _worth(record: Record, amount: float) -> str:
 
 def _more(record: Record, points: Sequence[Point], name: str) -> str:
     """Between the line to the dense net, which a front that bends lies above, and the front's own last slope."""
-    if not record["budgets"]:
+    if not record["budgets"] or len(points) < 2:
         return ""
     (x, y, _), sign = points[-1], -1.0 if record["metric"]["direction"] == "minimize" else 1.0
     dense = sign * record["dense"]["val_accuracy"]
@@ -82,3 +83,15 @@ def _more(record: Record, points: Sequence[Point], name: str) -> str:
     least, most = sorted(MORE_BUDGET * x / 10 * slope for slope in (to_dense, along))
     span = f"{metric_text(record['metric'], least)} to {_worth(record, most)}"
     return f"a tenth more budget would bring {span} (not tried: the slopes to the dense net and along the front)"
+
+
+def _previewed(record: Record, name: str) -> str:
+    """What a preview found beyond the budget, beside what it found at the budget: both without training."""
+    points = record.get("preview") or []
+    if len(points) < 2:
+        return ""
+    (_, *beyond), metric = points, record["metric"]
+    at = [f"{metric_text(metric, point['val_accuracy'])} at {point['percent']:.0f} %" for point in points]
+    return (
+        f"the preview knows {len(beyond)} beyond the budget, not trained: {at[0]} of {name}, then {', '.join(at[1:])}"
+    )

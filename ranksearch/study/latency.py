@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -103,7 +103,20 @@ def measure_layers(study: Study, stopwatch: Stopwatch) -> None:
     study.note_layer_times(found.pop("dense"), found, measured_with=stopwatch.key)
 
 
-def _pieces(layers: list[Layer], plan: RankPlan) -> dict[str, list[Piece]]:
+def dense_layers_ms(layers: Sequence[Layer], stopwatch: Stopwatch) -> dict[str, float]:
+    """Layer -> milliseconds of the dense layer by itself, summed over its uses, all in turn and each kind once.
+
+    Empty in a runtime that compiles each of them, and where there are too many kinds.
+    """
+    pieces = _pieces(layers, RankPlan())
+    kinds = list(dict.fromkeys(_kinds(pieces)))
+    if stopwatch.setting.runtime != EAGER or len(kinds) > PIECES:
+        return {}
+    ms = dict(zip(kinds, stopwatch.pieces_ms(kinds, seconds=PIECE_SECONDS), strict=True))
+    return {name: sum(ms[piece] for piece in of) for name, of in pieces.items()}
+
+
+def _pieces(layers: Sequence[Layer], plan: RankPlan) -> dict[str, list[Piece]]:
     """Layer -> what it is made of under a plan, a piece per use."""
     return {layer.name: [(shape, plan[layer.name]) for shape in shapes_of(layer)] for layer in layers}
 

@@ -19,6 +19,7 @@ from ranksearch.space.quality import ACCURACY, Limits, limits_of, quality_of
 from ranksearch.space.space import Space
 from ranksearch.study.addresses import OPTUNA, confirm_addresses
 from ranksearch.study.best import Wanted, best_row, steps_saved
+from ranksearch.study.beyond import beyond_budget
 from ranksearch.study.cut import Cut, Cutter
 from ranksearch.study.folder import FRONT, INFO, place_of_results, trial_folder
 from ranksearch.study.front import front_record, in_order
@@ -272,7 +273,7 @@ class RecordedStudy:
 
     def facts(self) -> dict[str, Any]:
         """How far the study is: `state` (running, complete, or failed where it is over without a net), trials by status, the commonest
-        reason of failures, sizes of the splits, what the last trials gained.
+        reason of failures, sizes of the splits, what the last trials gained, what a preview knows beyond the budget.
         """
         state = "running" if not self.done else "complete" if self.counts.get("complete") else "failed"
         return {
@@ -280,6 +281,7 @@ class RecordedStudy:
             "samples": self.info.get("samples") or {"validation": self.space.validation, "test": None}, "gains": self._ledger.gains(),
             "best": None if self.leader is None else {"trial": self.leader.trial, "val_accuracy": self.leader.val_accuracy},
             "measured_with": self.info.get("measured_with"),
+            "preview": beyond_budget(self.folder, self.space, self.metric.direction),
         }  # fmt: skip
 
     def write_front(self) -> None:

@@ -269,6 +269,13 @@ class FailuresRecord(Record):
     alike: Count
 
 
+class PreviewedRecord(Record):
+    """A previewed plan, not trained."""
+
+    percent: Finite
+    val_accuracy: Finite
+
+
 class FrontRecord(Record):
     """`front.json`, which is made from the other files: a damaged one is made anew."""
 
@@ -283,6 +290,7 @@ class FrontRecord(Record):
     failures: FailuresRecord
     samples: SamplesRecord
     gains: GainsRecord | None = None
+    preview: list[PreviewedRecord] = []
     dense: DenseRecord
     trials: list[FrontRowRecord]
 

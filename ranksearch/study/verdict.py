@@ -149,12 +149,13 @@ def _ship(record: Record, row: Record, split: str) -> str:
 
 
 def cost_words(record: Record, row: Record) -> list[str]:
-    """A net's costs beside the dense net's: its share of the MACs, how much smaller, its milliseconds, measured or predicted."""
-    compute = "flops" if "flops" in shown_costs(record) else "macs"
-    words = [
-        f"{row['macs_ratio']:.0%} of the {COST_NAMES[compute]}".replace("%", " %"),
-        _smaller(1 / row["size_ratio"]),
-    ]
+    """A net's costs beside the dense net's: its share of the MACs (of the params where they are searched), how much smaller, its
+    milliseconds, measured or predicted."""
+    costs = shown_costs(record)
+    counted = [cost for cost in ("flops", "macs", "params") if cost in costs] or ["macs"]
+    shares = {cost: percent_of_dense(row, cost) for cost in counted}
+    words = [f"{share:.0f} % of the {COST_NAMES[cost]}" for cost, share in shares.items() if share is not None]
+    words.append(_smaller(1 / row["size_ratio"]))
     if row.get("latency_ms") is not None and row.get("latency_ratio"):
         words.append(f"{_ms(row['latency_ms'])} ms against {_ms(row['latency_ms'] / row['latency_ratio'])} ms")
     elif row.get("latency_predicted_ms") is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 from ranksearch.compress import RankPlan
@@ -11,6 +12,7 @@ from ranksearch.study.row import Row
 from ranksearch.tracking.chart import (
     BLACK,
     BLUE,
+    GREEN,
     GREY,
     LOWERING_COLOURS,
     ORANGE,
@@ -30,6 +32,8 @@ Record = Mapping[str, Any]
 SHORT = {"im2col": "i", "channel": "c", "spatial": "s", "tucker2": "t", "cp": "cp", "svd": "v", "dense": ""}
 SHORT |= {f"{name}_pivoted": f"{SHORT[name]}*" for name in ("im2col", "channel", "spatial", "tucker2", "svd")}
 """Lowerings in a cell of a heat-map."""
+LEGEND_WIDTH = 46
+"""Characters of a line below an axis: on a screen of 390 pixels there is room for no more."""
 ROOM_BELOW = 0.5
 """How far a figure goes down below a front, as a share of its height: one failed net must not flatten the front."""
 
@@ -69,10 +73,17 @@ def front_chart(view: View, cost: str) -> Plot:
         main.append(Series("front, test", x, [r["test_accuracy"] for r in tested], ORANGE, "cross", hover=hover))
     if (test := view.dense["test_accuracy"]) is not None:
         main.append(Series("dense net, test", [100.0], [test], ORANGE, "star", hover=[_dense_hover(view)]))
-    y_range = _range_around(main, [row["val_accuracy"] for row in others])
-    below = sum(row["val_accuracy"] < y_range[0] for row in others) if y_range else 0
-    rest = f"other trials ({below} below)" if below else "other trials"
-    series = [_points(view, cost, others, rest, GREY, "circle", faint=True), *main]
+    beyond = view.previewed if cost == view.costs[0] else []
+    y_range = _range_around(main, [row["val_accuracy"] for row in (*others, *beyond)])
+    series = [
+        _points(view, cost, others, _counted("other trials", others, y_range), GREY, "circle", faint=True),
+        Series(
+            _counted("preview, not trained", beyond, y_range), [p["percent"] for p in beyond], [p["val_accuracy"] for p in beyond],
+            GREEN, "square", "dotted", faint=True,
+            hover=[f"preview, not trained<br>{view.metric.text(p['val_accuracy'])} at {p['percent']:.1f} %" for p in beyond],
+        ),
+        *main,
+    ]  # fmt: skip
     limit = view.budget_ratio(cost)
     name = COST_NAMES[cost]
     return Plot(
@@ -80,6 +91,12 @@ def front_chart(view: View, cost: str) -> Plot:
         [s for s in series if len(s.x)], limits=[] if limit is None else [Limit(100 * limit, f"budget {describe_budgets(view.front)}")],
         y_range=y_range,
     )  # fmt: skip
+
+
+def _counted(name: str, rows: Sequence[Record], y_range: tuple[float, float] | None) -> str:
+    """A series' name, with how many of its points lie below what is shown."""
+    below = sum(row["val_accuracy"] < y_range[0] for row in rows) if y_range else 0
+    return f"{name} ({below} below)" if below else name
 
 
 def _points(
@@ -136,22 +153,23 @@ def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
             ),
         )  # fmt: skip
     own = [(n, row) for n, (row, _) in entries if row.complete]
-    each = Series(
-        "each trial", [n for n, _ in own], [row["val_accuracy"] for _, row in own], GREY, "circle", faint=True,
-        hover=[_hover(view, row) for _, row in own],
-    )  # fmt: skip
     best = [(n, found["best_within_budget"]) for n, (_, found) in entries if "best_within_budget" in found]
     dense = view.dense["val_accuracy"]
-    series = [
-        each,
+    main = [
         Series("best so far", [n for n, _ in best], [value for _, value in best], BLUE, "", "steps"),
         Series("dense net", [1, len(entries)], [dense, dense], BLACK, "", "dotted"),
     ]
+    rows = [row for _, row in own]
+    y_range = _range_around(main, [row["val_accuracy"] for row in rows])
+    each = Series(
+        _counted("each trial", rows, y_range), [n for n, _ in own], [row["val_accuracy"] for row in rows], GREY, "circle", faint=True,
+        hover=[_hover(view, row) for row in rows],
+    )  # fmt: skip
     yield (
         "best_accuracy",
         Plot(
-            f"{view.name}: best within {describe_budgets(view.front)}", "finished trials", f"validation {view.metric.heading}", series,
-            y_range=_range_around(series[1:], each.y), counted=True,
+            f"{view.name}: best within {describe_budgets(view.front)}", "finished trials", f"validation {view.metric.heading}",
+            [each, *main], y_range=y_range, counted=True,
         ),
     )  # fmt: skip
 
@@ -190,9 +208,10 @@ def kept_rank_map(
     cells = [[_cell(layer, plan) for plan in plans] for layer in layers]
     used = {lowering for row in cells for _, _, lowering in row}
     legend = ", ".join(f"{short} {name}" for name, short in SHORT.items() if short not in ("", name) and name in used)
+    lines = [x, *wrap(legend, LEGEND_WIDTH)]
     names = [layer["name"] for layer in layers]
     return HeatMap(
-        title, f"{x}   ({legend})" if legend else x, names, list(columns),
+        title, "\n".join(lines), names, list(columns),
         values=[[share for share, _, _ in row] for row in cells],
         texts=[[text for _, text, _ in row] for row in cells],
         hover=[

@@ -62,6 +62,8 @@ from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
 
 MIRROR_ERRORS = (MlflowException, OSError, sqlalchemy.exc.SQLAlchemyError)
 """What a store that is away, full or refusing raises."""
+NOTE = "mlflow.note.content"
+"""The tag that the UI shows as a description."""
 PROGRESS_SECONDS = 5.0
 """The study's progress is logged at most so often: a quarter of a trial's time in the store otherwise."""
 ENTITIES, PARAMS = 1000, 100
@@ -134,10 +136,14 @@ class Mirror:
             # the UI's pages for model training, not GenAI's
             self.client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")
         searched = list(searched_settings(self._space.recipe))
-        described = {"mlflow.note.content": experiment_note(view)}
-        for tag, value in (trials_view(view.costs, view.metric, searched) | described).items():
+        for tag, value in trials_view(view.costs, view.metric, searched).items():
             self.client.set_experiment_tag(experiment, tag, value)
+        self._note_experiment(view, experiment)
         return self.client.create_run(experiment, run_name=self._space.name, tags=study_tags(self._info, self._space))
+
+    def _note_experiment(self, view: View, experiment: str) -> None:
+        before = self.client.get_experiment(experiment).tags.get(NOTE, "")
+        self.client.set_experiment_tag(experiment, NOTE, experiment_note(view, before))
 
     def _describe(self, view: View, parent: Run) -> None:
         """What was searched, and the dense net: also of a run whose driver was killed just after it had made it."""
@@ -205,7 +211,7 @@ class Mirror:
         number, cost, ended = row["trial"], shown_costs(self._space)[0], row["ended"] or time.time()
         if number not in self._runs:
             tags = trial_tags(row, self._info, self._space, on_front=on_front) | {PARENT_TAG: self.parent_id}
-            tags["mlflow.note.content"] = trial_note(row, self._folder, self._info, self._metric)
+            tags[NOTE] = trial_note(row, self._folder, self._info, self._metric)
             started = int(1000 * (ended - (row["seconds"] or 0.0)))
             run = self.client.create_run(self.experiment_id, started, tags, run_name(row, cost, self._metric))
             self._runs[number] = run.info.run_id
@@ -251,10 +257,11 @@ class Mirror:
                 save_png([chart], folder / f"{name}.png")
             self.client.log_artifacts(parent, scratch)
         registered = self._space.tracking.models and self._space.tracking.register
+        self._note_experiment(view, self.experiment_id)
         self._batch(
             parent, at=time.time(),
             tags={
-                "mlflow.note.content": note(view, registered=registered and complete, run_id=parent),
+                NOTE: note(view, registered=registered and complete, run_id=parent),
                 "mlflow.loggedArtifacts": json.dumps([{"path": "front_table.json", "type": "table"}]),
             },
         )  # fmt: skip

@@ -21,6 +21,9 @@ COLUMNS = (
     "trial", "val_accuracy", "test_accuracy", "macs", "macs_ratio", "params", "params_ratio", "size_bytes", "size_ratio", "latency_ms",
     "latency_ratio", "allocator", "epochs", "seed",
 )  # fmt: skip
+NOTE_END = "a run per study, its trials beneath it."
+NOTED_STUDIES = 9
+"""Other studies of an experiment that its note names."""
 SHOWN = 30
 """Nets of a front that the description lists: a store takes 5,000 characters."""
 
@@ -39,11 +42,20 @@ def front_table(front: dict[str, Any]) -> dict[str, Any]:
     return {"columns": list(COLUMNS), "data": [[row[name] for name in COLUMNS] for row in front["trials"]]}
 
 
-def experiment_note(view: View) -> str:
-    """One sentence on what an experiment holds."""
+def experiment_note(view: View, before: str) -> str:
+    """What an experiment holds: a line per study, this one's verdict first (the UI shows a first line above every page), and a sentence.
+
+    Args:
+        before: the note as it stands. Other studies' lines are kept; a note that somebody else wrote stays as it is.
+    """
     search, net = view.space.search, model_reference(view.space.task, view.space.model)
     wanted = " and ".join(view.metric.name if name == "accuracy" else COST_NAMES[name] for name in search.objectives)
-    return f"Low-rank forms of {net} for {wanted} within {describe_budgets(view.front)}: a run per study, its trials beneath it."
+    if before and not before.endswith(NOTE_END):
+        return before
+    own = [f"**{view.name}**: {verdict_of(view.front).ship}"] if view.trials else []
+    others = [line for line in before.splitlines() if line.startswith("**") and not line.startswith(f"**{view.name}**")]
+    holds = f"Low-rank forms of {net} for {wanted} within {describe_budgets(view.front)}: {NOTE_END}"
+    return "\n\n".join([*own, *others[:NOTED_STUDIES], holds])
 
 
 def note(view: View, *, registered: bool, run_id: str | None = None) -> str:

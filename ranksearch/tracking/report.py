@@ -16,7 +16,7 @@ from ranksearch.study.row import Row
 from ranksearch.study.verdict import verdict_of
 from ranksearch.study.where import FRONT_PNG, REPORT
 from ranksearch.tasks import model_reference
-from ranksearch.tracking.draw_html import fragment
+from ranksearch.tracking.draw_html import fragment, script
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.figures import front_chart, study_charts
 from ranksearch.tracking.learnt import learnt
@@ -32,17 +32,17 @@ DRAWN_TRIALS = 30
 
 
 def report_html(view: View, importances: Mapping[str, Mapping[str, float]]) -> str:
-    """The page, about 5 MB, nearly all of it the script that draws; nothing is fetched from elsewhere."""
+    """The page, about 2 MB, nearly all of it the script that draws; nothing is fetched from elsewhere."""
     from jinja2 import Environment, select_autoescape
 
     charts = study_charts(view, importances)
-    figures = _in_their_places({name: fragment(chart, script=i == 0) for i, (name, chart) in enumerate(charts.items())})
+    figures = _in_their_places({name: fragment(chart) for name, chart in charts.items()})
     shown, verdict = view.front_rows[::-1], verdict_of(view.front)
     trials = [
         {
             "row": row,
             "layers": _layers(view, row["trial"]),
-            "figures": [fragment(chart, script=False) for chart in trial_charts(row, view.metric).values()],
+            "figures": [fragment(chart) for chart in trial_charts(row, view.metric).values()],
         }
         for row in shown[:DRAWN_TRIALS]
     ]
@@ -66,7 +66,7 @@ def report_html(view: View, importances: Mapping[str, Mapping[str, float]]) -> s
         timed=any(row["latency_ms"] is not None for row in shown), dense_ms=dense_ms(view.front),
         layers=layers, layers_timed="layer_ms" in view.info,
         over={row["trial"] for row in view.front["trials"] if over_budget(view.front, row)},
-        makers=_makers(shown), learnt=learnt(view, importances),
+        script=script(), makers=_makers(shown), learnt=learnt(view, importances),
         version=__version__, written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
 

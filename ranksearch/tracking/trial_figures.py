@@ -44,8 +44,8 @@ def phases_chart(row: Row, metric: Metric) -> Plot:
     hover = [f"{e['phase']}, step {e['step']}: {metric.text(e['val_accuracy'])}" for e in history]
     series = [Series("validation", list(range(1, len(y) + 1)), y, PINK, "circle", "dotted", hover=hover, labels=names)]
     return Plot(
-        f"trial {row['trial']}: {metric.name} by phase", "scores in their order", f"validation {metric.heading}", series
-    )
+        f"trial {row['trial']}: {metric.name} by phase", "scores in their order", f"validation {metric.heading}", series, counted=True
+    )  # fmt: skip
 
 
 LOOKS = (GREY, PINK, ORANGE, GREEN, BLUE)

@@ -67,6 +67,12 @@ class View:
         return {row["trial"] for row in self.front["trials"]}
 
     @property
+    def previewed(self) -> Sequence[Mapping[str, float]]:
+        """What a preview knows from the budget up, over the first of the costs; empty without one, or where it was of another cost."""
+        budgets = self.space.parsed_budgets()
+        return self.front.get("preview", []) if budgets and same_cost(budgets[0].cost, self.costs[0]) else []
+
+    @property
     def complete(self) -> list[Row]:
         return [row for row in self.trials if row.complete]
 
