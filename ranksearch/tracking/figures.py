@@ -74,11 +74,12 @@ def front_chart(view: View, cost: str) -> Plot:
     if (test := view.dense["test_accuracy"]) is not None:
         main.append(Series("dense net, test", [100.0], [test], ORANGE, "star", hover=[_dense_hover(view)]))
     beyond = view.previewed if cost == view.costs[0] else []
-    y_range = _range_around(main, [row["val_accuracy"] for row in (*others, *beyond)])
+    values, previewed = [row.value for row in others], [point["val_accuracy"] for point in beyond]
+    y_range = _range_around(main, [*values, *previewed])
     series = [
-        _points(view, cost, others, _counted("other trials", others, y_range), GREY, "circle", faint=True),
+        _points(view, cost, others, _counted("other trials", values, y_range), GREY, "circle", faint=True),
         Series(
-            _counted("preview, not trained", beyond, y_range), [p["percent"] for p in beyond], [p["val_accuracy"] for p in beyond],
+            _counted("preview, not trained", previewed, y_range), [p["percent"] for p in beyond], previewed,
             GREEN, "square", "dotted", faint=True,
             hover=[f"preview, not trained<br>{view.metric.text(p['val_accuracy'])} at {p['percent']:.1f} %" for p in beyond],
         ),
@@ -93,9 +94,9 @@ def front_chart(view: View, cost: str) -> Plot:
     )  # fmt: skip
 
 
-def _counted(name: str, rows: Sequence[Record], y_range: tuple[float, float] | None) -> str:
+def _counted(name: str, values: Sequence[float], y_range: tuple[float, float] | None) -> str:
     """A series' name, with how many of its points lie below what is shown."""
-    below = sum(row["val_accuracy"] < y_range[0] for row in rows) if y_range else 0
+    below = sum(value < y_range[0] for value in values) if y_range else 0
     return f"{name} ({below} below)" if below else name
 
 
@@ -159,11 +160,11 @@ def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
         Series("best so far", [n for n, _ in best], [value for _, value in best], BLUE, "", "steps"),
         Series("dense net", [1, len(entries)], [dense, dense], BLACK, "", "dotted"),
     ]
-    rows = [row for _, row in own]
-    y_range = _range_around(main, [row["val_accuracy"] for row in rows])
+    values = [row.value for _, row in own]
+    y_range = _range_around(main, values)
     each = Series(
-        _counted("each trial", rows, y_range), [n for n, _ in own], [row["val_accuracy"] for row in rows], GREY, "circle", faint=True,
-        hover=[_hover(view, row) for row in rows],
+        _counted("each trial", values, y_range), [n for n, _ in own], values, GREY, "circle", faint=True,
+        hover=[_hover(view, row) for _, row in own],
     )  # fmt: skip
     yield (
         "best_accuracy",
