@@ -88,7 +88,7 @@ def measure_layers(study: Study, stopwatch: Stopwatch) -> None:
     rows = [row for row in study.front if str(row.trial) not in known]
     if not rows or not records or stopwatch.setting.runtime != EAGER:
         return
-    layers = [layer_of(record) for record in records]
+    layers = [layer for layer in map(layer_of, records) if layer.macs]
     wanted: dict[str, dict[str, list[Piece]]] = {"dense": _pieces(layers, RankPlan())}
     kinds = set(_kinds(wanted["dense"]))
     for row in rows:
@@ -104,11 +104,12 @@ def measure_layers(study: Study, stopwatch: Stopwatch) -> None:
 
 
 def dense_layers_ms(layers: Sequence[Layer], stopwatch: Stopwatch) -> dict[str, float]:
-    """Layer -> milliseconds of the dense layer by itself, summed over its uses, all in turn and each kind once.
+    """Layer -> milliseconds of the dense layer by itself, summed over its uses, all in turn and each kind once; none of an embedding,
+    which multiplies nothing.
 
     Empty in a runtime that compiles each of them, and where there are too many kinds.
     """
-    pieces = _pieces(layers, RankPlan())
+    pieces = _pieces([layer for layer in layers if layer.macs], RankPlan())
     kinds = list(dict.fromkeys(_kinds(pieces)))
     if stopwatch.setting.runtime != EAGER or len(kinds) > PIECES:
         return {}
