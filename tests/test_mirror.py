@@ -11,6 +11,7 @@ from ranksearch.api import Silent, resume, search, sync
 from ranksearch.errors import StudyError
 from ranksearch.space.reading import read_space
 from ranksearch.study.study import Study
+from ranksearch.study.verdict import verdict_of
 from ranksearch.tracking import background
 from ranksearch.tracking.mirror import Mirror
 from ranksearch.tracking.runs import plan_line, run_name, trial_metrics
@@ -196,6 +197,9 @@ def test_the_first_line_of_the_experiments_note_says_which_net_to_ship(mirrored,
     mirror.finish(View.of(study), {}, print, complete=True)
     first = noted()
     assert first.startswith(f"**{study.space.name}**: Ship trial ")
+    shipped = verdict_of(study.front_record()).trial
+    (name,) = [run_name(row, "macs", study.metric) for row in study.front if row.trial == shipped]
+    assert client.get_run(parent.info.run_id).info.run_name == f"{study.space.name}: ship {name}"
     for before, studies in (
         (first.replace(f"**{study.space.name}", "**other"), ["other"]),
         (first, []),

@@ -22,7 +22,7 @@ from ranksearch.study.row import Row
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.figures import study_charts
 from ranksearch.tracking.front_nets import FIGURES, log_front_nets
-from ranksearch.tracking.note import experiment_note, front_csv, front_table, note, trial_note
+from ranksearch.tracking.note import experiment_note, front_csv, front_table, headline, note, trial_note
 from ranksearch.tracking.report import write_report
 from ranksearch.tracking.runs import (
     ENDED,
@@ -256,6 +256,7 @@ class Mirror:
                 folder.mkdir(exist_ok=True)
                 save_png([chart], folder / f"{name}.png")
             self.client.log_artifacts(parent, scratch)
+        self.client.update_run(parent, name=headline(view))
         registered = self._space.tracking.models and self._space.tracking.register
         self._note_experiment(view, self.experiment_id)
         self._batch(

@@ -12,7 +12,7 @@ from ranksearch.study.layer_costs import layer_costs
 from ranksearch.study.row import Row
 from ranksearch.study.verdict import verdict_of
 from ranksearch.tasks import model_reference
-from ranksearch.tracking.runs import TAG_LENGTH
+from ranksearch.tracking.runs import TAG_LENGTH, run_name
 from ranksearch.tracking.view import View, cost_percent
 from ranksearch.trial.metric import Metric, metric_text
 from ranksearch.words import COST_NAMES, COST_RATIOS, MADE_BY, describe_budgets
@@ -40,6 +40,13 @@ def front_csv(front: dict[str, Any]) -> str:
 def front_table(front: dict[str, Any]) -> dict[str, Any]:
     """The front as MLflow's UI shows tables. (`MlflowClient.log_table` would append it to the one before.)"""
     return {"columns": list(COLUMNS), "data": [[row[name] for name in COLUMNS] for row in front["trials"]]}
+
+
+def headline(view: View) -> str:
+    """The name of a study's run, at the head of its page: `digits: ship t008 98.6% @45% MACs`; its name alone without a net to ship."""
+    shipped = verdict_of(view.front).trial
+    found = [run_name(row, view.costs[0], view.metric) for row in view.front_rows if row["trial"] == shipped]
+    return f"{view.name}: ship {found[0]}" if found else view.name
 
 
 def experiment_note(view: View, before: str) -> str:
