@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # what an editor and mypy see; at run time a name is imported
     from ranksearch.allocate import LayerRule
     from ranksearch.allocate.allocate import allocate
     from ranksearch.allocate.weightings import weightings
-    from ranksearch.api import export, load, preview, report, resume, save, search, sync
+    from ranksearch.api import preview, report, resume, search, sync
     from ranksearch.compress import (
         LayerPlan,
         Projector,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # what an editor and mypy see; at run time a name is imported
     from ranksearch.compress.trace import trace
     from ranksearch.console import Terminal
     from ranksearch.errors import RanksearchError, StudyError, UsageError
+    from ranksearch.nets import export, load, save
     from ranksearch.study.study import Study
     from ranksearch.tasks.imagefolder import ImageFolder
     from ranksearch.tasks.task import Task
@@ -48,9 +49,9 @@ _HOMES = {
     "allocate": "ranksearch.allocate",
     "compress": "ranksearch.compress",
     "resume": "ranksearch.api:resume",
-    "load": "ranksearch.api:load",
-    "export": "ranksearch.api:export",
-    "save": "ranksearch.api:save",
+    "load": "ranksearch.nets:load",
+    "export": "ranksearch.nets:export",
+    "save": "ranksearch.nets:save",
     "ImageFolder": "ranksearch.tasks.imagefolder:ImageFolder",
     "preview": "ranksearch.api:preview",
     "sync": "ranksearch.api:sync",

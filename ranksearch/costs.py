@@ -22,7 +22,7 @@ _COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 _BYTES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-class Cost(Protocol):
+class HasCosts(Protocol):
     """What a net costs, as `compress.Cost` has it: this table is for whoever shows a front, too, and loads no torch."""
 
     @property
@@ -43,7 +43,7 @@ class CostKind:
     """For a heading or an axis."""
     ratio: str
     """The field of a trial's row that holds it as a ratio of the dense net's."""
-    of: Callable[[Cost], int | None]
+    of: Callable[[HasCosts], int | None]
     """Its value in whole units; None where it was not measured."""
     axis: int
     """Which of the solver's counts it is made of."""
@@ -79,13 +79,13 @@ def same_cost(name: str, other: str) -> bool:
     return COSTS[name].ratio == COSTS[other].ratio
 
 
-def ratio_of(name: str, cost: Cost, dense: Cost) -> float | None:
+def ratio_of(name: str, cost: HasCosts, dense: HasCosts) -> float | None:
     """A cost as a ratio of the dense net's; None where either is not known."""
     own, full = COSTS[name].of(cost), COSTS[name].of(dense)
     return own / full if own is not None and full else None
 
 
-def cost_ratio(objective: str, cost: Cost, dense: Cost) -> float:
+def cost_ratio(objective: str, cost: HasCosts, dense: HasCosts) -> float:
     """A cost as a ratio of the dense net's, as far as it is known before a trial; 1 where it is not."""
     found = ratio_of(objective, cost, dense)
     return 1.0 if found is None else found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ranksearch.costs import COSTS
 
+Log = Callable[[str], None]
+"""Is told how something goes, a sentence at a time."""
 COST_RATIOS = {name: kind.ratio for name, kind in COSTS.items()}
 """Cost -> the key under which a record holds it as a ratio of the dense net's."""
 COST_NAMES = {name: kind.label for name, kind in COSTS.items()}

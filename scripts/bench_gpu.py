@@ -60,7 +60,8 @@ from ranksearch.tasks.capture import WARM_STEPS, Recorder, recorder_for  # noqa:
 from ranksearch.tasks.dense import checkpoint_path, read_checkpoint  # noqa: E402
 from ranksearch.tasks.device import clock, pick_device  # noqa: E402
 from ranksearch.tasks.folder import data_folder  # noqa: E402
-from ranksearch.tasks.train import Optimisation, Training  # noqa: E402
+from ranksearch.tasks.optimisation import Optimisation  # noqa: E402
+from ranksearch.tasks.train import Training  # noqa: E402
 
 PERIOD = 10
 

@@ -33,9 +33,10 @@ from ranksearch.lowering import default_lowerings
 from ranksearch.space.recipe import RecipeSpace
 from ranksearch.tasks import cifar10
 from ranksearch.tasks.device import clock, pick_device, use_bf16
+from ranksearch.tasks.optimisation import Optimisation
 from ranksearch.tasks.resident import Augment, Normalise, Resident
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Optimisation, Training
+from ranksearch.tasks.train import Training
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe, middle
 

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from ranksearch.tasks.capture import WARM_STEPS
+from ranksearch.tasks.distillation import Distillation
+from ranksearch.tasks.optimisation import Optimisation
 from ranksearch.tasks.resident import Augment, Normalise, Resident
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Distillation, Optimisation, Training
+from ranksearch.tasks.train import Training
 
 
 class Calls:

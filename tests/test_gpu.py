@@ -17,7 +17,8 @@ from ranksearch.space.reading import read_space
 from ranksearch.space.recipe import RecipeSpace
 from ranksearch.tasks.capture import CudaGraphs
 from ranksearch.tasks.evaluate import evaluate
-from ranksearch.tasks.train import Optimisation, Training
+from ranksearch.tasks.optimisation import Optimisation
+from ranksearch.tasks.train import Training
 from ranksearch.trial.checkpoint import CheckpointFile, Leaving
 from ranksearch.trial.recipe import Recipe, middle
 from ranksearch.trial.trial import run_trial

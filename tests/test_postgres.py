@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ranksearch.api import export, resume, search, sync
+from ranksearch.api import resume, search, sync
 from ranksearch.errors import StudyError, UsageError
+from ranksearch.nets import export
 from ranksearch.study.study import Study
 from ranksearch.tracking.ui import find_store
 from tests.conftest import free_ports

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 import ranksearch
-from ranksearch.api import export, resume
+from ranksearch.api import resume
 from ranksearch.errors import StudyError, UsageError
+from ranksearch.nets import export
 from ranksearch.places.place import PlaceError
 from ranksearch.places.urls import checked_store, checked_url, database_url, shown, without_password
 from ranksearch.space.reading import read_space

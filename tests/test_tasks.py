@@ -14,12 +14,14 @@ from ranksearch.tasks import build_reference, cifar10, digits, model_reference, 
 from ranksearch.tasks.batches import Batches
 from ranksearch.tasks.dense import checkpoint_path, dense_state, read_checkpoint
 from ranksearch.tasks.device import use_bf16
+from ranksearch.tasks.distillation import Distillation
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.folder import data_folder, writable_cache
+from ranksearch.tasks.optimisation import Optimisation
 from ranksearch.tasks.resident import Augment, Normalise
 from ranksearch.tasks.schedule import SCHEDULES, learning_rate
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Training
+from ranksearch.tasks.train import Diverged, Training
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from ranksearch.allocate.baselines import BASELINES, random
 from ranksearch.allocate.budget import Budgets, assignments, parse_budget
 from ranksearch.allocate.curves import rank_curves
 from ranksearch.allocate.damage import MEASURES, USUAL_MEASURE
-from ranksearch.allocate.drawn import Loss
+from ranksearch.allocate.drawn import SummedLoss
 from ranksearch.allocate.exact import solve_exactly
 from ranksearch.allocate.greedy import greedy, measure_scores
 from ranksearch.allocate.latency import timed
@@ -46,7 +46,7 @@ def allocate(
     sensitivity: str | None = None,
     measure: str = USUAL_MEASURE,
     calibration: Sequence[Any] = (),
-    loss: Loss | None = None,
+    loss: SummedLoss | None = None,
     weightings: Mapping[str, Weighting] | None = None,
     score: Callable[[nn.Module], float] | None = None,
     latency: LatencyTable | None = None,

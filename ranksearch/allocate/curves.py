@@ -67,7 +67,7 @@ class LayerOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class CurveRow:
     """Layers that are chosen for together: one by itself, or a group that takes one lowering at one ratio."""
 
     members: tuple[LayerOptions, ...]
@@ -95,11 +95,11 @@ class Row:
         return fine
 
 
-def _single(options: LayerOptions) -> Row:
-    return Row((options,), np.arange(len(options.choices))[:, None])
+def _single(options: LayerOptions) -> CurveRow:
+    return CurveRow((options,), np.arange(len(options.choices))[:, None])
 
 
-def _group(members: tuple[LayerOptions, ...]) -> Row:
+def _group(members: tuple[LayerOptions, ...]) -> CurveRow:
     """Every lowering at every ratio of its largest useful rank, the same for all members, and all of them dense."""
     rows = [(0,) * len(members)]
     for name in dict.fromkeys(name for member in members for name in member.lowerings):
@@ -108,7 +108,7 @@ def _group(members: tuple[LayerOptions, ...]) -> Row:
         for step in range(steps):
             ratio = step / max(steps - 1, 1)
             rows.append(tuple(ladder[int(ratio * (len(ladder) - 1))] for ladder in ladders))
-    return Row(members, np.array(list(dict.fromkeys(rows))))
+    return CurveRow(members, np.array(list(dict.fromkeys(rows))))
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Curves:
     """Where a latency table is at hand."""
 
     @cached_property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[CurveRow, ...]:
         """What there is to decide, in the order of the layers."""
         group_of = {name: group for group in self.groups for name in group}
         named = {options.layer.name: options for options in self.layers}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ranksearch.compress.inputs import LOGITS, class_logits, field_of
 from ranksearch.errors import UsageError
 
-Loss = Callable[[Any], Tensor]
+SummedLoss = Callable[[Any], Tensor]
 """Output of the net on a batch -> the sum of the samples' losses."""
 Drawn = Callable[[Tensor, Any], Tensor]
 """(outputs of a batch, its targets or None) -> the sum of the samples' losses against drawn targets."""
@@ -102,7 +102,7 @@ def gaussian_loss(generator: torch.Generator) -> Drawn:
     return loss
 
 
-def drawn_directions_loss(generator: torch.Generator) -> Loss:
+def drawn_directions_loss(generator: torch.Generator) -> SummedLoss:
     """For outputs that are compared by squared distance, such as embeddings: `gaussian_loss` of any floating output. The second moment of
     its gradients is the Gauss-Newton matrix of the outputs, exactly.
 
@@ -143,7 +143,7 @@ def predicted(output: Any) -> Tensor | None:
     return found if found.is_floating_point() else None
 
 
-def default_loss(generator: torch.Generator, *, balanced: bool) -> Loss:
+def default_loss(generator: torch.Generator, *, balanced: bool) -> SummedLoss:
     """Where no loss is known: outputs [N, classes, ...] are logits; one output per sample is a mean: there is no class to draw."""
     classes, single = labels_loss(generator, balanced=balanced), gaussian_loss(generator)
 

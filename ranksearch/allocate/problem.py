@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from ranksearch.allocate.curves import Curves, Row
+from ranksearch.allocate.curves import CurveRow, Curves
 from ranksearch.allocate.damage import Damage
 from ranksearch.costs import NANOSECONDS
 from ranksearch.errors import RanksearchError
@@ -55,7 +55,7 @@ class Problem:
         return bool((self.totals(picks)[1] <= FITS).all())
 
 
-def _columns(row: Row, damage: Damage, allowed: Mapping[str, Sequence[str]], axes: Sequence[int]) -> np.ndarray:
+def _columns(row: CurveRow, damage: Damage, allowed: Mapping[str, Sequence[str]], axes: Sequence[int]) -> np.ndarray:
     """The options of a row that are allowed and that no other one betters in damage and all costs `axes` at once.
 
     In a group the members' damages may be weighted differently, so nothing is dropped there.
@@ -75,7 +75,7 @@ class Poser:
         self._found: dict[tuple[int, tuple[int, ...], frozenset[tuple[str, tuple[str, ...]]]], np.ndarray] = {}
 
     def _efficient(
-        self, number: int, row: Row, allowed: Mapping[str, Sequence[str]], axes: tuple[int, ...]
+        self, number: int, row: CurveRow, allowed: Mapping[str, Sequence[str]], axes: tuple[int, ...]
     ) -> np.ndarray:
         names = [member.layer.name for member in row.members]
         key = number, axes, frozenset((name, tuple(allowed[name])) for name in names if name in allowed)

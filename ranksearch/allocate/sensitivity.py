@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ranksearch.allocate.curves import Curves, LayerOptions
 from ranksearch.allocate.damage import Damage, Measure
-from ranksearch.allocate.drawn import Loss, default_loss
+from ranksearch.allocate.drawn import SummedLoss, default_loss
 from ranksearch.allocate.statistics import Statistics, collect
 from ranksearch.compress.slots import find_slots
 from ranksearch.lowering import LayerSpec, lowering_named
@@ -47,7 +47,7 @@ TEMPER = 0.5
 NEGLIGIBLE = 1e-9
 """Removed shares below this are rounding, of which no quotient can be taken."""
 
-Form = Callable[..., Tensor]
+Weigher = Callable[..., Tensor]
 """(E [g, T/g, n], a layer's statistics, whether BN follows, damping) -> its damage, a number."""
 
 
@@ -71,7 +71,7 @@ def kfac(error: Tensor, found: Statistics, norm: bool, damping: float) -> Tensor
 
 
 BALANCED = "kfac_balanced"
-FORMS: dict[str, Form] = {"activation": activation, "fisher": fisher, "kfac": kfac, BALANCED: kfac}
+FORMS: dict[str, Weigher] = {"activation": activation, "fisher": fisher, "kfac": kfac, BALANCED: kfac}
 SENSITIVITIES = ("none", *FORMS)
 USUAL_SENSITIVITY = "kfac"
 """Where there are data, and nothing else was named or scored better."""
@@ -132,7 +132,7 @@ def weigh(
     *,
     seed: int,
     generator: torch.Generator | None = None,
-    loss: Loss | None = None,
+    loss: SummedLoss | None = None,
     damping: float = DAMPING,
     temper: float = TEMPER,
     weightings: Mapping[str, Weighting] | None = None,
@@ -170,7 +170,7 @@ def weigh_several(
     *,
     seed: int,
     generator: torch.Generator | None = None,
-    loss: Loss | None = None,
+    loss: SummedLoss | None = None,
     damping: float = DAMPING,
     temper: float = TEMPER,
     weightings: Mapping[str, Weighting] | None = None,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ranksearch.allocate.drawn import Loss, default_loss
+from ranksearch.allocate.drawn import SummedLoss, default_loss
 from ranksearch.compress import Net
 from ranksearch.compress.as_plain import AsPlain, as_plain
 from ranksearch.compress.copying import copied
@@ -255,7 +255,7 @@ def collect(
     *,
     gradients: bool,
     fisher: bool,
-    loss: Loss | None,
+    loss: SummedLoss | None,
     generator: torch.Generator,
     widest: int | None = None,
 ) -> dict[str, Statistics]:
@@ -294,7 +294,7 @@ def collect(
     return collector.statistics
 
 
-def _run(probe: nn.Module, batches: Iterable[Any], loss: Loss | None, collector: _Collector) -> int:
+def _run(probe: nn.Module, batches: Iterable[Any], loss: SummedLoss | None, collector: _Collector) -> int:
     """Runs the batches forward, and backward from `loss` where there is one; returns the number of samples."""
     device, samples = next(probe.parameters()).device, 0
     for parameter in probe.parameters():

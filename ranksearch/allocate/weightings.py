@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.allocate.drawn import Loss, drawn_directions_loss
+from ranksearch.allocate.drawn import SummedLoss, drawn_directions_loss
 from ranksearch.allocate.statistics import collect
 from ranksearch.compress import Net, trace
 from ranksearch.errors import UsageError, nearest
@@ -48,7 +48,7 @@ def measure_weightings(
     metric: str,
     *,
     seed: int,
-    loss: Loss | str | None = None,
+    loss: SummedLoss | str | None = None,
 ) -> dict[str, Weighting]:
     """Layer -> its weighting in `metric`; layers that keep the weights' own metric are left out.
 
@@ -93,7 +93,7 @@ def weightings(
     calibration: Iterable[Any],
     *,
     metric: str = "inputs",
-    loss: Loss | str | None = None,
+    loss: SummedLoss | str | None = None,
     seed: int = 0,
 ) -> dict[str, Weighting]:
     """The metric of data for every layer of `model`: for `allocate`, `compress`, `project_` and `Projector`.

@@ -13,11 +13,11 @@ import typer
 
 from ranksearch.cli.options import (
     AtLeast,
-    Budgets,
+    BudgetFlags,
     Json,
     NewName,
-    Objective,
-    Settings,
+    ObjectiveFlag,
+    SettingFlags,
     Trials,
     Trust,
     app,
@@ -52,12 +52,12 @@ def _say(text: str) -> None:
 @app.command(rich_help_panel=PANEL)
 def submit(
     space: Annotated[Path | None, typer.Argument(metavar="SPACE.yaml", help="Search-space file.")] = None,
-    budget: Budgets = None,
+    budget: BudgetFlags = None,
     at_least: AtLeast = None,
-    objective: Objective = None,
+    objective: ObjectiveFlag = None,
     trials: Trials = None,
     name: NewName = None,
-    setting: Settings = None,
+    setting: SettingFlags = None,
     warm_start: Annotated[
         list[str] | None,
         typer.Option(

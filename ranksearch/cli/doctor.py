@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli.options import DEFAULT_RUNS, Address, Json, Runs, Settings, Trust, app, print_json
+from ranksearch.cli.options import DEFAULT_RUNS, Address, Json, Runs, SettingFlags, Trust, app, print_json
 
 
 @app.command(rich_help_panel="Clusters")
@@ -18,7 +18,7 @@ def doctor(
             metavar="[SPACE.yaml]", help="What a search of this space needs is looked at too: data, stores."
         ),
     ] = None,
-    setting: Settings = None,
+    setting: SettingFlags = None,
     address: Address = None,
     trust: Trust = False,
     runs: Runs = DEFAULT_RUNS,

@@ -21,7 +21,7 @@ app = typer.Typer(
 
 SpaceFile = Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="Search-space file.")]
 StudyName = Annotated[str, typer.Argument(metavar="NAME|DIR", help="A study's name, or its folder.")]
-Budgets = Annotated[
+BudgetFlags = Annotated[
     list[str] | None,
     typer.Option(
         "--budget", metavar="COST=LIMIT", help="Upper bound, such as flops=50%, size=1MiB, latency=3.5ms; repeatable."
@@ -35,7 +35,7 @@ AtLeast = Annotated[
         help="Lower limit on the metric: accuracy=-1 (points below dense), accuracy=-2% (of dense's value), accuracy=90 (as such).",
     ),
 ]
-Objective = Annotated[
+ObjectiveFlag = Annotated[
     str | None,
     typer.Option(
         "--objective",
@@ -45,7 +45,7 @@ Objective = Annotated[
 ]
 Trials = Annotated[int | None, typer.Option(min=1, help="Number of trials.")]
 NewName = Annotated[str | None, typer.Option(help="Name of the study; left out, the space's.")]
-Settings = Annotated[
+SettingFlags = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Overrides a value of the space, such as recipe.steps=200; repeatable."

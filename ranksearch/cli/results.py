@@ -13,7 +13,7 @@ import typer
 from ranksearch.cli.options import (
     DEFAULT_RUNS,
     AtLeast,
-    Budgets,
+    BudgetFlags,
     Json,
     Runs,
     StudyName,
@@ -47,7 +47,7 @@ def export(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Left out, runs/NAME/exports/TRIAL-FORMAT.")
     ] = None,
-    budget: Budgets = None,
+    budget: BudgetFlags = None,
     at_least: AtLeast = None,
     fold_bn: Annotated[bool, typer.Option("--fold-bn", help="Fold BN into the layers before it (pt2, onnx).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
@@ -60,12 +60,12 @@ def export(
     Example: ranksearch export digits_resnet8 best --format onnx
     Or with conditions: ranksearch export digits_resnet8 best --format onnx --budget params=40% --at-least accuracy=-1
     """
-    from ranksearch import api
+    from ranksearch import nets
     from ranksearch.console import Terminal
     from ranksearch.tables import print_export
 
     with ours_is_stdout():
-        record = api.export(
+        record = nets.export(
             study,
             trial,
             format=format,
@@ -98,10 +98,10 @@ def plan_to(
 
     Example: ranksearch plan-to peft runs/digits_resnet8/trials/003
     """
-    from ranksearch import api
+    from ranksearch import nets
 
     with ours_is_stdout():
-        record = api.plan_file_to(plan, form, period=period)
+        record = nets.plan_file_to(plan, form, period=period)
     for name, why in record.get("left_out", {}).items():
         print(f"left out: {name}: {why}", file=sys.stderr)
     if output is None:

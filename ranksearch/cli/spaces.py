@@ -10,10 +10,10 @@ import typer
 
 from ranksearch.cli.options import (
     DEFAULT_RUNS,
-    Budgets,
+    BudgetFlags,
     Json,
     Runs,
-    Settings,
+    SettingFlags,
     SpaceFile,
     Trust,
     app,
@@ -84,8 +84,8 @@ def _input(text: str, dtype: str) -> tuple[str | None, tuple[int, ...], str]:
 @app.command(rich_help_panel="Before a search")
 def check(
     space: SpaceFile,
-    budget: Budgets = None,
-    setting: Settings = None,
+    budget: BudgetFlags = None,
+    setting: SettingFlags = None,
     trials: int | None = None,
     trust: Trust = False,
     as_json: Json = False,
@@ -108,7 +108,7 @@ def check(
 
 
 @app.command(rich_help_panel="Before a search")
-def layers(space: SpaceFile, setting: Settings = None, trust: Trust = False, as_json: Json = False) -> None:
+def layers(space: SpaceFile, setting: SettingFlags = None, trust: Trust = False, as_json: Json = False) -> None:
     """List the layers of a space's net: shapes, MACs, params, measured milliseconds, break-even rank per lowering. Needs no data.
 
     Example: ranksearch layers search_spaces/cifar10_resnet20.yaml
@@ -134,7 +134,7 @@ def latency(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Inputs of one call.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
-    setting: Settings = None,
+    setting: SettingFlags = None,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -161,8 +161,8 @@ def latency(
 @app.command(rich_help_panel="Before a search")
 def preview(
     space: SpaceFile,
-    budget: Budgets = None,
-    setting: Settings = None,
+    budget: BudgetFlags = None,
+    setting: SettingFlags = None,
     levels: Annotated[
         str | None,
         typer.Option(

@@ -13,13 +13,13 @@ from ranksearch.cli.options import (
     DEFAULT_RUNS,
     Address,
     AtLeast,
-    Budgets,
+    BudgetFlags,
     Inline,
     Json,
     NewName,
-    Objective,
+    ObjectiveFlag,
     Runs,
-    Settings,
+    SettingFlags,
     SpaceFile,
     StudyName,
     Trials,
@@ -83,12 +83,12 @@ def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
 @app.command(rich_help_panel="Studies")
 def search(
     space: SpaceFile,
-    budget: Budgets = None,
+    budget: BudgetFlags = None,
     at_least: AtLeast = None,
-    objective: Objective = None,
+    objective: ObjectiveFlag = None,
     trials: Trials = None,
     name: NewName = None,
-    setting: Settings = None,
+    setting: SettingFlags = None,
     warm_start: Annotated[
         list[str] | None,
         typer.Option(
@@ -165,7 +165,7 @@ def resume(
 @app.command(rich_help_panel="Studies")
 def front(
     study: StudyName,
-    budget: Budgets = None,
+    budget: BudgetFlags = None,
     at_least: AtLeast = None,
     trust: Trust = False,
     runs: Runs = DEFAULT_RUNS,

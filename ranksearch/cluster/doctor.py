@@ -10,13 +10,13 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ranksearch.cluster.facts import TOKEN, clock, missing, node_facts, read_token, write_token
-from ranksearch.cluster.findings import ERROR, OK, WARNING, Finding, Report, judge
+from ranksearch.cluster.findings import ERROR, OK, WARNING, Facts, Finding, judge
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.places.place import Place, PlaceError, Remote, text_of
 from ranksearch.places.urls import (
@@ -32,6 +32,7 @@ from ranksearch.places.urls import (
 )
 from ranksearch.tasks.folder import data_folder
 from ranksearch.tracking.store import is_server, store_uri
+from ranksearch.words import Log
 
 if TYPE_CHECKING:
     from ranksearch.space.space import Space
@@ -42,10 +43,8 @@ STORE_SECONDS = 2.0
 DRIVERS_DATA = {"cifar10": ("cifar-10-batches-py",), "imagefolder": ("train", "val")}
 """Task -> what of the data folder the driver reads."""
 
-Log = Callable[[str], None]
 
-
-def examine(space: Space | None, runs: Path, *, cluster: bool) -> Report:
+def examine(space: Space | None, runs: Path, *, cluster: bool) -> Facts:
     """Facts of this machine and, with `cluster`, of every node of the Ray cluster that this process has joined."""
     results: Place = runs.absolute()
     if space is not None and space.storage.results is not None:
@@ -91,7 +90,7 @@ def preflight(space: Space, runs: Path, log: Log) -> None:
         log(f"preflight: {len(report['nodes'])} nodes are ready, and share {report['results']}")
 
 
-def as_record(report: Report, found: list[Finding]) -> dict[str, Any]:
+def as_record(report: Facts, found: list[Finding]) -> dict[str, Any]:
     """What `ranksearch doctor --json` prints."""
     worst = found[0].level if found else OK
     return {"status": worst, "findings": [vars(finding) for finding in found], **report}

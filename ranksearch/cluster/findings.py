@@ -22,7 +22,7 @@ SKEW_S, MUCH_SKEW_S = 2.0, 300.0
 FREE_SHARE = 0.5
 """The share of a GPU's memory that must be free; with less, somebody else is at work there."""
 
-Report = Mapping[str, Any]
+Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Finding:
         return f"{self.where}: {self.what}. {self.mend}".strip()
 
 
-def judge(report: Report) -> list[Finding]:
+def judge(report: Facts) -> list[Finding]:
     """A finding per check, or per node where one of it is of its own; the worst first."""
     checks = (
         _answers,
@@ -85,16 +85,16 @@ Wrong = Iterator[tuple[str, str, str, str]]
 """(level, where, what, how to mend it)."""
 
 
-def _everywhere(report: Report) -> str:
+def _everywhere(report: Facts) -> str:
     names = [node["name"] for node in report["nodes"]]
     return names[0] if len(names) == 1 else f"all {len(names)} nodes"
 
 
-def _answering(report: Report) -> list[Mapping[str, Any]]:
+def _answering(report: Facts) -> list[Mapping[str, Any]]:
     return [node for node in report["nodes"] if "silent" not in node]
 
 
-def _answers(report: Report) -> Wrong:
+def _answers(report: Facts) -> Wrong:
     for node in report["nodes"]:
         if "silent" in node:
             yield (
@@ -105,7 +105,7 @@ def _answers(report: Report) -> Wrong:
             )
 
 
-def _results(report: Report) -> Wrong:
+def _results(report: Facts) -> Wrong:
     place, stores = report["results"], report["stores"]
     if stores["results"] is not None:
         yield ERROR, "driver", stores["results"], "Name another place by storage.results, or another folder by --runs."
@@ -121,7 +121,7 @@ def _results(report: Report) -> Wrong:
         yield ERROR, ", ".join(apart), what, mend
 
 
-def _versions(report: Report) -> Wrong:
+def _versions(report: Facts) -> Wrong:
     own = report["driver"]["versions"]
     for node in _answering(report):
         for name, version in node["versions"].items():
@@ -144,14 +144,14 @@ def _minor(version: str | None) -> list[str]:
     return (version or "").split(".")[:2]
 
 
-def _data(report: Report) -> Wrong:
+def _data(report: Facts) -> Wrong:
     for node in [{"name": "driver", "missing": report["missing"]}, *_answering(report)]:
         if node["missing"]:
             what = f"{', '.join(node['missing'])} {'is' if len(node['missing']) == 1 else 'are'} missing"
             yield ERROR, node["name"], what, "Put the data there, or name their folder by `data:` or RANKSEARCH_DATA."
 
 
-def _stores(report: Report) -> Wrong:
+def _stores(report: Facts) -> Wrong:
     stores = report["stores"]
     if stores["mlflow"] is not None:
         mend = "Start it; what it misses meanwhile is logged at the end, or by `ranksearch sync`."
@@ -160,7 +160,7 @@ def _stores(report: Report) -> Wrong:
         yield ERROR, "driver", stores["optuna"], "Without it no trial can be proposed or recorded."
 
 
-def _clocks(report: Report) -> Wrong:
+def _clocks(report: Facts) -> Wrong:
     for node in _answering(report):
         if node.get("offset_s") is None:
             continue
@@ -175,7 +175,7 @@ def _clocks(report: Report) -> Wrong:
             yield ERROR if skew > MUCH_SKEW_S else WARNING, node["name"], what, "Let NTP or chrony set it."
 
 
-def _cpus(report: Report) -> Wrong:
+def _cpus(report: Facts) -> Wrong:
     for node in _answering(report):
         usable = min(node["cores"], node["quota"] or node["cores"])
         offered = node.get("offers", {}).get("CPU", 0)
@@ -188,7 +188,7 @@ def _cpus(report: Report) -> Wrong:
             yield WARNING, node["name"], what, "Unset it: a trial takes resources.cpus_per_trial threads."
 
 
-def _memory(report: Report) -> Wrong:
+def _memory(report: Facts) -> Wrong:
     for node in _answering(report):
         if node["memory_mib"] is not None and node["memory_mib"] < LOW_MEMORY_MIB:
             what = f"{node['memory_mib']} MiB of memory are free, and a trial's process takes 700 and its net's"
@@ -200,7 +200,7 @@ def _memory(report: Report) -> Wrong:
             )
 
 
-def _gpus(report: Report) -> Wrong:
+def _gpus(report: Facts) -> Wrong:
     for node in _answering(report):
         offered, found = node.get("offers", {}).get("GPU", 0), node["gpus"]
         if offered > len(found):
@@ -219,7 +219,7 @@ SHARING = {
 }
 
 
-def _sharing(report: Report) -> Wrong:
+def _sharing(report: Facts) -> Wrong:
     """What is used, which is nothing wrong."""
     found: dict[str, list[str]] = {}
     for node in _answering(report):
@@ -229,7 +229,7 @@ def _sharing(report: Report) -> Wrong:
         yield OK, _everywhere(report) if len(names) == len(report["nodes"]) else ", ".join(names), SHARING[state], ""
 
 
-def _disks(report: Report) -> Wrong:
+def _disks(report: Facts) -> Wrong:
     for node in _answering(report):
         for what_for, free in node["disk_mib"].items():
             if free is not None and free < LOW_DISK_MIB:
@@ -243,7 +243,7 @@ def _disks(report: Report) -> Wrong:
                 )
 
 
-def _shared_memory(report: Report) -> Wrong:
+def _shared_memory(report: Facts) -> Wrong:
     for node in _answering(report):
         store = node.get("offers", {}).get("object_store_memory", 0) / 2**20
         if node["shm_mib"] is not None and store > node["shm_mib"]:
@@ -256,7 +256,7 @@ def _shared_memory(report: Report) -> Wrong:
             )
 
 
-def _files(report: Report) -> Wrong:
+def _files(report: Facts) -> Wrong:
     for node in _answering(report):
         if 0 < node["files"] < LOW_FILES:
             what = f"a process may open {node['files']} files, and Ray's want thousands"

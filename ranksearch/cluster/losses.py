@@ -45,7 +45,7 @@ IMPORTS = (
 
 
 @dataclass(frozen=True)
-class Loss:
+class WorkerLoss:
     """Why a trial ended without a result."""
 
     blameless: bool
@@ -94,7 +94,7 @@ class Losses(Callback):
         text = path.read_text(errors="replace").strip() if path is not None and path.is_file() else ""
         self._errors[trial.trial_id] = text
 
-    def explain(self, trial_id: str) -> Loss:
+    def explain(self, trial_id: str) -> WorkerLoss:
         """Why the trial was lost; a node where this happens again and again is named in the log."""
         node_id, error = self._nodes.pop(trial_id, None), self._errors.pop(trial_id, "")
         actor = self._actors.pop(trial_id, "")
@@ -102,22 +102,22 @@ class Losses(Callback):
             node = find_node(node_id)
             state = state_of(node) if node_id is not None else None
         except GCS_ERRORS as silent:
-            return Loss(True, f"its cluster's head does not answer ({silent})")
+            return WorkerLoss(True, f"its cluster's head does not answer ({silent})")
         if state in (NodeState.GONE, NodeState.LEAVING):
-            return Loss(True, f"its node {_name(node, node_id)} {state.value}")
+            return WorkerLoss(True, f"its node {_name(node, node_id)} {state.value}")
         where = f" on {_name(node, node_id)}" if node_id else ""
         if (found := START.search(error)) is not None:
-            return Loss(False, f"a process{where} could not begin: {clipped(found[0])}. {IMPORTS}", final=True)
+            return WorkerLoss(False, f"a process{where} could not begin: {clipped(found[0])}. {IMPORTS}", final=True)
         if (raised := _raised(error)) is not None:
-            return Loss(False, f"a process{where} could not begin: {clipped(raised)}", final=True)
+            return WorkerLoss(False, f"a process{where} could not begin: {clipped(raised)}", final=True)
         if state is None:
-            return Loss(NODE_DIED in error, f"its process did not start: {_last(error)}")
+            return WorkerLoss(NODE_DIED in error, f"its process did not start: {_last(error)}")
         last = last_words(actor)
         left = f"killed, or it left by itself, as by os._exit{f'; the last that it wrote: {clipped(last)}' if last else ''}"
         short = bool(MEMORY.search(error))
         if actor and actor not in self._begun and not short:
             self._starts += 1
-            return Loss(
+            return WorkerLoss(
                 False, f"its process{where} died before a trial began there ({left})", final=self._starts >= STARTS
             )
         self._deaths[str(node_id)] += 1
@@ -126,7 +126,7 @@ class Losses(Callback):
                 f"the node {_name(node, node_id)} has lost the processes of {self._deaths[str(node_id)]} trials: look at its memory and "
                 f"its kernel's log, or take it out (`ray drain-node`)"
             )
-        return Loss(False, f"its process{where} died ({'its node ran out of memory' if short else left})")
+        return WorkerLoss(False, f"its process{where} died ({'its node ran out of memory' if short else left})")
 
 
 def _raised(error: str) -> str | None:

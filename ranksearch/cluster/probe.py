@@ -26,8 +26,8 @@ from ranksearch.tasks.task import Task
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.recipe import Recipe, middle
 from ranksearch.trial.trial import run_trial
+from ranksearch.words import Log
 
-Log = Callable[[str], None]
 FindMemory = Callable[[], DeviceMemory | None]
 STEPS, BN_BATCHES, IMAGES = 8, 2, 1000
 SLIVER = 0.01

@@ -27,7 +27,7 @@ from ranksearch.tasks.dense import State
 from ranksearch.tasks.stage import Staging, staged
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import TaskFile
-from ranksearch.trial.placement import Load, Place, Placement
+from ranksearch.trial.placement import Load, Placement, RanOn
 
 INLINE_BYTES = 128 * 1024
 """Objects below about 100 KB travel with their reference and lie in no node's store: padded by so much, every study's data do lie there."""
@@ -65,10 +65,10 @@ class Work:
     net: Net
 
 
-def here() -> Place:
+def here() -> RanOn:
     """This process's place in the cluster."""
     context = ray.get_runtime_context()
-    return Place(
+    return RanOn(
         socket.gethostname(), context.get_node_id(), ray.util.get_node_ip_address(), os.getpid(), [str(g) for g in ray.get_gpu_ids()]
     )  # fmt: skip
 
@@ -99,7 +99,7 @@ def digest(packed: Packed, dense: dict[str, Array]) -> str:
     return found.hexdigest()[:16]
 
 
-def _load(shared: Shared, place: Place, trial: int | None, *, data_loaded: bool, seconds: float) -> Load:
+def _load(shared: Shared, place: RanOn, trial: int | None, *, data_loaded: bool, seconds: float) -> Load:
     return Load(
         shared.run, trial, place.node_id, place.node, place.ip, place.pid, shared.key, shared.bytes, data_loaded, seconds
     )  # fmt: skip
@@ -141,7 +141,7 @@ def _nodes_with(reference: Any) -> list[str]:
     return list(found.get(reference, {}).get("node_ids") or [])
 
 
-def _node_lock(place: Place, key: str) -> filelock.FileLock:
+def _node_lock(place: RanOn, key: str) -> filelock.FileLock:
     folder = Path(tempfile.gettempdir()) / f"ranksearch-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return filelock.FileLock(folder / f"{place.node_id[:16]}-{key}.lock")

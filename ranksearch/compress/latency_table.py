@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ranksearch.compress.plan import DENSE, LayerPlan
-from ranksearch.compress.stopwatch import Shape, Stopwatch
+from ranksearch.compress.stopwatch import Stopwatch, TimedShape
 from ranksearch.compress.trace import Layer
 from ranksearch.lowering import Lowering, Rank, lowering_named
 from ranksearch.lowering.contract import sides
@@ -39,7 +39,7 @@ LEVELS = 5
 """How many values of each side are measured where a rank has several."""
 
 
-def measured_ranks(lowering: Lowering, shape: Shape, step: int, multiple: int) -> list[Rank]:
+def measured_ranks(lowering: Lowering, shape: TimedShape, step: int, multiple: int) -> list[Rank]:
     """The ranks that are measured; `multiple` is what every rank that is asked for is a multiple of."""
     spec, in_size = shape
     full = sides(lowering.full_rank(spec))
@@ -124,7 +124,7 @@ class LatencyTable:
 
     def measure(self, wanted: Iterable[tuple[Layer, Sequence[str], int]], log: Callable[[str], None]) -> None:
         """Times every layer under the ranks of its lowerings (names, rank multiple) that are not known yet; layers of one shape once."""
-        asked: dict[Shape, dict[tuple[str, int], None]] = {}
+        asked: dict[TimedShape, dict[tuple[str, int], None]] = {}
         for layer, lowerings, multiple in wanted:
             for shape in shapes_of(layer):
                 asked.setdefault(shape, {}).update(dict.fromkeys((name, multiple) for name in lowerings))
@@ -140,7 +140,7 @@ class LatencyTable:
                 self._fill(shape, found)
             log(f"latency table: {number} of {len(missing)} layer shapes")
 
-    def _missing(self, shape: Shape, kinds: Iterable[tuple[str, int]]) -> list[LayerPlan]:
+    def _missing(self, shape: TimedShape, kinds: Iterable[tuple[str, int]]) -> list[LayerPlan]:
         """What is to be timed next of a shape, by lowering and rank multiple: what is always timed, then what lies where time is steep."""
         found: dict[LayerPlan, None] = {}
         for name, multiple in kinds:
@@ -151,10 +151,10 @@ class LatencyTable:
             found |= dict.fromkeys(LayerPlan(name, rank) for rank in ranks)
         return list(found)
 
-    def _measured(self, shape: Shape, name: str, multiple: int) -> list[Rank]:
+    def _measured(self, shape: TimedShape, name: str, multiple: int) -> list[Rank]:
         return measured_ranks(lowering_named(name), shape, self.step, multiple)
 
-    def _fill(self, shape: Shape, choices: Sequence[LayerPlan]) -> None:
+    def _fill(self, shape: TimedShape, choices: Sequence[LayerPlan]) -> None:
         times = self.stopwatch.layers_ms(*shape, [DENSE, *choices])
         known = self._layers.setdefault(_text(shape), {})
         before = known.get(DENSE.lowering, {}).get(
@@ -251,12 +251,12 @@ class LatencyTable:
                 known |= {_rank_of(text): float(ms) for text, ms in times.items()}
 
 
-def shapes_of(layer: Layer) -> list[Shape]:
+def shapes_of(layer: Layer) -> list[TimedShape]:
     """One per use of the layer."""
     return [(layer.spec, size) for size in layer.sizes_per_sample()]
 
 
-def _text(shape: Shape) -> str:
+def _text(shape: TimedShape) -> str:
     spec, in_size = shape
     return f"{spec} on {in_size}"
 

@@ -78,14 +78,14 @@ def _rank(choice: LayerPlan) -> int:
     return rank
 
 
-Kept = dict[str, tuple[Slot, LayerPlan]]
+LoweredSlots = dict[str, tuple[Slot, LayerPlan]]
 
 
-def _json(plan: RankPlan, kept: Kept, left_out: dict[str, str], period: int | None) -> dict[str, Any]:
+def _json(plan: RankPlan, kept: LoweredSlots, left_out: dict[str, str], period: int | None) -> dict[str, Any]:
     return plan.to_dict()
 
 
-def _peft(plan: RankPlan, kept: Kept, left_out: dict[str, str], period: int | None) -> dict[str, Any]:
+def _peft(plan: RankPlan, kept: LoweredSlots, left_out: dict[str, str], period: int | None) -> dict[str, Any]:
     ranks = {path: _rank(choice) for slot, choice in kept.values() for path in slot.paths}
     patterns = {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
     most = max(ranks.values())
@@ -95,7 +95,7 @@ def _peft(plan: RankPlan, kept: Kept, left_out: dict[str, str], period: int | No
     }  # fmt: skip
 
 
-def _torchao(plan: RankPlan, kept: Kept, left_out: dict[str, str], period: int | None) -> dict[str, Any]:
+def _torchao(plan: RankPlan, kept: LoweredSlots, left_out: dict[str, str], period: int | None) -> dict[str, Any]:
     config = {}
     for slot, choice in kept.values():
         lowering, rank = lowering_named(choice.lowering), _rank(choice)
@@ -116,7 +116,7 @@ def _parameter(slot: Slot) -> str:
     return f"{slot.name}.weight"
 
 
-FORMS: dict[str, Callable[[RankPlan, Kept, dict[str, str], int | None], dict[str, Any]]] = {
+FORMS: dict[str, Callable[[RankPlan, LoweredSlots, dict[str, str], int | None], dict[str, Any]]] = {
     "peft": _peft,
     "torchao": _torchao,
     "json": _json,

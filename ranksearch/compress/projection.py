@@ -20,7 +20,7 @@ from ranksearch.compress.program import Entry, takes
 from ranksearch.compress.slots import Slot, settled_, slots_of
 from ranksearch.errors import NonFiniteError
 from ranksearch.lowering import LayerSpec, Lowering, lowering_named
-from ranksearch.lowering.contract import View
+from ranksearch.lowering.contract import WeightView
 from ranksearch.lowering.weighting import Weighting
 
 FLOOR = 1e-3
@@ -63,9 +63,9 @@ class Projector:
     def weigh(self, weightings: Mapping[str, Weighting]) -> None:
         """Projects in these metrics from now on, in those of before where a layer is not named."""
         self.weightings: dict[str, Weighting] = {**getattr(self, "weightings", {}), **weightings}
-        self._views: dict[tuple[str, str], View | None] = {}
+        self._views: dict[tuple[str, str], WeightView | None] = {}
 
-    def _view(self, name: str, lowering: Lowering, spec: LayerSpec) -> View | None:
+    def _view(self, name: str, lowering: Lowering, spec: LayerSpec) -> WeightView | None:
         """Made once: it holds what the lowering's matrices see of the layer's metric."""
         if name not in self.weightings:
             return None

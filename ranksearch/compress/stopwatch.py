@@ -30,7 +30,7 @@ STEPS = (64, 32, 16, 8)
 SAME = 1.05
 """Two times of one step of the staircase differ by less than this factor."""
 
-Shape = tuple[LayerSpec, Ints]
+TimedShape = tuple[LayerSpec, Ints]
 """What a layer's time depends on: its spec and the size of its input."""
 
 
@@ -68,7 +68,7 @@ class Stopwatch:
         return self.nets_and_layers_ms(nets, example, (), seconds=seconds)[0]
 
     def nets_and_layers_ms(
-        self, nets: Sequence[nn.Module], example: Any, shapes: Sequence[Shape], *, seconds: float = NET_SECONDS
+        self, nets: Sequence[nn.Module], example: Any, shapes: Sequence[TimedShape], *, seconds: float = NET_SECONDS
     ) -> tuple[list[float], list[float]]:
         """Median time of each net, as `nets_ms`, and of one dense layer of each shape, by itself, all in turn."""
         batch = moved(repeated(example, self.setting.batch), self.device)
@@ -82,7 +82,9 @@ class Stopwatch:
             )
         return times[: len(nets)], times[len(nets) :]
 
-    def pieces_ms(self, pieces: Sequence[tuple[Shape, LayerPlan]], *, seconds: float = LAYER_SECONDS) -> list[float]:
+    def pieces_ms(
+        self, pieces: Sequence[tuple[TimedShape, LayerPlan]], *, seconds: float = LAYER_SECONDS
+    ) -> list[float]:
         """Median time of layers of any shapes and lowerings, each by itself on an input of its own, all in turn."""
         if not pieces:
             return []
@@ -91,7 +93,7 @@ class Stopwatch:
             example = torch.zeros(1, device=self.device)
             return latencies_ms(functions, example, ROUNDS, seconds=seconds * len(pieces), least=3)
 
-    def _alone(self, shape: Shape, choice: LayerPlan) -> Function:
+    def _alone(self, shape: TimedShape, choice: LayerPlan) -> Function:
         """A layer on an input of its own, whatever it is called with."""
         example = self._input_of(*shape)
         (layer,) = self._runtime.layers(

@@ -112,7 +112,7 @@ class RankCurve:
     """Singular values of the matrices that the rank cuts, one spectrum per side of the rank; none for `cp`, which cuts none."""
 
 
-class View(Protocol):
+class WeightView(Protocol):
     """A lowering of one layer in a metric of its errors, the arguments and results as the lowering's own."""
 
     def project(self, weight: Tensor, rank: Rank, warm: Any = None) -> Projected:
@@ -192,7 +192,7 @@ class Lowering(ABC):
         """The weight near its projection at each of `ranks` in turn, for estimates: a format may share work between ranks or save it."""
         return (self.project(weight, rank, spec).weight for rank in ranks)
 
-    def seen(self, weighting: Weighting, spec: LayerSpec) -> View | None:
+    def seen(self, weighting: Weighting, spec: LayerSpec) -> WeightView | None:
         """This lowering of the layer in the metric of its data; None where it knows the plain one alone."""
         return None
 

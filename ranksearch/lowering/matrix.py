@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ranksearch import linalg
-from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, Spectrum, View, sides
+from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, Spectrum, WeightView, sides
 from ranksearch.lowering.in_metric import MatrixView
 from ranksearch.lowering.spec import LayerSpec
 from ranksearch.lowering.weighting import Weighting
@@ -100,7 +100,7 @@ class MatrixLowering(Lowering):
         spectrum = Spectrum(squared.cpu().numpy(), self.matrix_shape(spec))
         return RankCurve(ranks, removed[index], relative_operator_norm(squared)[index - 1], (spectrum,))
 
-    def seen(self, weighting: Weighting, spec: LayerSpec) -> View:
+    def seen(self, weighting: Weighting, spec: LayerSpec) -> WeightView:
         return MatrixView(self, spec, weighting)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ranksearch.lowering.contract import LOWERINGS, Lowering, Projected, Rank, RankCurve, View, kernel_area
+from ranksearch.lowering.contract import LOWERINGS, Lowering, Projected, Rank, RankCurve, WeightView, kernel_area
 from ranksearch.lowering.spec import Ints, LayerSpec
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.maxvol import pivot_rows
@@ -78,7 +78,7 @@ class PivotedLowering(Lowering):
     def approximations(self, weight: Tensor, ranks: Sequence[Rank], spec: LayerSpec) -> Iterator[Tensor]:
         return self.plain.approximations(weight, ranks, spec)
 
-    def seen(self, weighting: Weighting, spec: LayerSpec) -> View | None:
+    def seen(self, weighting: Weighting, spec: LayerSpec) -> WeightView | None:
         return self.plain.seen(weighting, spec)
 
     # What is stored and runs -----------------------------------------------------------------------------------------

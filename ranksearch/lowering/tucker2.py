@@ -27,7 +27,7 @@ from ranksearch.lowering.contract import (
     Rank,
     RankCurve,
     Spectrum,
-    View,
+    WeightView,
     kernel_area,
     register,
     sides,
@@ -145,7 +145,7 @@ class Tucker2(Lowering):
         )
         return RankCurve(ranks, removed.clip(0, 1), residual, spectra)
 
-    def seen(self, weighting: Weighting, spec: LayerSpec) -> View:
+    def seen(self, weighting: Weighting, spec: LayerSpec) -> WeightView:
         return ModesView(self, spec, weighting, lambda blocks, _: blocks.flatten(3).transpose(2, 3).flatten(1, 2))
 
 

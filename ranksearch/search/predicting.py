@@ -31,6 +31,7 @@ from ranksearch.tasks.evaluate import Evaluation
 from ranksearch.tasks.scores import Accuracy
 from ranksearch.tasks.task import Task
 from ranksearch.trial.metric import Metric
+from ranksearch.words import Log
 
 SENSITIVE = (USUAL_SENSITIVITY, "activation", "none", BALANCED)
 LEVELS = (0.25, 0.7)
@@ -47,7 +48,6 @@ CLOSE, MOST, TRIALS_EACH = 0.03, 3, 8
 """Where the usual prediction leads, what is better by half of what may be chance competes with it in the search; where another leads, what
 is within the share `CLOSE` of it. So many in all at most, and at most one rival for every so many trials."""
 
-Log = Callable[[str], None]
 Weigh = Callable[[Sequence[str]], Mapping[str, Damage]]
 
 

@@ -27,7 +27,7 @@ from ranksearch.space.space import Space
 from ranksearch.tasks import model_reference
 from ranksearch.tasks.evaluate import Evaluation
 from ranksearch.trial.metric import Metric
-from ranksearch.words import COST_RATIOS
+from ranksearch.words import COST_RATIOS, Log
 
 ALLOCATORS = ("solver", *BASELINES, "greedy")
 DEFAULT_ALLOCATORS = ("solver", "uniform", "energy", "minimax")
@@ -37,7 +37,6 @@ BN_BATCHES = 5
 """Fewer than in a trial: five batches of 128 saturate."""
 
 Allocator = Callable[[Curves, Sequence[Budget]], RankPlan]
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

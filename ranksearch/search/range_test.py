@@ -10,7 +10,7 @@ Reference: Smith 2017, arXiv 1506.01186 (the learning-rate range test), here on 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.recipe import Recipe, middle
 from ranksearch.trial.result import Status
+from ranksearch.words import Log
 
 CANDIDATES = (("sgd", 0.004), ("adamw", 0.002), ("adamw", 0.0005))
 """Optimizers and learning rates that are tried beside the recipe's own."""
@@ -36,8 +37,6 @@ LEAST_STEPS = 10
 SAMPLES = 1000
 FROM_TRIALS = 8
 """A study of fewer trials is a first look, which does without."""
-
-Log = Callable[[str], None]
 
 
 def is_open(space: Space, task: Task) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.loaded import batch_text
 from ranksearch.tasks.task_file import told_of_user_code
 from ranksearch.trial.calibration import metric_of, paired_batches
+from ranksearch.words import Log
 
-Log = Callable[[str], None]
 LABELS = 7919
 """Added to the seed for the labels that are drawn."""
 

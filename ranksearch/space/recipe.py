@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ranksearch.space.settings import SWITCH, Strict, numbers_of, searchable, searchable_choice
+from ranksearch.tasks.optimisation import OPTIMIZERS
 from ranksearch.tasks.schedule import SCHEDULES
-from ranksearch.tasks.train import OPTIMIZERS
 
 
 def _to_the_end(value: Any) -> Any:

@@ -27,9 +27,9 @@ from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.result import Status, TrialResult
 from ranksearch.trial.session import RUNG, Report, Stopped
+from ranksearch.words import Log
 
 OnRow = Callable[[Row], None]
-Log = Callable[[str], None]
 T = TypeVar("T")
 GIVE_UP_AFTER = 3
 """A study stops where its first trials, this many, all failed: the rest would fail too."""

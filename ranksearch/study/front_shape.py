@@ -8,7 +8,8 @@ from typing import Any
 from ranksearch.trial.metric import PERCENT, metric_text
 from ranksearch.words import COST_NAMES, percent_of_dense, shown_costs
 
-Record = Mapping[str, Any]
+FrontRecord = Mapping[str, Any]
+"""What `front.json` holds."""
 Point = tuple[float, float, int]
 """Cost in percent of dense, validation metric (turned so that more is better), trial."""
 
@@ -16,7 +17,7 @@ MORE_BUDGET = 0.1
 """By how much a budget is thought to be raised."""
 
 
-def shape_in_words(record: Record) -> str:
+def shape_in_words(record: FrontRecord) -> str:
     """The knee with the slopes beside it, what a tenth more budget would give, and what a preview knows beyond; the first two for two nets
     or more."""
     cost, points = shown_costs(record)[0], points_of(record)
@@ -35,7 +36,7 @@ def shape_in_words(record: Record) -> str:
     return f"{text}." if (text := "; ".join(found)) else ""
 
 
-def points_of(record: Record) -> list[Point]:
+def points_of(record: FrontRecord) -> list[Point]:
     """The front over its first cost by rising cost; of nets of one cost the best, and no net that a cheaper one equals."""
     cost, sign = shown_costs(record)[0], -1.0 if record["metric"]["direction"] == "minimize" else 1.0
     known = [(percent_of_dense(row, cost), sign * row["val_accuracy"], row["trial"]) for row in record["trials"]]
@@ -62,7 +63,7 @@ def _slope(low: Point, high: Point) -> float:
     return 10 * (high[1] - low[1]) / (high[0] - low[0])
 
 
-def _worth(record: Record, amount: float) -> str:
+def _worth(record: FrontRecord, amount: float) -> str:
     metric = record["metric"]
     return (
         f"{metric_text(metric, amount)} points"
@@ -71,7 +72,7 @@ def _worth(record: Record, amount: float) -> str:
     )
 
 
-def _more(record: Record, points: Sequence[Point], name: str) -> str:
+def _more(record: FrontRecord, points: Sequence[Point], name: str) -> str:
     """Between the line to the dense net, which a front that bends lies above, and the front's own last slope."""
     if not record["budgets"] or len(points) < 2:
         return ""
@@ -85,7 +86,7 @@ def _more(record: Record, points: Sequence[Point], name: str) -> str:
     return f"a tenth more budget would bring {span} (not tried: the slopes to the dense net and along the front)"
 
 
-def _previewed(record: Record, name: str) -> str:
+def _previewed(record: FrontRecord, name: str) -> str:
     """What a preview found beyond the budget, beside what it found at the budget: both without training."""
     points = record.get("preview") or []
     if len(points) < 2:

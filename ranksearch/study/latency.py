@@ -9,11 +9,12 @@ from torch import nn
 
 from ranksearch.compress import Layer, LayerPlan, RankPlan
 from ranksearch.compress.latency_table import shapes_of
-from ranksearch.compress.stopwatch import NET_SECONDS, Shape, Stopwatch
+from ranksearch.compress.stopwatch import NET_SECONDS, Stopwatch, TimedShape
 from ranksearch.errors import RanksearchError, UsageError, first_line
 from ranksearch.study.layer_costs import layer_of
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
+from ranksearch.words import Log
 
 AT_ONCE = 12
 """Nets of the front that are measured in turn with the dense one."""
@@ -24,8 +25,7 @@ PIECES = 150
 EAGER = "eager"
 """The runtime in which a layer is timed without seconds of compilation."""
 
-Log = Callable[[str], None]
-Piece = tuple[Shape, LayerPlan]
+Piece = tuple[TimedShape, LayerPlan]
 
 
 def time_front(study: Study, dense: nn.Module, load: Callable[[Row], nn.Module], example: Any, log: Log) -> None:

@@ -20,13 +20,11 @@ from ranksearch.trial.attempt import attempt
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.recipe import Recipe
 from ranksearch.trial.result import Status
-from ranksearch.words import COST_RATIOS
+from ranksearch.words import COST_RATIOS, Log
 
 FOLDER = "repeats"
 SEEDS_APART = 1_000_003
 """Between the seed of a trial and of its next repeat."""
-
-Log = Callable[[str], None]
 
 
 def that_matter(front: Sequence[Row], cost: str) -> list[Row]:

@@ -23,7 +23,7 @@ from ranksearch.study.row import Row
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.session import RUNG
 
-Point = Sequence[float]
+RungPoint = Sequence[float]
 """A trial at a rung in minimisation form: 1 - accuracy, then its costs as ratios of dense."""
 
 
@@ -46,9 +46,9 @@ class Rungs:
 
     def __init__(self, count: int, reduction: float) -> None:
         self._reduction = reduction
-        self._reached: list[dict[int, Point]] = [{} for _ in range(count)]
+        self._reached: list[dict[int, RungPoint]] = [{} for _ in range(count)]
 
-    def record(self, trial: int, rung: int, point: Point) -> None:
+    def record(self, trial: int, rung: int, point: RungPoint) -> None:
         self._reached[rung][trial] = tuple(point)
 
     def forget(self, trial: int) -> None:
@@ -56,7 +56,7 @@ class Rungs:
         for reached in self._reached:
             reached.pop(trial, None)
 
-    def goes_on(self, trial: int, rung: int, point: Point) -> bool:
+    def goes_on(self, trial: int, rung: int, point: RungPoint) -> bool:
         """Records a trial at a rung and decides: among the best 1 / reduction there, or bettered by none.
 
         Until `reduction` trials have come there is nothing to tell by, and every one goes on.
@@ -81,7 +81,7 @@ def rung_point(val_accuracy: float, cost: Cost, dense: Cost, metric: Metric, obj
 
 
 def recorded_rungs(
-    stopping: EarlyStoppingSpace | None, rows: Iterable[Row], point: Callable[[float, Cost], Point]
+    stopping: EarlyStoppingSpace | None, rows: Iterable[Row], point: Callable[[float, Cost], RungPoint]
 ) -> Rungs | None:
     """The rungs, with what the trials of `rows` reached; None without early stopping."""
     if stopping is None:

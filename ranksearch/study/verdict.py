@@ -11,12 +11,12 @@ fail on the same samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any
 
-from ranksearch.study.front_shape import shape_in_words
+from ranksearch.study.front_shape import FrontRecord, shape_in_words
 from ranksearch.trial.metric import PERCENT, metric_text
 from ranksearch.words import (
     COST_NAMES,
@@ -27,8 +27,6 @@ from ranksearch.words import (
     percent_of_dense,
     shown_costs,
 )
-
-Record = Mapping[str, Any]
 
 SCHEMA = 2
 """The version of a front's record, raised where a key changes or goes. 1 had neither this key nor the state, counts and verdict."""
@@ -85,7 +83,7 @@ class Verdict:
         return {heading: text for heading, text in found.items() if text}
 
 
-def verdict_of(record: Record, *, where: str | None = None) -> Verdict:
+def verdict_of(record: FrontRecord, *, where: str | None = None) -> Verdict:
     """The verdict on a study whose front's record this is.
 
     Args:
@@ -123,7 +121,7 @@ def plus_minus(percent: float, samples: int) -> float:
     return 100 * sqrt(share * (1 - share) / (samples + 4))
 
 
-def _error(record: Record, split: str, *values: float) -> float | None:
+def _error(record: FrontRecord, split: str, *values: float) -> float | None:
     """One standard error of a value, or of the difference of two, where the metric is an accuracy in percent."""
     samples, metric = record.get("samples", {}).get(split), record["metric"]
     if samples is None or metric["name"] != "accuracy" or metric["unit"] != PERCENT:
@@ -131,7 +129,7 @@ def _error(record: Record, split: str, *values: float) -> float | None:
     return sqrt(sum(plus_minus(value, samples) ** 2 for value in values))
 
 
-def _difference(record: Record, split: str, value: float, other: float) -> str:
+def _difference(record: FrontRecord, split: str, value: float, other: float) -> str:
     """Such as `−0.77 ± 0.40`."""
     error, metric = _error(record, split, value, other), record["metric"]
     sign = "−" if value < other else "+"
@@ -139,7 +137,7 @@ def _difference(record: Record, split: str, value: float, other: float) -> str:
     return text if error is None else f"{text} ± {error:.2f}"
 
 
-def _ship(record: Record, row: Record, split: str) -> str:
+def _ship(record: FrontRecord, row: FrontRecord, split: str) -> str:
     value, dense, metric = row[KEYS[split]], record["dense"][KEYS[split]], record["metric"]
     name = "" if metric["name"] == "accuracy" else f" {metric['name']}"
     beside = f"(dense {metric_text(metric, dense)}, {_difference(record, split, value, dense)})"
@@ -148,7 +146,7 @@ def _ship(record: Record, row: Record, split: str) -> str:
     return f"Ship trial {row['trial']}: {score}, {', '.join(cost_words(record, row))}."
 
 
-def cost_words(record: Record, row: Record) -> list[str]:
+def cost_words(record: FrontRecord, row: FrontRecord) -> list[str]:
     """A net's costs beside the dense net's: its share of the MACs (of the params where they are searched), how much smaller, its
     milliseconds, measured or predicted."""
     costs = shown_costs(record)
@@ -171,7 +169,7 @@ def _ms(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _why(record: Record, row: Record) -> str:
+def _why(record: FrontRecord, row: FrontRecord) -> str:
     metric, limit = record["metric"], record.get("at_least")
     if limit is not None:
         made, cost = MADE_BY.get(row["allocator"], row["allocator"]), COST_NAMES[shown_costs(record)[0]]
@@ -187,7 +185,7 @@ def _why(record: Record, row: Record) -> str:
     )
 
 
-def _cheaper(record: Record, row: Record, split: str) -> str:
+def _cheaper(record: FrontRecord, row: FrontRecord, split: str) -> str:
     """The next net of the front that costs less by the first cost that is searched."""
     cost = shown_costs(record)[0]
     mine = percent_of_dense(row, cost)
@@ -210,7 +208,7 @@ def _cheaper(record: Record, row: Record, split: str) -> str:
     return f"trial {other['trial']}, {', '.join(cost_words(record, other))}: {split} {text}, {change} against trial {row['trial']}{noise}."
 
 
-def _trust(record: Record) -> str:
+def _trust(record: FrontRecord) -> str:
     """From how many samples the numbers are, and below what a difference is noise."""
     samples, dense, metric = record.get("samples", {}), record["dense"], record["metric"]
     parts = []
@@ -229,7 +227,7 @@ def _trust(record: Record) -> str:
     return f"{', '.join(parts)}; ± is one standard error{n}.".replace("; ± is one standard error;", ";") + ms
 
 
-def _slow(record: Record) -> str:
+def _slow(record: FrontRecord) -> str:
     """Which nets of the front measure above a budget on latency that they were predicted to keep."""
     slow = [str(row["trial"]) for row in record["trials"] if over_budget(record, row)]
     if not slow:
@@ -241,7 +239,7 @@ def _slow(record: Record) -> str:
     return f"{which} above the budget latency ≤ {record['budgets']['latency']}, within which it was predicted to be."
 
 
-def _again(record: Record) -> str:
+def _again(record: FrontRecord) -> str:
     """What the nets that were trained again reached: mean and deviation over seeds."""
     said = []
     for row in record["trials"]:
@@ -257,7 +255,7 @@ def _again(record: Record) -> str:
     return f"Trained again: {'; '.join(said)} (mean ± deviation)." if said else ""
 
 
-def _no_faster(record: Record, row: Record) -> str:
+def _no_faster(record: FrontRecord, row: FrontRecord) -> str:
     """Fewer MACs are no time saved where small layers cost as much as large ones, which the costs alone do not show."""
     ratio = row.get("latency_ratio")
     if ratio is None or ratio <= SLOWER:
@@ -268,7 +266,7 @@ def _no_faster(record: Record, row: Record) -> str:
     )
 
 
-def _seen(record: Record) -> str:
+def _seen(record: FrontRecord) -> str:
     """A dense net whose validation lies far above its test was trained on those samples."""
     dense, metric = record["dense"], record["metric"]
     val, test, samples = dense["val_accuracy"], dense["test_accuracy"], record.get("samples", {})
@@ -286,7 +284,7 @@ def _seen(record: Record) -> str:
     )
 
 
-def _done(record: Record) -> str:
+def _done(record: FrontRecord) -> str:
     """What the last trials gained, and what as many more would if the gain goes on halving with every doubling."""
     gains, counts = record.get("gains"), record.get("counts", {})
     finished, planned = sum(counts.values()), record.get("planned", 0)
@@ -310,7 +308,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share >= 0.0005 else "less than 0.05 %"
 
 
-def _trials(record: Record) -> str:
+def _trials(record: FrontRecord) -> str:
     """Such as `12 complete, 4 failed; most often: …`."""
     counts, failures = record.get("counts", {}), record.get("failures") or {}
     text = ", ".join(f"{count} {status}" for status, count in counts.items())
@@ -320,7 +318,7 @@ def _trials(record: Record) -> str:
     return f"{text}; {often}: {failures['reason']}"
 
 
-def _nothing(record: Record) -> str:
+def _nothing(record: FrontRecord) -> str:
     counts = record.get("counts", {})
     if not counts:
         return "No net to ship yet: no trial has ended."

@@ -21,9 +21,10 @@ from ranksearch.places.files import partly_written
 from ranksearch.tasks.device import pick_device, use_bf16
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.folder import data_folder, writable_cache
+from ranksearch.tasks.optimisation import Optimisation
 from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Diverged, Optimisation, Training
+from ranksearch.tasks.train import Diverged, Training
 
 State = dict[str, Tensor]
 

@@ -27,7 +27,7 @@ class Accumulator(Protocol):
     def compute(self) -> Any: ...
 
 
-Metric = Callable[[Any, Any], Any] | Accumulator
+MetricFunction = Callable[[Any, Any], Any] | Accumulator
 """A function of the outputs and targets of a whole split, or an accumulator; both are given tensors on the CPU."""
 
 
@@ -76,7 +76,7 @@ class Accuracy:
 class _OnCpu:
     """A user's metric: an accumulator, or a function that sees the whole split at once."""
 
-    def __init__(self, metric: Metric, reads_logits: bool) -> None:
+    def __init__(self, metric: MetricFunction, reads_logits: bool) -> None:
         self._reads_logits = reads_logits
         self._metric = copy.deepcopy(metric) if is_accumulator(metric) else metric
         self._batches: list[tuple[Any, Any]] = []
@@ -107,7 +107,7 @@ def is_accumulator(metric: object) -> bool:
     return all(callable(getattr(metric, name, None)) for name in ("reset", "update", "compute"))
 
 
-def accumulator(metric: Metric, *, reads_logits: bool) -> Accumulator:
+def accumulator(metric: MetricFunction, *, reads_logits: bool) -> Accumulator:
     """A fresh accumulator of a metric.
 
     Args:

@@ -16,7 +16,7 @@ from ranksearch.compress.inputs import cut, moved, tensors
 from ranksearch.errors import UsageError, nearest
 from ranksearch.tasks.loaded import as_source
 from ranksearch.tasks.schedule import OPTIMIZER_NAMES
-from ranksearch.tasks.scores import Accuracy, Loss, Metric, cross_entropy, is_accumulator, nets_loss
+from ranksearch.tasks.scores import Accuracy, Loss, MetricFunction, cross_entropy, is_accumulator, nets_loss
 from ranksearch.tasks.targets import targets_taken, without_targets
 
 DIRECTIONS = ("maximize", "minimize")
@@ -51,7 +51,7 @@ class Task:
     """(outputs, targets) -> scalar, a mean over the batch; left out, the net's own (`loss` of its outputs) where its batches are
     dicts and its forward takes their targets by name, as nets of Hugging Face do; else cross-entropy over dimension 1 (images, pixels,
     tokens), or over the last one of outputs with `logits` [N, tokens, classes]."""
-    metric: Metric | None = None
+    metric: MetricFunction | None = None
     """(outputs, targets) of the whole split -> number; or an object with reset(), update(outputs, targets) and compute(), fed batch by
     batch (torchmetrics' are such). Both are given tensors on the CPU; of outputs with `logits` those, where no loss is given. Left out,
     accuracy in percent."""

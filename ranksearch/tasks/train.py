@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
@@ -17,98 +17,21 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ranksearch.compress.inputs import batch_size, call, class_logits, device_of, mapped, shape_of, tensors
-from ranksearch.errors import RanksearchError, UsageError
+from ranksearch.errors import RanksearchError
 from ranksearch.tasks.both_ways import difference
 from ranksearch.tasks.capture import Recorder, Replayed, recorder_for
 from ranksearch.tasks.device import channels_last_
+from ranksearch.tasks.distillation import Distillation
+from ranksearch.tasks.optimisation import OPTIMIZERS, Optimisation
 from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.resident import ResidentStream
-from ranksearch.tasks.schedule import OPTIMIZER_NAMES, Updates, learning_rate
-from ranksearch.tasks.scores import IGNORED, in_fp32
+from ranksearch.tasks.scores import in_fp32
 from ranksearch.tasks.source import Batch
 from ranksearch.tasks.task import Task
 
 
 class Diverged(RanksearchError):
     """The loss is no longer finite. A trial turns this into a result."""
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """Adds the divergence from a teacher's softened outputs to the loss. Reference: Hinton et al. 2015, arXiv 1503.02531."""
-
-    teacher: nn.Module
-    weight: float
-    temperature: float
-
-    def loss(self, outputs: Any, inputs: Any, targets: Any, hard: Tensor) -> Tensor:
-        """(1 - weight) * hard + weight * T² * KL(teacher || student), a mean over samples and positions.
-
-        Positions whose target is -100 are passed over, as by cross-entropy.
-
-        Args:
-            outputs: with logits [N, classes, ...], as `class_logits` reads them.
-
-        Raises:
-            UsageError: there is one class alone, over which nothing can be softened.
-        """
-        logits = class_logits(outputs)
-        if logits.shape[1] < 2:
-            raise UsageError(
-                f"recipe.distillation softens class probabilities; this net returns {shape_of(logits)}: leave recipe.distillation.weight "
-                f"at 0."
-            )
-        with torch.no_grad():
-            target = F.log_softmax(class_logits(call(self.teacher, inputs)).float() / self.temperature, dim=1)
-        student = F.log_softmax(logits / self.temperature, dim=1)
-        apart = F.kl_div(student, target, reduction="none", log_target=True).sum(1)
-        count: Tensor | int = max(apart.numel(), 1)
-        if isinstance(targets, Tensor) and targets.shape == apart.shape:
-            counted = targets != IGNORED
-            apart, count = torch.where(counted, apart, 0), counted.sum().clamp_min(1)
-        soft = apart.sum() / count * self.temperature**2
-        return (1 - self.weight) * hard + self.weight * soft
-
-
-def _sgd(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=True,
-        fused=True,
-    )
-
-
-def _adamw(model: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
-    betas = (settings.momentum, 0.999)
-    return torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, betas=betas, weight_decay=settings.weight_decay, fused=True
-    )
-
-
-OPTIMIZERS: dict[str, Callable[[nn.Module, Optimisation], torch.optim.Optimizer]] = dict(
-    zip(OPTIMIZER_NAMES, (_sgd, _adamw), strict=True)
-)
-"""SGD with Nesterov momentum; AdamW, whose first beta is the momentum."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimisation(Updates):
-    """How a training updates its weights. `total_steps` is the schedule's length, over all phases of a trial."""
-
-    total_steps: int
-    bf16: bool
-
-    @classmethod
-    def of(cls, updates: Updates, *, total_steps: int, bf16: bool) -> Optimisation:
-        """What a recipe says, in a training of so many steps."""
-        said = {field.name: getattr(updates, field.name) for field in fields(Updates)}
-        return cls(**said, total_steps=total_steps, bf16=bf16)
-
-    def lr_at(self, step: int) -> float:
-        return learning_rate(self.schedule, step, self.total_steps, peak=self.lr, warmup=self.warmup)
 
 
 CURVE_POINTS = 50

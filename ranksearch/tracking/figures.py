@@ -8,6 +8,7 @@ from typing import Any
 
 from ranksearch.compress import RankPlan
 from ranksearch.lowering.contract import sides
+from ranksearch.study.front_shape import FrontRecord
 from ranksearch.study.row import Row
 from ranksearch.tracking.chart import (
     BLACK,
@@ -26,8 +27,6 @@ from ranksearch.tracking.chart import (
 from ranksearch.tracking.learnt_figures import learnt_charts
 from ranksearch.tracking.view import View, cost_percent
 from ranksearch.words import COST_NAMES, describe_budgets
-
-Record = Mapping[str, Any]
 
 SHORT = {"im2col": "i", "channel": "c", "spatial": "s", "tucker2": "t", "cp": "cp", "svd": "v", "dense": ""}
 SHORT |= {f"{name}_pivoted": f"{SHORT[name]}*" for name in ("im2col", "channel", "spatial", "tucker2", "svd")}
@@ -203,7 +202,7 @@ def kept_rank_chart(view: View) -> HeatMap:
 
 
 def kept_rank_map(
-    title: str, x: str, layers: Sequence[Record], columns: Sequence[str], plans: Sequence[Record]
+    title: str, x: str, layers: Sequence[FrontRecord], columns: Sequence[str], plans: Sequence[FrontRecord]
 ) -> HeatMap:
     """A cell per layer and plan: its rank as a share of the lowering's largest useful one; 1 is dense."""
     cells = [[_cell(layer, plan) for plan in plans] for layer in layers]
@@ -227,7 +226,7 @@ def _first(column: str) -> str:
     return column.splitlines()[0]
 
 
-def _cell(layer: Record, plan: Record) -> tuple[float, str, str]:
+def _cell(layer: FrontRecord, plan: FrontRecord) -> tuple[float, str, str]:
     """(share kept, its text, the lowering)"""
     choice = plan["layers"].get(layer["name"], {"lowering": "dense"})
     lowering = choice["lowering"]

@@ -24,7 +24,7 @@ from ranksearch.tracking.chart import (
 from ranksearch.tracking.figures import kept_rank_map
 from ranksearch.words import COST_NAMES, describe_budgets
 
-Record = Mapping[str, Any]
+PreviewRecord = Mapping[str, Any]
 
 STYLES = {
     "solver": (BLUE, "diamond"),
@@ -39,16 +39,16 @@ STYLES = {
 """Allocator -> colour, marker."""
 
 
-def preview_charts(record: Record) -> list[Chart]:
+def preview_charts(record: PreviewRecord) -> list[Chart]:
     """Accuracy (%) against cost (% of dense) by allocator; kept rank by layer and budget."""
     return [accuracy_chart(record), kept_chart(record)]
 
 
-def preview_title(record: Record) -> str:
+def preview_title(record: PreviewRecord) -> str:
     return f"{record['space']}: {record['task']}/{record['model']}, decomposed without training"
 
 
-def accuracy_chart(record: Record) -> Plot:
+def accuracy_chart(record: PreviewRecord) -> Plot:
     """A line per allocator, the dense net, the space's own budget."""
     metric = record["metric"]
     heading = f"{metric['name']} ({metric['unit']})" if metric["unit"] else metric["name"]
@@ -67,10 +67,10 @@ def accuracy_chart(record: Record) -> Plot:
     )  # fmt: skip
 
 
-def kept_chart(record: Record) -> HeatMap:
+def kept_chart(record: PreviewRecord) -> HeatMap:
     """The rank that the solver (or the first allocator) keeps in each layer, by budget."""
     shown = _shown(record)
-    rows: Sequence[Record] = sorted(
+    rows: Sequence[PreviewRecord] = sorted(
         (row for row in record["plans"] if row["allocator"] == shown), key=lambda row: row["level"]
     )
     return kept_rank_map(
@@ -79,15 +79,15 @@ def kept_chart(record: Record) -> HeatMap:
     )  # fmt: skip
 
 
-def _lines(record: Record) -> dict[str, list[Record]]:
+def _lines(record: PreviewRecord) -> dict[str, list[PreviewRecord]]:
     """Allocator -> its plans by rising cost."""
-    found: dict[str, list[Record]] = {}
+    found: dict[str, list[PreviewRecord]] = {}
     for row in sorted(record["plans"], key=lambda row: row[record["cost_ratio"]]):
         found.setdefault(row["allocator"], []).append(row)
     return {name: found[name] for name in STYLES if name in found}
 
 
-def _shown(record: Record) -> str:
+def _shown(record: PreviewRecord) -> str:
     """The allocator of the heat-map: the solver, or the first there is."""
     names = list(_lines(record))
     return "solver" if "solver" in names else names[0]

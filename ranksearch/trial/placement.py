@@ -15,7 +15,7 @@ LOADS = "loads.jsonl"
 
 
 @dataclass(frozen=True)
-class Place:
+class RanOn:
     """A process on a node of the cluster."""
 
     node: str
@@ -29,7 +29,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Placement(Place):
+class Placement(RanOn):
     """Where a trial ran, and whether it had to wait for its data there."""
 
     unpacked: bool = False

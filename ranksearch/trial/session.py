@@ -19,11 +19,13 @@ from ranksearch.compress.surgery import compress
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import channels_last_, pick_device, use_bf16
+from ranksearch.tasks.distillation import Distillation
 from ranksearch.tasks.evaluate import Evaluation, evaluate
+from ranksearch.tasks.optimisation import Optimisation
 from ranksearch.tasks.parallel import Group, synchronised
 from ranksearch.tasks.source import calibration_batches
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Distillation, Diverged, Optimisation, Passes, Training, TrainStats, once
+from ranksearch.tasks.train import Diverged, Passes, Training, TrainStats, once
 from ranksearch.trial.calibration import metric_of
 from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
