@@ -214,7 +214,7 @@ def test_half_a_study_is_removed_and_a_strange_folder_left_alone(make, tmp_path,
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ranksearch.study.study.write_atomically", full)
+        patch.setattr("ranksearch.study.study.write_durably", full)
         with pytest.raises(OSError, match="no space"):
             make(trials=2)
     assert not (tmp_path / "digits_resnet8").exists()
@@ -236,7 +236,7 @@ from ranksearch.study import study
 from ranksearch.space.reading import read_space
 from ranksearch.search.workbench import prepare
 
-study.write_atomically = lambda *args: os._exit(9)
+study.write_durably = lambda *args: os._exit(9)
 space = read_space({str(digits_yaml)!r}, trials=2)
 bench = prepare(space, fallback=Path({str(tmp_path / "dense")!r}), log=print)
 study.Study.create(Path({str(tmp_path)!r}), space, bench, 99.0)
