@@ -164,7 +164,7 @@ def test_out_of_memory_is_a_reason_that_says_what_to_do(monkeypatch, bench, make
     monkeypatch.setattr("ranksearch.trial.attempt.run_trial", too_large)
     result = attempt(bench.task, bench.dense, bench.net, candidate, report=lambda e: None, checkpoint_seconds=60)
     assert result.status == "failed"
-    assert result.reason.startswith("out of GPU memory: a smaller recipe.batch_size")
+    assert result.reason.startswith("out of GPU memory: a smaller batch (recipe.batch_size, or the task's own loader)")
     assert result.reason.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
     assert "Traceback" not in result.reason
     assert out_of_memory(torch.OutOfMemoryError()).endswith("(CUDA out of memory)")
