@@ -60,6 +60,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
     return ByFile(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file of measuring scripts, the longest that one process runs, begins first: begun late, it would be waited for alone."""
+    items.sort(key=lambda item: item.path.name != "test_scripts.py")
+
+
 def pytest_make_parametrize_id(val: Any) -> str | None:
     """Bytes give a test no name: two processes that compress the same text at other seconds would collect other tests."""
     return "bytes" if isinstance(val, bytes) else None
