@@ -10,6 +10,21 @@ from torch.nn import functional as F
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 
+def _masks(mask: Tensor | None, name: str, padding: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(mask, padding mask) as sums to the attention's scores, in the dtype of `like`."""
+    padding = F._canonical_mask(
+        mask=padding,
+        mask_name="src_key_padding_mask",
+        other_type=F._none_or_dtype(mask),
+        other_name=name,
+        target_type=like.dtype,
+    )
+    mask = F._canonical_mask(
+        mask=mask, mask_name=name, other_type=None, other_name="", target_type=like.dtype, check_other=False
+    )
+    return mask, padding
+
+
 class UnfusedEncoderLayer(nn.TransformerEncoderLayer):
     """Takes and returns what `nn.TransformerEncoderLayer` does, and still is one."""
 
@@ -21,18 +36,7 @@ class UnfusedEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """As the layer's."""
-        padding = F._canonical_mask(
-            mask=src_key_padding_mask, mask_name="src_key_padding_mask", other_type=F._none_or_dtype(src_mask),
-            other_name="src_mask", target_type=src.dtype,
-        )  # fmt: skip
-        mask = F._canonical_mask(
-            mask=src_mask,
-            mask_name="src_mask",
-            other_type=None,
-            other_name="",
-            target_type=src.dtype,
-            check_other=False,
-        )
+        mask, padding = _masks(src_mask, "src_mask", src_key_padding_mask, src)
         x = src
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), mask, padding, is_causal=is_causal)
@@ -52,13 +56,7 @@ class UnfusedEncoder(nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """As the encoder's."""
-        padding = F._canonical_mask(
-            mask=src_key_padding_mask, mask_name="src_key_padding_mask", other_type=F._none_or_dtype(mask),
-            other_name="mask", target_type=src.dtype,
-        )  # fmt: skip
-        mask = F._canonical_mask(
-            mask=mask, mask_name="mask", other_type=None, other_name="", target_type=src.dtype, check_other=False
-        )
+        mask, padding = _masks(mask, "mask", src_key_padding_mask, src)
         batch_first = self.layers[0].self_attn.batch_first
         causal = _detect_is_causal_mask(mask, is_causal, _get_seq_len(src, batch_first))
         output = src

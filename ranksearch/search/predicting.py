@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -48,6 +48,7 @@ CLOSE, MOST, TRIALS_EACH = 0.03, 3, 8
 """Where the usual prediction leads, what is better by half of what may be chance competes with it in the search; where another leads, what
 is within the share `CLOSE` of it. So many in all at most, and at most one rival for every so many trials."""
 
+Name = TypeVar("Name")
 Weigh = Callable[[Sequence[str]], Mapping[str, Damage]]
 
 
@@ -93,6 +94,14 @@ def chance(share: float, samples: int) -> float:
     mean of values in [0, 1] exceeds; at least `MARGIN`."""
     p = min(1.0, max(0.0, share))
     return max(MARGIN, ERRORS * sqrt(p * (1 - p) / samples))
+
+
+def leading(shares: Mapping[Name, float], usual: Name, samples: int) -> Name:
+    """The best; the usual one where the best is not better by more than chance."""
+    best = max(shares, key=lambda name: shares[name])
+    if usual in shares and shares[best] <= shares[usual] + chance(shares[usual], samples):
+        return usual
+    return best
 
 
 Planner = Callable[[list[Any]], RankPlan]
@@ -161,12 +170,12 @@ class _Trial:
 
     def best_of(self, names: Iterable[str], usual: str) -> str:
         """The best; the usual one where the best is not better by more than chance."""
-        best = max(names, key=self.share)
-        return usual if usual in self.found and self.share(best) <= self.share(usual) + self.chance(usual) else best
+        return leading({name: self.share(name) for name in names}, usual, self.samples)
 
-    def chance(self, name: str) -> float:
-        """What a lead over a candidate may be by chance."""
-        return chance(self.share(name), self.images * len(self.levels))
+    @property
+    def samples(self) -> int:
+        """Scores of single images that a share is the mean of."""
+        return self.images * len(self.levels)
 
 
 def settle(
@@ -214,7 +223,11 @@ def settle(
         sensitivity: trial.share(best)
     }
     leader = trial.best_of(own, sensitivity)
-    least = own[leader] + trial.chance(leader) / 2 if leader == USUAL_SENSITIVITY else own[leader] - CLOSE
+    least = (
+        own[leader] + chance(trial.share(leader), trial.samples) / 2
+        if leader == USUAL_SENSITIVITY
+        else own[leader] - CLOSE
+    )
     rivals = sorted((n for n in own if own[n] > least and n != leader), key=lambda n: -own[n])
     ranked = [leader, *rivals[: min(MOST - 1, space.search.trials // TRIALS_EACH)]]
     tried = {name: values for name, values in trial.found.items() if len(values) == len(trial.levels)}

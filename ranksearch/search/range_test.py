@@ -17,7 +17,7 @@ from typing import Any
 
 from ranksearch.search.allocated import Allocated
 from ranksearch.search.budgets import lowest_level
-from ranksearch.search.predicting import chance
+from ranksearch.search.predicting import leading
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
 from ranksearch.tasks.task import Task
@@ -80,12 +80,8 @@ def with_recipe(space: Space, bench: Workbench, dense: float, log: Log) -> Workb
 def _best(
     found: Mapping[tuple[str, float], float], usual: tuple[str, float], metric: Metric, samples: int
 ) -> tuple[str, float]:
-    """The best; the usual one where that is not worse by more than chance."""
-    best = max(found, key=lambda name: metric.share(found[name]))
-    if usual not in found:
-        return best
-    own = metric.share(found[usual])
-    return best if metric.share(found[best]) > own + chance(own, samples) else usual
+    """The best; the usual one where the best is not better by more than chance."""
+    return leading({name: metric.share(value) for name, value in found.items()}, usual, samples)
 
 
 def _silent(entry: Any) -> None: ...
