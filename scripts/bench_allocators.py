@@ -304,7 +304,7 @@ def main() -> None:
     options.percents = [int(percent) for percent in options.percents.split(",")]
     budgets, pairs = 20, 100
     if options.quick:
-        options.images, options.random_plans = min(options.images, 500), 0
+        options.images, options.random_plans = min(options.images, 250), 0
         options.test_images = min(options.test_images, 500)
         options.greedy_images, options.test = 0, False
         options.milp_seconds, options.nets, options.percents, budgets, pairs = 5.0, ["resnet20"], [50], 2, 5

@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     options = parser.parse_args()
     if options.quick:
-        options.steps, options.rounds, options.period = 6, 2, 3
+        options.steps, options.rounds, options.period, options.batch_size = 6, 2, 3, 32
     report = Report("bench_training", options)
     task = random_task(options.model)
     projection = {"period": options.period}

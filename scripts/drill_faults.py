@@ -4,7 +4,7 @@ Digits on a real Ray of this machine. After every kill the study's journal is re
 digit. At the end every planned trial must have finished once, and MLflow must hold a run for each.
 
     python scripts/drill_faults.py --json         twenty kills, about ten minutes on two cores
-    python scripts/drill_faults.py --quick        three kills, a minute and a half
+    python scripts/drill_faults.py --quick        three kills, a minute or two
     python scripts/drill_faults.py --kills 60 --seed 1
 
 A driver is killed anywhere from its start on (imports, Ray's start, trials, the test set at the end), a worker while it trains. Linux
@@ -39,7 +39,7 @@ def main() -> None:
     parser = arguments(__doc__, kills=20, trials=40, steps=600)
     options = parser.parse_args()
     if options.quick:
-        options.kills, options.trials, options.steps = 3, 12, 400
+        options.kills, options.trials, options.steps = 3, 6, 300
     report = Report("drill_faults", options)
     with tempfile.TemporaryDirectory() as folder:
         drill = Drill(Path(folder), options, report)
@@ -86,7 +86,7 @@ class Drill:
             if ended and driver.returncode == 0:
                 if sum(self.kills.values()) >= self.options.kills:
                     break
-                self.options.trials += 8  # it was done before the shots were: it goes on
+                self.options.trials += 4  # it was done before the shots were: it goes on
             if ended:  # it was done, or the head's end took it along
                 if driver.returncode > 0:
                     self.report.say(f"the driver ended with {driver.returncode}:\n{self.tail()}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ranksearch.cli import main
 from tests.conftest import free_ports
 
 COMMAND = [sys.executable, "-m", "ranksearch"]
@@ -248,12 +249,19 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path, digits_yaml):
         (["serch"], "No such command"),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_2(tmp_path, digits_yaml, arguments, says):
-    arguments = [str(digits_yaml) if a == "SPACE" else a for a in arguments]
-    done = call(*arguments, cwd=tmp_path, code=2)
-    assert says in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+def test_bad_input_is_one_message_and_exit_code_2(tmp_path, digits_yaml, arguments, says, monkeypatch, capsys):
+    """In this process: a dozen imports of torch would be waited for otherwise. The drill on strangers' input starts real ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ranksearch", *(str(digits_yaml) if a == "SPACE" else a for a in arguments)])
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))  # the command line puts its own in their places
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert says in " ".join(printed.err.split())
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
     assert not (tmp_path / "runs" / "digits_resnet8").exists()
 
 

@@ -1,6 +1,8 @@
 """The mirror in MLflow: what stands there, that writing it again changes nothing, and that a study never depends on it."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -280,6 +282,17 @@ def test_a_resumed_study_goes_on_in_the_same_runs(tmp_path, digits_yaml, short_s
     assert parent.data.tags["planned_trials"] == "4"
     front = {row["trial"] for row in Study.open(study.folder).front}
     assert {number for number, run in trials.items() if run.data.tags["on_front"] == "true"} == front
+
+
+def test_studies_that_begin_at_once_make_one_store_between_them(tmp_path):
+    uri, opening = f"sqlite:///{tmp_path / 'mlflow.db'}", "import sys; from ranksearch.tracking.mirror import _client"
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{opening}; _client(sys.argv[1])", uri], stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    assert [(process.communicate()[1], process.returncode) for process in begun] == [("", 0)] * 3
 
 
 # A store that is away ----------------------------------------------------------------------------------------------

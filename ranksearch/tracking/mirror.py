@@ -10,10 +10,14 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import alembic.util
+import filelock
 import sqlalchemy.exc
+from sqlalchemy.engine import make_url
 
 from ranksearch.places.files import write_atomically
 from ranksearch.places.urls import DRIVER_HINT
@@ -60,8 +64,8 @@ quiet_mlflow()
 from mlflow import MlflowClient, MlflowException  # noqa: E402  (its settings are read at import)
 from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
 
-MIRROR_ERRORS = (MlflowException, OSError, sqlalchemy.exc.SQLAlchemyError)
-"""What a store that is away, full or refusing raises."""
+MIRROR_ERRORS = (MlflowException, OSError, sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError)
+"""What a store that is away, full, refusing, or just being made by somebody else raises."""
 NOTE = "mlflow.note.content"
 """The tag that the UI shows as a description."""
 PROGRESS_SECONDS = 5.0
@@ -70,16 +74,23 @@ ENTITIES, PARAMS = 1000, 100
 """How much a store takes at once."""
 
 
+def _client(uri: str) -> MlflowClient:
+    """Opens a store and makes its tables where it has none; a file's by one process at a time, for two would spoil each other's."""
+    file = make_url(uri).database if uri.startswith("sqlite:") else None
+    try:
+        with filelock.FileLock(f"{file}.lock") if file else nullcontext():
+            return MlflowClient(tracking_uri=uri)
+    except ModuleNotFoundError as error:
+        raise MlflowException(f"{error}: {DRIVER_HINT}") from error
+
+
 class Mirror:
     """Writes a study's trials to MLflow. Make it before the first trial: a database's schema is created then."""
 
     def __init__(self, view: View, runs: Path) -> None:
         self._folder, self._space, self._info, self._metric = view.folder, view.space, view.info, view.metric
         self.uri = store_uri(runs, view.space.tracking.uri)
-        try:
-            self.client = MlflowClient(tracking_uri=self.uri)
-        except ModuleNotFoundError as error:
-            raise MlflowException(f"{error}: {DRIVER_HINT}") from error
+        self.client = _client(self.uri)
         at_home(runs, self.uri)
         artifacts = artifact_root(runs, self.uri, view.space.tracking.artifacts)
         parent = self._find() or self._make(view, artifacts)
