@@ -47,7 +47,7 @@ def main() -> None:
     parser = arguments(__doc__, rounds=2, trials=24, steps=1200)
     options = parser.parse_args()
     if options.quick:
-        options.trials, options.steps = 4, 1500
+        options.trials, options.steps = 4, 1000
     report = Report("drill_cluster", options)
     with tempfile.TemporaryDirectory(prefix="rs", ignore_cleanup_errors=True) as folder:
         drill = Drill(Path(folder), options, report)

@@ -67,6 +67,7 @@ class Drill:
                 f"recipe.steps={self.options.steps}",
                 "resources.checkpoint_seconds=0.5",
                 "resources.worker_losses=100",
+                *(["tracking.models=false"] if self.options.quick else []),
             ]
             verb = ["search", str(SPACE), "--name", NAME, "--trials", str(self.options.trials)]
             verb += [word for setting in fast for word in ("--set", setting)]

@@ -175,7 +175,10 @@ def test_ui_serves_the_study_on_loopback(studied):
 
 def start_search(folder, space, name, *options):
     """A search of six trials in a process group of its own, up to its second result."""
-    command = [*COMMAND, "search", str(space), "--trials", "6", "--name", name, "--set", "recipe.steps=100", *options]
+    command = [
+        *COMMAND, "search", str(space), "--trials", "6", "--name", name,
+        "--set", "recipe.steps=100", "--set", "tracking.models=false", *options,
+    ]  # fmt: skip
     search = subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -279,7 +282,7 @@ def test_no_cluster_to_join_leaves_no_study_behind(tmp_path, digits_yaml):
 
 def test_a_home_that_cannot_be_written(tmp_path, digits_yaml):
     environment = {"HOME": "/proc/nowhere", "RANKSEARCH_DATA": ""}
-    call("search", digits_yaml, "--trials", 1, *QUICK, cwd=tmp_path, **environment)
+    call("search", digits_yaml, "--trials", 1, *QUICK, "--set", "tracking.models=false", cwd=tmp_path, **environment)
     assert list((tmp_path / "runs" / ".dense").glob("digits-resnet8-*.safetensors"))
 
 
