@@ -11,7 +11,7 @@ from torch import nn
 
 from ranksearch.allocate.budget import Budgets, assignments
 from ranksearch.compress import RankPlan, load_net
-from ranksearch.compress.export import PLAN, load_stored_net
+from ranksearch.compress.export import load_stored_net
 from ranksearch.compress.exported import check_fold
 from ranksearch.compress.formats import format_named
 from ranksearch.compress.plan_to import plan_to
@@ -19,6 +19,7 @@ from ranksearch.compress.standalone import export_alone, save_like
 from ranksearch.compress.whole import check_rebuilt
 from ranksearch.errors import UsageError
 from ranksearch.lowering.tiled import settle_
+from ranksearch.places.net_files import PLAN
 from ranksearch.run_study import Observer, Silent
 from ranksearch.space.quality import Limits
 from ranksearch.space.starter import imported_net

@@ -12,8 +12,8 @@ from typing import Protocol
 from torch import nn
 
 from ranksearch.compress import load_net
-from ranksearch.compress.export import PLAN, WEIGHTS
 from ranksearch.errors import UsageError
+from ranksearch.places.net_files import missing_files
 from ranksearch.places.place import check_place
 from ranksearch.places.urls import check_apart, database_url
 from ranksearch.search.workbench import Workbench
@@ -128,9 +128,7 @@ def tell_of_lost_nets(study: Study, observer: Observer) -> None:
     """Says which nets of the front are not to be had any more: their numbers stand, and a net that is brought back counts again."""
     for row in study.front:
         folder = study.trial_folder(row.trial)
-        if gone := [
-            name for name in (PLAN, WEIGHTS) if not (folder / name).is_file() or not (folder / name).stat().st_size
-        ]:
+        if gone := missing_files(folder):
             observer.log(
                 f"the net of trial {row.trial} is lost: {' and '.join(gone)} of {folder} {'is' if len(gone) == 1 else 'are'} missing or "
                 f"empty. It stays on the front by its numbers, and cannot be exported; `resume --trials` with more trials finds others."

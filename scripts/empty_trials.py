@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ranksearch.compress.export import PLAN, WEIGHTS
+from ranksearch.places.net_files import PLAN, WEIGHTS
 
 MARKS = (100, 200, 500, 1000, 2000, 4000, 10_000)
 WINDOW = 50
@@ -33,7 +33,7 @@ def _empty(config: dict[str, Any], shared: Any, terms: Any, result: str) -> None
     folder = Path(str(candidate.save_to))
     folder.mkdir(parents=True, exist_ok=True)
     for name in (PLAN, WEIGHTS):
-        (folder / name).touch()
+        (folder / name).write_text("{}")
     found = json.loads(result) | {"seed": candidate.seed}
     found["val_accuracy"] = random.Random(candidate.seed).uniform(80, 99)
     ray_tune.report(message(Placement(**vars(here())), result=found))

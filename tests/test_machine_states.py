@@ -2,6 +2,7 @@
 and it is said."""
 
 import errno
+import html
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from ranksearch.compress.export import save_net
 from ranksearch.places.files import partly_written, write_durably
 from ranksearch.run_study import Silent, run_study
 from ranksearch.study.study import Study
+from ranksearch.study.where import finished_front
 from ranksearch.tasks.loaded import as_source, batch_text
 from ranksearch.trial.checkpoint import CheckpointFile, is_full
 from ranksearch.trial.nested import save_weights
@@ -189,6 +191,18 @@ def test_a_study_whose_nets_are_lost_is_completed_and_says_which(folder, bench, 
         assert row["test_accuracy"] is None
         assert any(text.startswith(f"the net of trial {row['trial']} is lost") for text in heard.said)
     assert json.loads((folder / "test.json").read_text()).keys() == {"dense"}  # a net that comes back is scored
+    assert record["lost"] == sorted(row["trial"] for row in record["trials"])
+    assert record["verdict"]["warning"].startswith("the net")
+    assert record["verdict"]["warning"] in html.unescape((folder / "report.html").read_text())
+
+    back = record["trials"][-1]["trial"]
+    save_net(SmallNet(), RankPlan(model="resnet8"), study.trial_folder(back))
+    assert (
+        finished_front(folder)["lost"]
+        == Study.open(folder).front_record()["lost"]
+        == sorted({*record["lost"]} - {back})
+    )
+    assert finished_front(folder)["verdict"]["trial"] == back  # the one that is there to ship
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ from ranksearch.compress.surgery import restructure_
 from ranksearch.errors import UsageError
 from ranksearch.lowering.tiled import settle_
 from ranksearch.places.files import make_folder, partly_written, write_durably
-
-WEIGHTS, PLAN = "model.safetensors", "plan.json"
+from ranksearch.places.net_files import PLAN, WEIGHTS
 
 Build = Callable[[str], nn.Module]
 """Makes the untrained dense model that a plan's `model` names."""
@@ -34,11 +33,6 @@ def save_net(model: nn.Module, plan: RankPlan, directory: Path) -> None:
     with partly_written(directory / WEIGHTS) as partial:
         safetensors.torch.save_model(model, str(partial))
     write_durably(directory / PLAN, plan.to_json())
-
-
-def holds_net(directory: Path) -> bool:
-    """Whether both files of a compressed net are there."""
-    return all((directory / name).is_file() for name in (PLAN, WEIGHTS))
 
 
 def load_net(directory: Path, build: Build) -> nn.Module:

@@ -12,12 +12,13 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from ranksearch.compress.export import PLAN, WEIGHTS, holds_net, save_net
+from ranksearch.compress.export import save_net
 from ranksearch.compress.exported import CHECKED_BATCHES, export_net
 from ranksearch.compress.formats import Format
 from ranksearch.compress.plan import RankPlan
 from ranksearch.errors import UsageError
 from ranksearch.places.files import new_folder_atomically
+from ranksearch.places.net_files import PLAN, WEIGHTS, holds_net
 
 
 def save_like(model: nn.Module, folder: Path, like: RankPlan | Path) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ranksearch.allocate.budget import Budgets
 from ranksearch.compress import RankPlan
 from ranksearch.compress.copying import copied
-from ranksearch.compress.export import PLAN, Build, holds_net, load_stored_net
+from ranksearch.compress.export import Build, load_stored_net
 from ranksearch.compress.exported import CHECKED_BATCHES, Exported, export_net
 from ranksearch.compress.formats import Format
 from ranksearch.compress.plain import named_inputs
@@ -25,6 +25,7 @@ from ranksearch.compress.whole import check_rebuilt
 from ranksearch.errors import UsageError
 from ranksearch.lowering.tiled import settle_
 from ranksearch.places.files import new_folder_atomically, write_atomically
+from ranksearch.places.net_files import PLAN, holds_net
 from ranksearch.space.quality import Limits
 from ranksearch.study.cut import Cut
 from ranksearch.study.folder import EXPORTS

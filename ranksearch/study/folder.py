@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import filelock
 
@@ -48,14 +48,8 @@ from ranksearch.study.where import (  # noqa: F401  (a study's folder has one ta
     TRIALS,
     UNFINISHED,
     find_study,
+    trial_folder,
 )  # fmt: skip
-
-AnyPlace = TypeVar("AnyPlace", Path, Remote, Place)
-
-
-def trial_folder(folder: AnyPlace, number: int) -> AnyPlace:
-    """Where a trial's net is: `plan.json` and `model.safetensors`."""
-    return folder / TRIALS / f"{number:03d}"
 
 
 def place_of_results(space: Space, folder: Path, info: dict[str, Any]) -> Place:

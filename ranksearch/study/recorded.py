@@ -31,6 +31,7 @@ from ranksearch.study.proposals import nested_trial
 from ranksearch.study.row import Row, row_of
 from ranksearch.study.storage import open_study
 from ranksearch.study.verdict import commonest
+from ranksearch.study.where import lost_nets
 from ranksearch.trial.metric import Metric
 
 
@@ -273,7 +274,8 @@ class RecordedStudy:
 
     def facts(self) -> dict[str, Any]:
         """How far the study is: `state` (running, complete, or failed where it is over without a net), trials by status, the commonest
-        reason of failures, sizes of the splits, what the last trials gained, what a preview knows beyond the budget.
+        reason of failures, sizes of the splits, what the last trials gained, what a preview knows beyond the budget, and, once it is over,
+        the trials of the front whose nets are lost.
         """
         state = "running" if not self.done else "complete" if self.counts.get("complete") else "failed"
         return {
@@ -282,6 +284,7 @@ class RecordedStudy:
             "best": None if self.leader is None else {"trial": self.leader.trial, "val_accuracy": self.leader.val_accuracy},
             "measured_with": self.info.get("measured_with"),
             "preview": beyond_budget(self.folder, self.space, self.metric.direction),
+            "lost": lost_nets(self.folder, (row.trial for row in self._ledger.front)) if self.done else [],
         }  # fmt: skip
 
     def write_front(self) -> None:

@@ -293,6 +293,7 @@ class FrontRecord(Record):
     preview: list[PreviewedRecord] = []
     dense: DenseRecord
     trials: list[FrontRowRecord]
+    lost: list[Count] = []
 
 
 STUDY, LINE = TypeAdapter(StudyRecord), TypeAdapter(Line)

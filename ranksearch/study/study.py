@@ -16,9 +16,9 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from ranksearch.compress import Cost
-from ranksearch.compress.export import PLAN, WEIGHTS, holds_net
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.places.files import settle, write_durably
+from ranksearch.places.net_files import PLAN, WEIGHTS, holds_net
 from ranksearch.places.place import Remote, fetch
 from ranksearch.search.optuna_private import id_of, storage_of
 from ranksearch.search.parametrize import Opening

@@ -93,7 +93,7 @@ def verdict_of(record: FrontRecord, *, where: str | None = None) -> Verdict:
     said: dict[str, Any] = {"trials": _trials(record), "done": _done(record)}
     if not trials:
         return Verdict(state, None, _nothing(record), "", "", "", "", "", warning="", split=None, **said)
-    dense, row = record["dense"], next((row for row in trials if not over_budget(record, row)), trials[0])
+    dense, row = record["dense"], _best(record)
     split = "test" if row["test_accuracy"] is not None and dense["test_accuracy"] is not None else "validation"
     key = KEYS[split]
     return Verdict(
@@ -105,7 +105,7 @@ def verdict_of(record: FrontRecord, *, where: str | None = None) -> Verdict:
         cheaper=_cheaper(record, row, split),
         front=shape_in_words(record),
         trust=" ".join(filter(None, (_trust(record), _again(record)))),
-        warning=" ".join(filter(None, [_slow(record), _no_faster(record, row), _seen(record)])),
+        warning=" ".join(filter(None, [_lost(record), _slow(record), _no_faster(record, row), _seen(record)])),
         split=split,
         value=row[key],
         dense=dense[key],
@@ -225,6 +225,24 @@ def _trust(record: FrontRecord) -> str:
         return ms.strip()
     n = "" if metric["name"] == "accuracy" else "; the ± of this metric is not known, judge by the number of samples"
     return f"{', '.join(parts)}; ± is one standard error{n}.".replace("; ± is one standard error;", ";") + ms
+
+
+def _best(record: FrontRecord) -> FrontRecord:
+    """The best net within the budgets that is still to be had; where every one is lost, the best that there was."""
+    trials, lost = record["trials"], set(record.get("lost", []))
+    there = [row for row in trials if row["trial"] not in lost] or trials
+    return next((row for row in there if not over_budget(record, row)), there[0])
+
+
+def _lost(record: FrontRecord) -> str:
+    """Which nets of the front have numbers and no files any more."""
+    if not (lost := [str(number) for number in record.get("lost", [])]):
+        return ""
+    if len(lost) == 1:
+        return (
+            f"the net of trial {lost[0]} is lost (a file is missing or empty): it is on the front by its numbers alone."
+        )
+    return f"the nets of trials {', '.join(lost)} are lost (files are missing or empty): they are on the front by their numbers alone."
 
 
 def _slow(record: FrontRecord) -> str:

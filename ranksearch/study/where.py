@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ranksearch.errors import UsageError, nearest, shortened
+from ranksearch.places.net_files import holds_net
+from ranksearch.places.place import Place, Remote
 from ranksearch.places.trust import STUDY_FILE
-from ranksearch.study.verdict import SCHEMA
+from ranksearch.study.verdict import SCHEMA, verdict_of
 
 SPACE, GIVEN, INFO, JOURNAL = "space.yaml", "space.given.yaml", STUDY_FILE, "optuna.journal"
 FRONT, TEST = "front.json", "test.json"
@@ -20,6 +23,8 @@ CURVES, PREVIEW, EXPORTS = "curves.safetensors", "preview", "exports"
 LATENCY, MEASURED = "latency.json", "latencies.json"
 LOCK, UNFINISHED = ".lock", ".unfinished"
 """Stands in a folder while a study is being made there."""
+
+AnyPlace = TypeVar("AnyPlace", Path, Remote, Place)
 
 
 def find_study(name: str, runs: Path) -> Path:
@@ -36,15 +41,33 @@ def find_study(name: str, runs: Path) -> Path:
     raise UsageError(f"There is no study {shortened(name)}, neither as a folder nor in {runs}. {nearest(name, known)}")
 
 
+def lost_nets(folder: Path, trials: Iterable[int]) -> list[int]:
+    """Those of a study's complete trials whose net is not to be had any more."""
+    return [number for number in sorted(trials) if not holds_net(trial_folder(folder, number))]
+
+
+def trial_folder(folder: AnyPlace, number: int) -> AnyPlace:
+    """Where a trial's net is: `plan.json` and `model.safetensors`."""
+    return folder / TRIALS / f"{number:03d}"
+
+
 def finished_front(folder: Path) -> dict[str, Any] | None:
-    """The front's record of a study that is over, as `front.json` keeps it; None where the study has to be opened for it."""
+    """The front's record of a study that is over, as `front.json` keeps it, with the nets that were lost since; None where the study has
+    to be opened for it.
+    """
     record = kept_front(folder)
     if record is None or record["state"] == "running":
         return None
     try:
-        return record if json.loads((folder / INFO).read_text(encoding="utf-8"))["done"] is True else None
+        if json.loads((folder / INFO).read_text(encoding="utf-8"))["done"] is not True:
+            return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
+    lost = lost_nets(folder, [row["trial"] for row in record["trials"]])
+    if lost != record.get("lost", []):
+        record["lost"] = lost
+        record["verdict"] = verdict_of(record).to_dict()
+    return record
 
 
 def kept_front(folder: Path) -> dict[str, Any] | None:
