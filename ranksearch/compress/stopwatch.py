@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,6 +16,7 @@ from ranksearch.compress.inputs import moved, repeated
 from ranksearch.compress.latency import hardware_name, latencies_ms, threads_set
 from ranksearch.compress.plan import DENSE, LayerPlan
 from ranksearch.compress.runtimes import Function, runtime_named
+from ranksearch.errors import UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.spec import Ints
 
@@ -27,6 +29,8 @@ LAYER_SECONDS, NET_SECONDS = 0.12, 1.0
 CPU_STEP = 16
 """On a CPU latency climbs in steps of this many channels, a vector register or a block of the layout."""
 STEPS = (64, 32, 16, 8)
+NO_MEMORY = "allocate memory"
+"""What torch's allocator of the CPU says, in an error without a class of its own."""
 SAME = 1.05
 """Two times of one step of the staircase differ by less than this factor."""
 
@@ -71,8 +75,8 @@ class Stopwatch:
         self, nets: Sequence[nn.Module], example: Any, shapes: Sequence[TimedShape], *, seconds: float = NET_SECONDS
     ) -> tuple[list[float], list[float]]:
         """Median time of each net, as `nets_ms`, and of one dense layer of each shape, by itself, all in turn."""
-        batch = moved(repeated(example, self.setting.batch), self.device)
-        with threads_set(self.setting.threads):
+        with self._in_memory(), threads_set(self.setting.threads):
+            batch = moved(repeated(example, self.setting.batch), self.device)
             copies = [copied(net).to(self.device).eval() for net in nets]
             functions = [self._runtime.net(net, batch) for net in copies] + [
                 self._alone(shape, DENSE) for shape in shapes
@@ -88,10 +92,23 @@ class Stopwatch:
         """Median time of layers of any shapes and lowerings, each by itself on an input of its own, all in turn."""
         if not pieces:
             return []
-        with threads_set(self.setting.threads):
+        with self._in_memory(), threads_set(self.setting.threads):
             functions = [self._alone(shape, choice) for shape, choice in pieces]
             example = torch.zeros(1, device=self.device)
             return latencies_ms(functions, example, ROUNDS, seconds=seconds * len(pieces), least=3)
+
+    @contextmanager
+    def _in_memory(self) -> Iterator[None]:
+        """What is timed within did not fit in the memory: UsageError, with the setting that decides it."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError, on a GPU, is a RuntimeError
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and NO_MEMORY not in str(error):
+                raise
+            raise UsageError(
+                f"latency.batch: the net cannot be timed on {self.setting.batch:,} inputs at once: {self.device} has not the memory for it. "
+                f"Set a smaller batch."
+            ) from error
 
     def _alone(self, shape: TimedShape, choice: LayerPlan) -> Function:
         """A layer on an input of its own, whatever it is called with."""
@@ -115,8 +132,8 @@ class Stopwatch:
         found, dense = [], []
         for start in range(1, max(len(choices), 2), AT_ONCE):
             group = [DENSE, *choices[start : start + AT_ONCE]]
-            example = self._input_of(spec, in_size)
-            with threads_set(self.setting.threads):
+            with self._in_memory(), threads_set(self.setting.threads):
+                example = self._input_of(spec, in_size)
                 modules = [lowering_named(c.lowering).build(spec, c.rank, device=self.device).eval() for c in group]
                 functions = self._runtime.layers(modules, example)
                 times = latencies_ms(functions, example, ROUNDS, seconds=LAYER_SECONDS * len(group), least=3)

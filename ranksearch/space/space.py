@@ -109,9 +109,9 @@ class LatencySpace(Strict):
 
     runtime: Literal["eager", "compile", "onnx"] = "eager"
     """PyTorch as it is, torch.compile (whose table takes seconds per layer, lowering and rank), or ONNX Runtime on the CPU."""
-    batch: int = Field(default=1, ge=1)
+    batch: int = Field(default=1, ge=1, le=2**31 - 1)
     """Inputs of one call."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=2**15 - 1)
     """Threads of the CPU."""
 
     def as_setting(self) -> LatencySetting:
