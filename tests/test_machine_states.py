@@ -6,6 +6,9 @@ import html
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +78,7 @@ def test_workers_that_leave_before_they_begin_are_not_tried_three_times_and_thei
         ":job_id:01000000\n:actor_name:ImplicitFunc\nthe licence server said no\n[2026-11-28 12:00:00,1 E 7 7] core_worker.cc: bye\n"
     )
     monkeypatch.setattr("ranksearch.cluster.losses.logs_folder", lambda: str(tmp_path))
-    monkeypatch.setattr("ranksearch.cluster.losses.actor_record", lambda actor: {"Pid": 7})
+    monkeypatch.setattr("ranksearch.cluster.losses.actor_record", lambda actor: SimpleNamespace(pid=7))
     monkeypatch.setattr("ranksearch.cluster.losses.find_node", lambda node_id: None)
     monkeypatch.setattr("ranksearch.cluster.losses.state_of", lambda node: "alive")
     losses = Losses(print)
@@ -233,3 +236,26 @@ def test_messages_name_the_batches_that_a_loader_makes(split, text):
 def test_a_full_disk_is_no_failure_of_the_trial(error):
     assert is_full(error)
     assert not is_full(RuntimeError("shape"))
+
+
+@pytest.mark.parametrize(("whole_group", "code"), [(True, 143), (False, 7)])
+def test_a_signal_to_the_group_of_our_ray_ends_with_a_sentence_and_one_to_us_alone_as_we_answer_it(whole_group, code):
+    program = (
+        "import signal, sys, time\n"
+        "from types import SimpleNamespace\n"
+        "from ranksearch.cluster import ending\n"
+        "ending.own_node = lambda: SimpleNamespace(head=True)\n"
+        "def answer(number, frame):\n"
+        "    time.sleep(1)\n"
+        "    sys.exit(7)\n"
+        "signal.signal(signal.SIGTERM, answer)\n"
+        "with ending.ended_with_group(lambda: 'stopped', 143):\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    driver = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, **pipes)
+    assert driver.stdout.readline() == "ready\n"
+    (os.killpg if whole_group else os.kill)(driver.pid, signal.SIGTERM)
+    _, said = driver.communicate(timeout=60)
+    assert (driver.returncode, said) == (code, "ranksearch: stopped\n" if whole_group else "")

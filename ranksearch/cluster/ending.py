@@ -1,34 +1,59 @@
-"""A signal that ends a study and has reached Ray's own processes, too: `timeout`, a batch system or a shell signals a whole group.
+"""A signal that ends a study and reaches Ray's own processes, too: a batch system or a shell signals a whole group.
 
-Ray ends a driver whose Ray has died from within, where no exception and no exit code of ours gets through, some time after.
+Ray ends a driver whose Ray has died from within, at once and with an exit code of its own: no exception, handler or sentence of ours gets
+through any more. So a thread hears of the signal before Python's handler does, and a child that nothing else ends says whether it was
+for the group.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import threading
-import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
-from ranksearch.cluster.connection import head_is_gone
+from ranksearch.cluster.ray_private import own_node
 
-LOOK_SECONDS = 0.1
-GRACE_SECONDS = 2.0
-"""How long a driver whose Ray is gone may take to end by itself before it is ended with the sentence that it could not say."""
+GROUP_SECONDS = 0.2
+"""How long the child may take to end by a signal to the group; of one to this process alone it hears nothing."""
+WAITS = "import sys; sys.stdin.read()"
 
 
-def end_with_ray(says: str, code: int) -> None:
-    """From now on ends this process soon after the Ray that it started is gone, with a sentence on stderr, unless it ends by itself."""
+@contextmanager
+def ended_with_group(says: Callable[[], str], code: int) -> Iterator[None]:
+    """Within it SIGTERM to the group of this process and of the Ray that it started ends the process at once, with a sentence on stderr.
+
+    For the main thread alone, which has signals.
+    """
+    child = subprocess.Popen([sys.executable, "-IS", "-c", WAITS], stdin=subprocess.PIPE)
+    heard, hears = os.pipe()
+    os.set_blocking(hears, False)
 
     def watch() -> None:
-        while not head_is_gone():
-            time.sleep(LOOK_SECONDS)
-        time.sleep(GRACE_SECONDS)
-        if not head_is_gone():  # it was this process that ended its Ray, in good order
-            return
-        with suppress(OSError, ValueError):
-            print(f"ranksearch: {says}", file=sys.stderr, flush=True)
-        os._exit(code)
+        while numbers := os.read(heard, 64):
+            if signal.SIGTERM in numbers and _ended(child) and (node := own_node()) is not None and node.head:
+                with suppress(OSError, ValueError):
+                    print(f"ranksearch: {says()}", file=sys.stderr, flush=True)
+                os._exit(code)
 
-    threading.Thread(target=watch, daemon=True, name="end-with-ray").start()
+    thread = threading.Thread(target=watch, daemon=True, name="ended-with-group")
+    thread.start()
+    before = signal.set_wakeup_fd(hears, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(hears)
+        thread.join()
+        os.close(heard)
+        child.communicate()
+
+
+def _ended(child: subprocess.Popen[bytes]) -> bool:
+    """Whether a signal has ended the child, or does now."""
+    with suppress(subprocess.TimeoutExpired):
+        return child.wait(GROUP_SECONDS) == -signal.SIGTERM
+    return False

@@ -146,10 +146,10 @@ def _raised(error: str) -> str | None:
 def last_words(actor: str) -> str:
     """The last line that a worker's process wrote to its stderr, if it ran on this machine, where Ray keeps it; empty where not known."""
     try:
-        folder, pid = logs_folder(), actor_record(actor).get("Pid") if actor else None
+        folder, record = logs_folder(), actor_record(actor) if actor else None
     except GCS_ERRORS:
         return ""
-    files = sorted(Path(folder).glob(f"worker-*-{pid}.err")) if folder and pid else []
+    files = sorted(Path(folder).glob(f"worker-*-{record.pid}.err")) if folder and record is not None else []
     lines = [line for file in files for line in _tail(file) if line.strip() and not RAYS_OWN.match(line)]
     return lines[-1].strip() if lines else ""
 

@@ -68,8 +68,12 @@ def wanted(now: int, at_most: int | None) -> int:
 
 
 def node_of_actor(actor_id: str) -> str | None:
-    """The id of the node that an actor is on, also of one that has died; None where Ray does not know."""
-    return actor_record(actor_id).get("Address", {}).get("NodeID") or None
+    """The id of the node that an actor is on, also of one that has died; None where Ray does not know, or does not answer."""
+    try:
+        record = actor_record(actor_id)
+    except GCS_ERRORS:
+        return None
+    return record.address.node_id.hex() or None if record is not None else None
 
 
 def find_node(node_id: str | None) -> dict[str, Any] | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+
+ANSWER_SECONDS = 3.0
+"""How long the control store may take to answer; it is waited for a second longer."""
 
 
 def draining_nodes() -> dict[str, int]:
@@ -21,9 +26,21 @@ def autoscaler_config() -> Any | None:
     return ray._private.state.state.get_cluster_config()
 
 
-def actor_record(actor_id: str) -> dict[str, Any]:
-    """The control store's record of an actor, also of one that has died; empty where there is none. The state API needs the dashboard."""
-    return ray._private.state.actors(actor_id) or {}
+def actor_record(actor_id: str) -> Any | None:
+    """The control store's record of an actor (`address.node_id`, `pid`), also of one that has died; None where there is none.
+
+    The state API needs the dashboard, and `ray._private.state.actors` ends the whole process where the store dies meanwhile.
+
+    Raises:
+        RayError: the store does not answer.
+    """
+    actor = ray.ActorID.from_hex(actor_id)
+
+    async def asked() -> Any:
+        return await control_store().async_get_all_actor_info(actor_id=actor, timeout=ANSWER_SECONDS)
+
+    with ThreadPoolExecutor(1) as apart:  # a notebook's thread has an event loop of its own
+        return apart.submit(asyncio.run, asked()).result().get(actor)
 
 
 def logs_folder() -> str | None:

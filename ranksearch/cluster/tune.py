@@ -21,7 +21,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ranksearch.cluster.connection import HEAD, HeadLost, head_is_gone, join
-from ranksearch.cluster.ending import end_with_ray
+from ranksearch.cluster.ending import ended_with_group
 from ranksearch.cluster.group import let_go, parallel_trial
 from ranksearch.cluster.head import HeadWatch, watched_head
 from ranksearch.cluster.losses import Losses
@@ -353,7 +353,6 @@ def _fit(tuner: tune.Tuner, searcher: AskTell, study: Study) -> type[KeyboardInt
 
     def on_sigterm(number: int, frame: Any) -> None:
         terminated.set()
-        end_with_ray(stopped(study), 128 + signal.SIGTERM)
         signal.signal(signal.SIGTERM, on_term)  # a second one ends the process at once
         signal.raise_signal(signal.SIGINT)
 
@@ -362,7 +361,8 @@ def _fit(tuner: tune.Tuner, searcher: AskTell, study: Study) -> type[KeyboardInt
     # Tune itself does not look while it waits for a proposal, minutes long
     searcher.interrupted = lambda: signal.getsignal(signal.SIGINT) is before
     try:
-        tuner.fit()
+        with ended_with_group(lambda: stopped(study), 128 + signal.SIGTERM):
+            tuner.fit()
     except KeyboardInterrupt:  # before Tune had taken the signal for itself
         raise (Terminated if terminated.is_set() else KeyboardInterrupt) from None
     finally:
