@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, TensorDataset
 
+from ranksearch.cluster.ask_tell import KEPT, Forget
 from ranksearch.cluster.connection import told_meanwhile
 from ranksearch.cluster.losses import Losses
-from ranksearch.cluster.tune import KEPT, Forget
 from ranksearch.compress import RankPlan
 from ranksearch.compress.export import save_net
 from ranksearch.places.files import partly_written, write_durably

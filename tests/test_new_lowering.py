@@ -55,7 +55,7 @@ assert {layer.lowering for layer in plan.layers.values()} <= {"horizontal", "den
 assert any(layer.lowering == "horizontal" for layer in plan.layers.values()), plan
 ranksearch.project_(model, plan)
 torch.testing.assert_close(ranksearch.compress(model, plan)(x), model(x), rtol=1e-4, atol=1e-5)
-from ranksearch.space.space import LayersSpace
+from ranksearch.space.layers import LayersSpace
 assert "horizontal" in LayersSpace().lowerings
 """
 

@@ -9,7 +9,7 @@ import ranksearch
 from ranksearch.allocate import LayerRules, rank_curves
 from ranksearch.compress import LayerPlan, RankPlan, restructure_, trace
 from ranksearch.lowering import LOWERINGS, LayerSpec, default_lowerings, expand_families
-from ranksearch.lowering.pivoted import PivotedInput, PivotedOutput
+from ranksearch.lowering.pivoted_layers import PivotedInput, PivotedOutput
 from ranksearch.maxvol import BOUND
 from ranksearch.space.reading import parse_space
 

@@ -18,7 +18,8 @@ from ranksearch.cluster.nodes import room_at_most, room_now, usable_nodes
 from ranksearch.cluster.packing import Needs
 from ranksearch.cluster.ray_private import own_node
 from ranksearch.errors import StudyError, UsageError, first_line
-from ranksearch.space.space import AUTO, ResourcesSpace
+from ranksearch.space.resources import ResourcesSpace
+from ranksearch.space.search import AUTO
 
 HEAD = ("gcs_server", "raylet")
 SAY_AGAIN_SECONDS, LOOK_SECONDS = 60.0, 1.0

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ranksearch.compress.program import Entry, Outcome, Program, plain, program_key
+from ranksearch.compress.program import Outcome, Program, program_key
+from ranksearch.compress.stacks import Entry, plain
 from ranksearch.errors import NonFiniteError
 from ranksearch.linalg import NOT_FINITE
 from ranksearch.lowering import LOWERINGS, MatrixLowering

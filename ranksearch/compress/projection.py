@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ranksearch.compress.bare import bare
 from ranksearch.compress.batched import Batched, Run
 from ranksearch.compress.plan import LayerPlan, RankPlan
-from ranksearch.compress.program import Entry, takes
 from ranksearch.compress.slots import Slot, settled_, slots_of
+from ranksearch.compress.stacks import Entry, takes
 from ranksearch.errors import NonFiniteError
 from ranksearch.lowering import LayerSpec, Lowering, lowering_named
 from ranksearch.lowering.contract import WeightView

@@ -106,8 +106,8 @@ class Stopwatch:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and NO_MEMORY not in str(error):
                 raise
             raise UsageError(
-                f"latency.batch: the net cannot be timed on {self.setting.batch:,} inputs at once: {self.device} has not the memory for it. "
-                f"Set a smaller batch."
+                f"latency.batch: {self.device} has not the memory to time the net on {self.setting.batch:,} inputs at once. Set a smaller "
+                f"batch."
             ) from error
 
     def _alone(self, shape: TimedShape, choice: LayerPlan) -> Function:

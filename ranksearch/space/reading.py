@@ -16,7 +16,8 @@ from ranksearch.errors import UsageError, clipped, nearest, shortened
 from ranksearch.places.files import read_bytes
 from ranksearch.places.trust import STUDY_FILE, may_run, refuse_file
 from ranksearch.space.quality import Limits, limits_of
-from ranksearch.space.space import SPELLINGS, Space, one_spelling
+from ranksearch.space.resources import SPELLINGS, one_spelling
+from ranksearch.space.space import Space
 from ranksearch.tasks import is_own
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import (
     Field,
@@ -21,184 +21,19 @@ from pydantic import (
 from torch import nn
 
 from ranksearch.allocate.budget import Budget, parse_budget
-from ranksearch.allocate.rules import LayerRule, LayerRules
-from ranksearch.allocate.weightings import METRICS, WEIGHTS
-from ranksearch.compress.stopwatch import LatencySetting
-from ranksearch.errors import UsageError, shortened
-from ranksearch.lowering import default_lowerings, expand_families
+from ranksearch.allocate.weightings import WEIGHTS
+from ranksearch.errors import UsageError
+from ranksearch.lowering import default_lowerings
 from ranksearch.places.trust import may_run, refuse_file
+from ranksearch.space.layers import LatencySpace, LayersSpace
 from ranksearch.space.quality import Quality, quality_of
 from ranksearch.space.recipe import RecipeSpace
+from ranksearch.space.resources import ResourcesSpace
 from ranksearch.space.search import SearchSpace
 from ranksearch.space.settings import Strict
 from ranksearch.space.storage import StorageSpace
 from ranksearch.space.tracking import TrackingSpace
 from ranksearch.tasks import TASKS, TaskKind, build_reference, is_own, task_kind
-
-AUTO = "auto"
-MOST_GPUS = 1024
-"""The most GPUs that one trial may take."""
-
-
-class LayerRuleSpace(Strict):
-    """What holds for the layers whose names match a pattern; what is left out stays as it is for the others."""
-
-    match: str
-    """Name pattern of layers."""
-    lowerings: list[str] | None = None
-    """Names of lowerings, or of a family of them, that these layers may take."""
-    min_rank: int | None = Field(default=None, ge=1)
-    """Smallest rank."""
-    rank_multiple: int | None = Field(default=None, ge=1)
-    """Every rank is a multiple of this."""
-    share_ratio: bool = False
-    """These layers take one lowering at one ratio of its largest useful rank."""
-
-    @field_validator("lowerings")
-    @classmethod
-    def _known(cls, names: list[str] | None) -> list[str] | None:
-        return None if names is None else list(expand_families(names))
-
-
-class LayersSpace(Strict):
-    """Which layers may be lowered, and how. Patterns match names as the shell matches files (`layer1.*`)."""
-
-    include: list[str] = Field(default=["*"])
-    """Name patterns of layers that may be lowered."""
-    exclude: list[str] = Field(default=[])
-    """Name patterns of layers that stay dense."""
-    lowerings: list[str] = Field(default_factory=lambda: list(default_lowerings()), min_length=1)
-    """Names of lowerings, or of a family of them (`tiled`, `pivoted`); left out, all but those that have to be asked for (`cp`, square
-    tiles), of forms with a pivoted one this alone unless latency counts."""
-    rank_multiple: int = Field(default=1, ge=1)
-    """Every rank is a multiple of this (a rule may say otherwise for its layers): many devices compute in tiles of 8, 16 or more."""
-    metric: Literal[*METRICS] = WEIGHTS  # type: ignore[valid-type]
-    """In what errors of a layer are measured, by rank curves, projections and decompositions alike: its weight's own norm ("weights"), its
-    outputs' on the data ("inputs"), the loss to second order ("kfac"), or "auto": "inputs" where no BN takes the layer's output."""
-    metric_refresh: int = Field(default=10, ge=1)
-    """A trial measures the metric anew at every so many projections."""
-    rules: list[LayerRuleSpace] = Field(default=[])
-    """Rules for layers by name; where several match a layer, a later one overrides what it names."""
-
-    @field_validator("include", "exclude", mode="before")
-    @classmethod
-    def _texts(cls, names: Any) -> Any:
-        """Layers of a Sequential are called by numbers, which YAML reads as such."""
-        return [str(name) if type(name) is int else name for name in names] if isinstance(names, list) else names
-
-    @field_validator("lowerings")
-    @classmethod
-    def _known(cls, names: list[str]) -> list[str]:
-        return list(expand_families(names))
-
-    def as_rules(self) -> LayerRules:
-        rules = tuple(
-            LayerRule(
-                rule.match, tuple(rule.lowerings) if rule.lowerings is not None else None, rule.min_rank, rule.rank_multiple,
-                rule.share_ratio,
-            )
-            for rule in self.rules
-        )  # fmt: skip
-        return LayerRules(
-            tuple(self.lowerings), tuple(self.include), tuple(self.exclude), rules, rank_multiple=self.rank_multiple
-        )
-
-
-class LatencySpace(Strict):
-    """How latency is measured: where it is a budget or an objective, and of the front's nets at the end of every study."""
-
-    runtime: Literal["eager", "compile", "onnx"] = "eager"
-    """PyTorch as it is, torch.compile (whose table takes seconds per layer, lowering and rank), or ONNX Runtime on the CPU."""
-    batch: int = Field(default=1, ge=1, le=2**31 - 1)
-    """Inputs of one call."""
-    threads: int = Field(default=1, ge=1, le=2**15 - 1)
-    """Threads of the CPU."""
-
-    def as_setting(self) -> LatencySetting:
-        return LatencySetting(self.runtime, self.batch, self.threads)
-
-
-SPELLINGS = {"gpus": "gpus_per_trial", "cpus": "cpus_per_trial"}
-"""Other spelling -> key of `resources`."""
-
-
-def one_spelling(resources: Any) -> Any:
-    """`resources` as it was given, under the schema's own keys.
-
-    Raises:
-        ValueError: a key is given under both of its spellings.
-    """
-    if not isinstance(resources, dict):
-        return resources
-    for other, key in SPELLINGS.items():
-        if other in resources and key in resources:
-            raise ValueError(f"{other} and {key} are two spellings of one key: leave one of them out")
-    return {SPELLINGS.get(key, key): value for key, value in resources.items()}
-
-
-class ResourcesSpace(Strict):
-    """What one trial takes of the cluster; as many trials run at once as fit."""
-
-    cpus_per_trial: int = Field(default=1, ge=1)
-    """CPU cores of a trial, or of each of its workers (also spelled `cpus`). PyTorch computes with as many threads, less `data_workers`."""
-    gpus_per_trial: float | Literal["auto"] | None = None
-    """A fraction lets trials share a GPU; `auto` measures a trial's memory, and how fast several are at once, and packs as many onto a GPU
-    as fit and pay off; more than one makes the trial data-parallel, a worker per GPU. Left out, a trial takes one GPU where the cluster has
-    any. `gpus` is another spelling."""
-    sharing: Literal["auto", "mps", "time_slice"] = "auto"
-    """How trials share a GPU: `mps` side by side through CUDA MPS, started on every node for as long as the study runs, `time_slice` by
-    turns; `auto` takes MPS where it is available. Somebody else's MPS is used as it is."""
-    workers_per_trial: int = Field(default=1, ge=1)
-    """Processes that train one trial together, each on its part of every batch; `gpus_per_trial: 4` means four."""
-    data_workers: int = Field(default=2, ge=0)
-    """Processes per trial that read and prepare the images of an `imagefolder`."""
-    stage: str | None = None
-    """A folder of each node's own disk, to which the data folder of an `imagefolder` is copied once per node and read from there."""
-    checkpoint_seconds: float = Field(default=60, gt=0)
-    """How often a running trial writes its state, from which a lost worker's or a killed study's trial goes on."""
-    worker_losses: int = Field(default=2, ge=0)
-    """How often a trial whose worker died is run again, from its state; one more loss is taken for its own doing (out of memory, say).
-    A node that is lost or taken away is not: its trials are run again without being counted."""
-    wait_seconds: float = Field(default=600, ge=0)
-    """How long a cluster (`--address`) may have no room for a single trial, at the start or later, while its nodes are still coming."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spelt(cls, given: Any) -> Any:
-        return one_spelling(given)
-
-    @field_validator("gpus_per_trial", mode="before")
-    @classmethod
-    def _shareable(cls, gpus: Any) -> Any:
-        if gpus is None or gpus == AUTO:
-            return gpus
-        if isinstance(gpus, bool) or not isinstance(gpus, int | float):
-            raise ValueError(
-                f"{gpus!r} is not possible: expected a fraction of one GPU, a whole number of them, or {AUTO}"
-            )
-        if gpus < 0:
-            raise ValueError(f"{gpus:g} is below 0")
-        if gpus > MOST_GPUS:
-            raise ValueError(f"expected at most {MOST_GPUS}, got {shortened(gpus)}")
-        if gpus > 1 and not float(gpus).is_integer():
-            raise ValueError(f"{gpus:g} is neither a fraction of one GPU nor a whole number of them")
-        return float(gpus)
-
-    @model_validator(mode="after")
-    def _one_gpu_each(self) -> ResourcesSpace:
-        workers, gpus = self.workers_per_trial, self.gpus_per_trial
-        if workers > 1 and gpus not in (None, 0, workers):
-            raise ValueError(
-                f"workers_per_trial: {workers} with gpus_per_trial: {gpus}: every worker of a data-parallel trial has one GPU, or none: "
-                f"write gpus_per_trial: {workers}, or 0"
-            )
-        return self
-
-    @property
-    def workers(self) -> int:
-        """Processes that train one trial."""
-        gpus = self.gpus_per_trial
-        return int(gpus) if isinstance(gpus, float) and gpus > 1 else self.workers_per_trial
 
 
 class Space(Strict):

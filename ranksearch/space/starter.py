@@ -65,7 +65,7 @@ def one() -> tuple[object, torch.Tensor]:
     return {made}, torch.randint({classes}, ({positions}))
 '''
 
-SPACE = """# A search over low-rank forms of {model}. What every key means: ranksearch/space/space.py
+SPACE = """# A search over low-rank forms of {model}. What every key means: docs/search_space.md
 #   ranksearch check {name}.yaml                     validates, prints the costs that can be reached
 #   ranksearch search {name}.yaml --trials 3         a first look, before the full search
 #
