@@ -49,7 +49,7 @@ from ranksearch.compress import LayerPlan, Net, RankPlan, dense_cost, plan_cost,
 from ranksearch.compress.exported import TOLERANCE, export_net
 from ranksearch.compress.formats import format_named
 from ranksearch.compress.inputs import call, cast, cut, tensors
-from ranksearch.errors import RanksearchError
+from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.lowering import default_lowerings, lowering_named
 
 BUDGET = 0.5
@@ -83,8 +83,10 @@ def build(name: str) -> nn.Module:
     if name in STRUCTURES:
         return STRUCTURES[name]()
     if name.startswith("timm:vit"):
-        import timm
-
+        try:
+            import timm
+        except ImportError as error:
+            raise UsageError(f"timm is not installed here ({error})") from error
         return timm.create_model(name.partition(":")[2], pretrained=False, num_classes=100, img_size=MAPS[name][-1])
     from ranksearch.tasks.nets import build_named
 

@@ -78,6 +78,33 @@ def test_trace_gives_names_sizes_and_leaves_the_model_as_it_was(small_net, image
     assert not any(m._forward_pre_hooks for m in small_net.modules())
 
 
+def test_hooks_that_a_net_adds_in_its_first_pass_are_not_added_twice():
+    """Hugging Face's nets collect outputs in this way."""
+
+    class Collecting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages, self.collected = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), []
+            self.seen = {"calls": 0}
+
+        def forward(self, x):
+            if not hasattr(self, "hooked"):
+                for stage in self.stages:
+                    stage.register_forward_hook(lambda module, args, output: self.collected.append(output))
+                self.hooked = True
+            self.collected.clear()
+            self.seen["calls"] += 1
+            for stage in self.stages:
+                x = stage(x)
+            return torch.cat(self.collected, 1)
+
+    model, x = Collecting().eval(), torch.randn(2, 6)
+    trace(model, x)
+    small = ranksearch.compress(model, ranksearch.allocate(model, x, {"params": "90%"}))
+    assert (model.seen, model.collected, hasattr(model, "hooked")) == ({"calls": 0}, [], False)
+    assert model(x).shape == small(x).shape == (2, 12)
+
+
 def test_trace_says_what_it_skips_and_counts_shared_weights_once():
     class Standardised(nn.Conv2d):
         def forward(self, x):

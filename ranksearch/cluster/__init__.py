@@ -2,7 +2,8 @@
 
 `connection.py` joins or starts one. `nodes.py`, `packing.py`, `probe.py`, `pace.py` and `room.py` say how many trials it holds at a moment;
 `sharing.py` has those of one GPU run side by side (`mps.py` on every node).
-`shared.py` and `pack.py` bring the task to its workers; `tune.py` runs the trials (`ask_tell.py` is the study as Tune sees it), on one worker (`worker.py`) or on several (`group.py`).
+`shared.py` and `pack.py` bring the task to its workers; `tune.py` runs the trials, on one worker (`worker.py`) or on several (`group.py`);
+`ask_tell.py` is the study as Tune sees it.
 `losses.py` says whose doing it was that one was lost, `head.py` notices that the cluster is. `doctor.py` looks whether a cluster is ready
 (`facts.py` on every node, judged by `findings.py`). `jobs.py`, `submission.py` and `upload.py` run a study as a job of one.
 """

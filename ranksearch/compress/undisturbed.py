@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,10 @@ from torch import Tensor, nn
 
 from ranksearch.compress.bare import is_lazy
 from ranksearch.compress.inputs import mapped
+
+CONTAINERS = (dict, OrderedDict, list, set)
+"""Hooks, and whatever a forward pass collects, lie in one of these. Hugging Face's nets add hooks in their first pass and note that they
+did: without the note, and with the hooks, the next pass would add them a second time."""
 
 
 @contextmanager
@@ -48,11 +54,12 @@ def _lazy(module: nn.Module) -> bool:
 
 
 class _Kept:
-    """One module's attributes, and the numbers of its buffers."""
+    """One module's attributes, what its containers hold (its hooks among them), and the numbers of its buffers."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._attributes = {name: value for name, value in vars(module).items() if name not in ("_buffers", "training")}
+        self._held = [(value, copy(value)) for value in self._attributes.values() if type(value) in CONTAINERS]
         self._buffers = {
             name: (buffer, None if buffer is None else buffer.detach().clone())
             for name, buffer in module._buffers.items()
@@ -64,6 +71,8 @@ class _Kept:
         for name in set(state) - set(self._attributes) - {"_buffers", "training"}:
             del state[name]
         state.update(self._attributes)
+        for value, before in self._held:
+            _refill_(value, before)
         buffers = self._module._buffers
         for name in set(buffers) - set(self._buffers):
             del buffers[name]
@@ -71,6 +80,15 @@ class _Kept:
             buffers[name] = buffer
             if numbers is not None and buffer is not None:
                 _restore_(buffer, numbers)
+
+
+def _refill_(container: Any, before: Any) -> None:
+    """Makes a container hold what it held before, each entry the same object."""
+    if isinstance(container, list):
+        container[:] = before
+    else:
+        container.clear()
+        container.update(before)
 
 
 def _restore_(buffer: Tensor, numbers: Tensor) -> None:
