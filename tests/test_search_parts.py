@@ -279,6 +279,8 @@ def test_the_classics_open_a_study_at_several_levels(bench, digits_yaml):
     few = first_points(read_space(digits_yaml, trials=4), bench.curves, form, form)
     assert [point.allocator for point in few] == ["solver", "solver"]
     assert first_points(read_space(digits_yaml, settings=["search.first_points=[]"]), bench.curves, form, form) == []
+    scored = first_points(space, bench.curves, form, form, scored=True)  # baselines that did not keep up cost no trial
+    assert [point.params["level"] for point in scored] == pytest.approx([1.0, 0.3, 0.65, 0.475, 0.825])
 
 
 @pytest.fixture

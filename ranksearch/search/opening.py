@@ -25,17 +25,17 @@ from ranksearch.trial.recipe import flattened, searched_settings
 
 SOLVER, WARM = "solver", "warm start"
 CLASSICS = ("solver", "uniform", "energy", "minimax")
-"""What opens a study whose space does not say it; a `direct` one opens with nothing."""
+"""What opens a study whose space does not say it, and whose baselines were not scored before; a `direct` one opens with nothing."""
 BY_PARAMETERS = ("nsga2", "nsga3", "gp")
 """Samplers that model only what all complete trials have in common: plans without parameters would leave them nothing to model."""
 LEVELS = (1.0, 0.0, 0.5, 0.25, 0.75)
 """Levels of the solver's first points, as shares of the way from the lowest level to the budgets themselves; the first ones first."""
 
-LEVELS_ABOVE_A_LIMIT = (1.0, 0.5, 0.75)
+LEVELS_ABOVE_A_LIMIT = (1.0, 0.5)
 """The same where the metric has a limit: no trial is spent far below it, the sampler goes down from here."""
 
 
-def first_points(space: Space, curves: Curves, form: Form, known: Allocated) -> list[Opening]:
+def first_points(space: Space, curves: Curves, form: Form, known: Allocated, *, scored: bool = False) -> list[Opening]:
     """The trials that open the study, half of the planned ones at most: the first classic, then the plans of earlier studies, then the
     other classics. Where earlier fronts hold more plans than fit, these are evenly spread over them.
 
@@ -43,10 +43,12 @@ def first_points(space: Space, curves: Curves, form: Form, known: Allocated) -> 
 
     Args:
         known: the default form, whose neutral point is the solver's uncorrected optimum, whatever `form` the study searches in.
+        scored: whether the baselines were held against the solver before, without training: those that kept up are among what `known`
+            predicts by, and training the others would tell nothing new.
     """
     names = space.search.first_points
     if names is None:
-        names = list(CLASSICS) if isinstance(form, Allocated) else []
+        names = [] if not isinstance(form, Allocated) else [SOLVER] if scored else list(CLASSICS)
     classics, room = [*_classics(space, curves, form, known, names)], max(1, space.search.trials // 2)
     warm = _distinct([*_warm(space, curves, form)])
     if space.search.sampler in BY_PARAMETERS:

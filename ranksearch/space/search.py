@@ -142,8 +142,9 @@ class SearchSpace(Strict):
     """Damage as a function of the share that a layer loses: "log_kept_energy", "relative_energy"; "auto" settles it with the sensitivity,
     and is "log_kept_energy" where that is named."""
     first_points: list[str] | None = None
-    """Uncorrected plans that open the study, as far as half of the trials allows: "solver" or the name of a baseline. Left out: solver,
-    uniform, energy, minimax, and none where the parametrization is `direct`."""
+    """Uncorrected plans that open the study, as far as half of the trials allows: "solver" or the name of a baseline. Left out: the solver,
+    and, where the sensitivity is named, so that no untrained scores say which baselines keep up, uniform, energy and minimax; none where
+    the parametrization is `direct`."""
     warm_start: list[str] = Field(default=[])
     """Folders of earlier studies, or front files, whose plans are tried first, as far as they lie within budgets and layer rules."""
     early_stopping: EarlyStoppingSpace | None = None

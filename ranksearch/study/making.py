@@ -60,7 +60,7 @@ def begin(
     metric.limit(space.quality)  # one on another metric, or beyond it, is refused here
     form = form_of(space, bench)
     known = form if isinstance(form, Allocated) else allocated(space, bench)
-    opening = first_points(space, bench.curves, form, known)
+    opening = first_points(space, bench.curves, form, known, scored=bench.prediction is not None)
     if is_nested(space):
         opening = [nested_opening(space, bench), *opening]
     info = {
