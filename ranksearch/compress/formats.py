@@ -157,9 +157,9 @@ def _write_onnx(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> E
         return program
     except StudyError:
         pass
-    with sdpa_kernel(
-        SDPBackend.MATH
-    ):  # a mask as T5's: fused attention is not decomposed right, its plain products are
+    # fused attention is not decomposed right under a mask as T5's, nor where its result is viewed in the layout that it happens to have
+    with sdpa_kernel(SDPBackend.MATH):
+        program = traced(model, batch)
         try:
             _save_onnx(program, model, batch, folder)
         except StudyError:
