@@ -70,6 +70,24 @@ def test_the_cheapest_net_above_a_limit_is_closed_in_on():
     assert cost_at_limit(np.array([[0.5, 0.7]]), limit, 0.02, 0.5, rng)[0] == 0.5
 
 
+def test_a_failure_by_less_than_the_noise_does_not_close_what_lies_below_it():
+    rng = np.random.default_rng(0)
+    known = [
+        [0.5, 0.96],
+        [0.3, 0.938],
+        [0.28, 0.949],
+        [0.2, 0.938],
+        [0.25, 0.952],
+    ]  # about .95 all over, the limit a little below
+    costs = [cost_at_limit(np.array(known), 0.94, 0.05, 0.5, rng)[0] for _ in range(20)]
+    below = [cost for cost in costs if cost is not None]
+    assert 10 < len(below) < 20
+    assert max(below) < 0.2
+    known[3][1] = 0.8  # a clear one does
+    costs = [cost_at_limit(np.array(known), 0.94, 0.05, 0.5, rng)[0] for _ in range(20)]
+    assert min(cost for cost in costs if cost is not None) > 0.2
+
+
 def test_a_study_with_a_limit_ends_on_the_cheapest_net_above_it(bench, tmp_path, digits_yaml):
     space = read_space(digits_yaml, trials=16, at_least=["accuracy=-1"], objective="fewest MACs")
     study = Study.create(tmp_path, space, bench, 97.0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from math import isnan, nan
+from math import isnan, log, nan
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
+from scipy.special import ndtr
 
 from ranksearch.search.optuna_private import study_of, trials_of
 from ranksearch.search.parametrize import LEVEL
@@ -36,8 +37,11 @@ GAINED = 0.25
 NEAR_THE_TOP = 0.95
 BESIDE = 0.25
 """Where accuracy has a limit: the share of proposals that fill the front above it, rather than look for the cheapest net there."""
-CLOSED = 0.05
-"""A limit's neighbours on both sides this near to each other (as a share of the cost) leave nothing to halve."""
+LINE, NEXT = 0.4, 0.97
+"""There, the width of the neighbourhood that a line is laid through, in logarithms of the cost, and the dearest share of the cheapest cost
+that is worth a trial."""
+LEAST_SCATTER, CLEARLY = 0.004, 2.0
+"""What accuracies scatter about the line at least, and how many times that below the limit is a clear failure."""
 WIDTH = 0.2
 """Least width, in logarithms of the cost, of the neighbourhood that residuals are taken in."""
 
@@ -284,8 +288,10 @@ def cost_at_limit(
 ) -> tuple[float | None, float]:
     """(cost to try next for the cheapest net with at least `limit`, the cheapest known one's cost); `known` [n, (cost, accuracy)].
 
-    Between the dearest net below the limit and the cheapest above it, about where the line between them crosses; a little below the
-    cheapest where the two are close. None for one proposal in four: the front above the limit is filled, too.
+    None for one proposal in four: the front above the limit is filled, too. Else the cost of the largest expected gain: log(cheapest /
+    cost) times the chance that a net there meets the limit, by a line through the neighbours' accuracy over log(cost) and their scatter
+    about it. So a failure by less than the scatter does not close what lies below it, as halving would. It goes down to half the cheapest
+    cost, and not below a net that clearly failed.
     """
     known = known[~np.isnan(known).any(axis=1)]
     met = known[:, 1] >= limit
@@ -293,17 +299,22 @@ def cost_at_limit(
         last = float(known[:, 0].max(initial=low))
         return min(high, last + rng.uniform(0.5, 1.0) * max(0.0, high - last)) if last < 0.97 * high else high, high
     cheapest = float(known[met, 0].min())
-    above = float(known[met & (known[:, 0] == cheapest), 1].max())
-    below = known[~met & (known[:, 0] < cheapest)]
     if rng.random() < BESIDE:
         return None, cheapest
-    start, crossing = (low, 0.5)
-    if len(below):
-        start, under = below[np.argmax(below[:, 0])]
-        crossing = (limit - under) / max(above - under, 1e-9)
-    if cheapest - start <= CLOSED * cheapest:
-        return max(low, cheapest * rng.uniform(0.9, 0.98)), cheapest
-    return start + float(np.clip(crossing + rng.uniform(-0.1, 0.2), 0.2, 0.9)) * (cheapest - start), cheapest
+    x, accuracy = np.log(known[:, 0] / cheapest), known[:, 1]
+    weight = np.exp(-0.5 * (x / LINE) ** 2) + 1e-3
+    count, middle, level = weight.sum(), np.average(x, weights=weight), np.average(accuracy, weights=weight)
+    spread = np.average((x - middle) ** 2, weights=weight)
+    slope = max(0.0, np.average((x - middle) * (accuracy - level), weights=weight) / max(spread, 1e-6))
+    off = accuracy - level - slope * (x - middle)
+    scatter = max(LEAST_SCATTER, float(np.sqrt((weight * off**2).sum() / max(1.0, count - 1))))
+    failed = known[(known[:, 0] < cheapest) & (known[:, 1] < limit - CLEARLY * scatter), 0].max(initial=low)
+    tried = np.linspace(log(min(max(failed, cheapest / 2) / cheapest, NEXT)), log(NEXT), 40)
+    error = scatter * np.sqrt(1 + 1 / count + (tried - middle) ** 2 / (count * max(spread, 0.05)))
+    gain = -tried * ndtr((level + slope * (tried - middle) - limit) / error)
+    if failed > low:
+        gain *= 1 - tried / log(failed / cheapest)
+    return max(low, float(cheapest * np.exp(tried[np.argmax(gain)]) * rng.uniform(0.98, 1.02))), cheapest
 
 
 def _room_at_the_top(table: np.ndarray, tries: int, last: np.ndarray, high: float) -> float:
