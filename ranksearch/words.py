@@ -26,6 +26,59 @@ MADE_BY = {
 }
 """Who made a plan -> what that means to somebody who reads of it for the first time."""
 
+PARAMETERS = {
+    "level": ("share of the budget used", "1: all of it"),
+    "trust": ("trust in the sensitivities", "1: as measured, 0: none"),
+    "prediction": ("what makes the plan", ""),
+    "lr": ("learning rate", ""),
+    "factor_lr": ("learning rate of the factors", "as a multiple"),
+    "factor_share": ("training of the factors", "share of the steps"),
+    "optimizer": ("optimizer", ""),
+    "momentum": ("momentum", ""),
+    "schedule": ("learning-rate schedule", ""),
+    "warmup": ("warm-up", "share of the steps"),
+    "weight_decay": ("weight decay", ""),
+    "label_smoothing": ("label smoothing", ""),
+    "clip_norm": ("largest gradient norm", "0: any"),
+    "ema": ("averaging of the weights", "decay"),
+    "projection.period": ("steps between projections", ""),
+    "projection.start": ("first projection", "share of the dense steps"),
+    "projection.until_end": ("last periodic projection", "share of the dense steps"),
+    "projection.schedule": ("spacing of projections", ""),
+    "projection.removed_energy": ("energy a projection should remove", "share"),
+    "projection.rank_annealing": ("time in which ranks come down", "share of the dense steps"),
+    "projection.momentum": ("momentum after a projection", ""),
+    "projection.energy_transfer": ("energy transfer at projections", ""),
+    "projection.bn_rectification": ("BN rectification at projections", ""),
+    "distillation.weight": ("weight of distillation", "share of the loss"),
+    "distillation.temperature": ("temperature of distillation", ""),
+    "log_weight": ("protection of {}", "more keeps more of its rank, 0: as predicted"),
+    "lowering": ("lowering of {}", ""),
+    "ratio": ("rank kept in {}", "share of the largest useful one"),
+}
+"""Searched parameter -> what figures and sentences call it, and what its values mean where the name leaves that open.
+
+Of a parameter of a group of layers, `KIND/GROUP`, the kind alone stands here. One that is missing goes by its own name.
+"""
+
+
+def parameter_label(name: str) -> str:
+    """What a searched parameter is called on an axis, such as `protection of layer1` for `log_weight/layer1`."""
+    kind, _, group = name.partition("/")
+    return PARAMETERS.get(kind, (name, ""))[0].format(group)
+
+
+def parameter_meaning(name: str) -> str:
+    """What a searched parameter's values mean; empty where its label says it."""
+    return PARAMETERS.get(name.partition("/")[0], ("", ""))[1]
+
+
+def parameter_in_words(name: str) -> str:
+    """A searched parameter's label with what its values mean, and the name it is stored under where that is another."""
+    label = parameter_label(name)
+    behind = "; ".join(text for text in (parameter_meaning(name), name if name != label else "") if text)
+    return f"{label} ({behind})" if behind else label
+
 
 def describe_budgets(record: Mapping[str, Any]) -> str:
     """The budgets of a front's record in words, such as `MACs ≤ 50%, size ≤ 1MiB`."""

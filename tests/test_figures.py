@@ -2,24 +2,46 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise, product
 
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib import image as png
 
+from ranksearch.space.recipe import RecipeSpace
 from ranksearch.study.front import dominates
 from ranksearch.study.importance import AT_COST, FRONT, accuracy_at_cost
 from ranksearch.study.row import Row
-from ranksearch.tracking.chart import Bars, HeatMap, Plot, Series
+from ranksearch.tracking.chart import (
+    BLACK,
+    BLUE,
+    DARK_TWINS,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    Axis,
+    Bars,
+    HeatMap,
+    Parallel,
+    Plot,
+    Series,
+    ink_on,
+    luminance,
+)
 from ranksearch.tracking.draw_html import save_html
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.figures import front_chart, study_charts
+from ranksearch.tracking.learnt import learnt
+from ranksearch.tracking.learnt_figures import learnt_charts
 from ranksearch.tracking.report import report_html
 from ranksearch.tracking.trial_figures import trial_charts
 from ranksearch.tracking.view import View
 from ranksearch.trial.metric import Metric
+from ranksearch.trial.recipe import Recipe, flattened, middle
 from ranksearch.trial.result import Status, TrialResult
+from ranksearch.words import PARAMETERS, parameter_in_words, parameter_label
 from tests.conftest import simulated
 
 METRIC = Metric("accuracy", "maximize", "%", 95.0)
@@ -73,7 +95,11 @@ def test_the_front_is_told_from_what_it_dominates(studied):
     rows = {row["trial"]: row for row in study.trials if row["status"] == "complete"}
     for number, row in rows.items():
         beaten = any(dominates(other, row, ["accuracy", "macs"]) for other in rows.values())
-        assert (f"t{number}" in front.labels) == (not beaten)
+        assert any(text.startswith(f"trial {number} (") for text in front.hover) == (not beaten)
+    labelled = [(x, y) for x, y, label in zip(front.x, front.y, front.labels, strict=True) if label]
+    assert labelled[-1] == (front.x[-1], front.y[-1])  # the most accurate one; what lies close to it has none
+    assert len(labelled) > 5
+    assert all(b[0] - a[0] > 3 or b[1] - a[1] > 0.4 for a, b in pairwise(labelled))
     assert (dense.x, dense.y) == ([100.0], [99.0])
     (limit,) = chart.limits
     assert limit.x == pytest.approx(60)
@@ -179,10 +205,11 @@ def test_a_trials_charts_hold_its_curve_and_what_projections_removed(studied):
 
 
 CHARTS = [
-    Plot("a plot", "steps", "loss (nats)", [Series("one", [1, 2], [3, 4], "#0072B2", "circle", "steps", ["a", "b"], ["t1", "t2"])]),
+    Plot("a plot", "step", "loss (nats)", [Series("one", [1, 2], [3, 4], "#0072B2", "circle", "steps", ["a", "b"], ["t1", "t2"])]),
     HeatMap("a map", "step", ["conv"], ["1", "2"], [[1e-3, None]], [["", ""]], [["x", "y"]], low=1e-6, high=1e-2, log=True),
-    HeatMap("kinds", "net", ["c"], ["1", "2"], [["svd", "dense"]], [["v", ""]], [["x", "y"]], colours={"dense": "#eee", "svd": "#0072B2"}),
+    HeatMap("kinds", "net", ["c"], "12", [["svd", "dense"]], [["v", ""]], [["x", "y"]], colours={"dense": "#eeeeee", "svd": BLUE}),
     Bars("bars", "share", ["lr", "level"], {"front": [0.2, 0.8], "accuracy": [0.7, 0.3]}),
+    Parallel("lines", [Axis("rate", [-2.0, -1.0], log=True), Axis("MACs %", [50.0, 60.0])], [90.0, 91.0], "validation", 90.0, 91.0),
 ]  # fmt: skip
 
 
@@ -219,3 +246,45 @@ def test_a_report_is_one_page_that_fetches_nothing(studied):
 def test_a_report_of_a_study_without_results_says_so(make):
     page = report_html(View.of(make()), {})
     assert "No trial has been completed." in page
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast of two colours `#rgb` or `#rrggbb`, 1 to 21."""
+    digits = [colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:]) for colour in (one, other)]
+    dark, light = sorted(luminance(*(part / 255 for part in bytes.fromhex(colour))) for colour in digits)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_text_on_any_cell_stands_out():
+    for red, green, blue in product(range(0, 256, 15), repeat=3):
+        assert contrast(ink_on(red / 255, green / 255, blue / 255), f"#{red:02x}{green:02x}{blue:02x}") >= 4.5
+
+
+@pytest.mark.parametrize("colour", [BLACK, GREY, BLUE, ORANGE, GREEN, PINK])
+def test_series_stand_out_from_paper_and_from_a_dark_page(colour):
+    assert contrast(colour, "#ffffff") >= 3  # what the guidelines ask of marks
+    assert contrast(DARK_TWINS.get(colour, colour), "#17191c") >= 4.5
+
+
+def test_what_was_searched_has_plain_names_in_every_figure_and_sentence(studied):
+    study, view = studied
+    charts = learnt_charts(view, study.importances())
+    said = [*charts["importances"].names, *(axis.name for axis in charts["parallel"].axes)]
+    said += [charts[name].title.removeprefix(f"{view.name}: ") for name in charts if name.startswith("slice")]
+    stored = {name for row in view.complete for name in row["params_searched"]}
+    assert {"level", "lr", "log_weight/layer1"} <= stored
+    assert not {text.rstrip(" ▲▼") for text in said} & stored
+    assert "learning rate" in {text.rstrip(" ▲▼") for text in said}
+    for line in learnt(view, study.importances()):
+        assert line.split(" (")[0] not in stored
+
+
+def test_whatever_may_be_searched_has_a_label():
+    names = {name for name, _ in flattened(Recipe.settled(RecipeSpace(steps=1), middle).to_dict())}
+    fixed = {"steps", "batch_size", "bn_batches", "precision", "compile"}
+    assert names - fixed <= set(PARAMETERS)
+    assert set(PARAMETERS) - names == {"level", "trust", "prediction", "log_weight", "lowering", "ratio"}
+    assert parameter_label("log_weight/layer1.0-2") == "protection of layer1.0-2"
+    assert parameter_in_words("lr") == "learning rate (lr)"
+    assert parameter_in_words("momentum") == "momentum"
+    assert parameter_in_words("level") == "share of the budget used (1: all of it; level)"

@@ -14,6 +14,7 @@ from ranksearch.tracking.report import report_html
 from ranksearch.tracking.view import View
 from ranksearch.trial.result import TrialResult
 from tests.conftest import simulated
+from tests.test_figures import contrast
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LISTENS = """<script>
@@ -24,8 +25,22 @@ console.error = (...said) => problems.push(said.join(" "));
 ASKS = """<!DOCTYPE html><body>
 <iframe id="w390" src="report.html" style="width:390px;height:844px;border:0"></iframe>
 <iframe id="w1400" src="report.html" style="width:1400px;height:900px;border:0"></iframe>
-<iframe id="paper" src="report.html" style="width:1400px;height:900px;border:0"></iframe>
+<iframe id="dark" src="dark.html" style="width:1400px;height:900px;border:0"></iframe>
+<iframe id="paper" src="dark.html" style="width:1400px;height:900px;border:0"></iframe>
 <script>
+const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+function luminance(colour) {
+  const linear = parts(colour).slice(0, 3).map((part) => part / 255).map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+}
+function contrasts(page) {  // of every text of a figure that stands on the page itself, not in a cell
+  const style = (part) => page.defaultView.getComputedStyle(part), ground = luminance(style(page.body).backgroundColor);
+  const texts = [...page.querySelectorAll(".plotly-graph-div svg text")].filter((text) => text.textContent.trim());
+  return texts.filter((text) => !text.closest(".heatmaplayer ~ .scatterlayer")).map((text) => {
+    const colours = [luminance(style(text).fill), ground];
+    return (Math.max(...colours) + 0.05) / (Math.min(...colours) + 0.05);
+  });
+}
 function seen(frame) {
   const page = frame.contentDocument, part = (name) => page.querySelector(name).getBoundingClientRect();
   const wide = [...page.querySelectorAll(".wide")].filter((box) => box.clientWidth);
@@ -35,10 +50,11 @@ function seen(frame) {
     clipped: wide.filter((box) => box.scrollWidth > box.clientWidth + 1).length, tables: wide.length,
     fetched: frame.contentWindow.performance.getEntriesByType("resource").map((entry) => entry.name),
     figures: page.querySelectorAll(".main-svg").length,
-    empty: page.querySelectorAll(".plotly-graph-div:not(.drawn)").length,
-    cut: [...page.querySelectorAll(".plotly-graph-div.drawn")].filter((box) => box.clientWidth
+    ground: luminance(frame.contentWindow.getComputedStyle(page.body).backgroundColor), texts: contrasts(page),
+    empty: page.querySelectorAll(".plotly-graph-div:not([data-look])").length,
+    cut: [...page.querySelectorAll(".plotly-graph-div[data-look]")].filter((box) => box.clientWidth
       && box.querySelector(".main-svg").getBoundingClientRect().right > box.parentElement.getBoundingClientRect().right + 1).length,
-    beyond: [...page.querySelectorAll(".plotly-graph-div.drawn")].filter((box) => box.clientWidth
+    beyond: [...page.querySelectorAll(".plotly-graph-div[data-look]")].filter((box) => box.clientWidth
       && box.querySelector(".main-svg").getBoundingClientRect().right > page.documentElement.clientWidth).length,
   };
 }
@@ -78,8 +94,10 @@ def page(make, bench):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_shows_the_report_whole_on_a_phone_and_on_a_desk(page, tmp_path):
-    folded = page.replace('<div class="slices">', '<details><div class="slices">', 1)  # what follows is folded, too
-    (tmp_path / "report.html").write_text(folded.replace("<head>", f"<head>{LISTENS}", 1))
+    folded = page.replace('<p class="quiet">The numbers', "<details><p>The numbers", 1)  # what follows is folded, too
+    light = folded.replace("<head>", f"<head>{LISTENS}", 1)
+    (tmp_path / "report.html").write_text(light)
+    (tmp_path / "dark.html").write_text(light.replace("(prefers-color-scheme: dark)", "(min-width: 0)"))
     (tmp_path / "asks.html").write_text(ASKS)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     options += ["--disable-sync", "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
@@ -90,14 +108,18 @@ def test_a_browser_shows_the_report_whole_on_a_phone_and_on_a_desk(page, tmp_pat
     said = re.search("FOUND({.*})END", unescape(done.stdout), re.DOTALL)
     assert said, done.stderr[-2000:]
     seen = json.loads(said[1])
-    phone, desk = seen["w390"], seen["w1400"]
-    for frame in (phone, desk):
+    phone, desk, dark, paper = (seen[name] for name in ("w390", "w1400", "dark", "paper"))
+    assert (phone["ground"], desk["ground"], paper["ground"]) == (1, 1, 1)  # paper is white, whatever the scheme
+    assert dark["ground"] < 0.02
+    for frame in (phone, desk, dark, paper):
+        assert len(frame["texts"]) > 100
+        assert min(frame["texts"]) >= 4.5
+    for frame in (phone, desk, dark):
         assert frame["problems"] == []
         assert not [name for name in frame["fetched"] if not name.startswith(("file:", "data:", "blob:"))]
         assert frame["figures"] >= 6
         assert frame["beyond"] == 0
         assert frame["cut"] == 0
-    paper = seen["paper"]
     assert (paper["empty"], paper["cut"], paper["problems"]) == (
         0,
         0,
@@ -111,19 +133,9 @@ def test_a_browser_shows_the_report_whole_on_a_phone_and_on_a_desk(page, tmp_pat
     assert desk["clipped"] == 0
 
 
-def luminance(colour: str) -> float:
-    """Relative luminance of `#rgb` or `#rrggbb`, as the Web Content Accessibility Guidelines define it."""
-    digits = colour.lstrip("#")
-    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
-    shares = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 def test_every_text_colour_stands_out_in_both_schemes():
     template = files("ranksearch.tracking").joinpath("report.html.j2").read_text()
-    schemes = [dict(re.findall(r"--(\w+): (#\w+)", rule)) for rule in re.findall(r":root \{([^}]*)\}", template)]
+    schemes = [dict(re.findall(r"--(\w+): (#\w+)", rule)) for rule in re.findall(r":root[^{]*\{([^}]*)\}", template)]
     assert len(schemes) == 2
     for scheme, text, ground in product(schemes, ("ink", "quiet", "link", "bad"), ("paper", "box")):
-        light, dark = sorted((luminance(scheme[text]), luminance(scheme[ground])), reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
+        assert contrast(scheme[text], scheme[ground]) >= 4.5, (text, ground)

@@ -1,5 +1,5 @@
-// Draws the figures of a page: unpacks plotly, then fills every place whose JSON stands behind it. A place that is folded away is
-// filled when it is opened. The event "figure" is fired at a place when it is filled.
+// Draws the figures of a page: unpacks plotly, then fills every place whose JSON stands behind it, in the page's own colours and in its
+// scheme. A place that is folded away is filled when it is opened. The event "figure" is fired at a place when it is first filled.
 {
   const unpacked = async () => {
     const bytes = Uint8Array.from(atob(document.getElementById("packed").textContent), (letter) => letter.charCodeAt(0));
@@ -8,34 +8,54 @@
     script.textContent = await new Response(stream).text();
     document.head.append(script);
   };
-  const look = JSON.parse(document.getElementById("look").textContent);
+  const { light, dark, twins, shades } = JSON.parse(document.getElementById("looks").textContent);
+  const page = document.documentElement, scheme = matchMedia("(prefers-color-scheme: dark)");
   const places = () => [...document.querySelectorAll(".plotly-graph-div")].filter((place) => !place.closest("details:not([open])"));
 
-  const draw = () => {
-    for (const place of places()) {
-      if (place.classList.contains("drawn")) continue;
-      const { data, layout } = JSON.parse(place.nextElementSibling.textContent);
-      Plotly.newPlot(place, data, { ...layout, template: look }, { displayModeBar: false, responsive: true });
-      place.classList.add("drawn");
-      place.dispatchEvent(new Event("figure", { bubbles: true }));
-    }
+  // lines across the axes that there is room for: the numbers that matter most, and the last two, cost and metric
+  const AXIS = 90;
+  const across = (trace, room, colorscale) => {
+    trace.line.colorscale = colorscale;
+    trace.dimensions = trace.dimensions.filter((_, i, all) => i < Math.max(room - 2, 1) || i >= all.length - 2);
   };
-  // paper shows everything, as wide as it is; `Plots.resize` would come too late
+  const fill = (place, look) => {
+    const twin = (key, value) => (look === "dark" && key === "color" && twins[value]) || value;
+    const { data, layout } = JSON.parse(place.nextElementSibling.textContent, twin);
+    const { color, backgroundColor: ground } = getComputedStyle(document.body);
+    Object.assign(layout, {
+      template: look === "dark" ? dark : light, font: { color }, paper_bgcolor: ground, plot_bgcolor: ground,
+      hoverlabel: { bgcolor: ground, font: { color } }, uirevision: true,  // what a reader zoomed or hid stays so
+    });
+    for (const trace of data) if (trace.type === "parcoords") across(trace, Math.floor(place.clientWidth / AXIS), shades[look] || shades.light);
+    if (look === "paper") {
+      Object.assign(layout, { width: place.parentElement.clientWidth, height: Number(place.dataset.paper) });
+      layout.font.size = 10;
+      if (layout.legend) layout.legend.y = -0.36;  // below the axis' title of so low a figure
+    }
+    Plotly.react(place, data, layout, { displayModeBar: false, responsive: true });
+    const first = !place.dataset.look;
+    place.dataset.look = look;
+    if (first) place.dispatchEvent(new Event("figure", { bubbles: true }));
+  };
+  const draw = () => {
+    const look = page.classList.contains("printed") ? "paper" : scheme.matches ? "dark" : "light";
+    for (const place of places()) if (place.dataset.look !== look) fill(place, look);
+  };
+  // paper is white and shows everything
   const print = () => {
     for (const part of document.querySelectorAll("details")) part.open = true;
-    document.body.classList.add("printed");
-    const drawn = places().filter((place) => place.classList.contains("drawn"));
+    page.classList.add("printed");
     draw();
-    for (const place of drawn) Plotly.relayout(place, { width: place.parentElement.clientWidth });
   };
   const screen = () => {
-    document.body.classList.remove("printed");
-    for (const place of places()) Plotly.relayout(place, { width: null, autosize: true });
+    page.classList.remove("printed");
+    draw();
   };
 
   unpacked().then(() => {
     draw();
     for (const part of document.querySelectorAll("details")) part.addEventListener("toggle", draw);
+    scheme.addEventListener("change", draw);
     window.addEventListener("beforeprint", print);
     window.addEventListener("afterprint", screen);
     document.body.classList.add("figures-drawn");

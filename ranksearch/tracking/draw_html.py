@@ -12,12 +12,27 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ranksearch.tracking.chart import BLACK, LABELLED, PALETTE, Bars, Chart, HeatMap, Parallel, Plot, Series, axis_ticks
+from ranksearch.tracking.chart import (
+    BLACK,
+    DARK_TWINS,
+    LABELLED,
+    LINE_SHADES,
+    PALETTE,
+    Bars,
+    Chart,
+    HeatMap,
+    Parallel,
+    Plot,
+    Series,
+    axis_ticks,
+    ink_on,
+)
 
 MARKERS = {
     "circle": "circle", "diamond": "diamond", "star": "star", "square": "square", "triangle": "triangle-up",
     "inverted": "triangle-down", "plus": "cross", "cross": "x",
 }  # fmt: skip
+SIZES = {"star": 13}
 BELOW: dict[str, Any] = {
     "orientation": "h",
     "y": 0,
@@ -29,6 +44,12 @@ BELOW: dict[str, Any] = {
 """Where the scale of a heat-map is: beside it there is no room on a narrow screen."""
 DECADES = 100.0
 """Up to such a factor a logarithmic axis is marked between its powers of ten, too."""
+PAPER_HEIGHTS = 300, 660
+"""Pixels of a figure on paper, at least and at most: two rows of figures, or a tall one, fill a page."""
+SCHEMES = ":root { color-scheme: light dark; } :root.printed { color-scheme: light; } body { background: Canvas; color: CanvasText; }"
+"""The style of a page of figures alone: the browser's own colours, light on paper."""
+NARROW = 10
+"""Columns up to which a heat-map may stand beside another figure."""
 LINES: dict[str, dict[str, Any]] = {
     "straight": {"dash": "solid"}, "steps": {"shape": "hv"}, "dotted": {"dash": "dot"}, "": {"width": 0},
 }  # fmt: skip
@@ -37,7 +58,7 @@ LINES: dict[str, dict[str, Any]] = {
 def save_html(charts: Sequence[Chart], path: Path, *, title: str) -> None:
     """Writes one page with the charts beneath each other."""
     page = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title></head>\n'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n<style>{SCHEMES}</style></head>\n'
         f"<body>{''.join(map(fragment, charts))}{script()}</body></html>\n"
     )
     path.write_text(page, encoding="utf-8")
@@ -46,26 +67,33 @@ def save_html(charts: Sequence[Chart], path: Path, *, title: str) -> None:
 def fragment(chart: Chart) -> str:
     """A chart as a part of a page that ends with `script`: an empty place and, as JSON without any `<`, what is drawn there."""
     figure = _figure(chart)
-    height = figure.layout.height
+    height, (least, most) = figure.layout.height, PAPER_HEIGHTS
+    paper = least if isinstance(chart, Plot) else min(max(height - 120, least), most)
+    whole = len(chart.columns) > NARROW if isinstance(chart, HeatMap) else not isinstance(chart, Plot)
     return (
-        f'<div class="plotly-graph-div" style="min-height: {height}px"></div>'
-        f'<script type="application/json">{figure.to_json()}</script>\n'
+        f'<div class="figure{" whole" if whole else ""}">'
+        f'<div class="plotly-graph-div" style="min-height: {height}px" data-paper="{paper}"></div>'
+        f'<script type="application/json">{figure.to_json()}</script></div>\n'
     )
 
 
 @cache
 def script() -> str:
     """What draws a page's fragments, once per page and after them; `draw.js` says which event tells of each."""
+    from plotly.colors import make_colorscale, sample_colorscale
     from plotly.io import templates
     from plotly.io.json import to_json_plotly
     from plotly.offline import get_plotlyjs
 
     packed = b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
-    look = to_json_plotly(templates["plotly_white"])
+    looks: dict[str, Any] = {"twins": DARK_TWINS, "light": templates["plotly_white"], "dark": templates["plotly_dark"]}
+    looks["shades"] = {
+        look: make_colorscale(sample_colorscale("Cividis", 9, *ends)) for look, ends in LINE_SHADES.items()
+    }
     draw = files(__package__).joinpath("draw.js").read_text(encoding="utf-8")
     return (
         f'<script type="application/gzip" id="packed">{packed}</script>\n'
-        f'<script type="application/json" id="look">{look}</script>\n<script>\n{draw}</script>\n'
+        f'<script type="application/json" id="looks">{to_json_plotly(looks)}</script>\n<script>\n{draw}</script>\n'
     )
 
 
@@ -86,7 +114,9 @@ def _plot(figure: Any, chart: Plot) -> None:
     for series in chart.series:
         _draw_series(figure, series)
     for limit in chart.limits:
-        figure.add_vline(x=limit.x, line_dash="dash", line_color=BLACK, annotation_text=limit.label)
+        figure.add_vline(
+            x=limit.x, line_dash="dash", line_color=BLACK, annotation_text=limit.label, annotation_xshift=4
+        )
     figure.update_xaxes(title_text=chart.x)
     figure.update_yaxes(title_text=chart.y)
     if chart.y_range is not None:
@@ -115,8 +145,8 @@ def _draw_series(figure: Any, series: Series) -> None:
     shown = [("lines", series.line), ("markers", series.marker), ("text", labelled)]
     figure.add_scatter(
         x=list(series.x), y=list(series.y), name=series.name, mode="+".join(name for name, wanted in shown if wanted),
-        line=line, opacity=0.5 if series.faint else 1.0,
-        marker={"symbol": MARKERS.get(series.marker), "color": series.colour, "size": 13 if series.marker == "star" else 9},
+        line=line, opacity=0.8 if series.faint else 1.0,
+        marker={"symbol": MARKERS.get(series.marker), "color": series.colour, "size": 6 if series.faint else SIZES.get(series.marker, 9)},
         text=list(series.labels) if labelled else None, textposition="bottom right", textfont={"size": 10},
         hovertext=list(series.hover) or None, hoverinfo="text" if series.hover else "x+y+name",
     )  # fmt: skip
@@ -124,6 +154,8 @@ def _draw_series(figure: Any, series: Series) -> None:
 
 def _heat_map(figure: Any, chart: HeatMap) -> None:
     from math import log10
+
+    from plotly.colors import hex_to_rgb, sample_colorscale
 
     names: list[Any] = list(chart.colours)
     values: list[list[Any]]
@@ -143,13 +175,34 @@ def _heat_map(figure: Any, chart: HeatMap) -> None:
     figure.add_heatmap(
         z=values, x=list(range(len(chart.columns))), y=list(chart.rows), colorscale=shades, zmin=low, zmax=high, xgap=1, ygap=1,
         hovertext=[list(row) for row in chart.hover], hoverinfo="text", colorbar=bar,
-        text=[list(row) for row in chart.texts] if len(chart.columns) <= LABELLED else None,
-        texttemplate="%{text}", textfont={"size": 10},
     )  # fmt: skip
-    figure.update_yaxes(autorange="reversed", tickfont={"size": 10})
+    if len(chart.columns) <= LABELLED:
+        cells = [
+            (i, j)
+            for i, row in enumerate(chart.texts)
+            for j, text in enumerate(row)
+            if text and values[i][j] is not None
+        ]
+        if names:
+            under = [[part / 255 for part in hex_to_rgb(chart.colours[chart.values[i][j]])] for i, j in cells]  # type: ignore[index]
+        else:
+            under = sample_colorscale(
+                shades, [(values[i][j] - low) / (high - low) for i, j in cells], colortype="tuple"
+            )
+        figure.add_scatter(
+            x=[j for _, j in cells], y=[chart.rows[i] for i, _ in cells], text=[chart.texts[i][j] for i, j in cells], mode="text",
+            textfont={"size": 10, "color": [ink_on(*colour) for colour in under]}, hoverinfo="skip", showlegend=False,
+        )  # fmt: skip
+    figure.update_yaxes(range=[len(chart.rows) - 0.5, -0.5], tickfont={"size": 10})
     ticks = [column.replace("\n", "<br>") for column in chart.columns]
     below = chart.x.replace("\n", "<br>")
-    figure.update_xaxes(title_text=below, tickvals=list(range(len(ticks))), ticktext=ticks, tickfont={"size": 10})
+    figure.update_xaxes(
+        title_text=below,
+        tickvals=list(range(len(ticks))),
+        ticktext=ticks,
+        tickfont={"size": 10},
+        range=[-0.5, len(ticks) - 0.5],
+    )
     more = 18 * chart.x.count("\n")
     figure.update_layout(height=max(420, 17 * len(chart.rows) + 260) + more, margin={"b": 130 + more})
     if not names:  # what shades mean has no room beside their scale
@@ -167,7 +220,10 @@ def _parallel(figure: Any, chart: Parallel) -> None:
         axes.append(made)
     figure.add_parcoords(
         dimensions=axes, labelangle=-20, labelfont={"size": 11},
-        line={"color": list(chart.shade), "colorscale": "Cividis", "showscale": True, "colorbar": {"title": {"text": chart.scale}}},
+        line={
+            "color": list(chart.shade), "cmin": chart.low, "cmax": chart.high, "showscale": True,
+            "colorbar": {"title": {"text": chart.scale}},
+        },
     )  # fmt: skip
     figure.update_layout(height=440, margin={"t": 130, "b": 40, "l": 90, "r": 20}, title={"y": 0.98, "yanchor": "top"})
 
@@ -179,5 +235,9 @@ def _bars(figure: Any, chart: Bars) -> None:
             marker={"color": PALETTE[i], "pattern": {"shape": "/" if i % 2 else ""}},
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(title_text=chart.x)
-    figure.update_layout(barmode="group", height=max(420, 30 * len(chart.names) + 160))
+    figure.update_xaxes(title_text=chart.x.replace("\n", "<br>"))
+    figure.update_layout(
+        barmode="group",
+        legend={"orientation": "h", "y": -0.28, "yanchor": "top", "x": 0},
+        height=max(420, 24 * len(chart.names) + 140),
+    )

@@ -10,6 +10,7 @@ from ranksearch.tracking.chart import (
     ANNOTATED,
     BLACK,
     LABELLED,
+    LINE_SHADES,
     PALETTE,
     Bars,
     Chart,
@@ -18,6 +19,7 @@ from ranksearch.tracking.chart import (
     Plot,
     Series,
     axis_ticks,
+    ink_on,
 )
 
 MARKERS = {
@@ -79,7 +81,8 @@ def _draw_series(axes: Any, series: Series, order: int) -> None:
     style, steps = LINES[series.line]
     axes.plot(
         series.x, series.y, color=series.colour, marker=MARKERS.get(series.marker, ""), linestyle=style, drawstyle=steps,
-        markersize=SIZES.get(series.marker, 6), alpha=0.5 if series.faint else 1.0, label=series.name, zorder=2 + order, linewidth=1.6,
+        markersize=4 if series.faint else SIZES.get(series.marker, 6), alpha=0.8 if series.faint else 1.0,
+        label=series.name, zorder=2 + order, linewidth=1.6,
     )  # fmt: skip
     if len(series.labels) <= LABELLED:
         for x, y, text in zip(series.x, series.y, series.labels or [""] * len(series.x), strict=True):
@@ -106,8 +109,7 @@ def _heat_map(figure: Any, axes: Any, chart: HeatMap) -> None:
         for i, row in enumerate(chart.texts):
             for j, text in enumerate(row):
                 red, green, blue, _ = image.to_rgba(values[i][j])
-                light = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-                axes.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if light else BLACK)
+                axes.text(j, i, text, ha="center", va="center", fontsize=6, color=ink_on(red, green, blue))
     bar = figure.colorbar(image, ax=axes, label=chart.scale)
     if names:
         bar.set_ticks(range(len(names)), labels=names, fontsize=8)
@@ -130,9 +132,13 @@ def _bars(figure: Any, axes: Any, chart: Bars) -> None:
 def _parallel(figure: Any, axes: Any, chart: Parallel) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import ListedColormap, Normalize
+    from numpy import linspace
 
-    norm, shades = Normalize(min(chart.shade), max(chart.shade)), colormaps["cividis"]
+    norm, shades = (
+        Normalize(chart.low, chart.high, clip=True),
+        ListedColormap(colormaps["cividis"](linspace(*LINE_SHADES["light"], 256))),
+    )
     spans = [(min(axis.values), max(axis.values)) for axis in chart.axes]
 
     def place(value: float, span: tuple[float, float]) -> float:

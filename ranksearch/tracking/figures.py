@@ -23,6 +23,8 @@ from ranksearch.tracking.chart import (
     Limit,
     Plot,
     Series,
+    counted,
+    range_around,
 )
 from ranksearch.tracking.learnt_figures import learnt_charts
 from ranksearch.tracking.view import View, cost_percent
@@ -33,8 +35,8 @@ SHORT |= {f"{name}_pivoted": f"{SHORT[name]}*" for name in ("im2col", "channel",
 """Lowerings in a cell of a heat-map."""
 LEGEND_WIDTH = 46
 """Characters of a line below an axis: on a screen of 390 pixels there is room for no more."""
-ROOM_BELOW = 0.5
-"""How far a figure goes down below a front, as a share of its height: one failed net must not flatten the front."""
+CLOSE = 0.04
+"""Shares of a front's width and height within which two labels would cover one another."""
 
 
 def study_charts(view: View, importances: Mapping[str, Mapping[str, float]]) -> dict[str, Chart]:
@@ -61,7 +63,7 @@ def front_chart(view: View, cost: str) -> Plot:
     main = [
         _points(
             view, cost, front, "front, validation", BLUE, "diamond", line="" if several else "steps",
-            labels=[f"t{r['trial']}" for r in front],
+            labels=_labels(view, front, cost),
         ),
         Series("dense net, validation", [100.0], [view.dense["val_accuracy"]], BLACK, "star", hover=[_dense_hover(view)]),
     ]  # fmt: skip
@@ -74,11 +76,11 @@ def front_chart(view: View, cost: str) -> Plot:
         main.append(Series("dense net, test", [100.0], [test], ORANGE, "star", hover=[_dense_hover(view)]))
     beyond = view.previewed if cost == view.costs[0] else []
     values, previewed = [row.value for row in others], [point["val_accuracy"] for point in beyond]
-    y_range = _range_around(main, [*values, *previewed])
+    y_range = range_around(main, [*values, *previewed])
     series = [
-        _points(view, cost, others, _counted("other trials", values, y_range), GREY, "circle", faint=True),
+        _points(view, cost, others, counted("other trials", values, y_range), GREY, "circle", faint=True),
         Series(
-            _counted("preview, not trained", previewed, y_range), [p["percent"] for p in beyond], previewed,
+            counted("preview, not trained", previewed, y_range), [p["percent"] for p in beyond], previewed,
             GREEN, "square", "dotted", faint=True,
             hover=[f"preview, not trained<br>{view.metric.text(p['val_accuracy'])} at {p['percent']:.1f} %" for p in beyond],
         ),
@@ -93,10 +95,17 @@ def front_chart(view: View, cost: str) -> Plot:
     )  # fmt: skip
 
 
-def _counted(name: str, values: Sequence[float], y_range: tuple[float, float] | None) -> str:
-    """A series' name, with how many of its points lie below what is shown."""
-    below = sum(value < y_range[0] for value in values) if y_range else 0
-    return f"{name} ({below} below)" if below else name
+def _labels(view: View, front: Sequence[Row], cost: str) -> list[str]:
+    """A label per point of the front; empty where it would cover that of a better one close by."""
+    points = [(cost_percent(row, cost) or 0.0, row.value) for row in front]
+    wide, high = (
+        CLOSE * (max(axis) - min(axis)) for axis in zip(*points, (100.0, view.dense["val_accuracy"]), strict=True)
+    )
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: -view.metric.share(point[1])):
+        if not any(abs(x - a) < wide and abs(y - b) < high for a, b in kept):
+            kept.append((x, y))
+    return [f"t{row['trial']}" if point in kept else "" for row, point in zip(front, points, strict=True)]
 
 
 def _points(
@@ -105,16 +114,6 @@ def _points(
 ) -> Series:  # fmt: skip
     x, y = [cost_percent(row, cost) or 0.0 for row in rows], [row["val_accuracy"] for row in rows]
     return Series(name, x, y, colour, marker, line, [_hover(view, row) for row in rows], labels, faint)
-
-
-def _range_around(main: Sequence[Series], rest: Sequence[float]) -> tuple[float, float] | None:
-    """Where trials lie far below the front: the range that shows the front well; else None, which shows everything."""
-    values = [y for series in main for y in series.y]
-    low, high = min(values), max(values)
-    bottom = low - ROOM_BELOW * max(high - low, 1.0)
-    if not rest or min(rest) >= bottom:
-        return None
-    return bottom, high + 0.08 * (high - bottom)
 
 
 def _hover(view: View, row: Row) -> str:
@@ -160,9 +159,9 @@ def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
         Series("dense net", [1, len(entries)], [dense, dense], BLACK, "", "dotted"),
     ]
     values = [row.value for _, row in own]
-    y_range = _range_around(main, values)
+    y_range = range_around(main, values)
     each = Series(
-        _counted("each trial", values, y_range), [n for n, _ in own], values, GREY, "circle", faint=True,
+        counted("each trial", values, y_range), [n for n, _ in own], values, GREY, "circle", faint=True,
         hover=[_hover(view, row) for _, row in own],
     )  # fmt: skip
     yield (

@@ -8,6 +8,7 @@ import numpy as np
 
 from ranksearch.study.importance import BEST, FEWEST, accuracy_at_cost
 from ranksearch.tracking.view import View
+from ranksearch.words import parameter_in_words
 
 FEWEST_DIRECTED = 4
 """Complete trials below which no direction is told."""
@@ -15,30 +16,6 @@ SAID = 5
 """Parameters that sentences are made of."""
 CLEAR = 2.0
 """Standard errors, 1 / sqrt(n - 1), from which a rank correlation is said to have a direction."""
-MEANINGS = {
-    "lr": "learning rate",
-    "factor_lr": "learning rate of the factors",
-    "factor_share": "share of the steps that fine-tune the factors",
-    "projection.period": "steps between projections",
-    "projection.start": "when projections begin",
-    "trust": "how far measured sensitivities are believed",
-    "level": "how much of the budget a plan takes",
-    "weight_decay": "weight decay",
-}
-GROUPED = {
-    "log_weight": "care for the layers {} (more keeps more of their rank)",
-    "lowering": "lowering of the layers {}",
-    "ratio": "rank kept in the layers {}",
-}
-"""What stands before the slash of a parameter of a group of layers."""
-
-
-def in_words(name: str) -> str:
-    """A searched parameter's name as a stranger understands it, its own name behind it where that is another."""
-    kind, _, group = name.partition("/")
-    if group and kind in GROUPED:
-        return GROUPED[kind].format(group)
-    return f"{MEANINGS[name]} ({name})" if name in MEANINGS else name
 
 
 def learnt(view: View, importances: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -116,4 +93,4 @@ def _sentence(name: str, direction: float, share: float | None, trials: int) -> 
         if share is None
         else f", {share:.0%} of what tells the best {BEST:.0%} of the trials from the others".replace("%", " %")
     )
-    return f"{in_words(name)}: {which} (rank correlation {direction:+.2f} over {trials} trials{weight})"
+    return f"{parameter_in_words(name)}: {which} (rank correlation {direction:+.2f} over {trials} trials{weight})"

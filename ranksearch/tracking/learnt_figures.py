@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from math import log10
 from typing import Any
 
+import numpy as np
+
 from ranksearch.study.importance import BEST, accuracy_at_cost
 from ranksearch.study.row import Row
-from ranksearch.tracking.chart import BLUE, GREY, Axis, Bars, Chart, Parallel, Plot, Series
-from ranksearch.tracking.learnt import FEWEST_DIRECTED, by_weight, clear, directions, in_words
+from ranksearch.tracking.chart import BLUE, GREY, Axis, Bars, Chart, Parallel, Plot, Series, counted, range_around
+from ranksearch.tracking.learnt import FEWEST_DIRECTED, by_weight, clear, directions
 from ranksearch.tracking.view import View, cost_percent
-from ranksearch.words import COST_NAMES
+from ranksearch.words import COST_NAMES, parameter_label, parameter_meaning
 
 SHOWN_IMPORTANCES, SLICES, AXES = 15, 4, 8
+OUTER = 0.1
+"""Share of the trials at either end of the metric that are shaded like the next one: a lost trial must not make all others alike."""
 DECADE = 10.0
 """A parameter whose values span this factor is shown in logarithms."""
 
@@ -39,10 +43,10 @@ def importance_chart(view: View, importances: Importances, found: Mapping[str, f
     names = by_weight(dict.fromkeys((n for shares in importances.values() for n in shares), 0.0), importances)
     shown, trials = names[:SHOWN_IMPORTANCES], len(view.complete)
     groups = {target: [shares.get(name, 0.0) for name in shown] for target, shares in importances.items()}
-    x = f"share of what tells the best {BEST:.0%} of {trials} trials from the rest (▲ more was better, ▼ less)"
+    x = f"share of what tells the best {BEST:.0%}\nof {trials} trials from the rest\n(▲ more was better, ▼ less)"
     return Bars(
         f"{view.name}: importance of what is searched", x.replace("%", " %"),
-        [f"{name}{_arrow(found.get(name, 0.0), trials)}" for name in shown], groups,
+        [f"{parameter_label(name)}{_arrow(found.get(name, 0.0), trials)}" for name in shown], groups,
     )  # fmt: skip
 
 
@@ -59,15 +63,25 @@ def slice_chart(view: View, name: str) -> Plot:
         for row, y in zip(complete, above, strict=True)
         if name in row["params_searched"]
     ]
-    series = []
-    for label, colour, marker, wanted in (("other trials", GREY, "circle", False), ("front", BLUE, "diamond", True)):
-        mine = [(row, x, y) for row, x, y in points if (row["trial"] in view.on_front) is wanted]
-        hover = [f"trial {row['trial']}<br>{name} {x:.4g}<br>{_score(view, row)}" for row, x, _ in mine]
-        series.append(Series(label, [x for _, x, _ in mine], [y for *_, y in mine], colour, marker, hover=hover))
+    others, front = (
+        [point for point in points if (point[0]["trial"] in view.on_front) is wanted] for wanted in (False, True)
+    )
+    main = _over(view, name, "front", front, BLUE, "diamond")
+    values = [y for *_, y in others]
+    y_range = range_around([main], values) if front else None
+    series = [_over(view, name, counted("other trials", values, y_range), others, GREY, "circle"), main]
     return Plot(
-        f"{view.name}: {in_words(name)}", name, "points above usual", [s for s in series if len(s.x)],
-        log_x=_wide([x for _, x, _ in points]), small=True,
+        f"{view.name}: {parameter_label(name)}", parameter_meaning(name), "points above usual", [s for s in series if len(s.x)],
+        log_x=_wide([x for _, x, _ in points]), small=True, y_range=y_range,
     )  # fmt: skip
+
+
+def _over(
+    view: View, name: str, label: str, points: Sequence[tuple[Row, float, float]], colour: str, marker: str
+) -> Series:
+    """Trials (row, value, points above usual) over the values of a searched number."""
+    hover = [f"trial {row['trial']}<br>{parameter_label(name)} {x:.4g}<br>{_score(view, row)}" for row, x, _ in points]
+    return Series(label, [x for _, x, _ in points], [y for *_, y in points], colour, marker, hover=hover)
 
 
 def _score(view: View, row: Row) -> str:
@@ -78,13 +92,19 @@ def _score(view: View, row: Row) -> str:
 def parallel_chart(view: View, names: Sequence[str]) -> Parallel:
     """Every complete trial as a line through what was searched, its cost and its metric, shaded by the metric."""
     rows = [row for row in view.complete if all(name in row["params_searched"] for name in names)] or view.complete
-    axes = [_axis(name, [row["params_searched"].get(name, 0.0) for row in rows]) for name in names]
+    axes = [_axis(parameter_label(name), [row["params_searched"].get(name, 0.0) for row in rows]) for name in names]
     cost = view.costs[0]
     axes.append(Axis(f"{COST_NAMES[cost]} %", [cost_percent(row, cost) or 0.0 for row in rows]))
     values = [row.value for row in rows]
+    low, high = np.quantile(values, [OUTER, 1 - OUTER]).tolist()
     axes.append(Axis(f"validation {view.metric.column}", values))
     return Parallel(
-        f"{view.name}: every complete trial across what was searched", axes, values, f"validation {view.metric.column}"
+        f"{view.name}: every complete trial across what was searched",
+        axes,
+        values,
+        f"validation {view.metric.column}",
+        low,
+        high,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.resources import files
@@ -16,6 +17,7 @@ from ranksearch.study.row import Row
 from ranksearch.study.verdict import verdict_of
 from ranksearch.study.where import FRONT_PNG, REPORT
 from ranksearch.tasks import model_reference
+from ranksearch.tracking.chart import Chart
 from ranksearch.tracking.draw_html import fragment, script
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.figures import front_chart, study_charts
@@ -36,7 +38,7 @@ def report_html(view: View, importances: Mapping[str, Mapping[str, float]]) -> s
     from jinja2 import Environment, select_autoescape
 
     charts = study_charts(view, importances)
-    figures = _in_their_places({name: fragment(chart) for name, chart in charts.items()})
+    figures = _in_their_places({name: fragment(_untitled(chart, view.name)) for name, chart in charts.items()})
     shown, verdict = view.front_rows[::-1], verdict_of(view.front)
     trials = [
         {
@@ -86,6 +88,12 @@ def _in_their_places(drawn: Mapping[str, str]) -> dict[str, list[str]]:
         place = next((place for place in ("front", "slice") if name.startswith(place)), layers)
         places["slices" if place == "slice" else place].append(figure)
     return places
+
+
+def _untitled(chart: Chart, study: str) -> Chart:
+    """The chart without the study's name in its title, since it heads the page."""
+    title = chart.title.removeprefix(f"{study}: ")
+    return replace(chart, title=title[:1].upper() + title[1:])
 
 
 def _layers(view: View, trial: int | None) -> list[LayerCost]:
