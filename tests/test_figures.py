@@ -12,6 +12,7 @@ from matplotlib import image as png
 from ranksearch.space.recipe import RecipeSpace
 from ranksearch.study.front import dominates
 from ranksearch.study.importance import AT_COST, FRONT, accuracy_at_cost
+from ranksearch.study.layer_costs import layer_costs
 from ranksearch.study.row import Row
 from ranksearch.tracking.chart import (
     BLACK,
@@ -166,6 +167,14 @@ def test_the_maps_show_every_layer_of_every_net_of_the_front(studied, bench):
                 largest = options.choices[options.ladder(layer["lowering"])[-1]].rank
                 assert kept.values[i][j] == pytest.approx(min(1, layer["rank"] / largest))
                 assert kept.texts[i][j].endswith(f" {layer['rank']}")
+
+
+def test_layers_of_a_study_that_was_made_before_a_setting_of_layers_was_known_are_read(studied):
+    _, view = studied
+    plan, records = view.front_rows[0]["plan"], view.info["layer_costs"]
+    before = [r | {"spec": {name: value for name, value in r["spec"].items() if name != "lookup"}} for r in records]
+    assert before != records
+    assert layer_costs(before, plan) == layer_costs(records, plan)
 
 
 def test_importances_find_the_parameter_that_decides(make, bench):

@@ -69,8 +69,9 @@ def layer_costs(
 
 
 def layer_of(record: Mapping[str, Any]) -> Layer:
-    """The layer that `layer_records` kept."""
-    given: dict[str, Any] = {field.name: record["spec"][field.name] for field in fields(LayerSpec)}
+    """The layer that `layer_records` kept; what a study from before did not know of it is as by default."""
+    known = record["spec"]
+    given: dict[str, Any] = {field.name: known[field.name] for field in fields(LayerSpec) if field.name in known}
     for name, value in given.items():
         given[name] = tuple(value) if isinstance(value, list) else value
     sizes, samples = tuple(tuple(size) for size in record["in_sizes"]), tuple(record["samples"])

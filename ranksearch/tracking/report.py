@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -57,6 +58,7 @@ def report_html(view: View, importances: Mapping[str, Mapping[str, float]]) -> s
         "line": plan_line,
         "mix": mix_of,
         "first_line": _first_line,
+        "coded": _coded,
     }
     template = page.from_string(files(__package__).joinpath("report.html.j2").read_text())
     layers = _layers(view, verdict.trial)
@@ -114,6 +116,13 @@ def _number(value: float | None, form: str = ".2f") -> str:
 
 def _percent(row: Mapping[str, Any], cost: str) -> str:
     return _number(cost_percent(row, cost), ".1f")
+
+
+def _coded(text: str) -> str:
+    """A sentence as HTML; its commands, in backticks, are set as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(text)))
 
 
 def _first_line(text: str | None) -> str:
