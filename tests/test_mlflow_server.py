@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +19,9 @@ from ranksearch.api import Silent, search, sync
 from ranksearch.tracking.runs import final_metrics
 from ranksearch.tracking.store import NOTED
 from ranksearch.tracking.ui import Page
+from tests.browser import CHROMIUM, Browser
 from tests.conftest import free_ports
 from tests.test_mirror import assert_holds, runs_of
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Server:
@@ -198,37 +196,49 @@ def test_the_best_net_is_registered_once(studied, server):
     assert champion.run_id == trials[studied.best()["trial"]].info.run_id
 
 
+@pytest.fixture
+def browser(tmp_path):
+    found = Browser(tmp_path / "profile")
+    yield found
+    found.close()
+
+
+def says(text: str) -> str:
+    """JavaScript: whether the page shows a text."""
+    return f"document.body && document.body.innerText.includes({json.dumps(text)})"
+
+
+SHIP_AT = """[...document.querySelectorAll("h1,h2,h3,strong")].filter((part) => /ship t/i.test(part.textContent))
+  .map((part) => [part.tagName, part.textContent, part.getBoundingClientRect().bottom])"""
+"""JavaScript: [tag, text, where it ends from above] of what names the net to ship."""
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_pages_show_the_study_in_a_browser(studied, server, tmp_path):
+def test_pages_show_the_study_in_a_browser(studied, server, browser, tmp_path):
     noted = json.loads((studied.folder / NOTED).read_text())
     assert noted["uri"] == server.uri
     page = Page("digits_resnet8", noted["experiment"], noted["parent"])
-    table = opened(f"{server.uri}{page.trials}", tmp_path / "table")
+    wide = browser.open(f"{server.uri}{page.trials}", until=says("on_front"), width=3000, height=1400)
     for row in studied.trials:
-        assert f"t{row['trial']:03d} " in table
-    assert "on_front" in table
-    run = opened(f"{server.uri}{page.front}", tmp_path / "run")
+        assert f"t{row['trial']:03d} " in wide
+    run = browser.open(f"{server.uri}{page.front}", until=says("Ship trial"), width=1400, height=900)
     assert "best_within_budget" in run
-    assert "Ship trial" in run
+    best = studied.best()["trial"]
+    heading = next(part for part in browser.value(SHIP_AT) if part[0].startswith("H"))
+    assert f"ship t{best:03d} " in heading[1]  # which net, its metric and cost: whatever MLflow puts beside its page
+    assert heading[2] < 900
+    browser.open(f"{server.uri}{page.front}", until=says("Ship trial"), width=1920, height=1080)
+    sentence = next(part for part in browser.value(SHIP_AT) if part[0] == "STRONG")
+    assert sentence[1].startswith(f"Ship trial {best}: ")
+    assert sentence[2] < 1080
+    assert browser.requested
+    assert not [url for url in browser.requested if not url.startswith((server.uri, "about:", "data:", "blob:"))]
+    assert not [
+        said for said in browser.problems if "/ajax-api/" not in said
+    ]  # MLflow's pages ask its server for what it has not
     ranksearch.report(str(studied.folder), output=tmp_path / "report.html")
-    drawn = opened((tmp_path / "report.html").as_uri(), tmp_path / "report")
-    assert drawn.count("main-svg") >= 5  # what the page's script draws
+    drawn = "document.body && document.body.classList.contains('figures-drawn')"
+    report = browser.open((tmp_path / "report.html").as_uri(), until=drawn, width=1400, height=900)
+    assert report.count("main-svg") >= 5  # what the page's script draws
+    assert browser.problems == []
     assert "http" not in (tmp_path / "report.html").read_text().split("</script>")[-1]
-
-
-def opened(address: str, profile: Path) -> str:
-    """The page as it stands when its script has run."""
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-sync",
-        "--window-size=3000,1400",  # the table draws the columns that are seen alone
-    ]
-    done = subprocess.run(
-        [CHROMIUM, *options, f"--user-data-dir={profile}", "--virtual-time-budget=20000", "--dump-dom", address],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    return done.stdout

@@ -204,7 +204,7 @@ def trials_view(costs: Sequence[str], metric: Metric, searched: Sequence[str]) -
     view = {
         "searchFilter": f"tags.`{KIND_TAG}` = 'trial'", "orderByKey": "metrics.`val_accuracy`",
         "orderByAsc": metric.direction == "minimize", "selectedColumns": columns,
-        "compareRunSections": [{"uuid": CHARTS, "name": "The search", "display": True, "isReordered": False}],
+        "compareRunSections": [{"uuid": CHARTS, "name": "The search", "display": True, "isReordered": False, "columns": 2}],
         "isAccordionReordered": True,  # else sections are put in the order of their names
         "compareRunCharts": [
             _chart("front", "SCATTER", xaxis={"key": shown[0], "type": "METRIC"}, yaxis={"key": "val_accuracy", "type": "METRIC"}),
