@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from html import unescape
 from importlib.resources import files
@@ -13,10 +12,10 @@ import pytest
 from ranksearch.tracking.report import report_html
 from ranksearch.tracking.view import View
 from ranksearch.trial.result import TrialResult
+from tests.browser import CHROMIUM
 from tests.conftest import simulated
 from tests.test_figures import contrast
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LISTENS = """<script>
 window.problems = [];
 addEventListener("error", (event) => problems.push(event.message));
@@ -51,6 +50,7 @@ function seen(frame) {
     fetched: frame.contentWindow.performance.getEntriesByType("resource").map((entry) => entry.name),
     figures: page.querySelectorAll(".main-svg").length,
     ground: luminance(frame.contentWindow.getComputedStyle(page.body).backgroundColor), texts: contrasts(page),
+    tallest: Math.max(...[...page.querySelectorAll(".figure")].map((box) => box.clientHeight)),
     empty: page.querySelectorAll(".plotly-graph-div:not([data-look])").length,
     cut: [...page.querySelectorAll(".plotly-graph-div[data-look]")].filter((box) => box.clientWidth
       && box.querySelector(".main-svg").getBoundingClientRect().right > box.parentElement.getBoundingClientRect().right + 1).length,
@@ -125,6 +125,7 @@ def test_a_browser_shows_the_report_whole_on_a_phone_and_on_a_desk(page, tmp_pat
         0,
         [],
     )  # what is folded away is drawn on paper, as wide as it is
+    assert paper["tallest"] <= 700  # a figure fits the page, 186 mm of A4 across, and is not split
     assert phone["empty"] > 0
     assert phone["width"] <= 390  # no sideways scrolling
     assert phone["ship"] <= 844  # the first screen says which net to ship

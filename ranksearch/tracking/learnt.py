@@ -93,4 +93,5 @@ def _sentence(name: str, direction: float, share: float | None, trials: int) -> 
         if share is None
         else f", {share:.0%} of what tells the best {BEST:.0%} of the trials from the others".replace("%", " %")
     )
-    return f"{parameter_in_words(name)}: {which} (rank correlation {direction:+.2f} over {trials} trials{weight})"
+    told = f"{direction:+.2f}".replace("-", "−")
+    return f"{parameter_in_words(name)}: {which} (rank correlation {told} over {trials} trials{weight})"
