@@ -145,7 +145,13 @@ HUGGING_FACE = {
             num_experts_per_tok=2, max_position_embeddings=64,
         ),
         _text,
-        budget=0.8,
+    ),
+    "hf:qwen3_moe": Made(
+        _hugging_face(
+            "Qwen3MoeForCausalLM", "Qwen3MoeConfig", **LANGUAGE, **BLOCKS, num_key_value_heads=2, num_experts=4, head_dim=16,
+            num_experts_per_tok=2, moe_intermediate_size=64, max_position_embeddings=64,
+        ),
+        _text,
     ),
     "hf:t5": Made(
         _hugging_face(

@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ranksearch.compress.axes import BATCH, free_axes, name_axes_, stretched
+from ranksearch.compress.experts import with_open_experts
 from ranksearch.compress.export import Build, load_net, save_net
 from ranksearch.compress.inputs import batch_size, call, cut, joined
 from ranksearch.compress.plain import is_plain, named_inputs, plain, plain_outputs
@@ -151,6 +152,7 @@ def _as_function(program: ExportedProgram) -> Function:
 
 
 def _write_onnx(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> ExportedProgram:
+    model = with_open_experts(model)  # ONNX has no grouped product
     program = traced(model, batch)
     try:
         _save_onnx(program, model, batch, folder)

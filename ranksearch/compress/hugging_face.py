@@ -6,6 +6,7 @@ transformers' own classes is run: a folder with code of its own is refused.
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,11 @@ def save_pretrained(model: nn.Module, plan: RankPlan, folder: str | Path) -> Non
             f"save_pretrained takes a model of Hugging Face, got a {type(model).__name__}: any other is written by `save_net`."
         )
     setattr(config, KEY, plan.to_dict())
+    save: Any = model.save_pretrained
+    # by the net's own names: those of older checkpoints (experts one by one) are made of its dense weights
+    own_names = {"save_original_format": False} if "save_original_format" in signature(save).parameters else {}
     try:
-        model.save_pretrained(str(folder))  # type: ignore[operator]
+        save(str(folder), **own_names)
     finally:
         delattr(config, KEY)
 

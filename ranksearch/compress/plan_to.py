@@ -67,9 +67,11 @@ def _why_not(slot: Slot, choice: LayerPlan, form: str) -> str | None:
     if slot.is_made and form == "torchao":
         return "its weight is made of other parameters, which the config cannot name."
     if slot.inside is not None and form == "peft":
-        return "PEFT adapts no projections of an nn.MultiheadAttention and no matrices of an LSTM, GRU or RNN."
+        return "PEFT adapts no projections of an nn.MultiheadAttention and no matrices of an LSTM, GRU, RNN or of fused experts."
     if slot.attention is not None and slot.name.rpartition(".")[2] not in (IN_PROJ, OUT_PROJ):
         return "a part of an attention's packed weight has no name there."
+    if slot.experts is not None:
+        return "an expert's matrix is a part of a stacked weight and has no name of its own there."
     return None
 
 

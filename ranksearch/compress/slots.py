@@ -18,6 +18,8 @@ from ranksearch.compress.as_plain import AsPlain, as_plain, settle_, weight_norm
 from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV, OpenAttention, attention_refusal, hooks_refusal
 from ranksearch.compress.bare import is_lazy
 from ranksearch.compress.copying import memory
+from ranksearch.compress.experts import are_experts, experts_refusal
+from ranksearch.compress.experts import parts as matrices
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.compress.recurrent import OpenRecurrent, parts, recurrent_refusal
 from ranksearch.errors import UsageError, nearest
@@ -40,13 +42,15 @@ class Slot:
     """The `nn.MultiheadAttention` that it is part of, if any."""
     recurrent: str | None = None
     """The LSTM, GRU or RNN that it is part of, if any."""
+    experts: str | None = None
+    """The fused experts that it is part of, if any."""
     layer: AsPlain | None = None
     """What the layer computes, of one that has a class of its own or a weight that is made of parameters (`as_plain.py`)."""
 
     @property
     def inside(self) -> str | None:
         """The module that has to be opened for a layer of this name to be there."""
-        return self.recurrent if self.attention is None else self.attention
+        return next((path for path in (self.attention, self.recurrent, self.experts) if path is not None), None)
 
     @property
     def is_made(self) -> bool:
@@ -61,7 +65,10 @@ class Slot:
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         """What an optimizer holds of it."""
-        return self.layer.sources if self.layer is not None and self.layer.sources else (self.weight,)
+        if self.layer is not None and self.layer.sources:
+            return self.layer.sources
+        turned = self.experts is not None and not self.weight.is_contiguous()
+        return (self.weight.mT if turned else self.weight,)
 
     @property
     def own_params(self) -> int:
@@ -119,7 +126,11 @@ def _no_slot(model: nn.Module, name: str, slots: dict[str, Slot], skipped: dict[
             return f"Layer {name!r} shares its weight with {slot.name!r}: name that one, both follow."
     if name in skipped:
         return f"Layer {name!r} cannot be lowered: {skipped[name]}"
-    kind = type(dict(model.named_modules()).get(name)).__name__
+    modules = dict(model.named_modules())
+    for path in skipped.keys() & modules.keys():
+        if name.startswith(f"{path}.") and are_experts(modules[path]):
+            return f"Layer {name!r} cannot be lowered, being a part of {path!r}: {skipped[path]}"
+    kind = type(modules.get(name)).__name__
     what = (
         f"The model has no layer {name!r}."
         if kind == "NoneType"
@@ -167,6 +178,13 @@ def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
             reason = f"it shares a weight with {tied[0]!r}." if tied else recurrent_refusal(module)
             if reason is None:
                 slots |= {slot.name: slot for slot in _recurrent_slots(module, names)}
+            else:
+                skipped[names[0] or "(the model itself)"] = reason
+        elif are_experts(module):
+            tied = [n for p in module.parameters() for n in owners[memory(p)] if n.rpartition(".")[0] not in names]
+            reason = f"it shares a weight with {tied[0]!r}." if tied else experts_refusal(module)
+            if reason is None:
+                slots |= {slot.name: slot for slot in _expert_slots(module, names)}
             else:
                 skipped[names[0] or "(the model itself)"] = reason
         elif _has_matrix(module):
@@ -263,6 +281,14 @@ def _recurrent_slots(module: Any, names: list[str]) -> Iterator[Slot]:
         paths = tuple(f"{path}.{part}".removeprefix(".") for path in names)
         spec = LayerSpec(weight.shape[1], weight.shape[0], bias=bias is not None)
         yield Slot(paths[0], spec, weight, paths, recurrent=names[0])
+
+
+def _expert_slots(module: Any, names: list[str]) -> Iterator[Slot]:
+    """The matrices of fused experts, as the Linears that they become."""
+    for part, weight, bias in matrices(module):
+        paths = tuple(f"{path}.{part}".removeprefix(".") for path in names)
+        spec = LayerSpec(weight.shape[1], weight.shape[0], bias=bias is not None)
+        yield Slot(paths[0], spec, weight, paths, experts=names[0])
 
 
 def _attention_slots(module: Any, names: list[str]) -> Iterator[Slot]:

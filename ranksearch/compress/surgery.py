@@ -14,6 +14,7 @@ from ranksearch.compress.as_plain import settle_
 from ranksearch.compress.attention import IN_PROJ, QKV, leave_fused_, open_attention_
 from ranksearch.compress.bare import bare
 from ranksearch.compress.copying import copied
+from ranksearch.compress.experts import open_experts_
 from ranksearch.compress.plan import LayerPlan, RankPlan
 from ranksearch.compress.reached import reached_by_classes
 from ranksearch.compress.recurrent import open_recurrent_
@@ -89,18 +90,21 @@ def _restructured(
 
 
 def open_parts_(model: nn.Module, names: Iterable[str]) -> None:
-    """Opens the attentions and recurrent nets that the slots `names` are parts of, so that each of those slots is a Linear of that name.
+    """Opens the attentions, recurrent nets and fused experts that the slots `names` are parts of: each is a Linear of that name then.
 
     Raises:
         UsageError: an attention is named both packed and by its parts.
     """
     parts: dict[tuple[str, ...], set[str]] = defaultdict(set)
     recurrent: set[str] = set()
+    experts: set[str] = set()
     slots = find_slots(model)
     for name in names:
         slot = slots[name]
         if slot.recurrent is not None:
             recurrent.add(slot.recurrent)
+        if slot.experts is not None:
+            experts.add(slot.experts)
         if slot.attention is not None:
             paths = tuple(path.rpartition(".")[0] for path in slot.paths)
             parts[paths].add(name.rpartition(".")[2])
@@ -111,6 +115,8 @@ def open_parts_(model: nn.Module, names: Iterable[str]) -> None:
         open_attention_(model, paths, found)
     for path in recurrent:
         open_recurrent_(model, path)
+    for path in experts:
+        open_experts_(model, path)
 
 
 def _nearest(slot: Slot, choice: LayerPlan, weighting: Weighting | None) -> Tensor:

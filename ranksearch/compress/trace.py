@@ -19,6 +19,7 @@ from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV
 from ranksearch.compress.bare import bare, is_lazy
 from ranksearch.compress.copying import memory
 from ranksearch.compress.counting import counter, macs
+from ranksearch.compress.experts import are_experts, tokens_of_each
 from ranksearch.compress.inputs import batch_size, call
 from ranksearch.compress.slots import KINDS, Slot, survey
 from ranksearch.compress.undisturbed import own, undisturbed
@@ -169,6 +170,8 @@ class _Recorder:
         self.odd: dict[int, str] = {}
         self.crossing: set[int] = set()
         """Attentions whose query, key and value are not one tensor."""
+        self.tokens_of: dict[int, list[list[int]]] = defaultdict(list)
+        """Fused experts -> for every call, how many tokens each expert gets."""
         self.norm_behind: dict[int, nn.Module] = {}
         self._batch = batch
         self._own = {id(m): found for m in model.modules() if isinstance(found := _own(m), AsPlain)}
@@ -195,6 +198,10 @@ class _Recorder:
     def _spread(self, rows: int) -> Use:
         return ((rows // self._batch,), self._batch) if rows % self._batch == 0 else ((), rows)
 
+    def of_expert(self, module: nn.Module, e: int) -> list[Use]:
+        """Uses of one of fused experts: a call that gives it no token is none."""
+        return [self._spread(rows[e]) for rows in self.tokens_of[id(module)] if rows[e]]
+
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if isinstance(module, nn.MultiheadAttention):
             query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))[:3]
@@ -208,6 +215,11 @@ class _Recorder:
                 self.uses[id(module)].append(self._spread(rows.numel() // max(rows.shape[-1], 1)))
             else:
                 self.odd[id(module)] = f"it is called with a {type(x).__name__}."
+        elif are_experts(module):
+            try:
+                self.tokens_of[id(module)].append(tokens_of_each(module, args, kwargs))
+            except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+                self.odd[id(module)] = f"it is not called with tokens, their experts and the shares of these: {error}"
         elif (spec := self._spec(module)) is not None:
             self.elsewhere.running.append(module)
             inputs = [*args, *kwargs.values()]
@@ -284,10 +296,16 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
     layers = []
     for slot in slots.values():
         also: Layer | None = None
+        idle: str | None = None
         uses: list[Use] | None
         if slot.recurrent is not None:
             module = model.get_submodule(slot.recurrent)
             uses, reason, norm = recorder.uses[id(module)], recorder.odd.get(id(module)), None
+        elif slot.experts is not None:
+            module = model.get_submodule(slot.experts)
+            uses, reason, norm = recorder.of_expert(module, int(slot.name.rpartition(".")[2])), None, None
+            idle = "no token of the example reaches this expert." if id(module) in recorder.tokens_of else None
+            idle = recorder.odd.get(id(module), idle)
         elif slot.attention is not None:
             uses, reason = _attention_uses(recorder, model.get_submodule(slot.attention), slot), None
             if uses is None:
@@ -306,7 +324,7 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
             behind = [recorder.norm_behind.get(id(m)) for m in modules]
             norm = names[id(behind[0])] if len(behind) == 1 and behind[0] is not None else None
         if not uses:
-            reason = "the forward pass does not call it as a module."
+            reason = idle or "the forward pass does not call it as a module."
         if reason is None:
             sizes, samples = tuple(size for size, _ in uses), tuple(count for _, count in uses)
             samples = () if all(count == batch for count in samples) else samples

@@ -16,6 +16,7 @@ from ranksearch.compress.bare import bare
 from ranksearch.compress.copying import copied
 from ranksearch.compress.cost import plan_cost
 from ranksearch.compress.counting import counter, macs
+from ranksearch.compress.experts import bias_of
 from ranksearch.compress.inputs import batch_size, call, cast, moved, tensors
 from ranksearch.compress.plan import RankPlan
 from ranksearch.compress.slots import Slot, find_slots, slots_of
@@ -166,9 +167,11 @@ def _take_over_(dense: nn.Module, small: nn.Module) -> None:
 
 
 def _bias_inside(dense: nn.Module, slot: Slot) -> Tensor:
-    """A view of the bias of a slot that is part of an attention or a recurrent net."""
+    """A view of the bias of a slot that is part of an attention, a recurrent net or fused experts."""
     attention: Any = dense.get_submodule(slot.inside or "")
     part = slot.name.rpartition(".")[2]
+    if slot.experts is not None:
+        return bias_of(attention, slot.name.removeprefix(f"{slot.experts}."))
     if slot.recurrent is not None:
         return getattr(attention, f"bias_{part}")  # type: ignore[no-any-return]
     if part == OUT_PROJ:

@@ -156,12 +156,12 @@ class Turned(nn.Module):
 
 
 def _empty(base: type, kind: type = Chain) -> Any:
-    made: Any = _class_of(base, kind)
+    made: Any = class_of(base, kind)
     return made.__new__(made)
 
 
-def _class_of(base: type, kind: type) -> type:
-    """The class of chains, of this kind, in the place of layers of class `base`, under its name."""
+def class_of(base: type, kind: type) -> type:
+    """The class of what stands in the place of modules of class `base` as this kind does (a `Chain`, say), under its name."""
     if (base, kind) not in _CLASSES:
         _CLASSES[base, kind] = type(
             base.__name__, (kind, base), {"__module__": base.__module__, "__qualname__": base.__qualname__}
@@ -188,7 +188,7 @@ def become_(
     if isinstance(built, nn.Sequential):
         layer._parameters.clear()
         layer._modules = dict(built._modules)
-        layer.__class__ = _class_of(base, Chain if pad is None else PaddedChain)
+        layer.__class__ = class_of(base, Chain if pad is None else PaddedChain)
         if pad is not None:
             layer.own_pad = pad  # type: ignore[assignment]
         layer.dims_of_one = len(spec.kernel_size) + 1 if spec.is_conv else -1  # type: ignore[assignment]
