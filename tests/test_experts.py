@@ -9,7 +9,9 @@ from torch import nn
 
 import ranksearch
 from ranksearch.compress import LayerPlan, RankPlan, dense_cost, load_net, plan_cost, project_, save_net, trace
+from ranksearch.compress.experts import are_experts, with_open_experts
 from ranksearch.compress.hugging_face import from_pretrained, save_pretrained
+from ranksearch.compress.plan_to import plan_to
 from ranksearch.compress.slots import survey
 from ranksearch.compress.surgery import open_parts_
 from ranksearch.compress.whole import check_rebuilt
@@ -123,6 +125,30 @@ def test_only_the_experts_of_which_one_is_lowered_are_opened():
     assert type(small.model.layers[0].mlp.experts) is type(model.model.layers[0].mlp.experts)
     assert type(small.get_submodule("model.layers.1.mlp.experts.down_proj.1")) is nn.Linear
     assert not any(parameter.requires_grad for parameter in small.parameters())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_in_16_bits_rounding_that_sends_a_token_elsewhere_is_no_reason_to_refuse_them(implementation):
+    model, x = made("Mixtral", implementation).bfloat16(), words(8, 16)
+    ranksearch.compress(model, lowered_experts(trace(model, x), 5), example_input=x)
+    plan = lowered_experts(trace(model, x), 5)
+    other = ranksearch.compress(model, plan)
+    other.model.layers[0].mlp.experts.act_fn = nn.ReLU()
+    with pytest.raises(UsageError, match=r"The compressed net"):
+        check_rebuilt(other, plan, model, x)
+
+
+def test_onnx_is_written_of_a_copy_whose_experts_are_all_opened():
+    model, x = made("GptOss"), words()
+    opened = with_open_experts(model)
+    assert not any(are_experts(module) for module in opened.modules())
+    assert sum(are_experts(module) for module in model.modules()) == 2
+    close(opened(**x).logits, model(**x).logits)
+    plan = lowered_experts(trace(model, x))
+    with pytest.raises(UsageError, match=r"no matrices of an LSTM, GRU, RNN or of fused experts"):
+        plan_to(plan, "peft", model=model)
+    with pytest.raises(UsageError, match=r"a part of a stacked weight and has no name"):
+        plan_to(plan, "torchao", model=model)
 
 
 def test_an_expert_without_a_token_is_left_dense_with_the_reason_and_may_still_be_planned_by_data():

@@ -41,6 +41,9 @@ def experts_refusal(module: Any) -> str | None:
     others = [n for n, p in module._parameters.items() if p is not None and p.dim() > 1 and n not in known]
     if others:
         return f"{name} computes with {', '.join(others)} beside its experts' matrices."
+    counts = {n: len(module._parameters[n]) for n in known}
+    if len(set(counts.values())) > 1:
+        return f"{name} has other numbers of matrices: {', '.join(f'{count} of {n}' for n, count in counts.items())}."
     if not all(module._parameters[n].is_floating_point() for n in known):
         return f"the weights of {name} are {module._parameters[known[0]].dtype}, not floating point."
     if "forward" in vars(module) or "_apply_gate" in vars(module):
@@ -80,7 +83,7 @@ def tokens_of_each(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 class OpenExperts(nn.Module):
     """Experts over plain Linears; takes and returns what the module that it was did, and is an instance of its class, too."""
 
-    inputs: tuple[str, ...]
+    argument_names: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the module's: tokens [N, H], the experts of each [N, k] and their shares [N, k] -> [N, H]."""
@@ -90,7 +93,7 @@ class OpenExperts(nn.Module):
         def expert(e: int, x: Tensor) -> Tensor:
             return _expert(self, wide[e], down[e], x)
 
-        return _mixed(expert, len(down), *_given(self.inputs, args, kwargs))
+        return _mixed(expert, len(down), *_given(self.argument_names, args, kwargs))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickled as the module's class, of which the opened one's is made again."""
@@ -109,7 +112,7 @@ def open_experts_(model: nn.Module, path: str) -> None:
     for part, weight, bias in parts(module):
         layer = linear(weight.detach().contiguous(), None if bias is None else bias.detach())
         layers[part.partition(".")[0]].append(layer.requires_grad_(weight.requires_grad).train(module.training))
-    module.inputs = _inputs(module)
+    module.argument_names = _inputs(module)
     for name in _names(module):
         del module._parameters[name]
     for name, held in layers.items():
@@ -119,11 +122,14 @@ def open_experts_(model: nn.Module, path: str) -> None:
 
 def with_open_experts(model: nn.Module) -> nn.Module:
     """The model, or a copy with all of its fused experts opened that can be: for a format that has no operator for them."""
-    fused = [path for path, m in model.named_modules() if are_experts(m) and experts_refusal(m) is None]
-    made = copied(model) if fused else model
-    for path in fused:
-        open_experts_(made, path)
-    return made
+    return open_all_experts_(copied(model)) if any(map(are_experts, model.modules())) else model
+
+
+def open_all_experts_(model: nn.Module) -> nn.Module:
+    """The model, all of its fused experts opened that can be, in place."""
+    for path in [path for path, m in model.named_modules() if are_experts(m) and experts_refusal(m) is None]:
+        open_experts_(model, path)
+    return model
 
 
 def _first(module: Any) -> str:
