@@ -9,6 +9,7 @@ from torch import nn
 
 import ranksearch
 from ranksearch.compress import LayerPlan, RankPlan, dense_cost, load_net, plan_cost, project_, save_net, trace
+from ranksearch.compress.counting import counter, macs
 from ranksearch.compress.experts import are_experts, with_open_experts
 from ranksearch.compress.hugging_face import from_pretrained, save_pretrained
 from ranksearch.compress.plan_to import plan_to
@@ -84,9 +85,7 @@ def test_opened_they_compute_the_same_and_learn_the_same(name, implementation):
 def test_an_expert_counts_by_its_tokens_and_is_lowered_exactly(name, implementation):
     model, x = made(name, implementation), words()
     net = trace(model, x)
-    idle = [path for path, _ in net.skipped if "experts" in path]
-    assert len(of_experts(net)) + len(idle) == 2 * 4 * 2
-    assert len(idle) <= (2 if name == "GptOss" else 0)
+    assert len(of_experts(net)) == 2 * 4 * 2
     assert dense_cost(net).params == sum(p.numel() for p in model.parameters())
     one = of_experts(net)[0].spec.macs((1,)) + net["model.layers.0.mlp.experts.down_proj.0"].spec.macs((1,))
     rows = 2 * 2 * 3 * 9  # layers, experts of a token, samples, tokens
@@ -151,16 +150,25 @@ def test_onnx_is_written_of_a_copy_whose_experts_are_all_opened():
         plan_to(plan, "torchao", model=model)
 
 
-def test_an_expert_without_a_token_is_left_dense_with_the_reason_and_may_still_be_planned_by_data():
+def test_all_experts_of_a_stack_take_one_rank_so_that_macs_are_as_planned_wherever_tokens_go():
     model = made("Mixtral")
     few = words(1, 1)  # one token: two of the four experts of a layer
     net = trace(model, few)
-    assert len(of_experts(net)) == 2 * 2 * 2
-    reasons = [reason for name, reason in net.skipped if "experts" in name]
-    assert reasons == ["no token of the example reaches this expert."] * 8
-    plan = ranksearch.allocate(model, words(), {"flops": "60%"}, sensitivity="activation", calibration=[few])
-    assert len(plan.layers.keys() - {layer.name for layer in net.layers}) > 0
-    ranksearch.compress(model, plan, example_input=words())
+    idle = [layer for layer in of_experts(net) if layer.idle]
+    assert len(idle) == 2 * 2 * 2
+    assert all(layer.macs == 0 < layer.params for layer in idle)
+    plan = ranksearch.allocate(model, few, {"flops": "50%"}, sensitivity="activation", calibration=[few])
+    ranks = {(layer.stack, plan[layer.name].lowering, plan[layer.name].rank) for layer in of_experts(net)}
+    assert len(ranks) == 2 * 2
+    small = ranksearch.compress(model, plan, example_input=few)
+    for x in (few, words()):
+        assert plan_cost(trace(model, x), plan).macs == pytest.approx(measured(small, x), abs=len(net.layers))
+
+
+def measured(net, x):
+    with torch.no_grad(), counter() as counted:
+        net(**x)
+    return macs(counted) / len(x["input_ids"])
 
 
 def test_they_are_planned_by_data_trained_under_projections_and_exported_with_their_routing(tmp_path):

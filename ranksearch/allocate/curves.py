@@ -5,6 +5,7 @@ One Gram `eigvalsh` per layer and lowering gives the error at every rank.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -340,7 +341,18 @@ def _curves(net: Net, rules: LayerRules, curve_of: Callable[[Layer, Lowering, in
     if all(len(options.choices) == 1 for options in layers):
         raise UsageError("The layer rules leave no layer to lower: check layers.include, exclude, lowerings and ranks.")
     free = [options.layer.name for options in layers if len(options.choices) > 1]
-    return Curves(net, tuple(layers), rules.groups_among(free))
+    groups = rules.groups_among(free)
+    left = set(free).difference(*groups)
+    return Curves(net, tuple(layers), groups + _stacks([layer for layer in net.layers if layer.name in left]))
+
+
+def _stacks(layers: Iterable[Layer]) -> tuple[tuple[str, ...], ...]:
+    """Fused experts' matrices of one stacked weight: at one rank the MACs stay what they are wherever tokens go."""
+    stacks = defaultdict[str, list[str]](list)
+    for layer in layers:
+        if layer.stack is not None:
+            stacks[layer.stack].append(layer.name)
+    return tuple(tuple(names) for names in stacks.values() if len(names) > 1)
 
 
 def limits_of(curves: Curves, budgets: Iterable[Budget]) -> np.ndarray:

@@ -2,10 +2,10 @@
 
 Hugging Face's mixtures keep the matrices of all E experts as two parameters, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] (some
 transposed, with biases, or without a gate), and compute with them by one of several operators, so there is no layer to replace. Opened,
-expert e has the Linears `gate_up_proj.e` and `down_proj.e`: a rank each, since experts differ in their spectra and in the tokens that
-they get. They run one after the other over their own tokens, as in the `eager` implementation. That loop costs time where experts are
-many and small: lowering saves MACs and parameters, and saves time only where the matrices are large. What a class computes is not
-guessed from its name: it is run against the opened form, and refused where they differ.
+expert e has the Linears `gate_up_proj.e` and `down_proj.e`; an allocation gives those of one stacked weight one rank, so that a net costs
+the same wherever its tokens go. They run one after the other over their own tokens, as in the `eager` implementation. That loop costs
+time where experts are many and small: lowering saves MACs and parameters, and saves time only where the matrices are large. What a
+class computes is not guessed from its name: it is run against the opened form, and refused where they differ.
 """
 
 from __future__ import annotations

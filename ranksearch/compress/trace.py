@@ -49,6 +49,13 @@ class Layer:
     """Parameters beside those of its spec that are gone once it is lowered, such as weight norm's g."""
     also: Layer | None = None
     """The lookups of an Embedding that computes with this Linear's weight, too."""
+    stack: str | None = None
+    """The stacked weight of fused experts that it is part of. A token that goes to another one of it costs the same only at one rank."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is one of fused experts that got no token: it costs params and, here, no MACs."""
+        return self.stack is not None and bool(self.samples) and not any(self.samples)
 
     @property
     def params(self) -> int:
@@ -199,8 +206,9 @@ class _Recorder:
         return ((rows // self._batch,), self._batch) if rows % self._batch == 0 else ((), rows)
 
     def of_expert(self, module: nn.Module, e: int) -> list[Use]:
-        """Uses of one of fused experts: a call that gives it no token is none."""
-        return [self._spread(rows[e]) for rows in self.tokens_of[id(module)] if rows[e]]
+        """Uses of one of fused experts, one of no rows where no call gives it a token; none where the experts are not called."""
+        calls = [rows[e] for rows in self.tokens_of[id(module)]]
+        return [self._spread(rows) for rows in calls if rows] or [((), 0) for _ in calls[:1]]
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if isinstance(module, nn.MultiheadAttention):
@@ -296,16 +304,15 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
     layers = []
     for slot in slots.values():
         also: Layer | None = None
-        idle: str | None = None
+        stack: str | None = None
         uses: list[Use] | None
         if slot.recurrent is not None:
             module = model.get_submodule(slot.recurrent)
             uses, reason, norm = recorder.uses[id(module)], recorder.odd.get(id(module)), None
         elif slot.experts is not None:
             module = model.get_submodule(slot.experts)
-            uses, reason, norm = recorder.of_expert(module, int(slot.name.rpartition(".")[2])), None, None
-            idle = "no token of the example reaches this expert." if id(module) in recorder.tokens_of else None
-            idle = recorder.odd.get(id(module), idle)
+            stack, _, e = slot.name.rpartition(".")
+            uses, reason, norm = recorder.of_expert(module, int(e)), recorder.odd.get(id(module)), None
         elif slot.attention is not None:
             uses, reason = _attention_uses(recorder, model.get_submodule(slot.attention), slot), None
             if uses is None:
@@ -324,13 +331,25 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
             behind = [recorder.norm_behind.get(id(m)) for m in modules]
             norm = names[id(behind[0])] if len(behind) == 1 and behind[0] is not None else None
         if not uses:
-            reason = idle or "the forward pass does not call it as a module."
+            reason = reason or "the forward pass does not call it as a module."
         if reason is None:
             sizes, samples = tuple(size for size, _ in uses), tuple(count for _, count in uses)
             samples = () if all(count == batch for count in samples) else samples
             width = slot.weight.element_size()
             layers.append(
-                Layer(slot.name, slot.spec, sizes, norm, slot.paths[1:], samples, batch, width, slot.own_params, also)
+                Layer(
+                    slot.name,
+                    slot.spec,
+                    sizes,
+                    norm,
+                    slot.paths[1:],
+                    samples,
+                    batch,
+                    width,
+                    slot.own_params,
+                    also=also,
+                    stack=stack,
+                )
             )
         else:
             skipped |= dict.fromkeys(slot.paths, reason)

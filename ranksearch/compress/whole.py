@@ -98,8 +98,8 @@ def _hold_to(dense: nn.Module, small: nn.Module, plan: RankPlan, example_input: 
 def _check_calls_and_macs(
     net: Net, plan: RankPlan, chains: dict[str, nn.Module], called: set[str], measured: int
 ) -> None:
-    listed, reasons = {layer.name for layer in net.layers}, dict(net.skipped)
-    missing = [name for name in chains if name not in called and name in listed]
+    listed, reasons = {layer.name: layer for layer in net.layers}, dict(net.skipped)
+    missing = [name for name in chains if name not in called and name in listed and not listed[name].idle]
     if missing:
         raise UsageError(f"The compressed net does not call {_named(missing)}, which the plan lowers: exclude it.")
     odd = [name for name in called if name not in listed]
