@@ -78,8 +78,13 @@ def _classics(space: Space, curves: Curves, form: Form, known: Allocated, names:
     # a baseline is compared with the solver at one and the same level
     budgets = at_level(budgets_of(space, curves), 1.0 if space.budgets else _level(space, curves, 0.5), curves)
     others = [o for name in names if name != SOLVER for o in _baseline(name, space, curves, budgets, form, settled)]
-    rivals = rivals if SOLVER in names else []
+    opened = {_digest(opening, known) for opening in solver}  # one plan by two predictions is one trial
+    rivals = [rival for rival in rivals if _digest(rival, known) not in opened] if SOLVER in names else []
     yield from [*solver[:2], *rivals[:2], *solver[2:3], *others[:1], *rivals[2:], *solver[3:], *others[1:]]
+
+
+def _digest(opening: Opening, known: Allocated) -> str:
+    return (opening.plan or known.plan(opening.params)).digest()
 
 
 def _level(space: Space, curves: Curves, share: float) -> float:

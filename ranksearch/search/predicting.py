@@ -45,8 +45,9 @@ MARGIN, ERRORS = 0.005, 2
 """A candidate takes the place of the usual prediction where it is better by more than this share, and by more than so many standard errors
 of a score."""
 CLOSE, MOST, TRIALS_EACH = 0.03, 3, 8
-"""Where the usual prediction leads, what is better by half of what may be chance competes with it in the search; where another leads, what
-is within the share `CLOSE` of it. So many in all at most, and at most one rival for every so many trials."""
+"""Where the usual prediction leads, what is better by half of what may be chance competes with it in the search; where another leads, the
+usual one unless it was far behind, for training may turn what untrained scores say, then what is within the share `CLOSE` of the leader. So
+many in all at most, and at most one rival for every so many trials."""
 
 Name = TypeVar("Name")
 Weigh = Callable[[Sequence[str]], Mapping[str, Damage]]
@@ -229,6 +230,8 @@ def settle(
         else own[leader] - CLOSE
     )
     rivals = sorted((n for n in own if own[n] > least and n != leader), key=lambda n: -own[n])
+    if leader != USUAL_SENSITIVITY and len(trial.found.get(USUAL_SENSITIVITY, ())) == len(trial.levels):
+        rivals = [USUAL_SENSITIVITY, *(name for name in rivals if name != USUAL_SENSITIVITY)]
     ranked = [leader, *rivals[: min(MOST - 1, space.search.trials // TRIALS_EACH)]]
     tried = {name: values for name, values in trial.found.items() if len(values) == len(trial.levels)}
     scores = {name: fmean(values) for name, values in tried.items()}
