@@ -105,7 +105,7 @@ def verdict_of(record: FrontRecord, *, where: str | None = None) -> Verdict:
         cheaper=_cheaper(record, row, split),
         front=shape_in_words(record),
         trust=" ".join(filter(None, (_trust(record), _again(record)))),
-        warning=" ".join(filter(None, [_lost(record), _slow(record), _no_faster(record, row), _seen(record)])),
+        warning=_joined([_lost(record), _slow(record), _no_faster(record, row), _seen(record)]),
         split=split,
         value=row[key],
         dense=dense[key],
@@ -113,6 +113,12 @@ def verdict_of(record: FrontRecord, *, where: str | None = None) -> Verdict:
         plus_minus=_error(record, split, row[key], dense[key]),
         **said,
     )
+
+
+def _joined(sentences: Sequence[str]) -> str:
+    """Sentences behind a heading, which begin small: from the second on with a capital."""
+    first, *others = [sentence for sentence in sentences if sentence] or [""]
+    return " ".join([first, *(sentence[0].upper() + sentence[1:] for sentence in others)])
 
 
 def plus_minus(percent: float, samples: int) -> float:
