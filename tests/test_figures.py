@@ -297,3 +297,11 @@ def test_whatever_may_be_searched_has_a_label():
     assert parameter_in_words("lr") == "learning rate (lr)"
     assert parameter_in_words("momentum") == "momentum"
     assert parameter_in_words("level") == "share of the budget used (1: all of it; level)"
+
+
+def test_a_command_in_a_sentence_is_set_as_code_and_the_rest_is_text():
+    from ranksearch.tracking.report import _coded
+
+    assert str(_coded("lower it by `--set recipe.lr=1e-3`, to < 1")) == (
+        "lower it by <code>--set recipe.lr=1e-3</code>, to &lt; 1"
+    )

@@ -122,7 +122,7 @@ def _coded(text: str) -> str:
     """A sentence as HTML; its commands, in backticks, are set as code."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(text)))
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _first_line(text: str | None) -> str:
