@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,20 @@ def setting_texts(settings: Settings, prefix: str = "") -> list[str]:
     return found
 
 
+class _Numbers(yaml.SafeLoader):
+    """YAML 1.1, as PyYAML has it, calls `1e-3` a text; everybody else, and YAML 1.2, a number."""
+
+
+_Numbers.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def yaml_value(text: str) -> Any:
+    """What a YAML text holds: plain values alone, `1e-3` among the numbers."""
+    return yaml.load(text, _Numbers)
+
+
 def _set(data: dict[str, Any], assignment: str) -> None:
     key, sign, text = assignment.partition("=")
     if not sign or not key:
@@ -116,7 +131,7 @@ def _set(data: dict[str, Any], assignment: str) -> None:
         if not isinstance(data, dict):
             raise UsageError(f"--set {assignment}: {parent!r} is a value, not a group of keys.")
     try:
-        data[last] = yaml.safe_load(text)
+        data[last] = yaml_value(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, too
         raise UsageError(f"--set {key}: {shortened(text)} is no YAML value.") from error
 
@@ -130,7 +145,7 @@ def load_yaml(path: Path) -> Any:
     """
     raw = read_bytes(path)
     try:
-        return yaml.safe_load(raw.decode("utf-8"))
+        return yaml_value(raw.decode("utf-8"))
     except RecursionError:
         raise UsageError(f"{path}: no valid YAML: lists or mappings nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:  # a date that is none, too

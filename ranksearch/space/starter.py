@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from ranksearch.compress import Net, dense_cost, trace
 from ranksearch.compress.inputs import call, class_logits
 from ranksearch.errors import RanksearchError, UsageError, first_line, nearest
+from ranksearch.space.reading import yaml_value
 from ranksearch.tasks.nets import LIBRARIES, build_named
 from ranksearch.tasks.task_file import told
 
@@ -287,4 +287,4 @@ def _excluded(net: Net) -> str:
 
 def _as_text(name: str) -> str:
     """A name as YAML reads it back: `2`, a layer of a Sequential, would be a number."""
-    return name if yaml.safe_load(name) == name else json.dumps(name)
+    return name if yaml_value(name) == name else json.dumps(name)
