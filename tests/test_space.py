@@ -237,7 +237,8 @@ def test_budgets_that_are_nothing_of_the_kind_are_refused(digits_yaml):
 
 @pytest.mark.parametrize("lr", ["1e-3", "1.e-3", "1E-3", "0.001", "1.0e-3"])
 def test_a_number_with_an_exponent_is_a_number(tmp_path, digits_yaml, lr):
-    text = f"name: n\ntask: digits\nmodel: resnet8\nvalidation: 360\nrecipe: {{steps: 10, lr: {lr}, weight_decay: {{low: 1e-5, high: {lr}}}}}\n"
+    recipe = f"recipe: {{steps: 10, lr: {lr}, weight_decay: {{low: 1e-5, high: {lr}}}}}"
+    text = f"name: n\ntask: digits\nmodel: resnet8\nvalidation: 360\n{recipe}\n"
     (tmp_path / "n.yaml").write_text(text)
     assert read_space(tmp_path / "n.yaml").recipe.lr == 0.001
     assert read_space(digits_yaml, settings=[f"recipe.lr={lr}"]).recipe.lr == 0.001
