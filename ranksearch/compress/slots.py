@@ -8,7 +8,7 @@ attention is opened (`attention.py`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,18 +173,12 @@ def survey(model: nn.Module) -> tuple[dict[str, Slot], dict[str, str]]:
                 slots |= {slot.name: slot for slot in _attention_slots(module, names)}
             else:
                 skipped[names[0]] = reason
-        elif isinstance(module, nn.RNNBase) and not isinstance(module, OpenRecurrent):
+        elif (opened := _opened(module)) is not None:
+            refusal, slots_in = opened
             tied = [n for p in module.parameters() for n in owners[memory(p)] if n.rpartition(".")[0] not in names]
-            reason = f"it shares a weight with {tied[0]!r}." if tied else recurrent_refusal(module)
+            reason = f"it shares a weight with {tied[0]!r}." if tied else refusal(module)
             if reason is None:
-                slots |= {slot.name: slot for slot in _recurrent_slots(module, names)}
-            else:
-                skipped[names[0] or "(the model itself)"] = reason
-        elif are_experts(module):
-            tied = [n for p in module.parameters() for n in owners[memory(p)] if n.rpartition(".")[0] not in names]
-            reason = f"it shares a weight with {tied[0]!r}." if tied else experts_refusal(module)
-            if reason is None:
-                slots |= {slot.name: slot for slot in _expert_slots(module, names)}
+                slots |= {slot.name: slot for slot in slots_in(module, names)}
             else:
                 skipped[names[0] or "(the model itself)"] = reason
         elif _has_matrix(module):
@@ -273,6 +267,15 @@ def _refusal(module: Any, found: AsPlain | str | None) -> str | None:
     if not found.weight.is_floating_point():
         return f"its weight is {found.weight.dtype}, not floating point."
     return hooks_refusal(module, but=weight_norm_hook(module))
+
+
+def _opened(
+    module: nn.Module,
+) -> tuple[Callable[[Any], str | None], Callable[[Any, list[str]], Iterator[Slot]]] | None:
+    """(why it cannot be opened, its slots) of a module whose matrices are Linears once it is opened; None of any other."""
+    if isinstance(module, nn.RNNBase) and not isinstance(module, OpenRecurrent):
+        return recurrent_refusal, _recurrent_slots
+    return (experts_refusal, _expert_slots) if are_experts(module) else None
 
 
 def _recurrent_slots(module: Any, names: list[str]) -> Iterator[Slot]:

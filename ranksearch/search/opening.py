@@ -78,8 +78,11 @@ def _classics(space: Space, curves: Curves, form: Form, known: Allocated, names:
     # a baseline is compared with the solver at one and the same level
     budgets = at_level(budgets_of(space, curves), 1.0 if space.budgets else _level(space, curves, 0.5), curves)
     others = [o for name in names if name != SOLVER for o in _baseline(name, space, curves, budgets, form, settled)]
-    opened = {_digest(opening, known) for opening in solver}  # one plan by two predictions is one trial
-    rivals = [rival for rival in rivals if _digest(rival, known) not in opened] if SOLVER in names else []
+    if SOLVER not in names:
+        rivals = []
+    if rivals:  # one plan by two predictions is one trial
+        opened = {_digest(opening, known) for opening in solver}
+        rivals = [rival for rival in rivals if _digest(rival, known) not in opened]
     yield from [*solver[:2], *rivals[:2], *solver[2:3], *others[:1], *rivals[2:], *solver[3:], *others[1:]]
 
 

@@ -235,11 +235,11 @@ def settle(
     ranked = [leader, *rivals[: min(MOST - 1, space.search.trials // TRIALS_EACH)]]
     tried = {name: values for name, values in trial.found.items() if len(values) == len(trial.levels)}
     scores = {name: fmean(values) for name, values in tried.items()}
-    leading = best if ranked[0] == sensitivity else ranked[0]
-    others = [f"{name} {trial.metric.text(value)}" for name, value in scores.items() if name != leading]
+    first = best if ranked[0] == sensitivity else ranked[0]
+    others = [f"{name} {trial.metric.text(value)}" for name, value in scores.items() if name != first]
     others += [f"{name} far behind at the lower of two budgets" for name in trial.found if name not in scores]
     log(
-        f"prediction: {trial.scored} plans without training on {trial.images} validation images: {leading} is best with "
-        f"{trial.metric.text(scores[leading])} ({', '.join(others)})"
+        f"prediction: {trial.scored} plans without training on {trial.images} validation images: {first} is best with "
+        f"{trial.metric.text(scores[first])} ({', '.join(others)})"
     )
     return Prediction(tuple(ranked), sensitivity, measure, trust, scores)
