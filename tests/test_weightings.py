@@ -149,3 +149,37 @@ def test_moments_of_wide_inputs_stay_small(width):
         ranksearch.lowering.weighting.Weighting(found), ranksearch.lowering.LayerSpec(width, 8)
     )
     assert 0 < view.project(weight, 4).removed < 0.5
+
+
+class Words(nn.Module):
+    """An embedding, a layer that no gradient reaches and one that no batch reaches, beside an ordinary one."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.words, self.mix, self.aside = nn.Embedding(30, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.other, self.head = nn.Linear(8, 8), nn.Linear(8, 30)
+        self.full = False
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids)
+        x = self.mix(x).relu() + self.aside(x.detach()).relu().detach()
+        return self.head(self.other(x) if self.full else x).mean(dim=1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("metric", ["inputs", "kfac"])
+def test_embeddings_and_layers_without_data_keep_what_they_have(metric, tied):
+    torch.manual_seed(0)
+    net, ids = Words(tied), torch.randint(0, 30, (16, 5))
+    net.full = True
+    traced = trace(net, ids)
+    net.full = False
+    found = measure_weightings(net, traced, [ids], metric, seed=0)
+    assert set(found) == {"mix", "aside", "head"}
+    assert found["aside"].outputs is None
+    assert (found["mix"].outputs is not None) == (metric == "kfac")
+    names = [layer.name for layer in traced.layers]
+    small = ranksearch.compress(net, RankPlan({name: LayerPlan("svd", 8) for name in names}), weightings=found)
+    torch.testing.assert_close(small(ids), net(ids), rtol=1e-4, atol=1e-5)

@@ -50,7 +50,8 @@ def measure_weightings(
     seed: int,
     loss: SummedLoss | str | None = None,
 ) -> dict[str, Weighting]:
-    """Layer -> its weighting in `metric`; layers that keep the weights' own metric are left out.
+    """Layer -> its weighting in `metric`; layers that keep the weights' own metric are left out, as are embeddings and layers that no
+    batch reaches. A layer that no gradient reaches counts in the metric of its inputs alone.
 
     Args:
         batches: of inputs, as the model takes them.
@@ -79,7 +80,11 @@ def measure_weightings(
     weightings = {}
     for layer in layers:
         statistics = found.pop(layer.name)
+        if not statistics.inputs.rows:  # an embedding, whose rows are looked up, or a layer that no batch reaches
+            continue
         outputs = statistics.gradients
+        if outputs is not None and not outputs.rows:  # detached from the loss
+            outputs = None
         weightings[layer.name] = Weighting(
             statistics.inputs.shrunk(SHRINKAGE, centred=layer.norm is not None),
             None if outputs is None else outputs.shrunk(SHRINKAGE, centred=False),
