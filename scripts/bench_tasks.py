@@ -130,6 +130,7 @@ class Bench:
 
     def __init__(self, case: Case, seed: int, options: argparse.Namespace, say: Callable[[str], None]) -> None:
         self.case, self.seed, self.options = case, seed, options
+        torch.manual_seed(seed)  # of the dense net's first weights
         self.task, self._say = case.make(), say
         self.folder = Path(tempfile.mkdtemp(prefix="bench_tasks-"))
         dense = (

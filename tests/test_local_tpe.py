@@ -8,8 +8,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from ranksearch.search.local_tpe import LocalTPE, _cost_of_level, _nearest, _residuals, _staircase
+from ranksearch.search.local_tpe import LocalTPE, _cost_of_level, _residuals
 from ranksearch.search.parametrize import LEVEL
+from ranksearch.search.seen import nearest, staircase
 
 SPACE = {
     LEVEL: FloatDistribution(0.2, 1.0),
@@ -115,8 +116,8 @@ def test_draws_depend_on_seed_number_and_what_was_told_alone():
 
 def test_of_equally_near_trials_the_newest_are_learnt_from():
     table = np.array([[1.0, 0.5, 0.9]] * 40 + [[0.5, 0.2, 0.8]] * 10 + [[1.0, 0.5, np.nan]])
-    assert sorted(_nearest(table, 1.0)) == list(range(10, 40))
-    assert sorted(_nearest(table, 0.5)) == [*range(20, 40), *range(40, 50)]
+    assert sorted(nearest(table, 1.0)) == list(range(10, 40))
+    assert sorted(nearest(table, 0.5)) == [*range(20, 40), *range(40, 50)]
 
 
 def test_the_time_of_a_draw_does_not_grow_with_the_study():
@@ -150,7 +151,7 @@ def test_plans_that_were_given_are_part_of_the_front_and_not_of_the_model():
 
 def test_staircase_is_the_front_by_rising_cost():
     points = np.array([[0.5, 0.9], [0.1, 0.3], [0.3, 0.2], [0.3, 0.6], [0.7, 0.9], [0.1, 0.2]])
-    assert _staircase(points).tolist() == [[0.1, 0.3], [0.3, 0.6], [0.5, 0.9]]
+    assert staircase(points).tolist() == [[0.1, 0.3], [0.3, 0.6], [0.5, 0.9]]
 
 
 def test_costs_beyond_those_seen_are_proportional():

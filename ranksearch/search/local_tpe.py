@@ -1,8 +1,9 @@
 """`LocalTPE`: where on the front there is most room, and there the corrections that did better than their neighbours.
 
 TPE over all parameters and objectives at once has to learn first that a larger net is better. Here that is known: the cost at which
-a trial is proposed is set where a new net could add most hypervolume, and Optuna's TPE, on one value, models only how far a net lies
-above what others reach at about its cost. It sees the trials nearest in cost, so its time does not grow with the study.
+a trial is proposed is set where a new net could add most hypervolume, and only how far a net lies above what others reach at about its
+cost is modelled: candidates are drawn about the best trials, as TPE draws them, and a Gaussian process picks one (`surrogate.py`). It sees
+the trials nearest in cost, so its time does not grow with the study.
 
 ResNet-20 and ResNet-32 on CIFAR-10 against Optuna's own TPE on the same parameters: `scripts/bench_search.py` (rows `allocated_motpe`).
 
@@ -11,25 +12,24 @@ Reference: Bergstra et al. 2011 (TPE); multivariate: Falkner, Klein & Hutter 201
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from math import isnan, log, nan
+from math import log, nan
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
 
-from ranksearch.search.optuna_private import study_of, trials_of
+from ranksearch.search.optuna_private import trials_of
 from ranksearch.search.parametrize import LEVEL
+from ranksearch.search.seen import NEIGHBOURS, Seen, indices_of_least, nearest, newest_and_best
+from ranksearch.search.surrogate import Params, propose
 
 INTERRUPTED = "interrupted"
 """Outcome of a trial whose driver or worker was lost."""
-NEIGHBOURS = 30
-"""Trials that TPE models: the nearest in cost; in a search for one value the newest ones and the best."""
 MIDDLE = (0.3, 0.7)
 """A proposal falls here between its neighbours on the front."""
 GAINED = 0.25
@@ -46,50 +46,8 @@ WIDTH = 0.2
 """Least width, in logarithms of the cost, of the neighbourhood that residuals are taken in."""
 
 
-class Seen:
-    """Trials that ended: their parameters, and a table [n, (level, cost, accuracy)] of ratios and shares, NaN where there is none.
-
-    A trial without accuracy was tried in vain: a duplicate, stopped, diverged, failed.
-    """
-
-    def __init__(self) -> None:
-        self.params: list[Mapping[str, Any]] = []
-        self.interrupted = 0
-        """Trials that were cut off and are proposed again under another number: they count neither as tries nor as numbers."""
-        self._rows = np.empty((64, 3))
-        # what a proposal of the level looks at, kept in order: sorting it anew would take time that grows with the study
-        self.by_level = np.empty((0, 2))
-        """(level, cost) [n] of the trials that have both, sorted."""
-        self.costs = np.empty(0)
-        """Costs [n] of the trials with an accuracy, sorted."""
-        self.stairs = np.empty((0, 2))
-        """(cost, accuracy) of the nondominated ones, by rising cost."""
-        self.in_vain: list[float] = []
-        """Levels of the trials without accuracy."""
-
-    def add(self, params: Mapping[str, Any], cost: float = nan, accuracy: float = nan) -> None:
-        if len(self.params) == len(self._rows):
-            self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
-        level = params.get(LEVEL, nan)
-        self._rows[len(self.params)] = level, cost, accuracy
-        self.params.append(params)
-        if not isnan(level) and not isnan(cost):
-            first, last = (int(np.searchsorted(self.by_level[:, 0], level, side)) for side in ("left", "right"))
-            at = first + int(np.searchsorted(self.by_level[first:last, 1], cost))
-            self.by_level = np.insert(self.by_level, at, (level, cost), axis=0)
-        if not isnan(accuracy):
-            self.costs = np.insert(self.costs, int(np.searchsorted(self.costs, cost)), cost)
-            self.stairs = _staircase(np.vstack([self.stairs, [cost, accuracy]]))
-        elif not isnan(level):
-            self.in_vain.append(level)
-
-    @property
-    def table(self) -> np.ndarray:
-        return self._rows[: len(self.params)]
-
-
 class LocalTPE(BaseSampler):
-    """Proposes the level by the room on the front and everything else by TPE among its neighbours; without a level by TPE alone."""
+    """Proposes the level by the room on the front, and everything else by what its neighbours tell; without a level by all that ended."""
 
     def __init__(
         self,
@@ -141,23 +99,20 @@ class LocalTPE(BaseSampler):
         rng = np.random.default_rng([self._seed, trial.number - self._seen.interrupted])
         table = self._seen.table
         if LEVEL not in search_space:
-            chosen = _newest_and_best(table)
-            return self._by_tpe(chosen, table[chosen, 2], running[-NEIGHBOURS:], search_space, rng)
+            return self._others(newest_and_best(table), None, running[-NEIGHBOURS:], search_space, rng)
         bounds = search_space[LEVEL]
         level = self._level(running, bounds.low, bounds.high, rng)  # type: ignore[attr-defined]
         others = {name: found for name, found in search_space.items() if name != LEVEL}
         if not others:
             return {LEVEL: level}
-        near = _nearest(table, level)
-        beside = _beside(running, level)
-        return {LEVEL: level} | self._by_tpe(near, _residuals(table[near], level), beside, others, rng)
+        return {LEVEL: level} | self._others(nearest(table, level), level, _beside(running, level), others, rng)
 
-    def _observe(self, study: optuna.Study, own: int) -> list[Mapping[str, Any]]:
+    def _observe(self, study: optuna.Study, own: int) -> list[Params]:
         """Takes up trials that ended since the last look; returns the parameters of those that run beside this one."""
         trials = trials_of(study)
         looked_at, self._looked_at = self._looked_at, len(trials)
         self._open = [n for n in (*self._open, *range(looked_at, len(trials))) if not self._ended(trials[n])]
-        running: list[Mapping[str, Any]] = []
+        running: list[Params] = []
         for number in self._open:
             if number != own and trials[number].state == TrialState.RUNNING:
                 running.append(trials[number].params)
@@ -176,7 +131,7 @@ class LocalTPE(BaseSampler):
 
     # The level ---------------------------------------------------------------------------------------------------
 
-    def _level(self, running: Sequence[Mapping[str, Any]], low: float, high: float, rng: np.random.Generator) -> float:
+    def _level(self, running: Sequence[Params], low: float, high: float, rng: np.random.Generator) -> float:
         """The level at which the cost falls into the widest gap of the front: Δcost · Δaccuracy over the tries there so far."""
         levels, costs = _cost_of_level(self._seen.by_level, low, high)
         if len(levels) == 0:
@@ -209,66 +164,32 @@ class LocalTPE(BaseSampler):
 
     # The rest ----------------------------------------------------------------------------------------------------
 
-    def _by_tpe(
+    def _others(
         self,
         chosen: np.ndarray,
-        values: np.ndarray,
-        running: Sequence[Mapping[str, Any]],
+        level: float | None,
+        running: Sequence[Params],
         space: Mapping[str, BaseDistribution],
         rng: np.random.Generator,
     ) -> dict[str, Any]:
-        """Draws `space` by Optuna's multivariate TPE, which maximises the `values` of the `chosen` trials."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = TPESampler(multivariate=True, n_startup_trials=0, seed=int(rng.integers(2**31)))
-        known = [(self._seen.params[i], value) for i, value in zip(chosen, values.tolist(), strict=True)]
-        shown = [(params, value) for params, value in known if space.keys() <= params.keys()]
-        shown += [(params, None) for params in running if space.keys() <= params.keys()]
-        trials = [_inner(number, params, space, value) for number, (params, value) in enumerate(shown, 1)]
-        return study_of(trials, sampler).ask(dict(space)).params
+        """Values of `space` by what the `chosen` trials tell of them."""
+
+        def offset(params: Params) -> float:
+            return 0.0 if level is None else log(params[LEVEL] / level)
+
+        table, params = self._seen.table, self._seen.params
+        told = [int(i) for i in chosen if space.keys() <= params[i].keys()]
+        beside = [(p, offset(p)) for p in running if space.keys() <= p.keys() and (level is None or LEVEL in p)]
+        offsets = np.array([offset(params[i]) for i in told])
+        return propose([params[i] for i in told], offsets, table[told, 2], beside, space, rng)
 
 
-def _inner(
-    number: int, params: Mapping[str, Any], space: Mapping[str, BaseDistribution], value: float | None
-) -> FrozenTrial:
-    """A trial of the inner study; without a value it is one that runs, which TPE keeps away from."""
-    return FrozenTrial(
-        number=number, trial_id=number, state=TrialState.RUNNING if value is None else TrialState.COMPLETE, value=value,
-        params={name: params[name] for name in space}, distributions=dict(space), datetime_start=None, datetime_complete=None,
-        user_attrs={}, system_attrs={}, intermediate_values={},
-    )  # fmt: skip
-
-
-def _newest_and_best(table: np.ndarray) -> np.ndarray:
-    """Indices of the newest complete trials and of the most accurate ones."""
-    done = np.flatnonzero(~np.isnan(table[:, 2]))
-    best = done[np.argsort(-table[done, 2], kind="stable")[:NEIGHBOURS]]
-    return np.unique(np.concatenate([best, done[-NEIGHBOURS:]]))
-
-
-def _nearest(table: np.ndarray, level: float, count: int = NEIGHBOURS) -> np.ndarray:
-    """Indices of the complete trials nearest in level, of those that have one (plans that were given do not).
-
-    Of equally near ones (hundreds may lie at the budget itself) the newest: TPE learns nothing new from the same oldest ones.
-    """
-    done = np.flatnonzero(~np.isnan(table[:, 0] + table[:, 2]))[::-1]
-    return done[_least(np.abs(np.log(table[done, 0] / level)), count)]
-
-
-def _beside(running: Sequence[Mapping[str, Any]], level: float) -> list[Mapping[str, Any]]:
+def _beside(running: Sequence[Params], level: float) -> list[Params]:
     """The parameters of the running trials that TPE keeps away from: where hundreds run, those nearest in level."""
     if len(running) <= NEIGHBOURS:
         return list(running)
     distances = [abs(np.log(params[LEVEL] / level)) if LEVEL in params else np.inf for params in running]
-    return [running[i] for i in sorted(_least(np.array(distances), NEIGHBOURS))]
-
-
-def _least(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the least values, in their order; of equal ones the first."""
-    if len(values) <= count:
-        return np.argsort(values, kind="stable")
-    candidates = np.flatnonzero(values <= np.partition(values, count - 1)[count - 1])
-    return candidates[np.argsort(values[candidates], kind="stable")[:count]]
+    return [running[i] for i in sorted(indices_of_least(np.array(distances), NEIGHBOURS))]
 
 
 def _residuals(near: np.ndarray, level: float) -> np.ndarray:
@@ -323,7 +244,7 @@ def _room_at_the_top(table: np.ndarray, tries: int, last: np.ndarray, high: floa
     There is no gap to fill at the front's end, but a better net there counts most, less for each of the `tries` near it. The rise to be
     hoped for is what a normal deviation of the neighbours' spread gives on average, 0.4 of it.
     """
-    near = _nearest(table, high, NEIGHBOURS // 2)
+    near = nearest(table, high, NEIGHBOURS // 2)
     spread = float(np.std(_residuals(table[near], high))) if len(near) >= 4 else 0.01
     return max(0.0, 1 - last[0]) * min(0.4 * spread, 1 - last[1]) / (1 + tries)
 
@@ -338,13 +259,6 @@ def _cost_of_level(known: np.ndarray, low: float, high: float) -> tuple[np.ndarr
     above = [[high, last_cost * high / last]] if last < high else np.empty((0, 2))
     levels, costs = np.vstack([below, known, above]).T
     return levels, np.maximum.accumulate(costs)
-
-
-def _staircase(points: np.ndarray) -> np.ndarray:
-    """The nondominated of points [n, (cost, accuracy)], by rising cost and accuracy."""
-    ordered = points[np.lexsort((-points[:, 1], points[:, 0]))]
-    best = np.maximum.accumulate(ordered[:, 1])
-    return ordered[np.concatenate([[True], ordered[1:, 1] > best[:-1]])]
 
 
 def _rising(costs: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

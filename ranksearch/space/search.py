@@ -105,7 +105,8 @@ class SearchSpace(Strict):
     parametrization: Literal["allocated", "direct"] = "allocated"
     """`allocated` searches corrections around the solver's optimum; `direct` a lowering and a rank ratio per group of layers."""
     sampler: Literal["tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "tpe"
-    """`tpe` around an allocation is our own use of Optuna's (`local_tpe.py`); `gp` takes seconds per trial from a few dozen on."""
+    """`tpe` around an allocation is our own (`local_tpe.py`): candidates as TPE draws them, a Gaussian process picks one. The others are
+    Optuna's; `gp` takes seconds per trial from a few dozen on."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """The seed of the proposals and of every trial."""
     objectives: Annotated[list[Objective], BeforeValidator(_wanted)] = Field(default=["accuracy", "macs"])
