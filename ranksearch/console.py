@@ -199,11 +199,13 @@ class Terminal:
         line = f"trial {row['trial']:03d} ({row['allocator']}): {what}{' · joins the front' if joined else ''}"
         bad = row["status"] in ("failed", "diverged")
         if self.progress is not None:
-            self.console.print(line, markup=False, soft_wrap=True, style="red" if bad else "")
+            self.console.print(
+                Text(line, style="red" if bad else ""), soft_wrap=True
+            )  # not `style=`: the bar would be red, too
             self.progress.update(self._task, completed=study.finished)
         else:
             counted = f"[{study.finished}/{study.planned}] {line} · {self._state(study)}"
-            self.console.print(counted, markup=False, soft_wrap=True, style="red" if bad else "")
+            self.console.print(Text(counted, style="red" if bad else ""), soft_wrap=True)
 
     def stop(self) -> None:
         if self.progress is not None:

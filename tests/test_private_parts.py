@@ -1,4 +1,4 @@
-"""What the package uses of Optuna and Ray beyond their public interfaces stands in one file each, as the versions here have it."""
+"""What the package uses of Optuna, Ray and MLflow beyond their public interfaces stands in one file each, as the versions here have it."""
 
 import re
 import subprocess
@@ -16,6 +16,7 @@ PRIVATE = {
         r"\._(storage|trial_id|study_id|contains|get_trials)\b(?! =)",
     ),
     "ray": ("2.60", PACKAGE / "cluster" / "ray_private.py", r"\bray\._private\b"),
+    "mlflow": ("3.17", PACKAGE / "tracking" / "mlflow_private.py", r"\bmlflow\.server\b|\b_MLFLOW_"),
 }
 
 

@@ -1,5 +1,6 @@
 """Which store the UI opens, and the links that it prints."""
 
+import gc
 import json
 import os
 import shutil
@@ -14,8 +15,10 @@ import pytest
 
 from ranksearch.errors import UsageError
 from ranksearch.places.trust import ADDRESS, remember
+from ranksearch.tracking.mlflow_private import serve
 from ranksearch.tracking.store import at_home, written
-from ranksearch.tracking.ui import Opened, Page, find_store, say_pages
+from ranksearch.tracking.ui import Opened, Page, _listening, find_store, say_pages
+from tests.conftest import free_ports
 
 
 @pytest.fixture
@@ -171,3 +174,29 @@ def test_what_the_ui_starts_ends_with_it_even_if_it_is_killed():
             return
         time.sleep(0.05)
     assert not Path(f"/proc/{server}").exists()
+
+
+def test_the_next_port_is_taken_where_one_is_in_use():
+    (port,) = free_ports(1)
+    with _listening(port) as first, _listening(port) as second:
+        assert first.getsockname() == ("127.0.0.1", port)
+        assert port < second.getsockname()[1] < port + 100
+
+
+@pytest.mark.parametrize("root", ["file:///elsewhere", None])
+def test_an_mlflow_with_other_parts_is_served_by_its_own_command(monkeypatch, root):
+    started = []
+
+    def execv(program, command):
+        started.extend(command)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)  # whoever imports it fails
+    try:
+        with _listening(free_ports(1)[0]) as listening, pytest.raises(SystemExit):
+            serve(os.dup(listening.fileno()), "127.0.0.1", 5123, root)
+    finally:
+        gc.enable()
+    assert started[1:6] == ["-m", "mlflow", "server", "--host", "127.0.0.1"]
+    assert ("--default-artifact-root" in started) == (root is not None)

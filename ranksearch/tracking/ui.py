@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -22,6 +23,8 @@ from ranksearch.errors import StudyError, Terminated, UsageError, nearest
 from ranksearch.places.trust import ADDRESS, is_known, refuse_addresses, remember
 from ranksearch.places.urls import FROM_ENVIRONMENT, from_environment, without_password
 from ranksearch.study.where import INFO
+from ranksearch.tracking import mlflow_private
+from ranksearch.tracking.mlflow_private import STORE
 from ranksearch.tracking.store import (
     DATABASE,
     NOTED,
@@ -148,7 +151,7 @@ def _pages(studies: list[Path], uri: str) -> list[Page]:
 
 
 def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
-    """Runs MLflow's server in the foreground until Ctrl-C; links are said once it answers.
+    """Runs MLflow's server in the foreground until Ctrl-C; links are said at once, and a page that is opened waits for it.
 
     Raises:
         UsageError: no port is free.
@@ -156,33 +159,25 @@ def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
     """
     quiet_mlflow()
     at_home(opened.runs, opened.uri)
-    port = _free_port(port)
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        HOST,
-        "--port",
-        str(port),
-    ]
-    if (root := artifact_root(opened.runs, opened.uri, None)) is not None:
-        command += ["--default-artifact-root", root]
-    address = f"http://{HOST}:{port}"
-    # in the environment: who lists the machine's processes reads their command lines, and the URI may hold a password
+    root = artifact_root(opened.runs, opened.uri, None)
     # the job executor, a queue for judges of language models, is half a dozen processes that no study needs
-    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": opened.uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = os.environ | {STORE: opened.uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with tempfile.TemporaryFile() as said, _ended_alike():
-        # a session of its own: Ctrl-C reaches this process alone, which ends the whole group without a word from it
-        server = subprocess.Popen(
-            [*command, "--workers", "1"], stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        with _listening(port) as listening:
+            port = listening.getsockname()[1]
+            words = [str(listening.fileno()), HOST, str(port), *([root] if root else [])]
+            # a session of its own: Ctrl-C reaches this process alone, which ends the whole group without a word from it
+            server = subprocess.Popen(
+                [sys.executable, "-m", mlflow_private.__name__, *words], stdout=said, stderr=subprocess.STDOUT, env=environment,
+                pass_fds=[listening.fileno()], start_new_session=True,
+            )  # fmt: skip
+        address = f"http://{HOST}:{port}"
         watcher = _ends_with_us(server.pid)
         try:
-            _wait_until_it_answers(server, address)
-            say(f"MLflow UI: {address} (Ctrl-C ends it)")
+            # a page that is asked for now waits for the server in the socket's queue
+            say(f"MLflow UI: {address} (its first page takes seconds; Ctrl-C ends it)")
             say_pages(opened, address, say)
+            _wait_until_it_answers(server, address)
             code = server.wait()
         except KeyboardInterrupt:
             return
@@ -267,9 +262,20 @@ def _wait_until_it_answers(server: subprocess.Popen[bytes], address: str) -> Non
     raise StudyError(f"MLflow's server at {address} did not answer within {PATIENCE_SECONDS:.0f} s.")
 
 
-def _free_port(first: int) -> int:
+def _listening(first: int) -> socket.socket:
+    """A socket that listens on the first free port from `first` on.
+
+    Raises:
+        UsageError: a hundred ports are taken, or this user may not listen there.
+    """
     for port in range(first, min(first + 100, 65536)):
-        with socket.socket() as probe:
-            if probe.connect_ex((HOST, port)) != 0:
-                return port
+        try:
+            return socket.create_server((HOST, port))
+        except PermissionError as error:
+            raise UsageError(
+                f"--port: {port} needs rights that you have not ({error}): name one from 1024 on."
+            ) from error
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
     raise UsageError(f"--port: {first} and the ports after it are in use.")
