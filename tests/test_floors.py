@@ -25,7 +25,7 @@ ROWS = [
     ("study",),
     ("tracking",),
     ("cluster",),
-    ("api", "nets", "run_study", "cli", "console", "tables", "__init__", "__main__"),
+    ("api", "nets", "run_study", "cli", "console", "tables", "result_tables", "__init__", "__main__"),
 ]
 HEIGHT = {name: row for row, names in enumerate(ROWS) for name in names}
 SIBLINGS = [("allocate", "tasks")]

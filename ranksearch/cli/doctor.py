@@ -49,7 +49,7 @@ def doctor(
     if as_json:
         print_json(as_record(report, found))
     else:
-        from ranksearch.tables import print_findings
+        from ranksearch.result_tables import print_findings
 
         print_findings(report, found)
     if any(finding.level == ERROR for finding in found):

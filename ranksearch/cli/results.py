@@ -62,7 +62,7 @@ def export(
     """
     from ranksearch import nets
     from ranksearch.console import Terminal
-    from ranksearch.tables import print_export
+    from ranksearch.result_tables import print_export
 
     with ours_is_stdout():
         record = nets.export(

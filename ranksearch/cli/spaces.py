@@ -191,8 +191,8 @@ def preview(
     percents = _percents(levels) if levels is not None else None
     from ranksearch import api
     from ranksearch.console import Terminal
+    from ranksearch.result_tables import print_preview
     from ranksearch.search.preview import ALLOCATORS, DEFAULT_ALLOCATORS, LEVELS
-    from ranksearch.tables import print_preview
 
     names = list(ALLOCATORS) if allocator and "all" in allocator else allocator or DEFAULT_ALLOCATORS
     try:
