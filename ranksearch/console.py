@@ -58,7 +58,7 @@ def number(value: float | None, form: str = ",d") -> str:
 def _measured(row: Mapping[str, Any], front: Mapping[str, Any]) -> list[str]:
     """A net's cells of the front's table, from its validation accuracy to its size; `!` behind a latency above its budget."""
     dense, metric = front["dense"], front["metric"]
-    ratio, beside, mark = row.get("latency_ratio"), None, "!" if over_budget(front, row) else ""
+    ratio, beside, mark = row.get("latency_ratio"), None, "!" if "trial" in row and over_budget(front, row) else ""
     if row.get("latency_ms") is not None and ratio:
         beside = row["latency_ms"] / ratio
     return [

@@ -42,6 +42,7 @@ from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.runs import PARENT_TAG, TRIAL_TAG, trial_metrics
+from ranksearch.trial.metric import Metric
 
 from mlflow import MlflowClient  # isort: skip  (after tracking, which quiets it)
 
@@ -151,7 +152,7 @@ def measure(options: argparse.Namespace, scratch: Path, uri: str, report: Report
     started = time.perf_counter()
     logged.mirror.finish(complete=True)
     finish = time.perf_counter() - started
-    missing, doubled, values = compare(logged.study.trials, uri)
+    missing, doubled, values = compare(logged.study.trials, logged.study.metric, uri)
     report.say(f"{values} values in the store; {missing} missing, {doubled} doubled")
     more = [a - b for a, b in zip(logged.ms, plain.ms, strict=True)]
     report.rows += [
@@ -186,7 +187,7 @@ class Busy:
         self._mirror._worker.submit(lambda: None).result()
 
 
-def compare(rows: list[Row], uri: str) -> tuple[int, int, int]:
+def compare(rows: list[Row], metric: Metric, uri: str) -> tuple[int, int, int]:
     """(values that the store lacks, values that it holds twice, values that it should hold) over all trials' metrics and steps."""
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("logged")
@@ -194,7 +195,9 @@ def compare(rows: list[Row], uri: str) -> tuple[int, int, int]:
     found = {int(run.data.tags[TRIAL_TAG]): run for run in runs}
     missing = doubled = total = 0
     for row in rows:
-        wanted = [(name, step, value) for step, metrics in trial_metrics(row) for name, value in metrics.items()]
+        wanted = [
+            (name, step, value) for step, metrics in trial_metrics(row, metric) for name, value in metrics.items()
+        ]
         total += len(wanted)
         held: list[tuple[str, int, float]] = []
         if row["trial"] in found:

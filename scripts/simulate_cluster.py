@@ -259,7 +259,7 @@ def mirror(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]
                 started = time.perf_counter()
                 busy.drain()
                 behind = time.perf_counter() - started
-                values = sum(len(found) for row in at.study.trials for _, found in trial_metrics(row))
+                values = sum(len(found) for row in at.study.trials for _, found in trial_metrics(row, at.study.metric))
                 figures = {
                     "mirror_ms_512": 1000 * busy.seconds / options.mirror_trials, "mirror_seconds_behind": behind,
                     "mlflow_values_per_second": values / busy.seconds, "mlflow_values_per_trial": values / options.mirror_trials,

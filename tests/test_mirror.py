@@ -47,10 +47,11 @@ def values_of(client, run):
     )
 
 
-def assert_holds(client, runs, rows):
-    """The runs of the trials hold every value of their rows, all steps, to the digit and once."""
-    for row in rows:
-        wanted = [(name, step, value) for step, found in trial_metrics(row) for name, value in found.items()]
+def assert_holds(client, runs, study):
+    """The runs of the trials hold every value of their rows, all steps, once; those of the metric as they are read, others to the digit."""
+    for row in study.trials:
+        metrics = trial_metrics(row, study.metric)
+        wanted = [(name, step, value) for step, found in metrics for name, value in found.items()]
         assert values_of(client, runs[row["trial"]]) == sorted(wanted)
 
 
@@ -131,7 +132,10 @@ def test_progress_of_the_study_is_a_curve_on_its_run(mirrored, uri):
     study, mirror = mirrored
     mirror.finish(View.of(study), {}, print, complete=False)
     client, parent, _ = runs_of(uri)
-    for name, final in (("hypervolume", study.hypervolume), ("best_within_budget", study.leader["val_accuracy"])):
+    for name, final in (
+        ("hypervolume", study.hypervolume),
+        ("best_within_budget", round(study.leader["val_accuracy"], 2)),
+    ):
         history = sorted(client.get_metric_history(parent.info.run_id, name), key=lambda metric: metric.step)
         assert [metric.step for metric in history] == list(range(1, 21))
         values = [metric.value for metric in history]
@@ -198,22 +202,22 @@ def test_the_first_line_of_the_experiments_note_says_which_net_to_ship(mirrored,
 
     mirror.finish(View.of(study), {}, print, complete=True)
     first = noted()
-    assert first.startswith(f"**{study.space.name}**: Ship trial ")
-    shipped = verdict_of(study.front_record()).trial
-    (name,) = [run_name(row, "macs", study.metric) for row in study.front if row.trial == shipped]
-    assert client.get_run(parent.info.run_id).info.run_name == f"{study.space.name}: ship {name}"
-    for before, studies in (
-        (first.replace(f"**{study.space.name}", "**other"), ["other"]),
-        (first, []),
-        ("mine", None),
-    ):
+    verdict = verdict_of(study.front_record())
+    assert first.startswith(verdict.ship)  # a list of experiments shows its first words
+    (row,) = [row for row in study.front if row.trial == verdict.trial]
+    score = f"validation {verdict.value:.1f}% (dense {verdict.dense:.1f}%) @{100 * row['macs_ratio']:.0f}% MACs"
+    named = client.get_run(parent.info.run_id).info.run_name
+    assert named == f"{study.space.name}: ship t{row.trial:03d} {score}"
+    for before, others in ((f"**other**: {first}", ["other"]), (first, []), ("mine", None)):
         client.set_experiment_tag(parent.info.experiment_id, "mlflow.note.content", before)
         mirror.show(View.of(study), {}, complete=True)
-        lines = noted().split("\n\n")
-        expected = ["mine"] if studies is None else [study.space.name, *studies]
-        assert [
-            line.split("**")[1] if "**" in line else line for line in lines if "**" in line or studies is None
-        ] == expected
+        if others is None:
+            assert noted() == before
+            continue
+        own, *lines, holds = noted().split("\n\n")
+        assert own == verdict.ship
+        assert [line.split("**")[1] for line in lines] == others
+        assert holds.endswith("its trials beneath it.")
 
 
 def test_what_a_deleted_experiment_asks_for(mirrored, uri, tmp_path):
@@ -329,7 +333,7 @@ def test_sync_brings_a_store_up_to_date_that_was_away(tmp_path, digits_yaml, sho
     (tmp_path / "file").mkdir()
     sync("digits_resnet8", runs=tmp_path)
     client, parent, trials = runs_of(uri)
-    assert_holds(client, trials, study.trials)
+    assert_holds(client, trials, study)
     steps = sorted(m.step for m in client.get_metric_history(parent.info.run_id, "hypervolume"))
     assert steps == [1, 2, 3]
 

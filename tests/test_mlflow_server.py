@@ -117,7 +117,7 @@ def test_a_server_that_was_killed_holds_after_sync_what_the_folder_holds(studied
     client, parent, trials = runs_of(server.uri)
     assert parent.info.status == "FINISHED"
     assert sorted(trials) == [row["trial"] for row in studied.trials]
-    assert_holds(client, trials, studied.trials)
+    assert_holds(client, trials, studied)
     steps = sorted(m.step for m in client.get_metric_history(parent.info.run_id, "hypervolume"))
     assert steps == [1, 2, 3, 4, 5]
     stored = Path(client.download_artifacts(parent.info.run_id, "front.json", str(studied.folder / "trials")))
@@ -134,7 +134,7 @@ def test_the_nets_of_the_front_load_elsewhere_without_our_code_and_without_a_pic
         model = found[row["trial"]]
         assert model.status == "READY"
         assert model.source_run_id == trials[row["trial"]].info.run_id
-        assert {metric.key: metric.value for metric in model.metrics} == final_metrics(row)
+        assert {metric.key: metric.value for metric in model.metrics} == final_metrics(row, studied.metric)
     example = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     torch.save(example, tmp_path / "x.pt")
     uris = {"champion": "models:/digits_resnet8@champion"} | {str(n): f"models:/{m.model_id}" for n, m in found.items()}

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
+from ranksearch.study.certainty import plus_minus
+from ranksearch.study.failures import commonest
 from ranksearch.study.front_shape import knee, points_of
 from ranksearch.study.layer_costs import layer_costs
-from ranksearch.study.verdict import commonest, plus_minus, verdict_of
+from ranksearch.study.verdict import verdict_of
 from ranksearch.study.where import finished_front
 from ranksearch.tracking.figures import front_chart
 from ranksearch.tracking.view import View
@@ -79,15 +81,22 @@ def test_a_dense_net_that_has_seen_its_validation_samples_is_told():
 
 def test_a_metric_that_is_no_accuracy_has_no_error_but_its_samples():
     rmse = {"name": "rmse", "direction": "minimize", "unit": "K"}
-    verdict = verdict_of(record([row(1, 0.31, 0.32, 0.5)], dense=(0.3, 0.3), metric=rmse, samples=(80, 40)))
-    assert "test rmse 0.32 K (dense 0.3, +0.02)" in verdict.ship
+    nets = [row(1, 0.31, 0.32, 0.5, params_ratio=0.5), row(2, 0.4, 0.3123, 0.3, params_ratio=0.3)]
+    verdict = verdict_of(record(nets, dense=(0.3, 0.3), metric=rmse, samples=(80, 40)))
+    assert "test rmse 0.32 K (dense 0.3, 0.02 worse)" in verdict.ship
+    assert "test 0.3123 K, 0.0077 better than trial 1" in verdict.cheaper
+    assert "10 points of MACs bring about 0.045 K along it" in verdict.front
     assert verdict.plus_minus is None
     assert "40 test samples" in verdict.trust
 
 
 @pytest.mark.parametrize(
     ("reason", "says"),
-    [("diverged: the loss is nan", "recipe.lr"), ("CUDA out of memory", "batch_size"), ("no", "resume")],
+    [
+        ("diverged: the loss is nan", "recipe.lr"),
+        ("CUDA out of memory", "batch_size"),
+        ("inference_mode: no", "resume"),
+    ],
 )
 def test_a_study_without_a_net_says_what_to_change_and_offers_none(reason, says):
     failed = record([], counts={"failed": 3}, state="failed", failures=commonest([reason] * 3), gains=None)
@@ -120,6 +129,11 @@ def test_the_knee_is_where_the_front_bends():
     said = verdict_of(bent).front
     assert "bends at trial 2 (40 % of dense MACs)" in said
     assert "bring 0.10 points, below it they cost 5.75 points" in said
+
+
+def test_what_more_budget_would_bring_is_not_read_off_two_nets_beside_each_other():
+    close = [row(1, 91.0, None, 0.5), row(2, 90.0, None, 0.49), row(3, 88.0, None, 0.2)]
+    assert "a tenth more budget would bring 0.10 to 0.50 points" in verdict_of(record(close)).front
 
 
 @pytest.mark.parametrize(

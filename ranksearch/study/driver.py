@@ -19,9 +19,9 @@ from optuna.exceptions import StorageInternalError
 from ranksearch.errors import StudyError, first_line
 from ranksearch.places.place import PlaceError
 from ranksearch.search.workbench import Workbench
+from ranksearch.study.failures import commonest, mend
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
-from ranksearch.study.verdict import commonest, mend
 from ranksearch.trial.attempt import attempt
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.metric import Metric
@@ -186,7 +186,9 @@ class Driver:
             if early
             else f"{failed} of {total} trials failed or diverged, more than search.max_failures={allowed:g} allows"
         )
-        raise StudyError(f"{what}. {found['alike']} of {found['count']}: {found['reason']}. {mend(found['reason'])}")
+        change = f"{mend(found['reason'])} " if self._study.leader is not None else ""  # else the verdict says it
+        ship = self._study.front_record()["verdict"]["ship"]
+        raise StudyError(f"{what}. {found['alike']} of {found['count']}: {found['reason']}. {change}{ship}")
 
 
 def has_room(folder: Path, size: int) -> bool:

@@ -64,25 +64,29 @@ def _slope(low: Point, high: Point) -> float:
 
 
 def _worth(record: FrontRecord, amount: float) -> str:
+    """So much of the metric, such as `0.54 points` or `0.024 of rmse`."""
     metric = record["metric"]
-    return (
-        f"{metric_text(metric, amount)} points"
-        if metric["unit"] == PERCENT
-        else metric_text(metric, amount, with_unit=True)
-    )
+    unit = "points" if metric["unit"] == PERCENT else metric["unit"] or f"of {metric['name']}"
+    return f"{_amount(record, amount)} {unit}"
+
+
+def _amount(record: FrontRecord, amount: float) -> str:
+    return metric_text(record["metric"], amount) if record["metric"]["unit"] == PERCENT else f"{amount:.2g}"
 
 
 def _more(record: FrontRecord, points: Sequence[Point], name: str) -> str:
-    """Between the line to the dense net, which a front that bends lies above, and the front's own last slope."""
+    """Between the line to the dense net, which a front that bends lies above, and the front's own slope over a last step of this length at
+    least: nets closer to each other differ by chance."""
     if not record["budgets"] or len(points) < 2:
         return ""
     (x, y, _), sign = points[-1], -1.0 if record["metric"]["direction"] == "minimize" else 1.0
     dense = sign * record["dense"]["val_accuracy"]
     if dense <= y:
-        return "more budget has nothing to give: the best net equals the dense one on validation"
-    to_dense, along = _slope(points[-1], (100.0, dense, -1)) if x < 100 else 0.0, _slope(points[-2], points[-1])
+        return "more budget has nothing to give: the best net is no worse than the dense one on validation"
+    before = next((point for point in reversed(points) if point[0] <= (1 - MORE_BUDGET) * x), points[0])
+    to_dense, along = _slope(points[-1], (100.0, dense, -1)) if x < 100 else 0.0, _slope(before, points[-1])
     least, most = sorted(MORE_BUDGET * x / 10 * slope for slope in (to_dense, along))
-    span = f"{metric_text(record['metric'], least)} to {_worth(record, most)}"
+    span = f"{_amount(record, least)} to {_worth(record, most)}"
     return f"a tenth more budget would bring {span} (not tried: the slopes to the dense net and along the front)"
 
 

@@ -67,7 +67,8 @@ def measure_front(
         if not (rows := [row for row in rows if row.trial in nets]):
             continue
         if not searched:
-            log(f"timing {len(rows)} nets of the front in turn with the dense one: {stopwatch.key}")
+            nets_of = "1 net" if len(rows) == 1 else f"{len(rows)} nets"
+            log(f"timing {nets_of} of the front in turn with the dense one: {stopwatch.key}")
         seconds = NET_SECONDS if searched else TOLD_SECONDS
         dense_ms, *times = stopwatch.nets_ms([dense, *nets.values()], example, seconds=seconds)
         found = {row.trial: (ms, ms / dense_ms) for row, ms in zip(rows, times, strict=True)}

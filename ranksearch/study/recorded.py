@@ -21,6 +21,7 @@ from ranksearch.study.addresses import OPTUNA, confirm_addresses
 from ranksearch.study.best import Wanted, best_row, steps_saved
 from ranksearch.study.beyond import beyond_budget
 from ranksearch.study.cut import Cut, Cutter
+from ranksearch.study.failures import commonest
 from ranksearch.study.folder import FRONT, INFO, place_of_results, trial_folder
 from ranksearch.study.front import front_record, in_order
 from ranksearch.study.importance import importances
@@ -30,7 +31,6 @@ from ranksearch.study.making import read_folder
 from ranksearch.study.proposals import nested_trial
 from ranksearch.study.row import Row, row_of
 from ranksearch.study.storage import open_study
-from ranksearch.study.verdict import commonest
 from ranksearch.study.where import lost_nets
 from ranksearch.trial.metric import Metric
 

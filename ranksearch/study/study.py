@@ -25,6 +25,7 @@ from ranksearch.search.parametrize import Opening
 from ranksearch.search.path import NESTED_RUN, is_nested
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
+from ranksearch.study.failures import mend
 from ranksearch.study.folder import (  # fmt: skip
     FRONT,
     GIVEN,
@@ -45,7 +46,6 @@ from ranksearch.study.recorded import RecordedStudy
 from ranksearch.study.row import Row, row_of
 from ranksearch.study.stopping import recorded_rungs, rung_point
 from ranksearch.study.storage import forget_study
-from ranksearch.study.verdict import mend
 from ranksearch.tasks.task import Task
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.checkpoint import CheckpointFile

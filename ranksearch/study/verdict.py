@@ -3,21 +3,19 @@
 It is made of a front's record (what `front.json` holds) alone and loads neither torch nor optuna. Nothing is chosen by the test set: the
 net is the one with the best validation metric within the budgets (of latency: as measured), or, where the study has a limit on its metric,
 the cheapest one that keeps it.
-
-The ± of an accuracy over n samples is one standard error of a binomial share, p(1 - p)/n with p = (correct + 2)/(n + 4), so that 100 % of
-few samples is not certain (Agresti & Coull 1998); that of a difference takes two nets as independent, which is too much where they
-fail on the same samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
 from typing import Any
 
+from ranksearch.study.cautions import lost, no_faster, slow
+from ranksearch.study.certainty import NOISE, again, difference, seen, standard_error, trust
+from ranksearch.study.failures import nothing_to_ship, trials_in_words
 from ranksearch.study.front_shape import FrontRecord, shape_in_words
-from ranksearch.trial.metric import PERCENT, metric_text
+from ranksearch.trial.metric import metric_text
 from ranksearch.words import (
     COST_NAMES,
     MADE_BY,
@@ -31,12 +29,6 @@ from ranksearch.words import (
 SCHEMA = 2
 """The version of a front's record, raised where a key changes or goes. 1 had neither this key nor the state, counts and verdict."""
 KEYS = {"test": "test_accuracy", "validation": "val_accuracy"}
-NOISE = 2.0
-"""Standard errors below which a difference is called noise."""
-SLOWER = 1.05
-"""Share of the dense net's time above which a net is said to be slower; what lies between is the measurement's."""
-SEEN = 3.0
-"""Standard errors that the dense net's validation may lie above its test before it is said to have seen those samples."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +82,9 @@ def verdict_of(record: FrontRecord, *, where: str | None = None) -> Verdict:
         where: how commands name the study; None is its name.
     """
     trials, state = record["trials"], record.get("state", "complete")
-    said: dict[str, Any] = {"trials": _trials(record), "done": _done(record)}
+    said: dict[str, Any] = {"trials": trials_in_words(record), "done": _done(record)}
     if not trials:
-        return Verdict(state, None, _nothing(record), "", "", "", "", "", warning="", split=None, **said)
+        return Verdict(state, None, nothing_to_ship(record), "", "", "", "", "", warning="", split=None, **said)
     dense, row = record["dense"], _best(record)
     split = "test" if row["test_accuracy"] is not None and dense["test_accuracy"] is not None else "validation"
     key = KEYS[split]
@@ -104,13 +96,13 @@ def verdict_of(record: FrontRecord, *, where: str | None = None) -> Verdict:
         why=_why(record, row),
         cheaper=_cheaper(record, row, split),
         front=shape_in_words(record),
-        trust=" ".join(filter(None, (_trust(record), _again(record)))),
-        warning=_joined([_lost(record), _slow(record), _no_faster(record, row), _seen(record)]),
+        trust=" ".join(filter(None, (trust(record), again(record)))),
+        warning=_joined([lost(record), slow(record), no_faster(record, row), seen(record)]),
         split=split,
         value=row[key],
         dense=dense[key],
         difference=row[key] - dense[key],
-        plus_minus=_error(record, split, row[key], dense[key]),
+        plus_minus=standard_error(record, split, row[key], dense[key]),
         **said,
     )
 
@@ -121,32 +113,10 @@ def _joined(sentences: Sequence[str]) -> str:
     return " ".join([first, *(sentence[0].upper() + sentence[1:] for sentence in others)])
 
 
-def plus_minus(percent: float, samples: int) -> float:
-    """One standard error, in points, of an accuracy in percent over so many samples; see above."""
-    share = (min(max(percent, 0.0), 100.0) / 100 * samples + 2) / (samples + 4)
-    return 100 * sqrt(share * (1 - share) / (samples + 4))
-
-
-def _error(record: FrontRecord, split: str, *values: float) -> float | None:
-    """One standard error of a value, or of the difference of two, where the metric is an accuracy in percent."""
-    samples, metric = record.get("samples", {}).get(split), record["metric"]
-    if samples is None or metric["name"] != "accuracy" or metric["unit"] != PERCENT:
-        return None
-    return sqrt(sum(plus_minus(value, samples) ** 2 for value in values))
-
-
-def _difference(record: FrontRecord, split: str, value: float, other: float) -> str:
-    """Such as `−0.77 ± 0.40`."""
-    error, metric = _error(record, split, value, other), record["metric"]
-    sign = "−" if value < other else "+"
-    text = f"{sign}{metric_text(metric, abs(value - other))}"
-    return text if error is None else f"{text} ± {error:.2f}"
-
-
 def _ship(record: FrontRecord, row: FrontRecord, split: str) -> str:
     value, dense, metric = row[KEYS[split]], record["dense"][KEYS[split]], record["metric"]
     name = "" if metric["name"] == "accuracy" else f" {metric['name']}"
-    beside = f"(dense {metric_text(metric, dense)}, {_difference(record, split, value, dense)})"
+    beside = f"(dense {metric_text(metric, dense)}, {difference(record, split, value, dense)})"
     so_far = "" if record.get("state", "complete") == "complete" else "so far "
     score = f"{so_far}{split}{name} {metric_text(metric, value, with_unit=True)} {beside}"
     return f"Ship trial {row['trial']}: {score}, {', '.join(cost_words(record, row))}."
@@ -203,34 +173,17 @@ def _cheaper(record: FrontRecord, row: FrontRecord, split: str) -> str:
     other, metric = less[0], record["metric"]
     key = "test_accuracy" if split == "test" and other["test_accuracy"] is not None else "val_accuracy"
     split = "test" if key == "test_accuracy" else "validation"
-    error, apart = _error(record, split, other[key], row[key]), abs(other[key] - row[key])
+    error, apart = standard_error(record, split, other[key], row[key]), abs(other[key] - row[key])
     noise = (
         f" (within noise: {NOISE:g} standard errors are {NOISE * error:.1f})"
         if error is not None and apart < NOISE * error
         else ""
     )
-    change = _difference(record, split, other[key], row[key])
-    text = metric_text(metric, other[key], with_unit=True)
-    return f"trial {other['trial']}, {', '.join(cost_words(record, other))}: {split} {text}, {change} against trial {row['trial']}{noise}."
-
-
-def _trust(record: FrontRecord) -> str:
-    """From how many samples the numbers are, and below what a difference is noise."""
-    samples, dense, metric = record.get("samples", {}), record["dense"], record["metric"]
-    parts = []
-    for split, key in (("test", "test_accuracy"), ("validation", "val_accuracy")):
-        count, value = samples.get(split), dense[key]
-        if count is None or value is None:
-            continue
-        error = _error(record, split, value, value)
-        below = "" if error is None else f" (differences below {NOISE * error:.1f} points are noise)"
-        parts.append(f"{count:,} {split} samples{below}")
-    timed = record.get("measured_with") if any(row.get("latency_ms") is not None for row in record["trials"]) else None
-    ms = f" Milliseconds are medians, the nets in turn with the dense one: {timed}." if timed else ""
-    if not parts:
-        return ms.strip()
-    n = "" if metric["name"] == "accuracy" else "; the ± of this metric is not known, judge by the number of samples"
-    return f"{', '.join(parts)}; ± is one standard error{n}.".replace("; ± is one standard error;", ";") + ms
+    change = difference(record, split, other[key], row[key])
+    against = "than" if record["metric"]["direction"] == "minimize" and apart else "against"
+    score = f"{split} {metric_text(metric, other[key], with_unit=True)}"
+    costs = ", ".join(cost_words(record, other))
+    return f"trial {other['trial']}, {costs}: {score}, {change} {against} trial {row['trial']}{noise}."
 
 
 def _best(record: FrontRecord) -> FrontRecord:
@@ -238,74 +191,6 @@ def _best(record: FrontRecord) -> FrontRecord:
     trials, lost = record["trials"], set(record.get("lost", []))
     there = [row for row in trials if row["trial"] not in lost] or trials
     return next((row for row in there if not over_budget(record, row)), there[0])
-
-
-def _lost(record: FrontRecord) -> str:
-    """Which nets of the front have numbers and no files any more."""
-    if not (lost := [str(number) for number in record.get("lost", [])]):
-        return ""
-    if len(lost) == 1:
-        return (
-            f"the net of trial {lost[0]} is lost (a file is missing or empty): it is on the front by its numbers alone."
-        )
-    return f"the nets of trials {', '.join(lost)} are lost (files are missing or empty): they are on the front by their numbers alone."
-
-
-def _slow(record: FrontRecord) -> str:
-    """Which nets of the front measure above a budget on latency that they were predicted to keep."""
-    slow = [str(row["trial"]) for row in record["trials"] if over_budget(record, row)]
-    if not slow:
-        return ""
-    which = (
-        "every net of the front measures" if len(slow) == len(record["trials"]) else f"trials {', '.join(slow)} measure"
-    )
-    which = f"trial {slow[0]} measures" if len(slow) == 1 else which
-    return f"{which} above the budget latency ≤ {record['budgets']['latency']}, within which it was predicted to be."
-
-
-def _again(record: FrontRecord) -> str:
-    """What the nets that were trained again reached: mean and deviation over seeds."""
-    said = []
-    for row in record["trials"]:
-        if not (again := row.get("repeats")):
-            continue
-        split = "test" if again["test_mean"] is not None else "validation"
-        mean, apart = (again[f"{split}_{what}"] for what in ("mean", "std"))
-        deviation = "" if apart is None else f" ± {metric_text(record['metric'], apart)}"
-        failed = f", {again['failed']} more failed" if again["failed"] else ""
-        said.append(
-            f"trial {row['trial']} {split} {metric_text(record['metric'], mean)}{deviation} over {again['runs']} seeds{failed}"
-        )
-    return f"Trained again: {'; '.join(said)} (mean ± deviation)." if said else ""
-
-
-def _no_faster(record: FrontRecord, row: FrontRecord) -> str:
-    """Fewer MACs are no time saved where small layers cost as much as large ones, which the costs alone do not show."""
-    ratio = row.get("latency_ratio")
-    if ratio is None or ratio <= SLOWER:
-        return ""
-    return (
-        f"trial {row['trial']} was measured to take {100 * (ratio - 1):.0f} % longer than the dense net, for all its fewer MACs: "
-        f"search under `--budget latency=…`, or set the runtime and batch that it is deployed with (latency.runtime, latency.batch)."
-    )
-
-
-def _seen(record: FrontRecord) -> str:
-    """A dense net whose validation lies far above its test was trained on those samples."""
-    dense, metric = record["dense"], record["metric"]
-    val, test, samples = dense["val_accuracy"], dense["test_accuracy"], record.get("samples", {})
-    if test is None or metric["name"] != "accuracy" or metric["unit"] != PERCENT or not samples.get("validation"):
-        return ""
-    error = sqrt(
-        plus_minus(val, samples["validation"]) ** 2
-        + plus_minus(test, samples.get("test") or samples["validation"]) ** 2
-    )
-    if val - test <= max(1.0, SEEN * error):
-        return ""
-    return (
-        f"the dense net reaches {val:.2f} % on validation and {test:.2f} % on test: it was probably trained on the validation samples, "
-        f"so validation flatters every net here; compare by test."
-    )
 
 
 def _done(record: FrontRecord) -> str:
@@ -330,57 +215,3 @@ def _done(record: FrontRecord) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share >= 0.0005 else "less than 0.05 %"
-
-
-def _trials(record: FrontRecord) -> str:
-    """Such as `12 complete, 4 failed; most often: …`."""
-    counts, failures = record.get("counts", {}), record.get("failures") or {}
-    text = ", ".join(f"{count} {status}" for status, count in counts.items())
-    if not failures.get("reason"):
-        return f"{text}." if text else ""
-    often = f"{failures['alike']} of {failures['count']}" if failures["count"] > 1 else "the reason"
-    return f"{text}; {often}: {failures['reason']}"
-
-
-def _nothing(record: FrontRecord) -> str:
-    counts = record.get("counts", {})
-    if not counts:
-        return "No net to ship yet: no trial has ended."
-    if counts.get("complete") and (best := record.get("best")) is not None and record.get("at_least") is not None:
-        return (
-            f"No net to ship: none keeps {limit_words(record)}; the best of them, trial {best['trial']}, reaches "
-            f"{metric_text(record['metric'], best['val_accuracy'], with_unit=True)} (dense "
-            f"{metric_text(record['metric'], record['dense']['val_accuracy'])}). Raise the budget, train longer (recipe.steps), or lower "
-            f"the limit."
-        )
-    if counts.get("complete"):
-        return (
-            "No net to ship: every net was measured to be slower than the dense one. `ranksearch latency` says which layers gain; "
-            "allow other lowerings, or another runtime or batch (latency.runtime, latency.batch)."
-        )
-    return f"No net to ship: none of {sum(counts.values())} trials was completed. {mend((record.get('failures') or {}).get('reason'))}"
-
-
-def mend(reason: str | None) -> str:
-    """What to change, by the commonest reason of failures."""
-    reason = (reason or "").lower()
-    if any(word in reason for word in ("nan", "finite", "diverged", "loss is", "inf")):
-        return "They diverged: lower the learning rate (`--set recipe.lr=…`)."
-    if "memory" in reason:
-        return (
-            "They ran out of memory: a smaller batch (`recipe.batch_size`, or the task's own loader), or more of the device per trial "
-            "(`resources`)."
-        )
-    return "Mend what the reason names, then `ranksearch resume` with more `--trials`."
-
-
-def commonest(reasons: Sequence[str]) -> dict[str, Any]:
-    """Returns how many trials failed, the commonest first line of their reasons, and how many are like it (numbers apart)."""
-    import re
-
-    alike: dict[str, list[str]] = {}
-    for reason in reasons:
-        first = reason.splitlines()[0] if reason else "no reason was given"
-        alike.setdefault(re.sub(r"[-+]?\d[\d.,e+-]*", "#", first), []).append(first)
-    most = max(alike.values(), key=len, default=[])
-    return {"count": len(reasons), "reason": most[0] if most else None, "alike": len(most)}

@@ -81,7 +81,8 @@ def _log_net(
     try:
         model_id = log_model(
             client, experiment_id, run_id, name, load_net(folder, view.space.build), folder, view.space.kind(),
-            tags=tags | {KIND_TAG: "net"}, params=trial_params(row), metrics=final_metrics(row), at_ms=int(1000 * (row["ended"] or 0.0)),
+            tags=tags | {KIND_TAG: "net"}, params=trial_params(row), metrics=final_metrics(row, view.metric),
+            at_ms=int(1000 * (row["ended"] or 0.0)),
         )  # fmt: skip
     except (RanksearchError, TypeError) as error:  # of a dtype that numpy lacks, too
         log(f"MLflow: {error} The trial's folder has the net; its run has no model.")

@@ -35,6 +35,7 @@ from ranksearch.tracking.runs import (
     STUDY_TAG,
     TRIAL_TAG,
     Step,
+    as_shown,
     created,
     dense_tags,
     late_metrics,
@@ -102,6 +103,8 @@ class Mirror:
         """Trial -> the ID of its logged model."""
         self._logged: set[int] = set()
         """Trials whose runs hold everything."""
+        self._tested: set[int] = set()
+        """Trials whose runs held a test score when they were taken up."""
         self._on_front: set[int] = set()
         self._progress: list[tuple[Row, Mapping[str, float]]] = []
         """After which trials how far the study was, as far as that has not been logged."""
@@ -183,6 +186,8 @@ class Mirror:
                         self._models[int(number)] = run.data.tags[MODEL_TAG]
                     if run.info.status != "RUNNING":
                         self._logged.add(int(number))
+                    if "test_accuracy" in run.data.metrics:
+                        self._tested.add(int(number))
                     if run.data.tags.get("on_front") == "true":
                         self._on_front.add(int(number))
             token = found.token
@@ -228,7 +233,7 @@ class Mirror:
             self._runs[number] = run.info.run_id
             self._on_front |= {number} if on_front else set()
         run_id = self._runs[number]
-        self._batch(run_id, params=trial_params(row), metrics=trial_metrics(row), at=ended)
+        self._batch(run_id, params=trial_params(row), metrics=trial_metrics(row, self._metric), at=ended)
         with tempfile.TemporaryDirectory() as scratch:
             for name, content in {"plan.json": row["plan"], "trial.json": trial_file(row)}.items():
                 if content is not None:
@@ -241,9 +246,9 @@ class Mirror:
         """How far the study was after the trials since the last time, in one call."""
         self._progress_at, entries, self._progress = time.monotonic(), self._progress, []
         values = [
-            Metric(name, float(value), int(1000 * (row["ended"] or 0.0)), int(progress["finished_trials"]))
+            Metric(name, value, int(1000 * (row["ended"] or 0.0)), int(progress["finished_trials"]))
             for row, progress in entries
-            for name, value in progress.items()
+            for name, value in as_shown(progress, self._metric).items()
         ]
         for start in range(0, len(values), ENTITIES):
             self.client.log_batch(self.parent_id, metrics=values[start : start + ENTITIES])
@@ -254,6 +259,12 @@ class Mirror:
             if number in self._runs:
                 self.client.set_tag(self._runs[number], "on_front", str(number in on_front).lower())
                 self._on_front ^= {number}
+
+    def _name_anew(self, view: View) -> None:
+        """Names of trials whose latency was predicted when they ended, and has been measured since."""
+        if (cost := view.costs[0]) == "latency":
+            for row in view.front_rows:
+                self.client.update_run(self._runs[row["trial"]], name=run_name(row, cost, self._metric))
 
     def show(self, view: View, importances: Mapping[str, Any], *, complete: bool) -> None:
         """The front on the parent: JSON, CSV, a table, figures, a description."""
@@ -284,10 +295,14 @@ class Mirror:
             if row["trial"] not in self._logged:
                 self._log_row(row, on_front=row["trial"] in view.on_front)
         self._mark_front(view.on_front)
+        self._name_anew(view)
         self._catch_up(view)
         for row in view.trials:
-            for seconds_on, late in late_metrics(row, timed_before=self._space.has_latency):
-                self._batch(self._runs[row["trial"]], metrics=[(0, late)], at=(row["ended"] or 0.0) + seconds_on)
+            for seconds_on, late in late_metrics(row, self._metric, timed_before=self._space.has_latency):
+                if not (
+                    row["trial"] in self._tested and "test_accuracy" in late
+                ):  # some runs hold more digits than are logged now
+                    self._batch(self._runs[row["trial"]], metrics=[(0, late)], at=(row["ended"] or 0.0) + seconds_on)
             if row["repeats"] is not None:
                 again = {f"again_{name}": float(value) for name, value in row["repeats"].items() if value is not None}
                 self._batch(self._runs[row["trial"]], metrics=[(0, again)], at=row["ended"] or 0.0)

@@ -12,7 +12,7 @@ from ranksearch.study.layer_costs import layer_costs
 from ranksearch.study.row import Row
 from ranksearch.study.verdict import verdict_of
 from ranksearch.tasks import model_reference
-from ranksearch.tracking.runs import TAG_LENGTH, run_name
+from ranksearch.tracking.runs import TAG_LENGTH, scored
 from ranksearch.tracking.view import View, cost_percent
 from ranksearch.trial.metric import Metric, metric_text
 from ranksearch.words import COST_NAMES, COST_RATIOS, MADE_BY, describe_budgets
@@ -43,10 +43,13 @@ def front_table(front: dict[str, Any]) -> dict[str, Any]:
 
 
 def headline(view: View) -> str:
-    """The name of a study's run, at the head of its page: `digits: ship t008 98.6% @45% MACs`; its name alone without a net to ship."""
-    shipped = verdict_of(view.front).trial
-    found = [run_name(row, view.costs[0], view.metric) for row in view.front_rows if row["trial"] == shipped]
-    return f"{view.name}: ship {found[0]}" if found else view.name
+    """The name of a study's run, at the head of its page: the verdict in short, `digits: ship t008 test 98.6% (dense 99.2%) @45% MACs`."""
+    verdict, best, metric = verdict_of(view.front), view.champion, view.metric
+    if best is None or verdict.value is None or verdict.dense is None:
+        return f"{view.name}: no net to ship" if view.trials and not view.complete else view.name
+    score = f"{verdict.split} {scored(verdict.value, metric)} (dense {scored(verdict.dense, metric).removeprefix(f'{metric.name} ')})"
+    cost = view.costs[0]
+    return f"{view.name}: ship t{best['trial']:03d} {score} @{cost_percent(best, cost):.0f}% {COST_NAMES[cost]}"
 
 
 def experiment_note(view: View, before: str) -> str:
@@ -59,7 +62,8 @@ def experiment_note(view: View, before: str) -> str:
     wanted = " and ".join(view.metric.name if name == "accuracy" else COST_NAMES[name] for name in search.objectives)
     if before and not before.endswith(NOTE_END):
         return before
-    own = [f"**{view.name}**: {verdict_of(view.front).ship}"] if view.trials else []
+    alone = view.space.tracking.experiment in (None, view.name)  # a list shows the first words, without Markdown
+    own = [f"{'' if alone else f'**{view.name}**: '}{verdict_of(view.front).ship}"] if view.trials else []
     others = [line for line in before.splitlines() if line.startswith("**") and not line.startswith(f"**{view.name}**")]
     holds = f"Low-rank forms of {net} for {wanted} within {describe_budgets(view.front)}: {NOTE_END}"
     return "\n\n".join([*own, *others[:NOTED_STUDIES], holds])

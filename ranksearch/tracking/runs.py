@@ -14,7 +14,7 @@ from ranksearch.space.space import Space
 from ranksearch.study.row import Row
 from ranksearch.tracking.store import TRIALS_VIEW
 from ranksearch.tracking.view import View, cost_percent
-from ranksearch.trial.metric import PERCENT, Metric
+from ranksearch.trial.metric import PERCENT, Metric, as_read
 from ranksearch.trial.result import Status
 from ranksearch.words import COST_NAMES, COST_RATIOS
 
@@ -34,6 +34,8 @@ FINAL = (
     "epochs", "images_per_second", "projection_share", "seconds",
 )  # fmt: skip
 
+OF_THE_METRIC = {"val_accuracy", "test_accuracy", "best_within_budget"}
+"""Names under which MLflow has values of the metric."""
 PERCENTS = {ratio.replace("_ratio", "_percent"): ratio for ratio in dict.fromkeys(COST_RATIOS.values())}
 """Metrics beside the exact ratios, in percent with one decimal, as a table is read."""
 
@@ -47,11 +49,15 @@ def run_name(row: Row, cost: str, metric: Metric) -> str:
     """A child run's readable name, such as `t017 91.2% @48% MACs`: it sorts, and what matters survives a narrow column."""
     if row["status"] != Status.COMPLETE:  # rows of a front's record are dictionaries
         return f"t{row['trial']:03d} {row['status']}"
-    percent = cost_percent(row, cost)
-    value = row["val_accuracy"]
-    scored = f"{value:.1f}%" if metric.unit == PERCENT else metric.text(value)
-    scored = scored if metric.name == "accuracy" else f"{metric.name} {scored}"
-    return f"t{row['trial']:03d} {scored} @{percent:.0f}% {COST_NAMES[cost]}"
+    return (
+        f"t{row['trial']:03d} {scored(row['val_accuracy'], metric)} @{cost_percent(row, cost):.0f}% {COST_NAMES[cost]}"
+    )
+
+
+def scored(value: float, metric: Metric) -> str:
+    """A value of the metric in a name: `91.2%`, `rmse 0.485`."""
+    text = f"{value:.1f}%" if metric.unit == PERCENT else metric.text(value)
+    return text if metric.name == "accuracy" else f"{metric.name} {text}"
 
 
 def plan_line(plan: Mapping[str, Any]) -> str:
@@ -83,36 +89,45 @@ def trial_params(row: Row) -> dict[str, str]:
     return {"trial": str(row["trial"]), "seed": str(row["seed"]), "allocator": str(row["allocator"]), **searched}
 
 
-def trial_metrics(row: Row) -> Iterator[Step]:
+def trial_metrics(row: Row, metric: Metric) -> Iterator[Step]:
     """(step, metrics): the final values (at step 0), the training curve, the score after every phase, what projections did."""
-    yield 0, final_metrics(row)
+    yield 0, final_metrics(row, metric)
     for entry in row["losses"]:
         yield entry["step"], {"train_loss": entry["train_loss"]}
     for order, entry in enumerate(row["history"], start=1):  # several phases end at one step of the optimizer
-        yield order, {f"phases/{name}": entry[name] for name in ("val_accuracy", "val_loss")}
+        phase = as_shown({name: entry[name] for name in ("val_accuracy", "val_loss")}, metric)
+        yield order, {f"phases/{name}": value for name, value in phase.items()}
     for record in row["projections"]:
         yield record["step"], _projection(record)
 
 
-def final_metrics(row: Row) -> dict[str, float]:
+def as_shown(values: Mapping[str, float], metric: Metric) -> dict[str, float]:
+    """The metric's values rounded as our tables show them, for MLflow shows all digits; `trial.json` and `front.json` hold them all."""
+    found = dict(values)
+    for name in OF_THE_METRIC & found.keys():
+        found[name] = as_read(metric.to_dict(), found[name])
+    return found
+
+
+def final_metrics(row: Row, metric: Metric) -> dict[str, float]:
     """A trial's results; what a diverged or stopped one had before its end stands under its phases alone."""
     names = ("val_accuracy", "val_loss", *FINAL) if row["status"] == Status.COMPLETE else FINAL
-    found = {name: float(row[name]) for name in names if row.get(name) is not None}
+    found = as_shown({name: float(row[name]) for name in names if row.get(name) is not None}, metric)
     return found | {
         percent: round(100 * row[ratio], 1) for percent, ratio in PERCENTS.items() if row.get(ratio) is not None
     }
 
 
-def late_metrics(row: Row, *, timed_before: bool) -> Iterator[tuple[float, dict[str, float]]]:
+def late_metrics(row: Row, metric: Metric, *, timed_before: bool) -> Iterator[tuple[float, dict[str, float]]]:
     """(seconds after the trial's end, metrics) of what was measured once the trials were over; logged again it stays one value.
 
     Args:
         timed_before: the trial was timed by itself, too: what was measured in turn with the dense net is to be the later value.
     """
     if row["test_accuracy"] is not None:
-        yield 0.0, {"test_accuracy": row["test_accuracy"]}
+        yield 0.0, as_shown({"test_accuracy": row["test_accuracy"]}, metric)
     if row["latency_ms"] is not None:
-        found = {name: value for name, value in final_metrics(row).items() if name.startswith("latency")}
+        found = {name: value for name, value in final_metrics(row, metric).items() if name.startswith("latency")}
         yield 0.001 if timed_before else 0.0, found
 
 
@@ -129,12 +144,13 @@ def _projection(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def trial_file(row: Row) -> dict[str, Any]:
-    """What `trial.json` holds beside the run's metrics: the whole recipe, scores, losses, removed energy per layer."""
+    """What `trial.json` holds beside the run's metrics: scores to the last digit, the whole recipe, losses, removed energy per layer."""
     names = (
         "trial",
         "seed",
         "status",
         "reason",
+        "val_accuracy",
         "kept",
         "recipe",
         "params_searched",
@@ -222,7 +238,8 @@ def _chart(name: str, kind: str, **settings: Any) -> dict[str, Any]:
 
 def dense_tags(view: View) -> dict[str, str]:
     """The dense net's metric and costs: as tags, since charts of single points would crowd out the others."""
-    return {f"dense_{name}": f"{value:.10g}" for name, value in view.dense.items() if value is not None}
+    known = as_shown({name: value for name, value in view.dense.items() if value is not None}, view.metric)
+    return {f"dense_{name}": f"{value:.10g}" for name, value in known.items()}
 
 
 def created(info: Mapping[str, Any]) -> float:

@@ -122,3 +122,16 @@ def metric_text(metric: Mapping[str, str], value: float | None, *, with_unit: bo
         return "–"
     text = f"{value:.2f}" if metric["unit"] == PERCENT else f"{value:.4g}"
     return f"{text} {metric['unit']}".rstrip() if with_unit else text
+
+
+def metric_difference(metric: Mapping[str, str], value: float, other: float) -> str:
+    """How far two values are apart, to the decimals that they are shown with, without a sign."""
+    texts = [metric_text(metric, value), metric_text(metric, other)]
+    if any("e" in text for text in texts):
+        return metric_text(metric, abs(value - other))
+    return f"{abs(value - other):.{max(len(text.partition('.')[2]) for text in texts)}f}"
+
+
+def as_read(metric: Mapping[str, str], value: float) -> float:
+    """A value of the metric rounded as it is shown."""
+    return float(metric_text(metric, value))
