@@ -65,6 +65,7 @@ Of a parameter of a group of layers, `KIND/GROUP`, the kind alone stands here. O
 def parameter_label(name: str) -> str:
     """What a searched parameter is called on an axis, such as `protection of layer1` for `log_weight/layer1`."""
     kind, _, group = name.partition("/")
+    group = f"layer {group}" if group[:1].isdigit() else group  # of an nn.Sequential, say
     return PARAMETERS.get(kind, (name, ""))[0].format(group)
 
 

@@ -28,6 +28,7 @@ from ranksearch.tracking.chart import (
     Parallel,
     Plot,
     Series,
+    decade_ticks,
     ink_on,
     luminance,
 )
@@ -190,6 +191,14 @@ def test_importances_find_the_parameter_that_decides(make, bench):
     assert sum(found[AT_COST].values()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [([0.028, 1.35], [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]), ([1e-4, 0.05], [1e-4, 1e-3, 1e-2]), ([0.03, 0.03], [0.02])],
+)
+def test_a_logarithmic_axis_is_marked_with_whole_numbers(values, ticks):
+    assert decade_ticks(values) == pytest.approx(ticks)
+
+
 def test_accuracy_at_its_cost_is_what_a_parabola_leaves():
     costs = np.exp(np.linspace(-2, 0, 9))
     shares = [(90 + 4 * np.log(c) - np.log(c) ** 2) / 100 for c in costs]
@@ -294,6 +303,7 @@ def test_whatever_may_be_searched_has_a_label():
     assert names - fixed <= set(PARAMETERS)
     assert set(PARAMETERS) - names == {"level", "trust", "prediction", "log_weight", "lowering", "ratio"}
     assert parameter_label("log_weight/layer1.0-2") == "protection of layer1.0-2"
+    assert parameter_label("log_weight/2") == "protection of layer 2"  # an nn.Sequential's
     assert parameter_in_words("lr") == "learning rate (lr)"
     assert parameter_in_words("momentum") == "momentum"
     assert parameter_in_words("level") == "share of the budget used (1: all of it; level)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import floor, log10
 
 BLACK, WHITE, GREY = "#000000", "#FFFFFF", "#767676"
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
@@ -26,6 +27,10 @@ ANNOTATED = 45
 """Rows of a heat-map up to which every cell says what it is."""
 EVEN = 0.179
 """The luminance from which black and white stand out alike: (1.05 · 0.05)^½ - 0.05."""
+DECADES = 100.0
+"""Up to such a factor a logarithmic axis is marked between its powers of ten, too."""
+ROOM_BESIDE = 1.5
+"""The factor beyond its values up to which a logarithmic axis is marked."""
 ROOM_BELOW = 0.5
 """How far a figure goes down below a front, as a share of its height: one failed net must not flatten the front."""
 
@@ -148,6 +153,14 @@ def luminance(red: float, green: float, blue: float) -> float:
 def ink_on(red: float, green: float, blue: float) -> str:
     """Black or white, whichever stands out more from a colour of shares 0..1: by 4.5 to 1 at least."""
     return BLACK if luminance(red, green, blue) > EVEN else WHITE
+
+
+def decade_ticks(values: Sequence[float]) -> list[float]:
+    """Where a logarithmic axis of positive values is marked: 1, 2 and 5 of each power of ten, the powers alone over two decades or more."""
+    low, high = min(values), max(values)
+    powers = [10.0**power for power in range(floor(log10(low)), floor(log10(high)) + 2)]
+    marks = [mark * power for power in powers for mark in ((1,) if high / low >= DECADES else (1, 2, 5))]
+    return [mark for mark in marks if low / ROOM_BESIDE <= mark <= high * ROOM_BESIDE]
 
 
 def counted(name: str, values: Sequence[float], y_range: tuple[float, float] | None) -> str:

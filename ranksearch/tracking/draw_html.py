@@ -25,6 +25,7 @@ from ranksearch.tracking.chart import (
     Plot,
     Series,
     axis_ticks,
+    decade_ticks,
     ink_on,
 )
 
@@ -42,8 +43,6 @@ BELOW: dict[str, Any] = {
     "len": 0.9,
 }
 """Where the scale of a heat-map is: beside it there is no room on a narrow screen."""
-DECADES = 100.0
-"""Up to such a factor a logarithmic axis is marked between its powers of ten, too."""
 PAPER_HEIGHTS = 300, 660
 """Pixels of a figure on paper, at least and at most: two rows of figures, or a tall one, fill a page."""
 SCHEMES = ":root { color-scheme: light dark; } :root.printed { color-scheme: light; } body { background: Canvas; color: CanvasText; }"
@@ -126,17 +125,12 @@ def _plot(figure: Any, chart: Plot) -> None:
         legend={"orientation": "h", "y": -0.3 if chart.small else -0.16, "yanchor": "top", "x": 0},
     )
     if chart.log_x:
-        figure.update_xaxes(type="log", dtick="D2" if _span(chart) < DECADES else 1)
+        ticks = decade_ticks([x for series in chart.series for x in series.x])
+        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     if chart.counted:
         figure.update_xaxes(
             tickformat="d", dtick=max(1, round(max((x for s in chart.series for x in s.x), default=1) / 10))
         )
-
-
-def _span(chart: Plot) -> float:
-    """By which factor x varies."""
-    found = [x for series in chart.series for x in series.x]
-    return max(found) / min(found)
 
 
 def _draw_series(figure: Any, series: Series) -> None:

@@ -19,6 +19,7 @@ from ranksearch.tracking.chart import (
     Plot,
     Series,
     axis_ticks,
+    decade_ticks,
     ink_on,
 )
 
@@ -70,7 +71,10 @@ def _plot(figure: Any, axes: Any, chart: Plot) -> None:
         axes.set_ylim(*chart.y_range)
     axes.grid(alpha=0.25)
     if chart.log_x:
+        ticks = decade_ticks([x for series in chart.series for x in series.x])
         axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
     if chart.counted:
         axes.xaxis.get_major_locator().set_params(integer=True)
     if any(series.name for series in chart.series) or chart.limits:

@@ -146,7 +146,8 @@ def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
         yield (
             "hypervolume",
             Plot(
-                f"{view.name}: hypervolume of the front", "finished trials", f"hypervolume in ({axes}), as shares",
+                f"{view.name}: hypervolume of the front", "finished trials",
+                counted(f"hypervolume in ({axes}), as shares", worth, _late_range(worth)),
                 [Series("hypervolume", [n for n, _ in entries], worth, BLUE, "circle", "steps")], counted=True,
                 y_range=_late_range(worth),
             ),

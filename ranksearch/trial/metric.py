@@ -102,8 +102,10 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """For an axis or a column: `accuracy (%)`."""
-        return f"{self.name} ({self.unit})" if self.unit else self.name
+        """For an axis: `accuracy (%)`, `rmse (K, less is better)`."""
+        less = "less is better" if self.direction == "minimize" else ""
+        behind = ", ".join(filter(None, (self.unit, less)))
+        return f"{self.name} ({behind})" if behind else self.name
 
     @property
     def column(self) -> str:
