@@ -202,6 +202,11 @@ def test_the_first_line_of_the_experiments_note_says_which_net_to_ship(mirrored,
 
     mirror.finish(View.of(study), {}, print, complete=True)
     first = noted()
+    ended = client.get_run(parent.info.run_id).info.end_time
+    time.sleep(0.01)
+    again = Mirror(View.of(study), study.folder.parent)
+    again.finish(View.of(study), {}, print, complete=True)
+    assert client.get_run(parent.info.run_id).info.end_time == ended  # nothing was added
     verdict = verdict_of(study.front_record())
     assert first.startswith(verdict.ship)  # a list of experiments shows its first words
     (row,) = [row for row in study.front if row.trial == verdict.trial]

@@ -85,7 +85,11 @@ def test_studies_that_were_moved_with_their_store_are_found_where_they_are(runs,
 
 
 def test_a_study_that_was_never_mirrored_opens_the_store_beside_it(runs):
-    assert find_store("bare", runs) == Opened(f"sqlite:///{runs / 'mlflow.db'}", runs, [])
+    opened = find_store("bare", runs)
+    assert opened == Opened(f"sqlite:///{runs / 'mlflow.db'}", runs, [])
+    said = []
+    say_pages(opened, "http://127.0.0.1:5000", said.append)
+    assert "ranksearch sync NAME" in said[0]
 
 
 def test_a_folder_without_a_store_opens_that_of_its_studies(runs):

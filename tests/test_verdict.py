@@ -62,6 +62,13 @@ def test_a_net_that_measures_above_a_budget_on_latency_is_marked_and_not_shipped
     assert not verdict_of(record([fast], **limited)).warning
 
 
+def test_a_net_that_is_lost_is_not_shipped_but_where_all_are():
+    nets = [row(1, 91.0, None, 0.5), row(2, 90.0, None, 0.4)]
+    one, all_ = (verdict_of(record(nets, lost=lost)) for lost in ([1], [1, 2]))
+    assert (one.trial, all_.trial) == (2, 1)
+    assert "trials 1, 2 are lost" in all_.warning
+
+
 @pytest.mark.parametrize(("ratio", "warned"), [(1.23, True), (1.03, False), (None, False)])
 def test_a_net_that_is_slower_for_all_its_fewer_macs_is_told(ratio, warned):
     warning = verdict_of(record([row(1, 91.0, 90.9, 0.5, latency_ms=ratio, latency_ratio=ratio)])).warning

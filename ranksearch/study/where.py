@@ -63,11 +63,8 @@ def finished_front(folder: Path) -> dict[str, Any] | None:
             return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    lost = lost_nets(folder, [row["trial"] for row in record["trials"]])
-    if lost != record.get("lost", []):
-        record["lost"] = lost
-        record["verdict"] = verdict_of(record).to_dict()
-    return record
+    record["lost"] = lost_nets(folder, [row["trial"] for row in record["trials"]])
+    return record | {"verdict": verdict_of(record).to_dict()}  # in this version's words
 
 
 def kept_front(folder: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,23 @@ def save_png(charts: Sequence[Chart], path: Path, *, title: str | None = None, s
         axes.set_title(chart.title, fontsize=10)
     if title is not None:
         figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+
+
+def save_thumbnail(chart: Plot, path: Path) -> None:
+    """Draws a plane's points and lines without their axes, 400 by 56 pixels: for where there is no room but for its shape."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.0, 0.56), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    for order, series in enumerate(chart.series):
+        _draw_series(axes, replace(series, labels=()), order)
+    for limit in chart.limits:
+        axes.axvline(limit.x, color=BLACK, linestyle="--", linewidth=1)
+    axes.margins(0.03, 0.25)  # markers are whole
+    if chart.y_range is not None:
+        axes.set_ylim(*chart.y_range)
+    axes.set_axis_off()
     figure.savefig(path)
 
 

@@ -19,7 +19,6 @@ from ranksearch.tracking.runs import (
     STUDY_TAG,
     TRIAL_TAG,
     final_metrics,
-    run_name,
     study_tags,
     trial_params,
 )
@@ -55,8 +54,8 @@ def log_front_nets(
         from ranksearch.tracking.models import register  # seconds of imports
 
         verdict = verdict_of(view.front)
-        description = (
-            f"Trial {best['trial']} of {view.name} ({run_name(best, view.costs[0], view.metric)}). {verdict.ship}\n\n"
+        description = (  # without the run's name: the page makes a link of its "@50"
+            f"The study {view.name}: {verdict.ship}\n\n"
             f'`mlflow.pytorch.load_model("models:/{view.name}@champion")`, or `{verdict.export}`.'
         )
         register(client, view.name, models[best["trial"]], runs[best["trial"]], description=description)

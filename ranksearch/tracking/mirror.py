@@ -23,10 +23,11 @@ from ranksearch.places.files import write_atomically
 from ranksearch.places.urls import DRIVER_HINT
 from ranksearch.study.folder import FRONT, GIVEN, REPORT, SPACE
 from ranksearch.study.row import Row
-from ranksearch.tracking.draw_png import save_png
+from ranksearch.tracking.chart import Plot
+from ranksearch.tracking.draw_png import save_png, save_thumbnail
 from ranksearch.tracking.figures import study_charts
 from ranksearch.tracking.front_nets import FIGURES, log_front_nets
-from ranksearch.tracking.note import experiment_note, front_csv, front_table, headline, note, trial_note
+from ranksearch.tracking.note import THUMBNAIL, experiment_note, front_csv, front_table, headline, note, trial_note
 from ranksearch.tracking.report import write_report
 from ranksearch.tracking.runs import (
     ENDED,
@@ -96,6 +97,8 @@ class Mirror:
         artifacts = artifact_root(runs, self.uri, view.space.tracking.artifacts)
         parent = self._find() or self._make(view, artifacts)
         self.experiment_id, self.parent_id = parent.info.experiment_id, parent.info.run_id
+        self._ended_at: int | None = parent.info.end_time
+        """When a study's run ended, in ms, to which nothing was added since; None for now."""
         self._describe(view, parent)
         self._runs: dict[int, str] = {}
         """Trial -> the ID of its run."""
@@ -232,7 +235,7 @@ class Mirror:
             run = self.client.create_run(self.experiment_id, started, tags, run_name(row, cost, self._metric))
             self._runs[number] = run.info.run_id
             self._on_front |= {number} if on_front else set()
-        run_id = self._runs[number]
+        run_id, self._ended_at = self._runs[number], None
         self._batch(run_id, params=trial_params(row), metrics=trial_metrics(row, self._metric), at=ended)
         with tempfile.TemporaryDirectory() as scratch:
             for name, content in {"plan.json": row["plan"], "trial.json": trial_file(row)}.items():
@@ -277,6 +280,8 @@ class Mirror:
                 folder = Path(scratch) / ("" if name == "front" else FIGURES)  # the front lies beside its table
                 folder.mkdir(exist_ok=True)
                 save_png([chart], folder / f"{name}.png")
+                if name == "front" and isinstance(chart, Plot):
+                    save_thumbnail(chart, folder / THUMBNAIL)
             self.client.log_artifacts(parent, scratch)
         self.client.update_run(parent, name=headline(view))
         registered = self._space.tracking.models and self._space.tracking.register
@@ -315,7 +320,7 @@ class Mirror:
             self.client.log_artifact(self.parent_id, str(page))
             log_front_nets(self.client, self.experiment_id, self._runs, self._models, view, log)
         ended = "FAILED" if view.trials and not view.complete else "FINISHED" if complete else "KILLED"
-        self.client.set_terminated(self.parent_id, ended)
+        self.client.set_terminated(self.parent_id, ended, end_time=self._ended_at)
 
     def _catch_up(self, view: View) -> None:
         """Progress after trials that were logged late."""

@@ -116,9 +116,7 @@ def log_model(
 def register(client: MlflowClient, name: str, model_id: str, run_id: str, *, description: str) -> str:
     """Makes a model the `champion` among the versions of the registered model `name`; returns its version. A model is registered once."""
     if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(
-            name, description=f"The most accurate nets of the study {name} within its budgets."
-        )
+        client.create_registered_model(name, description=f"The best nets of the study {name} within its budgets.")
     # by its place, not as models:/ID: a database's registry would look that up in the process's default store
     source = client.get_logged_model(model_id).artifact_location
     known = [

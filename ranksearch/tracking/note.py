@@ -21,6 +21,7 @@ COLUMNS = (
     "trial", "val_accuracy", "test_accuracy", "macs", "macs_ratio", "params", "params_ratio", "size_bytes", "size_ratio", "latency_ms",
     "latency_ratio", "allocator", "epochs", "seed",
 )  # fmt: skip
+THUMBNAIL = "front_small.png"
 NOTE_END = "a run per study, its trials beneath it."
 NOTED_STUDIES = 9
 """Other studies of an experiment that its note names."""
@@ -78,6 +79,8 @@ def note(view: View, *, registered: bool, run_id: str | None = None) -> str:
     front, dense, metric, verdict = view.front, view.dense, view.metric, verdict_of(view.front)
     costs = view.table_costs[:-1]
     lines = [f"**{verdict.ship}**", ""]
+    if front["trials"] and run_id is not None:  # so low that it stands above what is folded away
+        lines += [f"![the front](get-artifact?path={THUMBNAIL}&run_uuid={run_id})", ""]
     if verdict.export:
         lines += [f"`{verdict.export}`", ""]
     lines += [f"- {heading}: {text}" for heading, text in verdict.sentences().items()]

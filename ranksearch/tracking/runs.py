@@ -183,9 +183,9 @@ def study_params(space: Space) -> dict[str, str]:
     search = space.search
     recipe = {f"recipe.{name}": value for name, value in _settings(space.recipe)}
     return {
-        "task": space.task, "model": str(space.model), "seed": str(search.seed), "objectives": ",".join(search.objectives),
-        "budgets": ", ".join(map(str, space.parsed_budgets())) or "none", "parametrization": search.parametrization,
-        "sensitivity": search.sensitivity, **recipe,
+        "task": space.task, "model": str(space.model or "the task's own"), "seed": str(search.seed),
+        "objectives": ",".join(search.objectives), "budgets": ", ".join(map(str, space.parsed_budgets())) or "none",
+        "parametrization": search.parametrization, "sensitivity": search.sensitivity, **recipe,
     }  # fmt: skip
 
 

@@ -238,7 +238,9 @@ def _last_words(said: IO[bytes]) -> str:
 
 
 def say_pages(opened: Opened, address: str, say: Callable[[str], None]) -> None:
-    """The links of the newest studies, each said what it shows."""
+    """The links of the newest studies, each said what it shows; how to bring a study there, where there is none."""
+    if not opened.pages:
+        say("  No study is in this store: `ranksearch sync NAME` brings one there.")
     for page in opened.pages[:10]:
         say(f"  {page.study}")
         say(f"    which net to ship: {address.rstrip('/')}{page.front}")
