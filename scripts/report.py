@@ -16,7 +16,7 @@ import torch
 
 import ranksearch
 
-PACKAGES = ("ranksearch", "torch", "numpy", "scipy", "tensorly")
+PACKAGES = ("ranksearch", "torch", "numpy", "scipy")
 
 
 def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentParser:

@@ -62,6 +62,19 @@ def test_digits_splits_are_disjoint_and_seeded(task):
     assert task.without_test().test is None
 
 
+def test_digits_are_scikit_learns_own(task):
+    from sklearn.datasets import load_digits
+
+    ours = torch.cat([part.inputs for part in (task.train, task.val, task.test)]).flatten(1)
+    targets = torch.cat([part.targets for part in (task.train, task.val, task.test)])
+    theirs = load_digits()
+    found = sorted((image.numpy().tobytes(), int(digit)) for image, digit in zip(ours, targets, strict=True))
+    assert found == sorted(
+        (x.astype("uint8").tobytes(), int(y)) for x, y in zip(theirs.data, theirs.target, strict=True)
+    )
+    assert theirs.data.max() == ours.max() == 16
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_augmentation_is_a_shift_and_a_flip_of_each_image(flip):
     images = torch.arange(40 * 3 * 6 * 5, dtype=torch.int64).reshape(40, 3, 6, 5) % 251

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ranksearch.compress.inputs import call, mapped, tensors
 from ranksearch.compress.plain import named_inputs
@@ -18,6 +17,10 @@ BATCH = "batch"
 
 def free_axes(program: ExportedProgram, batch: Any) -> tuple[tuple[str, int], ...]:
     """(input, axis) of every axis but the batch's that the graph leaves free, such as tokens, height and width."""
+    from torch.fx.experimental.symbolic_shapes import (
+        is_concrete_int,  # half a second of sympy, which a search never needs
+    )
+
     shapes = [n.meta["val"].shape for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
     names = list(named_inputs(batch))
     return tuple(

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
 from ranksearch.study.row import Row
 from ranksearch.words import COST_RATIOS
@@ -31,6 +30,8 @@ def importances(study: optuna.Study, rows: Sequence[Row], objectives: Sequence[s
     complete = [row for row in rows if row.complete]
     if len(complete) < FEWEST:
         return {}
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # brings scikit-learn's forests
+
     above = dict(zip((row.trial for row in complete), accuracy_at_cost(complete, objectives).tolist(), strict=True))
     targets: dict[str, Callable[[Any], float] | None] = {FRONT: None} if len(objectives) > 1 else {}
     targets[AT_COST] = lambda trial: -above[trial.number]  # the least is the best

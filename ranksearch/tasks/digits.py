@@ -5,8 +5,11 @@ Models are CIFAR ResNets with one input channel. The set has no official split: 
 
 from __future__ import annotations
 
+from importlib.metadata import distribution
+
+import numpy as np
 import torch
-from sklearn.datasets import load_digits
+from torch import Tensor
 
 from ranksearch.errors import UsageError, nearest
 from ranksearch.tasks.resident import Augment, Normalise, Resident, hold_out
@@ -26,9 +29,7 @@ def build_model(name: str) -> CifarResNet:
 
 def make_task(model: str, *, data: str | None, validation: int, split_seed: int) -> Task:
     """1,437 - `validation` images to train on, `validation` to choose by, 360 to report. `data` is not needed."""
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.uint8).unsqueeze(1)
-    targets = torch.tensor(digits.target, dtype=torch.int64)
+    images, targets = _read()
     full = Resident(images, targets, NORMALISE, Augment(pad=1, flip=False))
     rest, test = hold_out(full, TEST_IMAGES, TEST_SEED)
     if not 1 <= validation <= len(rest) - 128:
@@ -43,3 +44,13 @@ def make_task(model: str, *, data: str | None, validation: int, split_seed: int)
         val=val,
         test=test,
     )
+
+
+def _read() -> tuple[Tensor, Tensor]:
+    """(images [1797, 1, 8, 8] of whole numbers 0..16, their digits [1797]), as `sklearn.datasets.load_digits` has them.
+
+    From scikit-learn's own file: importing the library takes a process another second, its pandas and scipy.stats among it.
+    """
+    path = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    table = torch.from_numpy(np.loadtxt(str(path), delimiter=",", dtype=np.uint8))
+    return table[:, :64].unflatten(1, (1, 8, 8)).contiguous(), table[:, 64].long()
