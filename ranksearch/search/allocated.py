@@ -21,7 +21,7 @@ from ranksearch.search.budgets import at_level, budgets_of, has_levels, lowest_l
 from ranksearch.search.groups import grouping_of, groups_of
 from ranksearch.search.parametrize import LEVEL, distribution
 from ranksearch.space.search import RULES
-from ranksearch.space.settings import Choices, Range
+from ranksearch.space.settings import Choices, Range, middle_of
 from ranksearch.space.space import Space
 from ranksearch.tasks import model_reference
 
@@ -77,7 +77,7 @@ class Allocated:
             elif name == PREDICTION:
                 values[name] = self.predictions[0]
             elif name == TRUST:  # a parameter only where it is a distribution
-                values[name] = self._search.trust.middle
+                values[name] = middle_of(self._search.trust)
             else:
                 values[name] = 0.0 if name.startswith("log_weight/") else ANY
         return values

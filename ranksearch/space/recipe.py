@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ranksearch.space.settings import SWITCH, Strict, numbers_of, searchable, searchable_choice
+from ranksearch.space.settings import Choice, Number, Strict, Switch, numbers_of, one_of, within
 from ranksearch.tasks.optimisation import OPTIMIZERS
 from ranksearch.tasks.schedule import SCHEDULES
 
@@ -18,24 +18,24 @@ def _to_the_end(value: Any) -> Any:
 class ProjectionSpace(Strict):
     """When the dense weights are projected, and how. The last step before the decomposition is always followed by a projection."""
 
-    period: searchable(1, 1_000_000, whole=True) = 20  # type: ignore[valid-type]
+    period: Annotated[Number, within(1, 1_000_000, whole=True)] = 20
     """Optimizer steps between projections. At least ten projections per trial pay; with a long run, thirty or more."""
-    start: searchable(0, 1) = 0.0  # type: ignore[valid-type]
+    start: Annotated[Number, within(0, 1)] = 0.0
     """Share of the steps before the decomposition that pass until the first period begins."""
-    until_end: Annotated[searchable(0, 1), BeforeValidator(_to_the_end)] = 1.0  # type: ignore[valid-type]
+    until_end: Annotated[Number, within(0, 1), BeforeValidator(_to_the_end)] = 1.0
     """Share of those steps after which periodic projections cease; 1 (or true): they go on until the end."""
-    schedule: searchable_choice("constant", "learning_rate", "removed_energy") = "constant"  # type: ignore[valid-type]
+    schedule: Annotated[Choice, one_of("constant", "learning_rate", "removed_energy")] = "constant"
     """Length of a period: constant; the steps weighted by their learning rate (as many projections, but fewer where steps are small);
     or shorter where a projection removed more than `removed_energy`, longer where less, within a factor of four."""
-    removed_energy: searchable(1e-9, 1) = 1e-3  # type: ignore[valid-type]
+    removed_energy: Annotated[Number, within(1e-9, 1)] = 1e-3
     """Mean share of the layers' ||W||² that a projection is to remove under the schedule `removed_energy`."""
-    rank_annealing: searchable(0, 1) = 0.0  # type: ignore[valid-type]
+    rank_annealing: Annotated[Number, within(0, 1)] = 0.0
     """Share of the steps (from `start` on) over which ranks come down from full to the plan's, fast at first; 0: at once."""
-    momentum: searchable_choice("keep", "reset") = "keep"  # type: ignore[valid-type]
+    momentum: Annotated[Choice, one_of("keep", "reset")] = "keep"
     """Whether the optimizer forgets its moments at a projection."""
-    energy_transfer: SWITCH = False  # type: ignore[valid-type]
+    energy_transfer: Switch = False
     """Scale what a projection keeps of a weight so that its energy stays (LRPET, Guo et al. 2024, arXiv 2204.05566)."""
-    bn_rectification: SWITCH = False  # type: ignore[valid-type]
+    bn_rectification: Switch = False
     """Choose what a projection keeps by the weight as the BN layer behind it will scale it (LRPET)."""
 
     @model_validator(mode="after")
@@ -49,9 +49,9 @@ class ProjectionSpace(Strict):
 class DistillationSpace(Strict):
     """The dense net as the teacher."""
 
-    weight: searchable(0, 1) = 0.0  # type: ignore[valid-type]
+    weight: Annotated[Number, within(0, 1)] = 0.0
     """Share of the loss that comes from the dense net's outputs; 0 does without, and saves a quarter of the time."""
-    temperature: searchable(0.1, 100) = 8.0  # type: ignore[valid-type]
+    temperature: Annotated[Number, within(0.1, 100)] = 8.0
     """Softens both nets' outputs; on CIFAR-10 the gain levels off between 8 and 16."""
 
 
@@ -62,27 +62,27 @@ class RecipeSpace(Strict):
     """Optimizer steps of a trial, over both phases."""
     batch_size: int = Field(default=128, ge=1)
     """Samples of a step; a loader of your own goes before it."""
-    optimizer: searchable_choice(*OPTIMIZERS) = "sgd"  # type: ignore[valid-type]
+    optimizer: Annotated[Choice, one_of(*OPTIMIZERS)] = "sgd"
     """SGD with Nesterov momentum, or AdamW, which wants a learning rate of its own (about 0.001)."""
-    schedule: searchable_choice(*SCHEDULES) = "cosine"  # type: ignore[valid-type]
+    schedule: Annotated[Choice, one_of(*SCHEDULES)] = "cosine"
     """Learning rate after the warm-up: a cosine or a line to 0, steps (a tenth at half, a hundredth at three quarters), or constant."""
-    warmup: searchable(0, 1) = 0.15  # type: ignore[valid-type]
+    warmup: Annotated[Number, within(0, 1)] = 0.15
     """Share of the steps over which the learning rate rises to its peak; with the cosine this is the one-cycle schedule."""
-    lr: searchable(1e-8, 100) = 0.02  # type: ignore[valid-type]
+    lr: Annotated[Number, within(1e-8, 100)] = 0.02
     """Peak of the learning rate."""
-    momentum: searchable(0.01, 0.9999) = 0.9  # type: ignore[valid-type]
+    momentum: Annotated[Number, within(0.01, 0.9999)] = 0.9
     """SGD's momentum, or AdamW's first beta."""
-    weight_decay: searchable(0, 1) = 5e-4  # type: ignore[valid-type]
+    weight_decay: Annotated[Number, within(0, 1)] = 5e-4
     """The optimizer's, on all weights."""
-    label_smoothing: searchable(0, 0.9) = 0.0  # type: ignore[valid-type]
+    label_smoothing: Annotated[Number, within(0, 0.9)] = 0.0
     """Share of the target that is spread over all classes."""
-    clip_norm: searchable(0, 1e9) = 0.0  # type: ignore[valid-type]
+    clip_norm: Annotated[Number, within(0, 1e9)] = 0.0
     """Largest norm of the gradient; 0 does without clipping."""
-    ema: searchable(0, 0.999999) = 0.0  # type: ignore[valid-type]
+    ema: Annotated[Number, within(0, 0.999999)] = 0.0
     """Decay per step of a moving average of the weights, which each phase ends with; 0 does without."""
-    factor_share: searchable(0, 1) = 0.5  # type: ignore[valid-type]
+    factor_share: Annotated[Number, within(0, 1)] = 0.5
     """Share of the steps that trains the factors after decomposition; 0 is the pure form of Lee et al. 2019, 1 decomposes first."""
-    factor_lr: searchable(1e-6, 1e6) = 1.0  # type: ignore[valid-type]
+    factor_lr: Annotated[Number, within(1e-6, 1e6)] = 1.0
     """Learning rate of the factors as a multiple of the schedule's. `cp`, a product of four factors, wants about 0.1."""
     bn_batches: int = Field(default=20, ge=1)
     """Batches, augmented as in training, that BN statistics are re-estimated from."""

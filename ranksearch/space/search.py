@@ -11,7 +11,7 @@ from ranksearch.allocate.damage import MEASURES
 from ranksearch.allocate.sensitivity import SENSITIVITIES
 from ranksearch.costs import COSTS, same_cost
 from ranksearch.errors import nearest
-from ranksearch.space.settings import Range, Strict, searchable
+from ranksearch.space.settings import Number, Range, Strict, within
 
 AUTO = "auto"
 """Settled by untrained scores; where nothing is scored it stands for `USUAL_SENSITIVITY` and `USUAL_MEASURE`."""
@@ -123,7 +123,7 @@ class SearchSpace(Strict):
     parametrization is `direct`."""
     weight_range: float = Field(default=2.0, ge=1, le=1000)
     """A group's predicted damage is corrected by a factor between 1 / this and this."""
-    trust: searchable(0, 4) = Range(low=0.0, high=1.5, default=1.0)  # type: ignore[valid-type]
+    trust: Annotated[Number, within(0, 4)] = Range(low=0.0, high=1.5, default=1.0)
     """How far measured sensitivities are believed: the exponent on the layers' scales. 1: as measured; 0: layers are alike but for the
     energy they lose, which is better at small budgets."""
     search_lowerings: bool = False

@@ -88,6 +88,11 @@ def values_of(setting: Scalar | Range | Choices) -> tuple[Scalar, ...]:
     return tuple(setting.choices) if isinstance(setting, Choices) else (setting,)
 
 
+def middle_of(setting: Scalar | Range | Choices) -> Scalar:
+    """The default of a setting that is searched, or what it is fixed to."""
+    return setting.middle if isinstance(setting, Range | Choices) else setting
+
+
 def numbers_of(setting: Scalar | Range | Choices) -> tuple[float, ...]:
     """The extreme values of a setting that is a number."""
     return tuple(float(value) for value in values_of(setting))
@@ -125,20 +130,26 @@ class OneOf:
         return setting
 
 
-def searchable(low: float, high: float, *, whole: bool = False) -> Any:
-    """The type of a number that may be fixed or searched, within low..high."""
-    within = AfterValidator(Within(low, high, whole))
-    return Annotated[float | Range | Choices, BeforeValidator(_pick_form), within]
+Number = Annotated[float | Range | Choices, BeforeValidator(_pick_form)]
+"""A number that may be fixed or searched; `Annotated[Number, within(low, high)]` says what it may be."""
+Choice = Annotated[Scalar | Choices, BeforeValidator(_pick_choice)]
+"""One of several values, fixed or searched (`{choices: [...]}`); `Annotated[Choice, one_of(...)]` names them."""
+
+
+def within(low: float, high: float, *, whole: bool = False) -> AfterValidator:
+    """What a `Number` may be: low..high, and whole where `whole`."""
+    return AfterValidator(Within(low, high, whole))
+
+
+def one_of(*names: Scalar) -> AfterValidator:
+    """What a `Choice` may be: one of `names`."""
+    return AfterValidator(OneOf(names))
+
+
+Switch = Annotated[Choice, one_of(False, True)]
+"""On or off, fixed or searched."""
 
 
 def is_whole(field: FieldInfo) -> bool:
     """Whether a setting takes whole numbers alone."""
     return any(isinstance(getattr(mark, "func", None), Within) and mark.func.whole for mark in field.metadata)
-
-
-def searchable_choice(*names: Scalar) -> Any:
-    """The type of a setting that is one of `names`, fixed or searched (`{choices: [...]}`)."""
-    return Annotated[Scalar | Choices, BeforeValidator(_pick_choice), AfterValidator(OneOf(names))]
-
-
-SWITCH = searchable_choice(False, True)
