@@ -39,11 +39,15 @@ def shape_in_words(record: FrontRecord) -> str:
 def points_of(record: FrontRecord) -> list[Point]:
     """The front over its first cost by rising cost; of nets of one cost the best, and no net that a cheaper one equals."""
     cost, sign = shown_costs(record)[0], -1.0 if record["metric"]["direction"] == "minimize" else 1.0
-    known = [(percent_of_dense(row, cost), sign * row["val_accuracy"], row["trial"]) for row in record["trials"]]
+    known = [
+        (percent, sign * row["val_accuracy"], row["trial"])
+        for row in record["trials"]
+        if (percent := percent_of_dense(row, cost)) is not None
+    ]
     rising: list[Point] = []
-    for x, y, trial in sorted((p for p in known if p[0] is not None), key=lambda p: (p[0], -p[1])):  # type: ignore[arg-type]
+    for x, y, trial in sorted(known, key=lambda p: (p[0], -p[1])):
         if not rising or y > rising[-1][1]:
-            rising.append((float(x or 0.0), y, trial))
+            rising.append((float(x), y, trial))
     return rising
 
 

@@ -219,20 +219,19 @@ class DatasetStream(Iterator[Batch]):
         self._taken = 0
 
     def __next__(self) -> Batch:
-        if self._epoch is None:
-            self._begin()
-        found = next(self._epoch, None)  # type: ignore[arg-type]
+        epoch = self._begin() if self._epoch is None else self._epoch
+        found = next(epoch, None)
         if found is None:
             self._order.epoch, self._order.skip, self._taken = self._order.epoch + 1, 0, 0
-            self._begin()
-            found = next(self._epoch)  # type: ignore[arg-type]
+            found = next(self._begin())
         self._taken += 1
         return self._source.on_device(found)
 
-    def _begin(self) -> None:
+    def _begin(self) -> Iterator[Any]:
         seed = self._order.seed + self._order.epoch + RANK_SEEDS * self._group.rank
         self._randomness.manual_seed(seed)  # of the loader's processes, which augment: other crops on other ranks
         self._epoch = iter(self._loader)
+        return self._epoch
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self._order.seed, "epoch": self._order.epoch, "taken": self._taken}

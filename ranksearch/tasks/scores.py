@@ -78,28 +78,28 @@ class _OnCpu:
 
     def __init__(self, metric: MetricFunction, reads_logits: bool) -> None:
         self._reads_logits = reads_logits
-        self._metric = copy.deepcopy(metric) if is_accumulator(metric) else metric
+        self._metric: Any = copy.deepcopy(metric) if is_accumulator(metric) else metric
         self._batches: list[tuple[Any, Any]] = []
 
     def reset(self) -> None:
         self._batches = []
         if is_accumulator(self._metric):
-            self._metric.reset()  # type: ignore[union-attr]
+            self._metric.reset()
 
     def update(self, outputs: Any, targets: Any) -> None:
         if self._reads_logits and isinstance(found := field_of(outputs, LOGITS), Tensor):
             outputs = found
         outputs, targets = moved(outputs, torch.device("cpu")), moved(targets, torch.device("cpu"))
         if is_accumulator(self._metric):
-            self._metric.update(outputs, targets)  # type: ignore[union-attr]
+            self._metric.update(outputs, targets)
         else:
             self._batches.append((outputs, targets))
 
     def compute(self) -> Any:
         if is_accumulator(self._metric):
-            return self._metric.compute()  # type: ignore[union-attr]
+            return self._metric.compute()
         outputs, targets = (joined(list(parts)) for parts in zip(*self._batches, strict=True))
-        return self._metric(outputs, targets)  # type: ignore[operator]
+        return self._metric(outputs, targets)
 
 
 def is_accumulator(metric: object) -> bool:

@@ -85,7 +85,7 @@ def _settled(space: BaseModel, draw: Draw, prefix: str) -> dict[str, Any]:
 
 def middle(name: str, setting: Range | Choices, whole: bool) -> Scalar:
     """A `Draw` of every setting's default."""
-    return round(setting.middle) if whole else setting.middle  # type: ignore[arg-type]
+    return round(float(setting.middle)) if whole else setting.middle
 
 
 def fixed(space: RecipeSpace) -> RecipeSpace:
