@@ -103,7 +103,7 @@ def gaussian_loss(generator: torch.Generator) -> Drawn:
 
 
 def drawn_directions_loss(generator: torch.Generator) -> SummedLoss:
-    """For outputs that are compared by squared distance, such as embeddings: `gaussian_loss` of any floating output. The second moment of
+    """`gaussian_loss` of any floating output, for outputs that are compared by squared distance, such as embeddings. The second moment of
     its gradients is the Gauss-Newton matrix of the outputs, exactly.
 
     Reference: Martens 2020, arXiv 1412.1193, sections 5 and 6 (the Fisher information of a normal density is the Gauss-Newton matrix).

@@ -32,7 +32,7 @@ class Scores:
 
 
 def candidates(options: LayerOptions) -> np.ndarray:
-    """For every ratio the option within it that removes least, by rising MACs; [at most 9]."""
+    """The option that removes least within each ratio, by rising MACs; [at most 9]."""
     found = []
     for ratio in RATIOS:
         fine = np.flatnonzero(options.macs <= ratio * options.macs[0])

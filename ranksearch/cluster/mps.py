@@ -83,7 +83,7 @@ def use(folder: str | None) -> None:
 
 @contextmanager
 def side_by_side(folder: str) -> Iterator[str | None]:
-    """For as long as the block runs a daemon runs for the processes that are started in it; gives why not."""
+    """Runs a daemon for the processes that the block starts, and ends it with the block; gives the reason where there is none."""
     before, reason = os.environ.get(PIPES), started(folder)
     try:
         if reason is None:

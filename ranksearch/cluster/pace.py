@@ -28,7 +28,7 @@ from ranksearch.trial.recipe import Recipe
 from ranksearch.trial.session import Session, unwatched
 
 SECONDS = 5.0
-"""For so long each number of processes trains."""
+"""Seconds that each number of processes trains while its pace is measured."""
 GAIN = 1.1
 """Twice as many trials are to do so much more together."""
 PLACE_SECONDS = 60.0

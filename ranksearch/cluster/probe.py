@@ -134,7 +134,7 @@ def auto_share(
 def _as_useful(
     study: Study, curves: Curves, shared: Shared, most: int, known: dict[str, Any], log: Log, pipes: str | None
 ) -> int:
-    """At most `most` trials on a GPU: as many as together are faster; `most` where that cannot be measured."""
+    """How many trials one GPU gets: as many, up to `most`, as are faster together; `most` where that cannot be measured."""
     rates = pace.read(known)
     plan, recipe = probe_plan(curves), Recipe.settled(study.space.recipe, middle)
 

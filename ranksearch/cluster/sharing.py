@@ -21,7 +21,7 @@ NODE_SECONDS = 90.0
 def shared_gpus(
     sharing: str, several: bool, nodes: Sequence[dict[str, Any]], log: Callable[[str], None]
 ) -> Iterator[str | None]:
-    """For as long as the block runs MPS runs on the nodes that have GPUs; gives the folder where trials look for it, None for none.
+    """Runs MPS on the nodes that have GPUs until the block ends; gives the folder where trials look for it, None where it does not run.
 
     A node that joins later has none: trials there take turns.
 

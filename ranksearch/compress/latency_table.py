@@ -79,12 +79,12 @@ def grid(full: Ints, step: int, fine: bool) -> tuple[Ints, ...]:
 
 
 def _amid(step: int, most: int) -> list[int]:
-    """Amid every step below `most` a rank that is no multiple of `FINE`."""
+    """One rank in the middle of every step below `most`; none is a multiple of `FINE`."""
     return [rank for start in range(0, most, step) if (rank := start + step // 2 + 1) < most]
 
 
 def _others(step: int, most: int) -> Ints:
-    """From 1 on, no multiples of `FINE`, where `most` leaves any: the last one is next to it, or `most` itself."""
+    """Ranks that are no multiples of `FINE`: 1, one in every step, and the last one below `most`, or `most` itself."""
     return tuple(sorted({1, *_amid(step, most), most - 1 if most % FINE == 0 else most}))
 
 

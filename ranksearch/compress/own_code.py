@@ -27,7 +27,7 @@ SIZES = 4
 """Probes of a convolution, each one step larger than the last: what it pads may depend on the size."""
 MODES = ("constant", "replicate", "reflect", "circular")
 ROUNDING = 1e-3
-"""Of the largest number of a row: what a weight that is made of it row by row may be off from a scale and a shift of it."""
+"""A weight may be made of another row by row, as a scale and a shift of it: it may be off by this share of the row's largest number."""
 _PRODUCTS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, F.linear: 0}
 """Function -> spatial axes."""
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

@@ -23,7 +23,8 @@ from ranksearch.lowering.spec import Ints
 AT_ONCE = 40
 """Layers that are timed in turn: all of them are in memory at once."""
 ROUNDS, NET_ROUNDS = 150, 1000
-"""For layers and nets of a fraction of a millisecond: what else a machine does comes in bursts of seconds, which medians must span."""
+"""The most rounds, for layers and nets of a fraction of a millisecond. What else a machine does comes in bursts of seconds, which a
+median must span."""
 LAYER_SECONDS, NET_SECONDS = 0.12, 1.0
 """What the rounds of one layer or net may take in all, beyond the least number of them."""
 CPU_STEP = 16

@@ -32,7 +32,7 @@ REACHABLE = 1.2
 
 
 def lowest_level(space: Space, curves: Curves) -> float:
-    """From where the level is searched: the space's `front_from`, or where the smallest plan leaves no room there, above that."""
+    """The lowest level that is searched: the space's `front_from`, or a higher one where the smallest plan leaves no room there."""
     smallest, dense = curves.smallest(), curves.dense
     reach = min((smallest[b.cost] / b.limit(dense) for b in budgets_of(space, curves)), default=0.0)
     return max(space.search.front_from, min(REACHABLE * reach, (1 + reach) / 2))

@@ -49,7 +49,7 @@ class LayersSpace(Strict):
     rank_multiple: int = Field(default=1, ge=1)
     """Every rank is a multiple of this (a rule may say otherwise for its layers): many devices compute in tiles of 8, 16 or more."""
     metric: Literal[*METRICS] = WEIGHTS  # type: ignore[valid-type]
-    """In what errors of a layer are measured, by rank curves, projections and decompositions alike: its weight's own norm ("weights"), its
+    """What errors of a layer are measured in, by rank curves, projections and decompositions alike: its weight's own norm ("weights"), its
     outputs' on the data ("inputs"), the loss to second order ("kfac"), or "auto": "inputs" where no BN takes the layer's output."""
     metric_refresh: int = Field(default=10, ge=1)
     """A trial measures the metric anew at every so many projections."""

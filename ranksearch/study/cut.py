@@ -31,7 +31,7 @@ class Cut:
     """A net within some budgets, cut from a nested run's weights."""
 
     model: nn.Module
-    """In evaluation mode, on the CPU."""
+    """The net itself, in evaluation mode, on the CPU."""
     plan: RankPlan
     budgets: tuple[str, ...]
     """As they were asked for, such as `flops=37%`."""

@@ -14,7 +14,7 @@ Point = tuple[float, float, int]
 """Cost in percent of dense, validation metric (turned so that more is better), trial."""
 
 MORE_BUDGET = 0.1
-"""By how much a budget is thought to be raised."""
+"""A budget is imagined to be raised by this share of itself."""
 
 
 def shape_in_words(record: FrontRecord) -> str:

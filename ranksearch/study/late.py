@@ -14,7 +14,7 @@ from ranksearch.study.row import Row
 from ranksearch.trial.metric import Metric
 
 DENSE = "dense"
-"""In the place of a trial's number: the dense net."""
+"""Names the dense net where a trial has its number."""
 
 
 class Late:

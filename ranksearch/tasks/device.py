@@ -88,13 +88,13 @@ class DeviceMemory(Protocol):
     """Bytes."""
 
     def reset(self) -> None:
-        """From here on a peak is looked for."""
+        """Forgets the peak so far."""
 
     def peak(self) -> int:
         """Bytes that this process held at most since then, all included."""
 
     def limit(self, share: float) -> None:
-        """From here on this process runs out of memory once it wants more than `share` of the device."""
+        """Lets this process run out of memory, from now on, once it wants more than `share` of the device."""
 
 
 class CudaMemory:

@@ -24,7 +24,7 @@ from ranksearch.tasks.task import Task
 
 @dataclass(frozen=True)
 class Staging:
-    """From where to where a data folder is copied."""
+    """A data folder, and where on a node it is copied to."""
 
     source: Path
     """The data folder, as every node sees it."""

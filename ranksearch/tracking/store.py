@@ -16,7 +16,7 @@ TRIALS_VIEW = "ranksearch"
 """The name of the view of an experiment's trials, as a link has it."""
 VARIABLE = "MLFLOW_TRACKING_URI"
 NOTED = "mlflow.json"
-"""In a study's folder: which store, experiment and run mirror it."""
+"""The file in a study's folder that says which store, experiment and run mirror it."""
 
 
 def quiet_mlflow() -> None:

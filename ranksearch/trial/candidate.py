@@ -12,7 +12,7 @@ from ranksearch.trial.recipe import Recipe
 
 @dataclass(frozen=True)
 class MetricSetting:
-    """In what errors of layers are measured, on how many batches, and at every how many projections anew."""
+    """The metric that errors of layers are measured in, on how many batches, and how many projections pass until it is measured anew."""
 
     kind: str
     batches: int

@@ -59,5 +59,5 @@ class TrialResult:
         object.__setattr__(self, "status", Status(self.status))  # a result that has travelled holds it as text
 
     def to_dict(self) -> dict[str, Any]:
-        """By name; the lists are the result's own: copies of every point of its curves would take longer than writing them."""
+        """Field -> value. The lists are the result's own: copying every point of its curves would take longer than writing them."""
         return {found.name: getattr(self, found.name) for found in fields(self)}

@@ -153,7 +153,7 @@ class Session:
 
     @property
     def metric_refresh(self) -> int | None:
-        """At every how many projections the metric is measured anew; None without one."""
+        """How many projections pass until the metric is measured anew; None without one."""
         return self._metric.refresh if self._metric is not None else None
 
     def weightings(self, plan: RankPlan, model: nn.Module) -> dict[str, Weighting]:
