@@ -179,21 +179,21 @@ def test_ui_serves_the_study_on_loopback(studied):
 
 
 def start_search(folder, space, name, *options):
-    """A search of six trials in a process group of its own, up to its second result."""
+    """A search of four trials in a process group of its own, up to its first result."""
     command = [
-        *COMMAND, "search", str(space), "--trials", "6", "--name", name,
+        *COMMAND, "search", str(space), "--trials", "4", "--name", name,
         "--set", "recipe.steps=100", "--set", "tracking.models=false", *options,
     ]  # fmt: skip
     search = subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     for line in search.stderr:
-        if "[2/6]" in line:
+        if "[1/4]" in line:
             break
     return search
 
 
-def assert_complete(folder, name, count=6):
+def assert_complete(folder, name, count=4):
     """Every planned trial once, none left running, none doubled."""
     from ranksearch.study.study import Study
 

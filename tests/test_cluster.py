@@ -87,4 +87,4 @@ def test_sigterm_keeps_what_is_done_and_says_how_to_go_on(tmp_path, digits_yaml)
     assert "stopped by SIGTERM" in errors
     assert "`ranksearch resume stopped` goes on" in errors
     assert "Traceback" not in errors
-    assert Study.open(tmp_path / "runs" / "stopped").finished >= 2
+    assert Study.open(tmp_path / "runs" / "stopped").finished >= 1
