@@ -7,7 +7,7 @@ the trials nearest in cost, so its time does not grow with the study.
 
 ResNet-20 and ResNet-32 on CIFAR-10 against Optuna's own TPE on the same parameters: `scripts/bench_search.py` (rows `allocated_motpe`).
 
-Reference: Bergstra et al. 2011 (TPE); multivariate: Falkner, Klein & Hutter 2018, arXiv 1807.01774.
+Reference: Bergstra et al. 2011 (TPE).
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class LocalTPE(BaseSampler):
 
 
 def _beside(running: Sequence[Params], level: float) -> list[Params]:
-    """The parameters of the running trials that TPE keeps away from: where hundreds run, those nearest in level."""
+    """The parameters of the running trials, beside which there is little to learn: where hundreds run, those nearest in level."""
     if len(running) <= NEIGHBOURS:
         return list(running)
     distances = [abs(np.log(params[LEVEL] / level)) if LEVEL in params else np.inf for params in running]

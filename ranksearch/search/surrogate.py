@@ -5,7 +5,7 @@ good trials and bad ones, which knows little from a dozen trials; here a Gaussia
 unsure it is. What is modelled is how far a net lies above a parabola in the level through all of them; nets at other levels count the less
 the farther off they are. The kernel's settings are not chosen but averaged over by their evidence, so that little data does not mislead.
 
-Which of the two is better: `scripts/bench_search.py`, rows `allocated_tpe`; in `README.md`.
+What it is worth against TPE's ratio stands in `README.md` (`scripts/bench_search.py`, row `allocated_tpe`).
 
 Reference: Rasmussen & Williams 2006, Gaussian Processes for Machine Learning, 2.7 (a basis of known functions), 5.4.1 (evidence).
 """
