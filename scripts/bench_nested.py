@@ -1,10 +1,12 @@
 """A whole front from one run: a nested study against studies that train every plan for itself, by hypervolume and passes.
 
 Both search fronts from 20 to 70 % of the dense MACs under one recipe. A pass is a forward and backward pass of one batch. `separate`
-trains `--trials` plans for `--steps` steps each; `nested` trains one weight for `--share` of all those steps, cuts `--plans` plans from it,
-which takes no passes, and scores them. Beside it, `separate` at the nested study's passes: a share of the trials (`fewer`), or all at a
-share of the steps (`shorter`). Hypervolume in (accuracy, MACs as a ratio of dense) against reference 0 and 1; fronts are chosen on the
-validation set, `hv_test_*` is the same of the fronts' test accuracies, read once at a study's end.
+trains `--trials` plans for `--steps` steps each; `nested` trains one weight for `--share` of all those steps, cuts `--plans` plans from
+it, which takes no passes, and scores them. Beside it, `separate` at the nested study's passes: a share of the trials (`fewer`), or all at
+a share of the steps (`shorter`). `tuned` is the nested study again, whose plans' factors are trained for `--fine-tuning` steps each after
+they were scored as they were cut: `rank_correlation` is Spearman's between the two scores of its plans, which says how far the scores of
+plans that are not trained may be trusted to choose by. Hypervolume in (accuracy, MACs as a ratio of dense) against reference 0 and 1;
+fronts are chosen on the validation set, `hv_test_*` is the same of the fronts' test accuracies, read once at a study's end.
 
     python scripts/bench_nested.py --json                              digits, ResNet-8, three seeds: about six minutes on one core
     python scripts/bench_nested.py --variants straight through fixed   other forms of the nested run beside the default one
@@ -26,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 from report import Report, arguments
+from scipy.stats import spearmanr
 from torch import Tensor
 
 import ranksearch
@@ -115,7 +118,14 @@ VARIANTS: dict[str, type[Levels]] = {
 
 def main() -> None:
     parser = arguments(
-        __doc__, trials=16, plans=48, steps=60, seeds=3, share=0.25, space="search_spaces/digits_resnet8.yaml"
+        __doc__,
+        trials=16,
+        plans=48,
+        steps=60,
+        seeds=3,
+        share=0.25,
+        fine_tuning=30,
+        space="search_spaces/digits_resnet8.yaml",
     )
     parser.add_argument(
         "--variants", nargs="*", default=[], choices=sorted(VARIANTS), help="other forms of the nested run"
@@ -127,7 +137,8 @@ def main() -> None:
     report = Report("bench_nested", options)
     seeds = list(range(options.seed, options.seed + options.seeds))
     for seed in seeds:
-        for method in ["nested", *options.variants, "separate", *([] if options.quick else ["fewer", "shorter"])]:
+        controls = ["separate"] if options.quick else ["separate", "fewer", "shorter", "tuned"]
+        for method in ["nested", *options.variants, *controls]:
             row = measured(options, method, seed)
             report.rows.append(row)
             report.say(
@@ -156,6 +167,8 @@ def measured(options: argparse.Namespace, method: str, seed: int) -> dict[str, A
         form = VARIANTS.get(method, Levels)
         steps, trials = passes // getattr(form, "passes_per_step", 1), options.plans + 1
         settings += ["search.strategy=nested"]
+        if method == "tuned":
+            settings += [f"search.nested.fine_tuning={options.fine_tuning}"]
         if form is Shrinking:
             Shrinking.steps = steps
     with tempfile.TemporaryDirectory() as runs, as_form(VARIANTS.get(method)):
@@ -169,6 +182,7 @@ def measured(options: argparse.Namespace, method: str, seed: int) -> dict[str, A
             **{f"best_{percent}": best_within(study, percent) for percent in SHARES},
             "seconds_per_plan": median(row.seconds or 0.0 for row in study.trials if row.allocator != "nested"),
             "seconds": time.perf_counter() - started,
+            "rank_correlation": rank_correlation(study) if method == "tuned" else None,
         }  # fmt: skip
 
 
@@ -182,6 +196,13 @@ def as_form(form: type[Levels] | None) -> Iterator[None]:
 def passes_of(recipe: dict[str, Any] | None, allocator: str | None, method: str) -> int:
     per_step = getattr(VARIANTS.get(method), "passes_per_step", 1) if allocator == "nested" else 1
     return 0 if recipe is None else per_step * int(recipe["steps"])
+
+
+def rank_correlation(study: Study) -> float:
+    """Spearman's between the accuracies of plans as they were cut and after their factors were trained."""
+    rows = [row for row in study.trials if row.complete and row.allocator != "nested"]
+    scores = [{entry["phase"]: entry["val_accuracy"] for entry in row.history} for row in rows]
+    return float(spearmanr([s["decomposed"] for s in scores], [s["factors"] for s in scores]).statistic)
 
 
 def of_test(study: Study) -> float | None:
@@ -211,6 +232,8 @@ def figures(rows: list[dict[str, Any]], trials: int, seeds: list[int]) -> dict[s
     for name in ("hv", "hv_test"):
         pairs = zip(values("nested", name), values("separate", name), strict=True)
         found[f"seeds_above_{name}"] = sum(a >= b for a, b in pairs)
+    if values("tuned", "rank_correlation"):
+        found["rank_correlation"] = median(values("tuned", "rank_correlation"))
     found["seconds_per_plan"] = median(values("nested", "seconds_per_plan"))
     return found
 

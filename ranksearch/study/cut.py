@@ -44,7 +44,7 @@ class Cut:
 
     @property
     def macs_ratio(self) -> float:
-        """The cost of the dense net."""
+        """MACs as a share of the dense net's."""
         return self.cost.macs / self.dense.macs
 
     @property
