@@ -109,10 +109,10 @@ def test_mlflow_holds_the_same_numbers(studied):
     for row in front["trials"]:
         run = on_front[str(row["seed"])]
         data = run.data
-        for name in ("macs", "params", "size_bytes", "macs_ratio", "params_ratio"):
+        for name in ("val_accuracy", "test_accuracy", "macs", "params", "size_bytes", "macs_ratio", "params_ratio"):
             assert data.metrics[name] == row[name]
-        for name in ("val_accuracy", "test_accuracy"):  # as they are read
-            assert data.metrics[name] == round(row[name], 2)
+        for name, read in (("val_accuracy", "val_percent"), ("test_accuracy", "test_percent")):
+            assert data.metrics[read] == round(row[name], 2)
         whole = Path(client.download_artifacts(run.info.run_id, "trial.json", str(folder)))
         assert json.loads(whole.read_text())["val_accuracy"] == row["val_accuracy"]
         lowered = [

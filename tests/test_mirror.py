@@ -48,7 +48,7 @@ def values_of(client, run):
 
 
 def assert_holds(client, runs, study):
-    """The runs of the trials hold every value of their rows, all steps, once; those of the metric as they are read, others to the digit."""
+    """The runs of the trials hold every value of their rows, all steps, to the digit and once."""
     for row in study.trials:
         metrics = trial_metrics(row, study.metric)
         wanted = [(name, step, value) for step, found in metrics for name, value in found.items()]
@@ -100,7 +100,10 @@ def mirrored(make, bench, tmp_path, uri):
 def test_a_list_of_runs_says_what_each_trial_is(mirrored, uri):
     study, _ = mirrored
     _, parent, trials = runs_of(uri)
-    assert sorted(trials) == list(range(20))
+    assert sorted(trials) == [
+        row["trial"] for row in study.trials
+    ]  # a plan that was there before takes a number, and no run
+    assert len(trials) == 20
     on_front = {row["trial"] for row in study.front}
     for row in study.trials:
         run = trials[row["trial"]]
@@ -134,7 +137,7 @@ def test_progress_of_the_study_is_a_curve_on_its_run(mirrored, uri):
     client, parent, _ = runs_of(uri)
     for name, final in (
         ("hypervolume", study.hypervolume),
-        ("best_within_budget", round(study.leader["val_accuracy"], 2)),
+        ("best_within_budget", study.leader["val_accuracy"]),
     ):
         history = sorted(client.get_metric_history(parent.info.run_id, name), key=lambda metric: metric.step)
         assert [metric.step for metric in history] == list(range(1, 21))
@@ -239,7 +242,7 @@ def test_the_table_of_trials_has_a_view_with_the_columns_that_matter(make, tmp_p
     Mirror(View.of(study), tmp_path)
     client = MlflowClient(tracking_uri=uri)
     view = json.loads(client.get_experiment_by_name("digits_resnet8").tags["mlflow.sharedViewState.ranksearch"])
-    assert {"metrics.`val_accuracy`", "metrics.`latency_percent`", "tags.`on_front`"} <= set(view["selectedColumns"])
+    assert {"metrics.`val_percent`", "metrics.`latency_percent`", "tags.`on_front`"} <= set(view["selectedColumns"])
     assert client.search_runs(["1"], view["searchFilter"]) == []  # a filter that MLflow understands
 
 

@@ -95,3 +95,19 @@ def test_other_levels_count_less_and_a_parabola_in_them_is_taken_out():
     np.testing.assert_allclose(above, 0, atol=1e-9)
     weights = surrogate._weights(offsets)
     assert weights[2] > weights[1] > weights[0]
+
+
+def test_what_comes_to_nothing_is_followed_from_farther_afield():
+    known, accuracy = (
+        [{"x": 0.1 * i, "y": 0.0} for i in range(-3, 4)],
+        np.array([0.9 - (0.1 * i) ** 2 for i in range(-3, 4)]),
+    )
+
+    def spread(in_vain):
+        drawn = [
+            propose(known, np.zeros(7), accuracy, [], SPACE, np.random.default_rng(seed), in_vain) for seed in range(30)
+        ]
+        return np.std([params["x"] for params in drawn])
+
+    assert spread(0) < 0.3 < spread(8)
+    assert spread(200) > 0.5

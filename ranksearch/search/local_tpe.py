@@ -181,7 +181,7 @@ class LocalTPE(BaseSampler):
         told = [int(i) for i in chosen if space.keys() <= params[i].keys()]
         beside = [(p, offset(p)) for p in running if space.keys() <= p.keys() and (level is None or LEVEL in p)]
         offsets = np.array([offset(params[i]) for i in told])
-        return propose([params[i] for i in told], offsets, table[told, 2], beside, space, rng)
+        return propose([params[i] for i in told], offsets, table[told, 2], beside, space, rng, self._seen.in_vain_last)
 
 
 def _beside(running: Sequence[Params], level: float) -> list[Params]:

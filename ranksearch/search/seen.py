@@ -24,6 +24,8 @@ class Seen:
         self.params: list[Mapping[str, Any]] = []
         self.interrupted = 0
         """Trials that were cut off and are proposed again under another number: they count neither as tries nor as numbers."""
+        self.in_vain_last = 0
+        """How many trials without accuracy there were since the last one with it."""
         self._rows = np.empty((64, 3))
         # what a proposal of the level looks at, kept in order: sorting it anew would take time that grows with the study
         self.by_level = np.empty((0, 2))
@@ -39,6 +41,7 @@ class Seen:
         if len(self.params) == len(self._rows):
             self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
         level = params.get(LEVEL, nan)
+        self.in_vain_last = self.in_vain_last + 1 if isnan(accuracy) else 0
         self._rows[len(self.params)] = level, cost, accuracy
         self.params.append(params)
         if not isnan(level) and not isnan(cost):

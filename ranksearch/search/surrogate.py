@@ -34,6 +34,8 @@ CANDIDATES, GOOD = 64, 0.25
 """Parameters that are drawn, about the best share of the trials."""
 MOVED, STEPS = 0.5, (0.3, 0.8)
 """Chance of a parameter to be drawn anew, and the widths of the draw: a small and a large one (a parameter's range is 2)."""
+WIDENED = 4
+"""So many proposals that came to nothing double the widths."""
 HOPE = 0.5
 """How many standard deviations of what is expected are hoped for."""
 WORST = 3.0
@@ -52,6 +54,7 @@ def propose(
     running: Sequence[tuple[Params, float]],
     space: Mapping[str, BaseDistribution],
     rng: np.random.Generator,
+    in_vain: int = 0,
 ) -> dict[str, Any]:
     """Values of `space` to try next.
 
@@ -60,9 +63,12 @@ def propose(
         offsets: [n] logarithms of their levels over the one that is asked for; 0 where nothing has a level.
         accuracy: [n] shares.
         running: parameters and offsets of trials that run: there is nothing to be learnt beside them.
+        in_vain: how many proposals in a row came to nothing, mostly because they led to plans that were there before: each halves the
+            candidates and widens the steps, up to a draw from anywhere.
     """
+    wider = 1 + in_vain / WIDENED
     if not known:
-        return dict(_drawn(space, [_middle(space)], rng))
+        return dict(_drawn(space, [_middle(space)], wider, rng))
     encoded = np.array([_encoded(p, space) for p in known])
     process = _Process(_Data(encoded, offsets, _above(offsets, accuracy)))
     if running:
@@ -71,8 +77,8 @@ def propose(
         )
     expected = process.expected(encoded, np.zeros(len(known)))[0]
     good = [known[i] for i in np.argsort(-expected, kind="stable")[: max(2, round(GOOD * len(known)))]]
-    candidates = [_drawn(space, good, rng) for _ in range(CANDIDATES)]
-    mean, deviation = process.expected(np.array([_encoded(p, space) for p in candidates]), np.zeros(CANDIDATES))
+    candidates = [_drawn(space, good, wider, rng) for _ in range(max(1, CANDIDATES >> in_vain))]
+    mean, deviation = process.expected(np.array([_encoded(p, space) for p in candidates]), np.zeros(len(candidates)))
     return candidates[int(np.argmax(mean + HOPE * deviation))]
 
 
@@ -114,9 +120,11 @@ def _middle(space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
     return {n: f.choices[0] if isinstance(f, CategoricalDistribution) else _value(f, 0.0) for n, f in space.items()}
 
 
-def _drawn(space: Mapping[str, BaseDistribution], good: Sequence[Params], rng: np.random.Generator) -> dict[str, Any]:
+def _drawn(
+    space: Mapping[str, BaseDistribution], good: Sequence[Params], wider: float, rng: np.random.Generator
+) -> dict[str, Any]:
     """Parameters about one of the good trials, one of them moved at least."""
-    about, step = good[int(rng.integers(len(good)))], float(rng.choice(STEPS))
+    about, step = good[int(rng.integers(len(good)))], wider * float(rng.choice(STEPS))
     params = {name: about[name] for name in space}
     moved = [name for name in space if rng.random() < MOVED] or [list(space)[int(rng.integers(len(space)))]]
     for name in moved:

@@ -36,7 +36,6 @@ from ranksearch.tracking.runs import (
     STUDY_TAG,
     TRIAL_TAG,
     Step,
-    as_shown,
     created,
     dense_tags,
     late_metrics,
@@ -106,8 +105,6 @@ class Mirror:
         """Trial -> the ID of its logged model."""
         self._logged: set[int] = set()
         """Trials whose runs hold everything."""
-        self._tested: set[int] = set()
-        """Trials whose runs held a test score when they were taken up."""
         self._on_front: set[int] = set()
         self._progress: list[tuple[Row, Mapping[str, float]]] = []
         """After which trials how far the study was, as far as that has not been logged."""
@@ -189,8 +186,6 @@ class Mirror:
                         self._models[int(number)] = run.data.tags[MODEL_TAG]
                     if run.info.status != "RUNNING":
                         self._logged.add(int(number))
-                    if "test_accuracy" in run.data.metrics:
-                        self._tested.add(int(number))
                     if run.data.tags.get("on_front") == "true":
                         self._on_front.add(int(number))
             token = found.token
@@ -249,9 +244,9 @@ class Mirror:
         """How far the study was after the trials since the last time, in one call."""
         self._progress_at, entries, self._progress = time.monotonic(), self._progress, []
         values = [
-            Metric(name, value, int(1000 * (row["ended"] or 0.0)), int(progress["finished_trials"]))
+            Metric(name, float(value), int(1000 * (row["ended"] or 0.0)), int(progress["finished_trials"]))
             for row, progress in entries
-            for name, value in as_shown(progress, self._metric).items()
+            for name, value in progress.items()
         ]
         for start in range(0, len(values), ENTITIES):
             self.client.log_batch(self.parent_id, metrics=values[start : start + ENTITIES])
@@ -304,10 +299,7 @@ class Mirror:
         self._catch_up(view)
         for row in view.trials:
             for seconds_on, late in late_metrics(row, self._metric, timed_before=self._space.has_latency):
-                if not (
-                    row["trial"] in self._tested and "test_accuracy" in late
-                ):  # some runs hold more digits than are logged now
-                    self._batch(self._runs[row["trial"]], metrics=[(0, late)], at=(row["ended"] or 0.0) + seconds_on)
+                self._batch(self._runs[row["trial"]], metrics=[(0, late)], at=(row["ended"] or 0.0) + seconds_on)
             if row["repeats"] is not None:
                 again = {f"again_{name}": float(value) for name, value in row["repeats"].items() if value is not None}
                 self._batch(self._runs[row["trial"]], metrics=[(0, again)], at=row["ended"] or 0.0)

@@ -34,8 +34,8 @@ FINAL = (
     "epochs", "images_per_second", "projection_share", "seconds",
 )  # fmt: skip
 
-OF_THE_METRIC = {"val_accuracy", "test_accuracy", "best_within_budget"}
-"""Names under which MLflow has values of the metric."""
+ROUNDED = {"val_accuracy": "val_percent", "test_accuracy": "test_percent"}
+"""Values of a metric in percent -> the same with the decimals that are read, for MLflow's tables show every digit."""
 PERCENTS = {ratio.replace("_ratio", "_percent"): ratio for ratio in dict.fromkeys(COST_RATIOS.values())}
 """Metrics beside the exact ratios, in percent with one decimal, as a table is read."""
 
@@ -95,27 +95,27 @@ def trial_metrics(row: Row, metric: Metric) -> Iterator[Step]:
     for entry in row["losses"]:
         yield entry["step"], {"train_loss": entry["train_loss"]}
     for order, entry in enumerate(row["history"], start=1):  # several phases end at one step of the optimizer
-        phase = as_shown({name: entry[name] for name in ("val_accuracy", "val_loss")}, metric)
-        yield order, {f"phases/{name}": value for name, value in phase.items()}
+        yield order, {f"phases/{name}": entry[name] for name in ("val_accuracy", "val_loss")}
     for record in row["projections"]:
         yield record["step"], _projection(record)
 
 
-def as_shown(values: Mapping[str, float], metric: Metric) -> dict[str, float]:
-    """The metric's values rounded as our tables show them, for MLflow shows all digits; `trial.json` and `front.json` hold them all."""
-    found = dict(values)
-    for name in OF_THE_METRIC & found.keys():
-        found[name] = as_read(metric.to_dict(), found[name])
-    return found
+def rounded(values: Mapping[str, float], metric: Metric) -> dict[str, float]:
+    """What is read in the place of the metric's values, where it is in percent."""
+    if metric.unit != PERCENT:
+        return {}
+    return {read: as_read(metric.to_dict(), values[name]) for name, read in ROUNDED.items() if name in values}
 
 
 def final_metrics(row: Row, metric: Metric) -> dict[str, float]:
     """A trial's results; what a diverged or stopped one had before its end stands under its phases alone."""
     names = ("val_accuracy", "val_loss", *FINAL) if row["status"] == Status.COMPLETE else FINAL
-    found = as_shown({name: float(row[name]) for name in names if row.get(name) is not None}, metric)
-    return found | {
-        percent: round(100 * row[ratio], 1) for percent, ratio in PERCENTS.items() if row.get(ratio) is not None
-    }
+    found = {name: float(row[name]) for name in names if row.get(name) is not None}
+    return (
+        found
+        | rounded(found, metric)
+        | {percent: round(100 * row[ratio], 1) for percent, ratio in PERCENTS.items() if row.get(ratio) is not None}
+    )
 
 
 def late_metrics(row: Row, metric: Metric, *, timed_before: bool) -> Iterator[tuple[float, dict[str, float]]]:
@@ -125,7 +125,8 @@ def late_metrics(row: Row, metric: Metric, *, timed_before: bool) -> Iterator[tu
         timed_before: the trial was timed by itself, too: what was measured in turn with the dense net is to be the later value.
     """
     if row["test_accuracy"] is not None:
-        yield 0.0, as_shown({"test_accuracy": row["test_accuracy"]}, metric)
+        tested = {"test_accuracy": row["test_accuracy"]}
+        yield 0.0, tested | rounded(tested, metric)
     if row["latency_ms"] is not None:
         found = {name: value for name, value in final_metrics(row, metric).items() if name.startswith("latency")}
         yield 0.001 if timed_before else 0.0, found
@@ -144,7 +145,7 @@ def _projection(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def trial_file(row: Row) -> dict[str, Any]:
-    """What `trial.json` holds beside the run's metrics: scores to the last digit, the whole recipe, losses, removed energy per layer."""
+    """What `trial.json` holds beside the run's metrics: the whole recipe, scores, losses, removed energy per layer."""
     names = (
         "trial",
         "seed",
@@ -215,7 +216,8 @@ def trials_view(costs: Sequence[str], metric: Metric, searched: Sequence[str]) -
         searched: parameters of the recipe that are searched, for the parallel coordinates.
     """
     shown = [COST_RATIOS[cost].replace("_ratio", "_percent") for cost in costs]
-    columns = [f"metrics.`{name}`" for name in dict.fromkeys(["val_accuracy", "test_accuracy", *shown])]
+    scores = [ROUNDED[name] if metric.unit == PERCENT else name for name in ("val_accuracy", "test_accuracy")]
+    columns = [f"metrics.`{name}`" for name in dict.fromkeys([*scores, *shown])]
     columns += ["tags.`status`", "tags.`on_front`", "params.`allocator`"]
     view = {
         "searchFilter": f"tags.`{KIND_TAG}` = 'trial'", "orderByKey": "metrics.`val_accuracy`",
@@ -238,7 +240,8 @@ def _chart(name: str, kind: str, **settings: Any) -> dict[str, Any]:
 
 def dense_tags(view: View) -> dict[str, str]:
     """The dense net's metric and costs: as tags, since charts of single points would crowd out the others."""
-    known = as_shown({name: value for name, value in view.dense.items() if value is not None}, view.metric)
+    known = {name: value for name, value in view.dense.items() if value is not None}
+    known |= {name: as_read(view.metric.to_dict(), known[name]) for name in ROUNDED.keys() & known.keys()}
     return {f"dense_{name}": f"{value:.10g}" for name, value in known.items()}
 
 
