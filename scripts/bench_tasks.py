@@ -261,11 +261,13 @@ class Bench:
         ours, optuna = self.study("ours", {}), self.study("optuna", {"parametrization": "direct"})
         limited = self.study("limited", {"objectives": "fewest MACs"}, at_least={"accuracy": self.limit})
         at: dict[str, dict[str, float | None]] = {}
+        lies_at: dict[str, float | None] = {}
         for cost in LEVELS:
             within = partial(_best_within, nets, cost, self.metric)
             found = {m: within(m) for m in ("uniform", "narrow", "solver")}
             found |= {"optuna": self.best_within(optuna, "optuna", cost), "ours": self.best_within(ours, "ours", cost)}
             at[f"{cost:g}"] = {method: None if net is None else net.test for method, net in found.items()}
+            lies_at[f"{cost:g}"] = None if found["ours"] is None else found["ours"].cost
         least = self.metric.least_share(limited.space.quality)
         assert least is not None
         tried = [
@@ -279,7 +281,7 @@ class Bench:
         above = {m: self.above(at, m) for m in CONTROLS}
         return {
             "task": self.case.name, "seed": self.seed, "metric": self.metric.name, "direction": self.metric.direction,
-            "dense_val": self.dense.val, "dense": self.dense.test, "dense_longer": longer_net.test, "at": at,
+            "dense_val": self.dense.val, "dense": self.dense.test, "dense_longer": longer_net.test, "at": at, "ours_lies_at": lies_at,
             "above": above, "smallest": smallest, "far_below": len(far) / max(1, len(complete)),
             "settled": list(ours.space.search.predictions or [ours.space.search.sensitivity]),
             "made_by": ours.best(f"macs={100 * LEVELS[0]:g}%").allocator,
