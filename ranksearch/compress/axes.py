@@ -17,9 +17,8 @@ BATCH = "batch"
 
 def free_axes(program: ExportedProgram, batch: Any) -> tuple[tuple[str, int], ...]:
     """(input, axis) of every axis but the batch's that the graph leaves free, such as tokens, height and width."""
-    from torch.fx.experimental.symbolic_shapes import (
-        is_concrete_int,  # half a second of sympy, which a search never needs
-    )
+    # half a second of sympy, which a search never needs
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
     shapes = [n.meta["val"].shape for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
     names = list(named_inputs(batch))

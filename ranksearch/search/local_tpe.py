@@ -26,7 +26,7 @@ from scipy.special import ndtr
 from ranksearch.search.optuna_private import trials_of
 from ranksearch.search.parametrize import LEVEL
 from ranksearch.search.seen import NEIGHBOURS, Seen, indices_of_least, nearest, newest_and_best
-from ranksearch.search.surrogate import Params, propose
+from ranksearch.search.surrogate import Params, above_parabola, propose
 
 INTERRUPTED = "interrupted"
 """Outcome of a trial whose driver or worker was lost."""
@@ -199,9 +199,7 @@ def _residuals(near: np.ndarray, level: float) -> np.ndarray:
         return accuracy
     x = np.log(near[:, 0] / level)
     weight = np.exp(-0.25 * (x / max(WIDTH, float(np.std(x)))) ** 2)
-    degree = min(2, len(np.unique(x)) - 1, len(near) - 2)
-    fitted = np.polynomial.polynomial.polyfit(x, accuracy, degree, w=weight)
-    return weight * (accuracy - np.polynomial.polynomial.polyval(x, fitted))
+    return weight * above_parabola(x, accuracy, weight)
 
 
 def cost_at_limit(

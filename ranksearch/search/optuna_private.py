@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,16 +41,6 @@ def id_of(trial: FrozenTrial | Trial) -> int:
 def trials_of(study: optuna.Study) -> list[FrozenTrial]:
     """All trials, neither copied nor read again: at thousands of trials a proposal's time was that of the copies."""
     return study._get_trials(deepcopy=False, use_cache=True)
-
-
-def study_of(trials: Sequence[FrozenTrial], sampler: optuna.samplers.BaseSampler) -> optuna.Study:
-    """A study in memory, to be maximised, of just these trials; `add_trials` would copy and check each."""
-    with quiet():
-        made = optuna.create_study(direction="maximize", sampler=sampler)
-    made._get_trials = lambda deepcopy=True, states=None, use_cache=False: [  # type: ignore[method-assign]
-        trial for trial in trials if states is None or trial.state in states
-    ]
-    return made
 
 
 def holds(distribution: BaseDistribution, value: Any) -> bool:

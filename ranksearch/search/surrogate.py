@@ -40,7 +40,6 @@ HOPE = 0.5
 """How many standard deviations of what is expected are hoped for."""
 WORST = 3.0
 """What is farther below the median than so many times the best is above it (a net that diverged) counts as if it were so far below."""
-
 UNLIKELY = 5.0
 """A setting whose logarithm of the evidence is so far behind the best is left out."""
 
@@ -68,7 +67,7 @@ def propose(
     """
     wider = 1 + in_vain / WIDENED
     if not known:
-        return dict(_drawn(space, [_middle(space)], wider, rng))
+        return _drawn(space, [_middle(space)], wider, rng)
     encoded = np.array([_encoded(p, space) for p in known])
     process = _Process(_Data(encoded, offsets, _above(offsets, accuracy)))
     if running:
@@ -203,11 +202,16 @@ def _weights(offsets: np.ndarray) -> np.ndarray:
     return np.exp(-0.5 * (offsets / max(NEAR, float(np.std(offsets)))) ** 2) + LEAST_WEIGHT
 
 
+def above_parabola(x: np.ndarray, accuracy: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """How far accuracies [n] lie above a parabola in x [n] through them, or a line or a mean where they are few; residuals are weighted."""
+    degree = max(0, min(2, len(np.unique(x)) - 1, len(x) - 2))
+    fitted = np.polynomial.polynomial.polyfit(x, accuracy, degree, w=weight)
+    return accuracy - np.polynomial.polynomial.polyval(x, fitted)
+
+
 def _above(offsets: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
     """How far accuracies lie above a parabola in the offset, nets that failed not too far below."""
-    degree = max(0, min(2, len(np.unique(offsets)) - 1, len(offsets) - 2))
-    fitted = np.polynomial.polynomial.polyfit(offsets, accuracy, degree, w=np.sqrt(_weights(offsets)))
-    above = accuracy - np.polynomial.polynomial.polyval(offsets, fitted)
+    above = above_parabola(offsets, accuracy, np.sqrt(_weights(offsets)))
     middle = float(np.median(above))
     return np.maximum(above, middle - WORST * (float(above.max()) - middle))
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import optuna
 
+from ranksearch.search.surrogate import above_parabola
 from ranksearch.study.row import Row
 from ranksearch.words import COST_RATIOS
 
@@ -49,6 +50,4 @@ def accuracy_at_cost(rows: Sequence[Row], objectives: Sequence[str]) -> np.ndarr
     accuracy = np.array([100 * row.worth for row in rows])
     costs = [name for name in objectives if name != "accuracy"]
     x = np.log([row[COST_RATIOS[costs[0]]] for row in rows]) if costs else np.zeros(len(rows))
-    degree = min(2, len(np.unique(x)) - 1)
-    fitted = np.polynomial.polynomial.polyfit(x, accuracy, degree)
-    return accuracy - np.polynomial.polynomial.polyval(x, fitted)
+    return above_parabola(x, accuracy, np.ones(len(rows)))
