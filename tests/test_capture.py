@@ -146,7 +146,7 @@ def test_recorded_steps_train_as_steps_made_one_by_one(case, kind):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
     assert stats.loss == pytest.approx(expected.loss, abs=1e-6)
     assert stats.images == expected.images
-    assert [p["step"] for p in ours.losses] == [p["step"] for p in ever.losses]
+    assert [p["step"] for p in ours.curve.points] == [p["step"] for p in ever.curve.points]
     if kind is Calls:
         assert ours.eager is None
         assert (recorder.recorded, recorder.replays) == (1, 12 - WARM_STEPS - (3 if case.get("loader") else 0))

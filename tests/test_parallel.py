@@ -20,7 +20,7 @@ from ranksearch.tasks.parallel import ALONE, Distributed, PeerLost, swap_bn_
 from ranksearch.tasks.source import calibration_batches
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.recipe import DistillationRecipe, ProjectionRecipe, Recipe
-from ranksearch.trial.session import Stopped
+from ranksearch.trial.reporting import Stopped
 from ranksearch.trial.trial import run_trial
 
 RECIPE = Recipe(

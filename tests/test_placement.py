@@ -186,6 +186,7 @@ def test_a_trial_asks_for_its_own_device_at_its_start(bench, digits_yaml, monkey
     from ranksearch.tasks.parallel import ALONE
     from ranksearch.trial import session
     from ranksearch.trial.checkpoint import CheckpointFile
+    from ranksearch.trial.reporting import unwatched
 
     asked = []
     monkeypatch.setattr(
@@ -194,7 +195,7 @@ def test_a_trial_asks_for_its_own_device_at_its_start(bench, digits_yaml, monkey
     recipe = probe_recipe(read_space(digits_yaml).recipe)
     session.Session(
         bench.task, bench.dense, bench.net, recipe, seed=0, report=print, checkpoint=CheckpointFile(None, 1), rungs=(), group=ALONE,
-        watch=session.unwatched,
+        watch=unwatched,
     )  # fmt: skip
     assert asked == [("auto", "cpu")]
 

@@ -25,8 +25,8 @@ from ranksearch.study.driver import Driver, Log, OnRow, stop_reason
 from ranksearch.study.study import NODE_LOSSES, Study
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.placement import LOADS, Load, Placement, note_load
+from ranksearch.trial.reporting import RUNG
 from ranksearch.trial.result import Status, TrialResult
-from ranksearch.trial.session import RUNG
 
 RESTARTS = 3
 """How often a Ray of our own that lost its head is started again before the study ends."""

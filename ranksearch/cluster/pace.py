@@ -25,7 +25,8 @@ from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Training
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.recipe import Recipe
-from ranksearch.trial.session import Session, unwatched
+from ranksearch.trial.reporting import unwatched
+from ranksearch.trial.session import Session
 
 SECONDS = 5.0
 """Seconds that each number of processes trains while its pace is measured."""

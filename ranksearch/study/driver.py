@@ -25,8 +25,8 @@ from ranksearch.study.study import Study
 from ranksearch.trial.attempt import attempt
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.metric import Metric
+from ranksearch.trial.reporting import RUNG, Report, Stopped
 from ranksearch.trial.result import Status, TrialResult
-from ranksearch.trial.session import RUNG, Report, Stopped
 from ranksearch.words import Log
 
 OnRow = Callable[[Row], None]

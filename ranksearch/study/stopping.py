@@ -21,7 +21,7 @@ from ranksearch.pareto import nondominated
 from ranksearch.space.search import EarlyStoppingSpace
 from ranksearch.study.row import Row
 from ranksearch.trial.metric import Metric
-from ranksearch.trial.session import RUNG
+from ranksearch.trial.reporting import RUNG
 
 RungPoint = Sequence[float]
 """A trial at a rung in minimisation form: 1 - accuracy, then its costs as ratios of dense."""

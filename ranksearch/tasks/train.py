@@ -6,7 +6,7 @@ A `Training` can be saved in the middle and taken up again as if it had not stop
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -22,6 +22,7 @@ from ranksearch.tasks.both_ways import difference
 from ranksearch.tasks.capture import Recorder, Replayed, recorder_for
 from ranksearch.tasks.device import channels_last_
 from ranksearch.tasks.distillation import Distillation
+from ranksearch.tasks.loss_curve import LossCurve
 from ranksearch.tasks.optimisation import OPTIMIZERS, Optimisation
 from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.resident import ResidentStream
@@ -32,10 +33,6 @@ from ranksearch.tasks.task import Task
 
 class Diverged(RanksearchError):
     """The loss is no longer finite. A trial turns this into a result."""
-
-
-CURVE_POINTS = 50
-"""About how many points a training curve has."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +90,7 @@ class Training:
         if settings.compile:
             torch._dynamo.reset()  # after eight recompilations in one process it would fall back to eager in silence
             self._forward = torch.compile(model)
-        self._tail: list[float] = []
-        self._recent: list[Tensor] = []  # losses of the tail that have not been looked at
-        self.losses: list[dict[str, float]] = []
-        """The training curve: `step` of the schedule and `train_loss`, the mean since the point before; about fifty over a schedule."""
-        self._sum: Tensor | float = 0.0  # of the losses since the last point of the curve
-        self._summed = 0
-        self._points: list[tuple[int, Tensor]] = []  # points that have not been looked at
+        self.curve = LossCurve(settings.total_steps, len(steps))
         self.images, self.seconds = 0, 0.0
         self._last: Batch | None = None
         device = next(model.parameters()).device
@@ -125,40 +116,24 @@ class Training:
         Raises:
             Diverged: the loss is not finite.
         """
-        total, tail = len(self.steps), max(1, len(self.steps) // 10)
+        total = len(self.steps)
         while self.done < total:
             started = time.perf_counter()
             loss = self._step()
             self.done += 1
-            if total - self.done < tail:
-                self._recent.append(loss.detach())
-            self._draw_curve(loss.detach())
+            at = self.steps[self.done - 1] + 1
+            self.curve.add(loss.detach(), at, total - self.done)
             # a look at the loss makes a GPU wait: there, only now and then
             if loss.device.type == "cpu" or self.done % 50 == 0 or self.done == total:
                 if not isfinite(loss.item()):
-                    at = self.steps[self.done - 1] + 1
                     raise Diverged(f"the loss is {loss.item()} by step {at} of {self.settings.total_steps}")
-                self._settle_losses()
+                self.curve.settle()
             if after_step is not None:
                 after_step(self)
             self.seconds += time.perf_counter() - started
         if self._average is not None and total:
             self._take_average_()
-        return TrainStats(sum(self._tail) / len(self._tail) if self._tail else None, self.images, self.seconds)
-
-    def _draw_curve(self, loss: Tensor) -> None:
-        """Adds a step's loss to the curve; nothing waits for a GPU here."""
-        self._sum, self._summed = loss + self._sum, self._summed + 1
-        if self._summed == max(1, self.settings.total_steps // CURVE_POINTS) or self.done == len(self.steps):
-            self._points.append((self.steps[self.done - 1] + 1, self._sum / self._summed))
-            self._sum, self._summed = 0.0, 0
-
-    def _settle_losses(self) -> None:
-        self._tail += _numbers(self._recent)
-        self._recent.clear()
-        looked_at = zip([step for step, _ in self._points], _numbers([mean for _, mean in self._points]), strict=True)
-        self.losses += [{"step": step, "train_loss": mean} for step, mean in looked_at if isfinite(mean)]
-        self._points.clear()
+        return TrainStats(self.curve.mean_of_tail, self.images, self.seconds)
 
     def _step(self) -> Tensor:
         rate = self.settings.lr_at(self.steps[self.done])
@@ -319,14 +294,13 @@ class Training:
             weight.copy_(average)
 
     def state_dict(self) -> dict[str, Any]:
-        self._settle_losses()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self._average.state_dict() if self._average is not None else None,
             "batches": self._stream.state_dict(),
-            "done": self.done, "tail": self._tail, "losses": self.losses, "sum": float(self._sum),
-            "summed": self._summed, "images": self.images, "seconds": self.seconds,
+            "done": self.done, "images": self.images, "seconds": self.seconds,
+            **self.curve.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -335,14 +309,8 @@ class Training:
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         self._stream.load_state_dict(state["batches"])
-        self.done, self._tail = state["done"], list(state["tail"])
-        self.losses, self._sum, self._summed = list(state["losses"]), state["sum"], state["summed"]
-        self.images, self.seconds = state["images"], state["seconds"]
-
-
-def _numbers(scalars: Sequence[Tensor]) -> list[float]:
-    """All of them by one copy from the device."""
-    return torch.stack(list(scalars)).tolist() if scalars else []
+        self.curve.load_state_dict(state)
+        self.done, self.images, self.seconds = state["done"], state["images"], state["seconds"]
 
 
 @torch.no_grad()

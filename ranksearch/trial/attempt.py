@@ -19,8 +19,8 @@ from ranksearch.tasks.task_file import TASK_MODULE
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.checkpoint import CheckpointFile, Leaving, is_full, stays
 from ranksearch.trial.nested import read_weights
+from ranksearch.trial.reporting import Report, Watch, unwatched
 from ranksearch.trial.result import Status, TrialResult
-from ranksearch.trial.session import Report, Watch, unwatched
 from ranksearch.trial.trial import run_trial
 
 RAY = "ray"

@@ -33,26 +33,9 @@ from ranksearch.trial.kept import Kept
 from ranksearch.trial.levels import Levels
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe
+from ranksearch.trial.reporting import LAST, RUNG, UNTRAINED, Report, Watch
 
-Report = Callable[[dict[str, Any]], None]
-Watch = Callable[[int], None]
-"""Hears after every step how many are done."""
-
-
-def unwatched(step: int) -> None:
-    """Nobody looks."""
-
-
-RUNG = "rung"
-"""The phase of a score that early stopping compares."""
 RUNG_BN_BATCHES = 3
-UNTRAINED, LAST = "untrained", "last"
-"""The phases of two candidates beside what each phase ends with: the dense net decomposed as it is, and the weights of the last step where
-a moving average takes their place."""
-
-
-class Stopped(Exception):
-    """Raised by `report`: the trial has fallen behind at a rung and is to end here."""
 
 
 @contextmanager
@@ -216,7 +199,7 @@ class Session:
                 return training, training.run(after_step)
         finally:  # where it diverged, what was seen until then counts too
             self.images, self.seconds = self.images + training.images, self.seconds + training.seconds
-            self.losses += training.losses
+            self.losses += training.curve.points
             self.eager = self.eager or training.eager or training.between
             self._note(projecting)
 

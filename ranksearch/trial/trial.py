@@ -26,8 +26,9 @@ from ranksearch.trial.checkpoint import CheckpointFile, is_full
 from ranksearch.trial.nested import learn_all_levels, save_weights
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe
+from ranksearch.trial.reporting import Report, Stopped, Watch, unwatched
 from ranksearch.trial.result import Status, TrialResult
-from ranksearch.trial.session import Report, Session, Stopped, Watch, unwatched
+from ranksearch.trial.session import Session
 
 
 def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
