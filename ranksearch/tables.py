@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ranksearch.allocate.budget import cost_value, shown
-from ranksearch.allocate.curves import Curves, cost_curves
+from ranksearch.allocate.curve_making import cost_curves
+from ranksearch.allocate.curves import Curves
 from ranksearch.allocate.damage import MEASURES, Damage
 from ranksearch.compress import dense_cost
 from ranksearch.compress.latency_table import LatencyTable

@@ -24,7 +24,8 @@ from ranksearch.allocate import (
     parse_budget,
     rank_curves,
 )  # fmt: skip
-from ranksearch.allocate.curves import cost_curves, limits_of
+from ranksearch.allocate.curve_making import cost_curves
+from ranksearch.allocate.curves import limits_of
 from ranksearch.allocate.damage import WITHOUT_DATA
 from ranksearch.allocate.exact import solve_exactly
 from ranksearch.allocate.problem import Infeasible, Poser, Problem

@@ -7,7 +7,8 @@ from ranksearch._callable import make_callable
 from ranksearch.allocate.baselines import BASELINES
 from ranksearch.allocate.budget import Budget, cost_value, parse_budget
 from ranksearch.allocate.curve_cache import CurveCache
-from ranksearch.allocate.curves import Curves, rank_curves
+from ranksearch.allocate.curve_making import rank_curves
+from ranksearch.allocate.curves import Curves
 from ranksearch.allocate.damage import MEASURES, Damage
 from ranksearch.allocate.greedy import greedy, measure_scores
 from ranksearch.allocate.rules import LayerRule, LayerRules

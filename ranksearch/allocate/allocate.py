@@ -11,7 +11,7 @@ from torch import nn
 
 from ranksearch.allocate.baselines import BASELINES, random
 from ranksearch.allocate.budget import Budgets, assignments, parse_budget
-from ranksearch.allocate.curves import rank_curves
+from ranksearch.allocate.curve_making import rank_curves
 from ranksearch.allocate.damage import MEASURES, USUAL_MEASURE
 from ranksearch.allocate.drawn import SummedLoss
 from ranksearch.allocate.exact import solve_exactly

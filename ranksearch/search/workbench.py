@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ranksearch.allocate import MEASURES, CurveCache, Curves, Damage, rank_curves, weigh_several
-from ranksearch.allocate.curves import cost_curves
+from ranksearch.allocate.curve_making import cost_curves
 from ranksearch.allocate.latency import timed
 from ranksearch.allocate.sensitivity import BALANCED
 from ranksearch.allocate.weightings import WEIGHTS
