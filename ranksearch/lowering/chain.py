@@ -2,7 +2,7 @@
 
 Surgery turns the layer itself into its chain, in place: whatever refers to it (a plain list, a closure, a second name) has the chain then.
 Its class inherits from the layer's class, so that code that asks for the type, for `weight`, `bias`, `in_features` or `stride` of
-its layers goes on. `weight` is computed from the factors: what the chain does when it is called, as one dense weight. The
+its layers keeps working. `weight` is computed from the factors: what the chain does when it is called, as one dense weight. The
 smaller layers are its children "0", "1", …, as those of an `nn.Sequential` are.
 """
 
@@ -66,11 +66,11 @@ _ASKED = {
     ),
     *(getattr(torch, name) for name in ("is_floating_point", "is_complex", "numel")),
 }
-"""What is said of a computed weight without computing it."""
+"""What a computed weight tells without being computed."""
 
 
 class Chain(nn.Module):
-    """The first of a lowered layer's two base classes, the other is the layer's own class."""
+    """The first of a lowered layer's two base classes; the other is the layer's own class."""
 
     if TYPE_CHECKING:  # TorchScript would try to compile what is annotated
         spec: LayerSpec
@@ -118,19 +118,19 @@ class Chain(nn.Module):
         return f"{self.lowering_name}, rank={self.rank}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickled as the layer's class, of which the chain's is made again."""
+        """Pickles the layer's class, from which the chain's is made again."""
         kind, base = type(self).__bases__
         return _empty, (base, kind), self.__getstate__()  # type: ignore[misc]
 
 
 class PaddedChain(Chain):
-    """One in the place of a layer that pads its input by code of its own."""
+    """A chain in the place of a layer that pads its input by code of its own."""
 
     if TYPE_CHECKING:
         own_pad: Pad
 
     def forward(self, input: Tensor) -> Tensor:
-        """As a chain's, of the padded input."""
+        """What a chain computes of the padded input."""
         return super().forward(padded(input, self.own_pad))
 
 
@@ -161,7 +161,7 @@ def _empty(base: type, kind: type = Chain) -> Any:
 
 
 def class_of(base: type, kind: type) -> type:
-    """The class of what stands in the place of modules of class `base` as this kind does (a `Chain`, say), under its name."""
+    """The class, named as `base`, of a module of this `kind` (such as `Chain`) that stands in the place of one of class `base`."""
     if (base, kind) not in _CLASSES:
         _CLASSES[base, kind] = type(
             base.__name__, (kind, base), {"__module__": base.__module__, "__qualname__": base.__qualname__}

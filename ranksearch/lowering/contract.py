@@ -38,7 +38,7 @@ L = TypeVar("L", bound="type[Lowering]")
 
 
 def register(cls: L) -> L:
-    """Class decorator: one instance of the lowering, for a family one per member, enters the registry under its `name`."""
+    """Class decorator: registers an instance of the lowering, or one per member of a family, under its `name`."""
     for lowering in cls.members():
         if lowering.name in LOWERINGS:
             raise ValueError(f"a lowering named {lowering.name!r} is registered already")
@@ -61,7 +61,7 @@ def default_lowerings(*, timed: bool = False) -> tuple[str, ...]:
     """Names of the lowerings that a search takes where none are named: all but the opt-in ones and `dense`, which is always allowed.
 
     Args:
-        timed: whether latency counts. A pivoted form removes the same for less, its plain form has no use beside it unless it is faster.
+        timed: whether latency counts. A pivoted form removes the same at less cost, so its plain form is of use only where it is faster.
     """
     fit = {name: it for name, it in LOWERINGS.items() if it.has_rank and not it.opt_in}
     return tuple(name for name, it in fit.items() if timed or it.takes_more or not it.pivoted_ends)
@@ -113,7 +113,7 @@ class RankCurve:
 
 
 class WeightView(Protocol):
-    """A lowering of one layer in a metric of its errors, the arguments and results as the lowering's own."""
+    """A lowering of one layer in a metric of its errors; arguments and results are as the lowering's own."""
 
     def project(self, weight: Tensor, rank: Rank, warm: Any = None) -> Projected:
         """The nearest weight of rank `rank`, and the share of the weight's own norm² in the metric that is removed."""
@@ -304,7 +304,7 @@ def _scaled_side(side: int, ratio: float, multiple: int) -> int:
 
 
 def sides(rank: Rank) -> tuple[int, ...]:
-    """A rank as a tuple, of one number for a format with one."""
+    """A rank as a tuple; it holds one number where the format has one."""
     return (rank,) if isinstance(rank, int) else rank
 
 

@@ -48,7 +48,7 @@ class Cp(Lowering):
 
     def refusal(self, spec: LayerSpec) -> str | None:
         if not spec.is_conv:
-            return "cp lowers convolutions; of a Linear it would be the plain svd."
+            return "cp lowers convolutions; for a Linear it would be the plain svd: take that."
         if max(spec.kernel_size) == 1:
             return "cp of a 1x1 kernel is the plain bottleneck: take im2col."
         if min(spec.block_shape[:2]) < 2:

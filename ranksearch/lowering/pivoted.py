@@ -6,7 +6,7 @@ y[pivots] = h, y[others] = A h: r² MACs per output position and r² params less
 The first layer's inputs pivot likewise, h = x[pivots] + A x[others], r² per position (`channel`, `tucker2`); where it has a kernel
 (`spatial`) x are the channels as each of its taps reads them, put side by side, and A is a 1x1 conv. So a rank below full costs fewer
 params than dense (of `tucker2`, most do). The pivots are rows of maximum volume (`maxvol.py`): no entry of A exceeds 1.05 in absolute
-value, whatever the weight is, of deficient rank or zero too; 16 bits lose about what they do of the plain form, no weight is refused.
+value, whatever the weight is, of deficient rank or zero too; 16 bits lose about as much as in the plain form, and no weight is refused.
 
 It does **not** help latency as it does MACs: a gather and a concatenation move the whole map, in a tiled form once per tile, and the
 batch norm behind a pivoted output is not folded at export. The index of every pivoted side is stored as int32: it counts as size,
@@ -53,7 +53,7 @@ class PivotedLowering(Lowering):
         if spec.lookup or spec.tied:
             return f"{self.name} takes no embedding and no head that is tied to one: name {self.plain.name}, its plain form."
         if FIRST in self.plain.pivoted_ends and self._at_rank_one(spec)[0].transposed:
-            return f"{self.name} gathers what a kernel's taps read, and a transposed convolution writes with them: take {self.plain.name}."
+            return f"{self.name} gathers what a kernel's taps read, but those of a transposed convolution write: take {self.plain.name}."
         return None
 
     def _at_rank_one(self, spec: LayerSpec) -> tuple[LayerSpec, ...]:
@@ -83,7 +83,7 @@ class PivotedLowering(Lowering):
     # What is stored and runs -----------------------------------------------------------------------------------------
 
     def factor_specs(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
-        """Those of the plain chain without the pivots: a layer for the others, of no channels where all are pivots."""
+        """The plain chain's layers without the pivots: a layer for the others has no channels where all are pivots."""
         layers = list(self.plain.factor_specs(spec, rank))
         if LAST in self.plain.pivoted_ends:
             layers[-1] = _output_others(layers[-2], layers[-1])
@@ -119,7 +119,7 @@ class PivotedLowering(Lowering):
         return total
 
     def break_even_rank(self, spec: LayerSpec, cost: str, in_size: Ints = ()) -> Rank:
-        """From the top: the costs of a pivoted form need not grow with the rank where its first layer runs on a larger map."""
+        """Searched from the top: a pivoted form's costs need not grow with the rank where its first layer runs on a larger map."""
         dense = LOWERINGS["dense"].cost(spec, 0, cost, in_size)
         cheaper = (r for r in reversed(self.ladder(spec)) if self.cost(spec, r, cost, in_size) < dense)
         return next(cheaper, 0)

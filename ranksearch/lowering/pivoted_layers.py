@@ -117,7 +117,7 @@ class Taps:
 
 
 class PivotedOutput(_Others):
-    """y[pivots] = h, y[others] = A h; of several tiles the sum. The bias is added at last."""
+    """y[pivots] = h, y[others] = A h; several tiles are added up. The bias comes last."""
 
     def __init__(
         self,

@@ -45,9 +45,9 @@ class LayerSpec:
     output_padding: Ints = ()
     """What a transposed convolution adds to its output; 0 elsewhere."""
     lookup: bool = field(default=False, repr=False)
-    """Whether it is an Embedding: a transposed Linear of S rows that one is looked up of, at no MACs."""
+    """Whether it is an Embedding: a transposed Linear of S rows, one of which is looked up at no MACs."""
     tied: bool = field(default=False, repr=False)
-    """Whether it is a Linear of whose weight an Embedding looks rows up, too."""
+    """Whether it is a Linear in whose weight an Embedding looks up rows, too."""
 
     @classmethod
     def conv(cls, in_channels: int, out_channels: int, kernel_size: Ints, **settings: Any) -> LayerSpec:
@@ -127,7 +127,7 @@ class LayerSpec:
         if not self.is_conv:
             return in_size
         if isinstance(self.padding, str):
-            return in_size  # "same", which torch allows at stride 1 alone
+            return in_size  # "same", which torch allows only at stride 1
         axes = zip(in_size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True)
         if self.transposed:
             sizes = ((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, p, d, k, s in axes)
@@ -144,7 +144,7 @@ class LayerSpec:
         return prod(in_size if self.transposed else self.out_size(in_size)) * prod(self.weight_shape)
 
     def build(self, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-        """The torch layer of this spec, with torch's own initial weights (of a transposed Linear, the plain one that computes the same)."""
+        """The torch layer of this spec, with torch's own initial weights (for a transposed Linear, those of its plain equal)."""
         if self.lookup:
             return nn.Embedding(self.in_channels, self.out_channels, device=device, dtype=dtype)
         if not self.is_conv:
@@ -214,10 +214,10 @@ _COMPUTING = (
 
 
 def _base(module: nn.Module) -> type[nn.Module] | None:
-    """The layer's class that `module` is of, itself or by inheritance; None where it is of none."""
+    """The layer class of torch (or `Conv1D`) that `module` is an instance of; None where there is none."""
     if isinstance(module, (*_CONVS.values(), nn.Linear)):
         return next(c for c in (*_CONVS.values(), nn.Linear) if isinstance(module, c))
-    kinds = type(module).__mro__  # not imported: who has such a layer has the package
+    kinds = type(module).__mro__  # not imported: whoever has such a layer has the package
     return next((c for c in kinds if (c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D")), None)
 
 
@@ -234,6 +234,6 @@ def own_forward(module: nn.Module) -> str | None:
 
 
 def own_methods(module: nn.Module) -> tuple[str, ...]:
-    """Those that decide what a Conv or Linear computes and that its class does not have from torch."""
+    """The methods that decide what a Conv or Linear computes and that its class does not inherit from torch."""
     base = _base(module)
     return tuple(n for n in _COMPUTING if base and getattr(type(module), n, None) is not getattr(base, n, None))

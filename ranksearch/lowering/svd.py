@@ -6,7 +6,7 @@ and value projections of attention are one Linear of 3S outputs: one input facto
 cheaper than dense unless r < dS / (d + S).
 
 An Embedding of S rows is a lookup of r numbers and a Linear r -> T: fewer params, r·T more MACs a row, and rows that calibration does not
-meet are cut all the same, so it is lowered where `svd` is asked for by name alone. A head that is tied to it shares its factors.
+meet are cut all the same, so it is lowered only where `svd` is asked for by name. A head that is tied to it shares its factors.
 
 Reference: Denton et al. 2014, arXiv 1404.0736.
 """

@@ -2,7 +2,7 @@
 
 The rank is a pair (rs, rt), input side first; one number, a ratio, scales both sides by their width. Params S·rs + k·rs·rt + rt·T per
 group: quadratic in the ratio, so it wins at strong compression of wide convs with large kernels, and loses to the two-layer
-lowerings on layers with few channels and near full rank. 1x1 kernels it refuses: the middle layer would be superfluous.
+lowerings on layers with few channels and near full rank. It refuses 1x1 kernels, whose middle layer would be superfluous.
 
 The projection starts from the truncated HOSVD (or from the bases of the last projection) and improves it by HOOI sweeps; the kept energy
 grows with every one. The curve is that of the HOSVD, an upper bound of what is removed.
@@ -59,7 +59,7 @@ class Tucker2(Lowering):
 
     def refusal(self, spec: LayerSpec) -> str | None:
         if not spec.is_conv:
-            return "tucker2 lowers convolutions; of a Linear it would be the plain svd."
+            return "tucker2 lowers convolutions; for a Linear it would be the plain svd: take that."
         if kernel_area(spec) == 1:
             return "tucker2 of a 1x1 kernel is the plain bottleneck with a layer to spare: take im2col."
         if min(spec.block_shape[:2]) < 2:

@@ -53,7 +53,7 @@ class SecondMoment:
 
     @classmethod
     def shrunk(cls, core: Tensor, shrinkage: float, *, wide: bool = False) -> SecondMoment:
-        """`core` with `shrinkage` times its mean diagonal added: few samples leave directions unseen, which are not free for that.
+        """`core` with `shrinkage` times its mean diagonal added: errors in directions that few samples leave unseen are not free.
 
         A block that is zero throughout, which no input ever reached, becomes the identity.
         """
