@@ -51,7 +51,7 @@ def rebuilt(folder, odd=False):
 def test_a_rebuilt_net_is_held_to_the_dense_net_of_its_architecture(tmp_path):
     x = torch.randn(2, 5, 16)
     check_rebuilt(rebuilt(tmp_path), PLAN, Mixed(), x)
-    with pytest.raises(UsageError, match=r"off by .* Exclude layers; lowered are .*'one'"):
+    with pytest.raises(UsageError, match=r"off by .* Exclude some of the lowered layers: .*'one'"):
         check_rebuilt(rebuilt(tmp_path, odd=True), PLAN, Mixed(odd=True), x)
 
 

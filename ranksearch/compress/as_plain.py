@@ -1,9 +1,9 @@
 """Layers that are no plain Conv or Linear but compute what one does: what to lower of them, how to write into them, what they become.
 
-- Weight norm of both kinds, W = g v / ||v||: lowered is W. A projection writes v = W and g = ||W||: training goes on under the norm.
-- A class that pads its input by code of its own: lowered is its weight; its chain pads first.
-- A class that makes its weight of parameters (standardised, `own_code.py`): lowered is what it makes. Nothing that is written into the
-  parameters would come out of it again, so a layer that is written into stops making it: it is settled (`settle_`), in place.
+- Weight norm of both kinds, W = g v / ||v||: W is lowered. A projection writes v = W and g = ||W||, and training goes on under the norm.
+- A class that pads its input by code of its own: its weight is lowered, and its chain pads first.
+- A class that makes its weight of parameters (standardised, `own_code.py`): what it makes is lowered. What is written into the
+  parameters would not come out of them again, so such a layer first stops making its weight: it is settled (`settle_`), in place.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class AsPlain:
 
     spec: LayerSpec
     weight: Tensor
-    """The parameter, or what was made of the `sources` now."""
+    """The parameter, or what was made of the `sources` just now."""
     pad: Pad | None = None
     sources: tuple[Tensor, ...] = ()
     """The parameters that the weight is made of; () where it is one itself."""
     write: Callable[[Tensor], None] | None = None
-    """Gives the layer another weight; None where that is to write into `weight`."""
+    """Gives the layer another weight; None where writing into `weight` does that."""
     settles: bool = False
-    """Whether a layer that is written into computes its weight no more."""
+    """Whether the layer stops computing its weight before it is written into."""
 
 
 def as_plain(module: Any) -> AsPlain | str | None:
@@ -118,7 +118,9 @@ def settle_(module: Any) -> tuple[type[nn.Module], Pad | None]:
         remove_weight_norm(module, "weight")
     elif found.sources and not found.settles:
         leave_as_it_is_(module)
-        reading = module._load_state_dict_pre_hooks  # of old names, a local function of torch that cannot be pickled
+        reading = (
+            module._load_state_dict_pre_hooks
+        )  # its hook for old names is a local function of torch, which cannot be pickled
         names = {key: getattr(getattr(hook, "hook", hook), "__qualname__", "") for key, hook in reading.items()}
         for key in [key for key, name in names.items() if name.startswith("weight_norm.")]:
             del reading[key]
@@ -129,7 +131,7 @@ def settle_(module: Any) -> tuple[type[nn.Module], Pad | None]:
 
 @torch.no_grad()
 def _settle_(module: Any, spec: LayerSpec, pad: Pad | None, weight: Tensor) -> None:
-    """The parameter stays the same object, so that an optimizer goes on with it."""
+    """Settles the layer; its parameter stays the same object, so that an optimizer goes on with it."""
     if isinstance(module, Settled):
         module.weight.copy_(weight)
         return

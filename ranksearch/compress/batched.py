@@ -87,7 +87,7 @@ class Batched:
 
 
 def copied_later(tensor: Tensor) -> Callable[[], list[int]]:
-    """What `tensor` holds now, as a function that gives it when it is asked; of a GPU's the copy goes on meanwhile."""
+    """A function that returns what `tensor` holds now; a copy from a GPU goes on meanwhile."""
     if not tensor.is_cuda:
         return tensor.clone().tolist
     there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

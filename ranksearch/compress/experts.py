@@ -43,13 +43,13 @@ def experts_refusal(module: Any) -> str | None:
         return f"{name} computes with {', '.join(others)} beside its experts' matrices."
     counts = {n: len(module._parameters[n]) for n in known}
     if len(set(counts.values())) > 1:
-        return f"{name} has other numbers of matrices: {', '.join(f'{count} of {n}' for n, count in counts.items())}."
+        return f"{name} holds its experts' matrices in different numbers: {', '.join(f'{count} of {n}' for n, count in counts.items())}."
     if not all(module._parameters[n].is_floating_point() for n in known):
         return f"the weights of {name} are {module._parameters[known[0]].dtype}, not floating point."
     if "forward" in vars(module) or "_apply_gate" in vars(module):
         return f"this {name} has a forward or a gate of its own."
     if getattr(module, "_is_expert_parallel", False):
-        return f"{name} holds a part of the experts only (expert parallelism)."
+        return f"{name} holds only a part of the experts (expert parallelism)."
     if (reason := hooks_refusal(module)) is not None:
         return reason
     if module not in _TRIED:
@@ -96,7 +96,7 @@ class OpenExperts(nn.Module):
         return _mixed(expert, len(down), *_given(self.argument_names, args, kwargs))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickled as the module's class, of which the opened one's is made again."""
+        """Pickles the module's class, from which the opened one's is made again."""
         return _opened, (type(self).__bases__[1],), self.__getstate__()  # type: ignore[misc]
 
 
@@ -121,12 +121,12 @@ def open_experts_(model: nn.Module, path: str) -> None:
 
 
 def with_open_experts(model: nn.Module) -> nn.Module:
-    """The model, or a copy with all of its fused experts opened that can be: for a format that has no operator for them."""
+    """The model, or a copy in which all fused experts that can be are opened, for a format that has no operator for them."""
     return open_all_experts_(copied(model)) if any(map(are_experts, model.modules())) else model
 
 
 def open_all_experts_(model: nn.Module) -> nn.Module:
-    """The model, all of its fused experts opened that can be, in place."""
+    """Opens all fused experts of the model that can be, in place, and returns it."""
     for path in [path for path, m in model.named_modules() if are_experts(m) and experts_refusal(m) is None]:
         open_experts_(model, path)
     return model

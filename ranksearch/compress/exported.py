@@ -39,7 +39,7 @@ class Exported:
     size_bytes: int
     opset: int | None
     folded_bn: int
-    """BN layers that are gone."""
+    """How many BN layers were folded away."""
     max_rel_error: float
     latency_ms: float
     """Milliseconds of one call with one sample, measured in turn with the next two."""
@@ -48,7 +48,7 @@ class Exported:
     """The dense net written in the same format and opened in the same runtime; None without one, or where it cannot be written so."""
     others_ms: tuple[float, ...]
     fixed_axes: tuple[str, ...] = ()
-    """Axes of inputs that the net itself takes in other extents, and what was written in that of the example alone."""
+    """Axes of inputs that the net itself takes in other extents, but what was written takes only in the example's."""
 
 
 def export_net(
@@ -68,7 +68,7 @@ def export_net(
     The model is not changed; it may be in the form that its plan stores. Other extents (tokens, height, width) are tried too.
 
     Args:
-        example: a batch of one input, a tensor or arguments, of which shapes and dtypes (of integers, the values too) are taken.
+        example: a batch of one input, a tensor or arguments: its shapes and dtypes are used, and the values of integers too.
         build: the dense model of `plan.model`, which `state_dict` needs.
         others: nets to time beside it as PyTorch runs them, such as the dense one.
         dense: a net to time beside it in the format's own runtime.
@@ -168,7 +168,7 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
 
 
 def _sample(example: Any, count: int, generator: torch.Generator) -> Any:
-    """[count, ...]: random inputs like `example`, normal ones, or where they are integers, drawn from its own; masks are repeated."""
+    """[count, ...]: random inputs like `example`: floats are normal, integers are drawn from its own, masks are repeated."""
     size = batch_size(example)
 
     def made(x: Tensor) -> Tensor:

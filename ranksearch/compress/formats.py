@@ -59,7 +59,7 @@ class Format:
 
 
 def format_named(name: str) -> Format:
-    """The format `name`, everything that it needs installed.
+    """The format `name`, if everything that it needs is installed.
 
     Raises:
         UsageError: no such format (the text names the nearest one), or its extra is not installed.
@@ -159,7 +159,7 @@ def _write_onnx(model: nn.Module, plan: RankPlan, batch: Any, folder: Path) -> E
         return program
     except StudyError:
         pass
-    # fused attention is not decomposed right under a mask as T5's, nor where its result is viewed in the layout that it happens to have
+    # fused attention is decomposed wrongly under a mask such as T5's, and where its result is viewed in the layout that it happens to have
     with sdpa_kernel(SDPBackend.MATH):
         program = traced(model, batch)
         try:
@@ -200,7 +200,7 @@ def opened_onnx(model: Path | bytes) -> Function:
     # threads that spin after a call would slow down whatever is timed in turn with it
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    taken = [node.name for node in session.get_inputs()]  # an input that nothing is computed from is none
+    taken = [node.name for node in session.get_inputs()]  # without inputs that nothing is computed from
     names = [node.name for node in session.get_outputs()]
 
     def run(batch: Any) -> Any:
@@ -215,7 +215,7 @@ def opened_onnx(model: Path | bytes) -> Function:
 
 @contextlib.contextmanager
 def quiet(*more: str) -> Iterator[None]:
-    """The exporters' own notes for their developers, and those of the loggers `more`, are kept off the terminal; stdout is for results."""
+    """Keeps the exporters' notes for their developers, and those of the loggers `more`, off the terminal; stdout is for results."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", *more)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -31,12 +31,12 @@ def save_pretrained(model: nn.Module, plan: RankPlan, folder: str | Path) -> Non
         model: what `compress(net, plan)` returned, fine-tuned or not.
 
     Raises:
-        UsageError: the model is none of Hugging Face.
+        UsageError: the model is not one of Hugging Face.
     """
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(model, "save_pretrained"):
         raise UsageError(
-            f"save_pretrained takes a model of Hugging Face, got a {type(model).__name__}: any other is written by `save_net`."
+            f"save_pretrained takes a model of Hugging Face, got a {type(model).__name__}: any other is written by `ranksearch.save`."
         )
     setattr(config, KEY, plan.to_dict())
     save: Any = model.save_pretrained

@@ -157,7 +157,7 @@ def picked(inputs: Any, index: Tensor) -> Any:
 
 
 def repeated(inputs: Any, count: int, generator: torch.Generator | None = None) -> Any:
-    """[count, ...] of the first sample of `inputs`: normal random numbers in the place of floats, everything else over and over."""
+    """[count, ...] samples like the first one of `inputs`: floats are normal random numbers, everything else is repeated."""
 
     def made(x: Tensor) -> Tensor:
         batch = x[:1].expand(count, *x.shape[1:])
@@ -237,8 +237,8 @@ def main_output(outputs: Any) -> Tensor:
 def class_logits(outputs: Any) -> Tensor:
     """Logits [N, classes, ...] of an output.
 
-    Of a tensor they are in that order; of a field `logits` [N, positions, classes], as nets of Hugging Face return it, the classes
-    come to the front.
+    A tensor holds them in that order; in a field `logits` [N, positions, classes], as nets of Hugging Face return it, the classes
+    are moved to the front.
 
     Raises:
         UsageError: as `main_output`.

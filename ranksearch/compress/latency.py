@@ -78,7 +78,7 @@ def _timed_ms(model: Callable[[Any], Any], example: Any, clock: Callable[[], flo
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """Seconds: of this thread alone where it is all that computes, else of the wall."""
+    """A clock in seconds: this thread's own where nothing else computes, else the wall's."""
     return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -108,7 +108,7 @@ def _memory_kept(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def threads_set(count: int) -> Iterator[None]:
-    """torch, and what is opened meanwhile, computes with `count` threads on a CPU."""
+    """Within, torch and whatever is opened compute with `count` threads on a CPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -118,7 +118,7 @@ def threads_set(count: int) -> Iterator[None]:
 
 
 def hardware_name(device: torch.device) -> str:
-    """The GPU's name, else the processor's, as a table of measured times is kept under it."""
+    """The GPU's name, else the processor's, under which a table of measured times is kept."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:

@@ -30,7 +30,7 @@ from ranksearch.lowering.spec import Ints
 from ranksearch.places.files import write_atomically
 
 FORMAT = 3
-"""Counts up when a time comes to mean something else: older files are then not used any more."""
+"""It is counted up when a time comes to mean something else, so that older files are no longer used."""
 FINE = 4
 """Multiples of this are as fast as a whole step in a runtime that computes in blocks; others are slower there."""
 STEEP = 0.1
@@ -40,7 +40,7 @@ LEVELS = 5
 
 
 def measured_ranks(lowering: Lowering, shape: TimedShape, step: int, multiple: int) -> list[Rank]:
-    """The ranks that are measured; `multiple` is what every rank that is asked for is a multiple of."""
+    """The ranks that are measured, where every rank that is asked for is a multiple of `multiple`."""
     spec, in_size = shape
     full = sides(lowering.full_rank(spec))
     if len(full) > 1:
@@ -100,8 +100,8 @@ def _spread(values: Ints) -> Ints:
 
 
 class LatencyTable:
-    """Times of one setting; `files` are read, the first one's times before the others', and all written by `save`. A file that cannot be
-    read is made anew. `key`, under which they stand there, is the stopwatch's own but for times that were taken elsewhere.
+    """Times of one setting, read from `files`, of which earlier ones go first, and written to all of them by `save`. A file that cannot
+    be read is made anew. `key` names the setting in the files; it is the stopwatch's own, except for times that were taken elsewhere.
     """
 
     def __init__(self, stopwatch: Stopwatch, files: Sequence[Path] = (), key: str | None = None) -> None:
@@ -141,7 +141,7 @@ class LatencyTable:
             log(f"latency table: {number} of {len(missing)} layer shapes")
 
     def _missing(self, shape: TimedShape, kinds: Iterable[tuple[str, int]]) -> list[LayerPlan]:
-        """What is to be timed next of a shape, by lowering and rank multiple: what is always timed, then what lies where time is steep."""
+        """What to time next for a shape, by lowering and rank multiple: what is always timed, then ranks where time is steep."""
         found: dict[LayerPlan, None] = {}
         for name, multiple in kinds:
             known = self._layers.get(_text(shape), {}).get(name, {})
@@ -202,9 +202,9 @@ class LatencyTable:
         return tuple(min(end, known[-1]) for end, known in zip(ends, values, strict=True))
 
     def faster_below(self, layer: Layer, name: str) -> Rank | None:
-        """The largest measured rank at which the lowering is faster than the dense layer; None where it is at none.
+        """The largest measured rank at which the lowering is faster than the dense layer; None where there is none.
 
-        Of a format with several ranks, of those the one with the largest product.
+        For a format with several ranks it is the one with the largest product.
         """
         ranks = sorted(self._layers[_text(shapes_of(layer)[0])].get(name, {}), key=sides)
         if not ranks:

@@ -46,7 +46,7 @@ class Nesting:
         self.levels = [slots_of(model, plan) for plan in path]
         if made := [slot.name for slots in self.levels for slot, _ in slots.values() if slot.is_made]:
             raise UsageError(
-                f"A nested run cannot lower {made[0]!r}, whose weight is made of other parameters: exclude it, or remove that first."
+                f"A nested run cannot lower {made[0]!r}, whose weight is made of other parameters: exclude it, or make it a plain one."
             )
         self._bases: dict[Key, tuple[Tensor, Tensor]] = {}
         """The leading directions [blocks, side, rank] of the shorter side and of the longer one, the last one leads."""
@@ -110,7 +110,7 @@ class Nesting:
                         owner.grad = before if owner.grad is None else owner.grad.add_(before)
 
     def cut(self, slot: Slot, choice: LayerPlan, tensor: Tensor) -> Tensor:
-        """What the layer is at a rank, of a tensor of its weight's shape: U Uᵀ T, or the lowering's own projection."""
+        """What a tensor T of the weight's shape becomes at a rank: U Uᵀ T, or the lowering's own projection."""
         matrix = _as_matrices(choice)
         if matrix is None:
             return lowering_named(choice.lowering).project(tensor, choice.rank, slot.spec).weight

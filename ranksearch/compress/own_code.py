@@ -1,7 +1,7 @@
 """Convs and Linears of classes that compute by code of their own: what that code does, where it comes to a plain layer.
 
 Such a class may pad its input in another way (timm's `Conv2dSame`, causal convolutions) and make its weight from its parameters row by row
-(`StdConv2d`, equalised or normalised weights). It is not known by its name but watched: the layer is called a few times, the one
+(`StdConv2d`, equalised or normalised weights). It is not recognised by its name but watched: the layer is called a few times, the one
 product that a call makes is caught, and its arguments are held against the input, the parameters and the settings. Whatever does
 more than that is refused in a sentence.
 """
@@ -63,7 +63,7 @@ class _Catching(TorchFunctionMode):
 
 
 def watched(module: Any, spec: LayerSpec) -> Watched | str:
-    """What the code of `module`, a Conv or Linear that says of itself `spec`, comes to; a sentence where that is no plain layer."""
+    """What the code of `module`, a Conv or Linear whose attributes say `spec`, comes to; a sentence where that is no plain layer."""
     kind = type(module).__name__
     matrix = {n: sum(extent > 1 for extent in p.shape) > 1 for n, p in module.named_parameters()}
     extra = [n for n, is_matrix in matrix.items() if "." in n or (is_matrix and n != "weight")]

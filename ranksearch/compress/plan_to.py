@@ -42,7 +42,7 @@ def plan_to(plan: RankPlan, form: str, *, model: nn.Module, period: int | None =
         What JSON holds; in the first two forms `left_out` says of every other layer why.
 
     Raises:
-        UsageError: no such form, no period >= 1, a plan that does not fit the model, or one of which nothing can be said there.
+        UsageError: an unknown form, a period below 1, a plan that does not fit the model, or one that the form can express nothing of.
     """
     if form not in FORMS:
         raise UsageError(f"A plan is written for one of {', '.join(FORMS)}, not {form!r}. {nearest(form, FORMS)}")
@@ -52,7 +52,7 @@ def plan_to(plan: RankPlan, form: str, *, model: nn.Module, period: int | None =
     left_out = {name: why for name, (slot, choice) in slots.items() if (why := _why_not(slot, choice, form))}
     if form != "json" and len(left_out) == len(slots):
         reasons = "".join(f"\n  {name}: {why}" for name, why in left_out.items())
-        raise UsageError(f"Nothing of this plan can be said to {form}.{reasons}")
+        raise UsageError(f"Nothing of this plan can be expressed for {form}.{reasons}")
     kept = {name: pair for name, pair in slots.items() if name not in left_out}
     return FORMS[form](plan, kept, left_out, period)
 

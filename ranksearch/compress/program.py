@@ -4,8 +4,8 @@ Layers whose matrices are alike are stacked, and the Gram matrices of all of the
 once (`subspaces.py`). Every row starts from the basis of its last projection. What is not certified is not written: such a layer stays as
 it is until it is projected exactly, which whoever runs the program sees to.
 
-It takes lowerings that are batches of matrices and Tucker-2, plain or pivoted; `cp`, weights in fp64 and layers in the metric of their data
-are none of its business.
+It takes lowerings that are batches of matrices and Tucker-2, plain or pivoted; it does not take `cp`, weights in fp64 or layers in the
+metric of their data.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Program:
         """What the layers' weights become."""
 
     def start_from(self, warm: Mapping[str, Any], only: Collection[str] | None = None) -> list[str]:
-        """Takes over the bases of earlier projections, of `only` these layers; the names of those that have none that fits."""
+        """Takes over the bases of earlier projections, for `only` these layers; returns the names of those without one that fits."""
         return [
             entry.name
             for entry, (shape, i) in zip(self.entries, self._places, strict=True)

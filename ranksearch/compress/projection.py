@@ -61,7 +61,7 @@ class Projector:
         self.weigh(weightings or {})
 
     def weigh(self, weightings: Mapping[str, Weighting]) -> None:
-        """Projects in these metrics from now on, in those of before where a layer is not named."""
+        """Projects in these metrics from now on; layers that are not named keep theirs."""
         self.weightings: dict[str, Weighting] = {**getattr(self, "weightings", {}), **weightings}
         self._views: dict[tuple[str, str], WeightView | None] = {}
 

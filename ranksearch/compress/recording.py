@@ -96,7 +96,7 @@ class Recorder:
         return ((rows // self._batch,), self._batch) if rows % self._batch == 0 else ((), rows)
 
     def of_expert(self, module: nn.Module, e: int) -> list[Use]:
-        """Uses of one of fused experts, one of no rows where no call gives it a token; none where the experts are not called."""
+        """Uses of one expert: a use of no rows where no call gives it a token, and none where the experts are not called."""
         calls = [rows[e] for rows in self.tokens_of[id(module)]]
         return [self._spread(rows) for rows in calls if rows] or [((), 0) for _ in calls[:1]]
 

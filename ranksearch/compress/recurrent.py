@@ -63,7 +63,7 @@ class OpenRecurrent(nn.RNNBase):
         nn.Module.__setstate__(self, state)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """As the module's: (outputs, last state); of an LSTM the state is a pair."""
+        """As the module's: (outputs, last state); for an LSTM the state is a pair."""
         if isinstance(input, PackedSequence):
             lengths = input.batch_sizes.tolist()
             start = self._sorted(hx, input.sorted_indices)

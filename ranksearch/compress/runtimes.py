@@ -49,7 +49,7 @@ class Runtime:
 
 
 def runtime_named(name: str) -> Runtime:
-    """The runtime `name`, everything that it needs installed.
+    """The runtime `name`, if everything that it needs is installed.
 
     Raises:
         UsageError: no such runtime (the text names the nearest one), or its extra is not installed.

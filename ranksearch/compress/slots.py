@@ -45,7 +45,7 @@ class Slot:
     experts: str | None = None
     """The fused experts that it is part of, if any."""
     layer: AsPlain | None = None
-    """What the layer computes, of one that has a class of its own or a weight that is made of parameters (`as_plain.py`)."""
+    """What the layer computes, if it has a class of its own or a weight that is made of parameters (`as_plain.py`)."""
 
     @property
     def inside(self) -> str | None:
@@ -54,12 +54,12 @@ class Slot:
 
     @property
     def is_made(self) -> bool:
-        """Whether `weight` is no parameter but was made of some when the slot was found."""
+        """Whether `weight` is not a parameter itself, but was made of some when the slot was found."""
         return self.layer is not None and bool(self.layer.sources)
 
     @property
     def settles(self) -> bool:
-        """Whether a layer that is written into makes its weight no more."""
+        """Whether the layer stops making its weight before it is written into."""
         return self.layer is not None and self.layer.settles
 
     @property
@@ -110,9 +110,9 @@ def slots_of(model: nn.Module, plan: RankPlan) -> dict[str, tuple[Slot, LayerPla
 
 
 def settled_(model: nn.Module, plan: RankPlan) -> nn.Module:
-    """The model; its layers that `plan` lowers and that make their weight by code of their own make it no more, in place.
+    """The model, in which layers that `plan` lowers and that make their weight by code of their own stop doing so, in place.
 
-    They compute what they did. Nothing that is written into the parameters of such a layer would come out of it again.
+    They compute what they did before. What is written into the parameters of a layer that made its weight would not come out again.
     """
     for slot, _ in slots_of(model, plan).values():
         if slot.settles:
@@ -129,7 +129,7 @@ def _no_slot(model: nn.Module, name: str, slots: dict[str, Slot], skipped: dict[
     modules = dict(model.named_modules())
     for path in skipped.keys() & modules.keys():
         if name.startswith(f"{path}.") and are_experts(modules[path]):
-            return f"Layer {name!r} cannot be lowered, being a part of {path!r}: {skipped[path]}"
+            return f"Layer {name!r} cannot be lowered, because it is a part of {path!r}: {skipped[path]}"
     kind = type(modules.get(name)).__name__
     what = (
         f"The model has no layer {name!r}."
@@ -272,7 +272,7 @@ def _refusal(module: Any, found: AsPlain | str | None) -> str | None:
 def _opened(
     module: nn.Module,
 ) -> tuple[Callable[[Any], str | None], Callable[[Any, list[str]], Iterator[Slot]]] | None:
-    """(why it cannot be opened, its slots) of a module whose matrices are Linears once it is opened; None of any other."""
+    """(why it cannot be opened, its slots) of a module whose matrices are Linears once it is opened; None for any other."""
     if isinstance(module, nn.RNNBase) and not isinstance(module, OpenRecurrent):
         return recurrent_refusal, _recurrent_slots
     return (experts_refusal, _expert_slots) if are_experts(module) else None

@@ -108,7 +108,7 @@ class Taken(NamedTuple):
 
 def _scaled(matrices: Tensor) -> Taken:
     largest = matrices.abs().amax((-2, -1), keepdim=True)
-    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)  # to the last digit undone again
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)  # undone again to the last digit
     return Taken(matrices / scale, scale, torch.isfinite(largest[:, 0, 0]))
 
 

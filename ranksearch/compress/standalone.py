@@ -72,7 +72,7 @@ def export_alone(
     """
     if not form.traced:
         raise UsageError(
-            f"export: {form.name} of a net by itself is what ranksearch.save(net, FOLDER, like=…) writes; others are pt2 and onnx."
+            f"export: a net by itself is written as {form.name} by ranksearch.save(net, FOLDER, like=…); export writes pt2 and onnx."
         )
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} holds something already: name another folder (output=…).")

@@ -67,7 +67,7 @@ class Stopwatch:
         """Median time of each net, in turn; the nets are not changed.
 
         Args:
-            example: a batch of one input, a tensor or arguments, of which shapes and dtypes are taken; integers are repeated as they are.
+            example: a batch of one input, a tensor or arguments: its shapes and dtypes are used; integers are repeated as they are.
             seconds: what the rounds of one net may take, beyond the least number of them.
         """
         return self.nets_and_layers_ms(nets, example, (), seconds=seconds)[0]
@@ -100,15 +100,15 @@ class Stopwatch:
 
     @contextmanager
     def _in_memory(self) -> Iterator[None]:
-        """What is timed within did not fit in the memory: UsageError, with the setting that decides it."""
+        """Turns a lack of memory within into a UsageError that names the setting which decides it."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError, on a GPU, is a RuntimeError
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and NO_MEMORY not in str(error):
                 raise
             raise UsageError(
-                f"latency.batch: {self.device} has not the memory to time the net on {self.setting.batch:,} inputs at once. Set a smaller "
-                f"batch."
+                f"latency.batch: {self.device} has too little memory to time the net on {self.setting.batch:,} inputs at once. Set a "
+                f"smaller batch."
             ) from error
 
     def _alone(self, shape: TimedShape, choice: LayerPlan) -> Function:

@@ -40,12 +40,12 @@ def compress(
     share is decomposed once, and their chains share the factors.
 
     Args:
-        example_input: the compressed net is then checked as a whole (`whole.py`, two forward passes). Left out, it is that of the plan,
-            where `allocate` leaves it; of a plan that knows none only the structure is checked, and that no class's code reaches the
-            original's layers.
+        example_input: the compressed net is then checked as a whole (`whole.py`, two forward passes). Left out, it is the plan's,
+            where `allocate` leaves it; without either, only the structure is checked, and that no class's code reaches the original's
+            layers.
         warm: what a `Projector` keeps of its last projection of this model; `cp` needs it to find the projected weight's own terms.
-        weightings: layer -> the metric of its data (`ranksearch.weightings`), in which what is kept of it is nearest to it; of layers that
-            are not named, and of lowerings that know no other metric (`cp`), the weight's own norm decides.
+        weightings: layer -> the metric of its data (`ranksearch.weightings`), in which what is kept of it is nearest to it; for layers that
+            are not named, and for lowerings that know no other metric (`cp`), the weight's own norm decides.
 
     Raises:
         UsageError: a layer that is not there, a lowering that refuses it, a rank outside its range, or a compressed net that costs or

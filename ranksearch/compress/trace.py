@@ -36,7 +36,7 @@ class Layer:
     shared_with: tuple[str, ...] = ()
     """Other layers that compute with the same weight; they become what this one becomes."""
     samples: tuple[int, ...] = ()
-    """How many maps (of a Linear: rows, or sequences of them) every use took when the net was given `batch` samples; () where as many."""
+    """How many maps (a Linear: rows, or sequences of them) every use took when the net got `batch` samples; () where just as many."""
     batch: int = 1
     bytes_per_weight: int = BYTES_PER_WEIGHT
     """Bytes of a number of its weight's dtype: 4 in float32, 2 in bfloat16."""
@@ -63,7 +63,7 @@ class Layer:
         return self.summed(self.spec.macs)  # lookups cost none
 
     def summed(self, of_one: Callable[[Ints], int]) -> int:
-        """What all uses cost for one sample of the net, rounded up, where `of_one` says it of one map of a size."""
+        """The cost of all uses for one sample of the net, rounded up, from the cost `of_one` map of a size."""
         if not self.samples:
             return sum(map(of_one, self.in_sizes))
         sizes = dict.fromkeys(self.in_sizes)
@@ -85,7 +85,7 @@ class Layer:
 class Net:
     """A net as the allocation sees it: layers that can be lowered, and the fixed cost of everything else.
 
-    `skipped` names every other layer with weights, and why: what is not treated is said, not passed over.
+    `skipped` names every other layer with weights, and why: nothing is passed over in silence.
     """
 
     layers: tuple[Layer, ...]

@@ -25,8 +25,8 @@ did: without the note, and with the hooks, the next pass would add them a second
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, off torch's fused attention, which calls no layers; afterwards everything is as it was.
 
-    Restored are modes, buffers, attributes that forward passes set (of layers that were lazy they stay: they have their shapes
-    then), and the random numbers of torch, numpy and Python.
+    Modes, buffers, attributes that forward passes set, and the random numbers of torch, numpy and Python are restored; attributes of
+    layers that were lazy stay, since these have their shapes then.
     """
     modules = list(model.modules())
     modes = {module: module.training for module in modules}

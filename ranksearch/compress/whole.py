@@ -48,7 +48,7 @@ def check_rebuilt(small: nn.Module, plan: RankPlan, dense: nn.Module, example_in
     """Holds `small`, a compressed net that was read from its files, to its plan and to the dense net of its architecture.
 
     Args:
-        dense: of any weights, which are lost: it takes those of `small`.
+        dense: with any weights; they are lost, since it takes those of `small`.
 
     Raises:
         UsageError: as `check_whole`.
@@ -91,7 +91,7 @@ def _hold_to(dense: nn.Module, small: nn.Module, plan: RankPlan, example_input: 
     if not error <= TOLERANCE:
         raise UsageError(
             f"The compressed net is off by {error:.2g} (max |a - b| / max |a|, at most {TOLERANCE:g}) from the dense net projected in "
-            f"place: its forward pass depends on what its layers are. Exclude layers; lowered are {_named(list(chains))}."
+            f"place: its forward pass depends on what its layers are. Exclude some of the lowered layers: {_named(list(chains))}."
         )
 
 
@@ -110,12 +110,12 @@ def _check_calls_and_macs(
     if not odd and abs(measured - planned) > len(net.layers):
         raise UsageError(
             f"The compressed net takes {measured:,} MACs a sample where the plan says {planned:,}: what it computes depends on what its "
-            f"layers are. Exclude layers; lowered are {_named(list(chains))}."
+            f"layers are. Exclude some of the lowered layers: {_named(list(chains))}."
         )
 
 
 def _holds_in_fp64(dense: nn.Module, small: nn.Module, plan: RankPlan, example_input: Any) -> bool:
-    """Whether both nets run in fp64 and hold there; the dense one is in it afterwards. Fused experts have no operator for it: opened."""
+    """Whether both nets run in fp64 and agree there; the dense one stays in it. Fused experts have no operator for it: they are opened."""
     double = open_all_experts_(copied(small)).double()
     try:
         with torch.no_grad():
