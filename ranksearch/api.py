@@ -81,7 +81,7 @@ def search(
             "accuracy=90" (as such): the cheapest net above it is looked for.
         objective: "smallest", "fastest", "fewest MACs", "fewest params", or names of costs; laid over the file's.
         runs: folder of the studies; this one goes to `runs`/NAME.
-        address: Ray cluster to join ("auto" or "HOST:PORT"); Ray is started on this machine where None.
+        address: Ray cluster to join ("auto" or "HOST:PORT"); left out, Ray is started on this machine.
         inline: one trial after the other in this process, without Ray.
         trust: whether to run a task file that lies in a study's folder, and was not yours before.
 
@@ -155,9 +155,9 @@ def resume(
     """Continues a study from its folder: finished trials are kept, interrupted ones go on under the same parameters.
 
     Args:
-        trials: planned number from now on, finished ones included: a study that is done goes on so.
-        trust: whether to run a task file that came with the folder, and to write to the addresses that its space names, where you did not
-            before.
+        trials: the planned number from now on, finished ones included; with a larger one a study that is done goes on.
+        trust: whether to run a task file that came with the folder, and to write to the addresses that its space names, if you have
+            not done so before.
 
     Raises:
         UsageError: no such study, another process is running it, or it has more trials than that already.
@@ -166,7 +166,9 @@ def resume(
     check_address(None if inline else address)
     with locked(folder):
         if Study.mend(folder):
-            observer.log("the journal ended in half a line, which its driver was killed in; it was cut off")
+            observer.log(
+                "the journal ended in half a line, because its driver was killed while writing it; it was cut off"
+            )
         study = Study.open(folder, trust=trust)
         confirm_addresses(study.space, folder, EVERY, trust=trust)
         preflight(study.space, folder.parent, observer, address=address, inline=inline)
@@ -188,11 +190,11 @@ def sync(
 
     Args:
         trust: whether to write to the addresses that the study's space names, and to run a task file that came with its folder for the
-            nets' models, where you did not before.
+            nets' models, if you have not done so before.
 
     Raises:
         UsageError: no such study, or another process is running it.
-        StudyError: the store cannot be reached still.
+        StudyError: the store still cannot be reached.
     """
     observer, folder = observer or Silent(), find_study(str(name), Path(runs))
     with locked(folder):
@@ -215,7 +217,7 @@ def report(
 
     Args:
         output: the file; left out, report.html in the study's folder.
-        trust: whether to read the study from a database that its space names, where you did not before.
+        trust: whether to read the study from a database that its space names, if you have not done so before.
 
     Raises:
         UsageError: no such study, or the file cannot be written.

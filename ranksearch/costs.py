@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 BYTES_PER_WEIGHT = 4
-"""Bytes of a weight in float32; of a net in another dtype `Layer.bytes_per_weight` says it."""
+"""Bytes of a weight in float32; for another dtype see `Layer.bytes_per_weight`."""
 BYTES_PER_INDEX = 4
 """Bytes of a stored whole number, int32."""
 MACS, PARAMS, NANOSECONDS = 0, 1, 2
@@ -23,7 +23,7 @@ _BYTES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "M
 
 
 class HasCosts(Protocol):
-    """What a net costs, as `compress.Cost` has it: this table is for whoever shows a front, too, and loads no torch."""
+    """What a net costs, as `compress.Cost` has it; that class is not imported here, because this table loads no torch."""
 
     @property
     def macs(self) -> int: ...
@@ -68,7 +68,7 @@ COSTS: dict[str, CostKind] = {
         "latency", "latency_ratio", lambda cost: None if cost.latency_ms is None else round(cost.latency_ms * NS_PER_MS),
         NANOSECONDS, 1, {"us": 10**3, "ms": 10**6, "s": 10**9}, "70% or 3.5ms",
         written=lambda value: f"{-(-value // 1000) / 1000:,.3f} ms",
-        unmeasured="`latency` says by which runtime, batch and threads it is to be",
+        unmeasured="say in `latency` with which runtime, batch and threads to measure it",
     ),
 }  # fmt: skip
 """Name in budgets and objectives -> the cost."""

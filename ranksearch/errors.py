@@ -27,7 +27,7 @@ class StudyError(RanksearchError, RuntimeError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: the process is being stopped from outside, by a batch system, a cluster or a spot market. Ends what Ctrl-C ends."""
+    """SIGTERM: the process is being stopped from outside, by a batch system, a cluster or a spot market. It ends a run as Ctrl-C does."""
 
 
 class NonFiniteError(RanksearchError, ValueError):
@@ -46,13 +46,13 @@ def first_line(error: BaseException) -> str:
 
 
 def clipped(text: str, most: int = 160) -> str:
-    """A text in one line of `most` characters at the most."""
+    """A text in one line of at most `most` characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def shortened(value: Any) -> str:
-    """A value as a sentence may show it, in 80 characters at the most, whatever it holds: a list of itself, a huge number."""
+    """A value as a sentence may show it, in at most 80 characters, whatever it holds: a list of itself, a huge number."""
     try:
         return clipped(_SHORT.repr(value), 80)
     except Exception:

@@ -80,7 +80,7 @@ def _gram(matrix: Tensor) -> tuple[Tensor, bool]:
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors; in fp64 where fp32 does not converge, as happens of weights with many dead channels."""
+    """Eigenvalues, ascending, and eigenvectors; in fp64 where fp32 does not converge, as happens for weights with many dead channels."""
     try:
         values, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:
@@ -89,7 +89,7 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_singular_values(matrix: Tensor) -> Tensor:
-    """Squared singular values of `matrix` [..., n, m], in descending order: [..., min(n, m)]; in fp64 where entries are no moderate size.
+    """Squared singular values of `matrix` [..., n, m], in descending order: [..., min(n, m)]; in fp64 where entries are not moderate.
 
     One Gram `eigvalsh`; absolute error about eps * sigma_1², which is why small ones are clamped at 0.
     """
@@ -224,7 +224,7 @@ def leading_of_gram(gram: Tensor, rank: int, start: Tensor | None) -> tuple[Tens
 
 
 def _warm_pays(matrix: Tensor, rank: int, basis: Basis) -> bool:
-    """Below `WARM_FROM`, or where one side is over twice the other, the Gram matrix is as fast (measured on two CPU cores)."""
+    """Whether iterating pays: below `WARM_FROM`, or with one side over twice the other, the Gram matrix is as fast (two CPU cores)."""
     small, large = sorted(matrix.shape[-2:])
     rows = matrix.shape[-2] if basis.left else matrix.shape[-1]
     fits = basis.vectors.shape == (*matrix.shape[:-2], rows, rank) and basis.vectors.device == matrix.device
@@ -317,7 +317,9 @@ def _certified(
     excess = raised.sort(dim=-1, descending=True).values[..., :rank].sum(-1) - values[..., :rank].sum(-1)
     removed = torch.linalg.vector_norm(rest, dim=(-2, -1)).square()
     negligible = removed <= 1e-10 * values[..., :rank].sum(-1)
-    return bool((negligible | (excess <= 2 * CERTIFIED * removed)).all())  # of norms it is half of that of energies
+    return bool(
+        (negligible | (excess <= 2 * CERTIFIED * removed)).all()
+    )  # the excess of norms is half that of energies
 
 
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Pivot rows of a basis, so that all other rows are combinations of them with bounded coefficients. Values only.
 
-Of a matrix [n, r] of full column rank any r independent rows are a basis of its rows: M = A M[pivots], A the identity on the pivots. Rows
+In a matrix [n, r] of full column rank any r independent rows are a basis of its rows: M = A M[pivots], A the identity on the pivots. Rows
 of large volume |det M[pivots]| keep A small: a row with a coefficient a enlarges the volume |a| times where it takes the pivot's place, so
-the exchange ends, and ends with no coefficient above `BOUND`. Of orthonormal columns such pivots have a condition of at most
+the exchange ends, and ends with no coefficient above `BOUND`. For orthonormal columns such pivots have a condition number of at most
 sqrt(1 + BOUND² r(n - r)).
 
 Reference: Goreinov, Oseledets, Savostyanov, Tyrtyshnikov & Zamarashkin 2010, "How to find a good submatrix" (maximum volume); Gu &

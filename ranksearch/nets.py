@@ -24,10 +24,7 @@ from ranksearch.run_study import Observer, Silent
 from ranksearch.space.quality import Limits
 from ranksearch.space.starter import imported_net
 from ranksearch.study.export_trial import export_cut, export_trial, name_at, pick_trial, target_folder
-from ranksearch.study.folder import (
-    find_study,
-    study_around,
-)
+from ranksearch.study.folder import find_study, study_around
 from ranksearch.study.making import read_folder
 from ranksearch.study.study import Study
 from ranksearch.tasks import build_reference
@@ -36,13 +33,13 @@ from ranksearch.tasks import build_reference
 def load(folder: str | Path, *, build: Callable[[], nn.Module] | str | None = None, trust: bool = False) -> nn.Module:
     """The compressed net of a trial's folder (`plan.json`, `model.safetensors`), in evaluation mode. Runs no pickle.
 
-    A plan that names one of our models is enough to build it. A net of a task of your own is built by the copy of your file in its study,
-    where `folder` lies within that study's, if you started a study with that file, and is checked as a whole; no file runs because a
-    folder holds it.
+    A plan that names one of our models is enough to build it. A net of a task of your own, whose `folder` lies within its study's, is built
+    by the study's copy of your file if you started a study with that file, and is checked as a whole. No file runs merely because a folder
+    holds it.
 
     Args:
-        build: makes the dense net, with any weights, or where it is imported from, such as "package.module:make_net"; for a net of your own
-            away from its study, or of somebody else's.
+        build: a function that makes the dense net, with any weights, or where to import one from, such as "package.module:make_net";
+            needed for a net of your own away from its study, or of somebody else's.
         trust: whether to run the task file that came with the folder, whoever wrote it.
 
     Raises:
@@ -67,9 +64,9 @@ def load(folder: str | Path, *, build: Callable[[], nn.Module] | str | None = No
 
 
 def save(net: nn.Module, folder: str | Path, *, like: str | Path | RankPlan) -> Path:
-    """Keeps a compressed net that was trained further, `plan.json` and `model.safetensors` in `folder`; `load` reads it again.
+    """Writes a compressed net that was trained further to `folder`: `plan.json` and `model.safetensors`. `load` reads it again.
 
-    Away from its study, `load` of a net of your own wants `build`.
+    To load a net of your own away from its study, pass `build` to `load`.
 
     Args:
         like: the folder that the net was loaded from, or the plan that it was compressed by.
@@ -81,14 +78,14 @@ def save(net: nn.Module, folder: str | Path, *, like: str | Path | RankPlan) -> 
 
 
 def plan_file_to(path: str | Path, form: str, *, period: int | None = None) -> dict[str, Any]:
-    """A plan's file for another library, as `ranksearch.plan_to` writes it; the dense net is that which the plan names.
+    """A plan's file for another library, as `ranksearch.plan_to` writes it; the dense net is the one that the plan names.
 
     Args:
-        path: a plan.json, or a folder with one; of a net of your own it lies within its study's folder.
+        path: a plan.json, or a folder with one; for a net of your own it has to lie within its study's folder.
         period: optimizer steps between projections.
 
     Raises:
-        UsageError: no such file or form, a plan without a model, or nothing of it can be said there.
+        UsageError: no such file or form, a plan without a model, or a plan of which that form can express nothing.
     """
     path = Path(path)
     path = path / PLAN if path.is_dir() else path
@@ -123,25 +120,25 @@ def export(
     dense: nn.Module | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
-    """Writes a net in a form that other programs load, opens it again and holds it against the net: what `export.json` says.
+    """Writes a net in a form that other programs load, opens it again and compares it with the net; returns what `export.json` says.
 
-    It is a trial's net or, of a nested study, the one `at` any budget.
+    The net is a trial's or, in a nested study, one cut `at` any budget.
 
         ranksearch.export("NAME", "best", format="onnx")                              a net of a study
         ranksearch.export(net, example_input, format="onnx", output="exports/net")    any net by itself, such as one trained further
 
     Args:
         name: the study, by name or folder; or a net.
-        trial: a complete trial's number, or "best" for the one with the best metric; of a net, a batch of one input; left out with
-            `at`.
+        trial: a complete trial's number, or "best" for the one with the best metric; for a net by itself, a batch of one input; left
+            out with `at`.
         format: "state_dict" (for `load`), "pt2" (torch.export) or "onnx" (needs the extra `onnx`).
         at: budgets that hold at once, such as "flops=37%" or ["flops=37%", "size=60KiB"]: a net is cut for them from the weights of a
             nested study.
         output: folder of the export; None is exports/TRIAL-FORMAT in the study's folder, or exports/at-BUDGETS-FORMAT.
         fold_bn: folds BN into the layers before it; with "pt2" and "onnx".
-        force: an earlier export in `output` gives way.
+        force: replaces an earlier export in `output`.
         trust: whether to run a task file that came with the study's folder, whoever wrote it.
-        dense: of a net by itself, the net that it is timed beside.
+        dense: for a net by itself, a net to time beside it.
         budgets, at_least: conditions that "best" must meet, such as "params=40%" and "accuracy=-1".
 
     Raises:

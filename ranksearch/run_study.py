@@ -1,4 +1,4 @@
-"""One run of a study, new or resumed: is everything ready, the trials, the test set for the front alone, MLflow's last call.
+"""One run of a study, new or resumed: the checks before it, the trials, the test set for the front alone, MLflow's last call.
 
 `api.py` says what is run, and where.
 """
@@ -39,7 +39,7 @@ LARGEST = 1e100
 
 
 class Observer(Protocol):
-    """Is told how a study goes; the command line shows it on stderr."""
+    """Whoever is told how a study goes; the command line shows it on stderr."""
 
     def log(self, message: str) -> None: ...
 
@@ -63,7 +63,7 @@ class Silent:
 
 
 def preflight(space: Space, runs: Path, observer: Observer, *, address: str | None, inline: bool) -> None:
-    """Looks whether a cluster, and every place that is written to, is ready before anything is spent; UsageError where it is not."""
+    """Checks that the cluster, and every place that is written to, is ready before anything is spent; UsageError where one is not."""
     store = store_uri(runs, space.tracking.uri)
     if space.storage.optuna is not None:
         check_apart(database_url(space.storage.optuna), store)
@@ -90,7 +90,7 @@ def dense_accuracy(model: nn.Module, task: Task) -> float:
     found = _accuracy(model, task.val, task)
     if not isfinite(found) or abs(found) > LARGEST:
         raise UsageError(
-            f"The metric {task.metric_name!r} of the dense net on the validation set is {found}: finite and at most {LARGEST:g} is needed."
+            f"The metric {task.metric_name!r} of the dense net on the validation set is {found}; it must be finite, at most {LARGEST:g}."
         )
     return found
 
@@ -103,8 +103,8 @@ def _net_of(study: Study, row: Row) -> nn.Module:
 def _told_accuracy(study: Study, bench: Workbench, row: Row | None, observer: Observer) -> float | None:
     """The metric on the test set of a trial's net, or of the dense net where `row` is None.
 
-    NaN, and a sentence, where the user's metric fails on the test set: the trials are done, and the front is written. None, and a sentence,
-    where the trial's net is lost or damaged.
+    Where the user's metric fails on the test set it is NaN, since the trials are done and the front is to be written; where the trial's net
+    is lost or damaged it is None. The observer is told why.
     """
     assert bench.task.test is not None
     model = None
@@ -125,7 +125,7 @@ def _told_accuracy(study: Study, bench: Workbench, row: Row | None, observer: Ob
 
 
 def tell_of_lost_nets(study: Study, observer: Observer) -> None:
-    """Says which nets of the front are not to be had any more: their numbers stand, and a net that is brought back counts again."""
+    """Says which nets of the front are lost: their numbers stand, and a net that is brought back counts again."""
     for row in study.front:
         folder = study.trial_folder(row.trial)
         if gone := missing_files(folder):
@@ -136,7 +136,7 @@ def tell_of_lost_nets(study: Study, observer: Observer) -> None:
 
 
 def _write_pages(study: Study, observer: Observer) -> None:
-    """The report and the front's picture, in the study's folder; a disk that is full costs them alone."""
+    """Writes the report and the front's picture to the study's folder; where the disk is full, only these are missing."""
     try:
         write_report(View.of(study), study.importances(), study.folder)
     except OSError as error:

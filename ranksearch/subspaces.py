@@ -26,7 +26,7 @@ from ranksearch.linalg import CERTIFIED
 RIDGE = 1e-5
 """Added to the unit diagonal on the way, so that columns that have grown alike do no harm; the last pass goes without."""
 ORTHONORMAL = 1e-4
-"""Largest entry of VᵀV - 1 that is let pass."""
+"""Largest entry of VᵀV - 1 that is accepted."""
 
 
 class Subspaces(NamedTuple):
@@ -41,7 +41,7 @@ class Subspaces(NamedTuple):
 def leading_nearby(gram: Tensor, start: Tensor, columns: Tensor) -> Subspaces:
     """Improves the bases `start` [b, n, r], of matrices nearby, to those of the leading eigenvectors of `gram` [b, n, n].
 
-    Three products with `gram`: of a trained ResNet-20, ten SGD steps after its last projection, all layers are certified then.
+    It takes three products with `gram`; they certify all layers of a trained ResNet-20, ten SGD steps after its last projection.
 
     Args:
         gram: symmetric and positive semidefinite, of any size, zero rows and columns where a matrix is smaller.
@@ -104,7 +104,7 @@ def _norm_bound(matrix: Tensor) -> Tensor:
 
 
 def leading_exactly(gram: Tensor, columns: Tensor) -> Subspaces:
-    """The same by `eigh`, of all of them at once; small ones on the CPU, where that is several times faster than on a GPU."""
+    """The same by `eigh`, for all of them at once; small ones on the CPU, where that is several times faster than on a GPU."""
     there = gram.cpu() if gram.shape[-1] <= ON_CPU else gram
     try:
         values, vectors = torch.linalg.eigh(there)

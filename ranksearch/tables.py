@@ -35,9 +35,11 @@ from ranksearch.trial.recipe import searched_settings
 
 
 def layer_rows(space: Space, log: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Every layer with its shape, costs, measured milliseconds (null where they are not to be had in seconds) and break-even rank per
-    lowering and cost (null where a lowering refuses it), and why it stays dense where it does; what is no layer to us is listed with its
-    reason."""
+    """Every layer with its shape, costs, measured milliseconds, break-even ranks and, where it stays dense, the reason.
+
+    Milliseconds are null where measuring would take more than seconds; a break-even rank, one per lowering and cost, is null where the
+    lowering refuses the layer. Modules with weights that cannot be lowered are listed with their reasons.
+    """
     _, net = open_net(space)
     rules, stopwatch = space.layers.as_rules(), Stopwatch(space.latency.as_setting())
     try:
@@ -180,7 +182,7 @@ def check_record(space: Space, log: Callable[[str], None] = lambda text: None) -
 
 
 def _searched(space: Space, curves: Curves) -> Mapping[str, Any]:
-    """Every parameter that a study of the space searches; nothing is measured, so the sensitivities are taken to be there."""
+    """Every parameter that a study of the space searches; nothing is measured, so the sensitivities are assumed to be known."""
     if space.search.parametrization == "direct":
         return Searched(Direct(space, curves), space.recipe).distributions
     space = usual(space)
@@ -208,7 +210,7 @@ def _shown(cost: str, value: int | None) -> str:
 
 
 def latency_record(space: Space, log: Callable[[str], None]) -> dict[str, Any]:
-    """Per layer its time, and up to which rank each lowering is faster; the whole net's time. Measured where it has to be."""
+    """Every layer's time, up to which rank each lowering is faster, and the whole net's time; what is not known yet is measured."""
     model, net = open_net(space)
     table = LatencyTable(Stopwatch(space.latency.as_setting()), [data_folder(space.data) / LATENCY])
     curves = with_latency(cost_curves(net, space.layers.as_rules()), model, space.kind().example_input, table, log)

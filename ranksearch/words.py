@@ -8,7 +8,7 @@ from typing import Any
 from ranksearch.costs import COSTS
 
 Log = Callable[[str], None]
-"""Is told how something goes, a sentence at a time."""
+"""A function that is told how something goes, one sentence at a time."""
 COST_RATIOS = {name: kind.ratio for name, kind in COSTS.items()}
 """Cost -> the key under which a record holds it as a ratio of the dense net's."""
 COST_NAMES = {name: kind.label for name, kind in COSTS.items()}
@@ -58,14 +58,14 @@ PARAMETERS = {
 }
 """Searched parameter -> what figures and sentences call it, and what its values mean where the name leaves that open.
 
-Of a parameter of a group of layers, `KIND/GROUP`, the kind alone stands here. One that is missing goes by its own name.
+A parameter of a group of layers, `KIND/GROUP`, is listed by its kind alone. One that is missing goes by its own name.
 """
 
 
 def parameter_label(name: str) -> str:
     """What a searched parameter is called on an axis, such as `protection of layer1` for `log_weight/layer1`."""
     kind, _, group = name.partition("/")
-    group = f"layer {group}" if group[:1].isdigit() else group  # of an nn.Sequential, say
+    group = f"layer {group}" if group[:1].isdigit() else group  # as in an nn.Sequential
     return PARAMETERS.get(kind, (name, ""))[0].format(group)
 
 
@@ -86,9 +86,8 @@ def describe_budgets(record: Mapping[str, Any]) -> str:
     words = []
     for cost, text in record["budgets"].items():
         compute = "FLOPs" if "flops" in shown_costs(record) else "MACs"
-        relative = cost in ("macs", "flops") and str(text).strip().endswith(
-            "%"
-        )  # one share of both: one word in a study
+        # a share of MACs is the same share of FLOPs: a study uses one word for both
+        relative = cost in ("macs", "flops") and str(text).strip().endswith("%")
         words.append(f"{compute if relative else COST_NAMES[cost]} ≤ {text}")
     return ", ".join(words) or "no budget"
 
@@ -116,13 +115,13 @@ def percent_of_dense(row: Mapping[str, Any], cost: str) -> float | None:
 
 
 def over_budget(record: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    """Whether a net measures slower than a budget on latency allows, within which it was predicted to be."""
+    """Whether a net was measured to be slower than a budget on latency allows, although it was predicted to keep it."""
     limits = record.get("latency_limits") or {}
     return any(row.get(key) is not None and row[key] > limit for key, limit in limits.items())
 
 
 def dense_ms(record: Mapping[str, Any]) -> float | None:
-    """The dense net's time where all nets of a front's record were timed in turn with it at once; else every net has another beside it."""
+    """The dense net's time where all nets of a front's record were timed together with it; None where each was timed with its own."""
     times = {round(row["latency_ms"] / row["latency_ratio"], 9) for row in record["trials"] if row.get("latency_ratio")}
     return times.pop() if len(times) == 1 else None
 
