@@ -69,12 +69,12 @@ def allocate(
         measure: damage as a function of the share that a layer loses, "log_kept_energy" or "relative_energy".
         calibration: batches of inputs as the model takes them, a list; "greedy" re-estimates BN statistics on them.
         loss: output of the model -> sum of the samples' losses, for "fisher" and "kfac"; left out, cross-entropy against labels drawn
-            from the model's own prediction, or, of a model with one output, the squared error against that plus noise.
+            from the model's own prediction, or, for a model with one output, the squared error against that plus noise.
         weightings: layer -> the metric of its data (`ranksearch.weightings`) in which errors are measured; give `compress` the same ones.
         score: net -> figure of merit, higher is better.
         latency: for a budget on it, such as `LatencyTable(Stopwatch(LatencySetting("eager", batch=1, threads=1)))`; what it lacks is
             measured here.
-        seed: of the drawn labels and positions, and of "random".
+        seed: seeds the drawn labels and positions, and "random".
 
     Raises:
         UsageError: an unknown name, a pattern that matches nothing, data that is missing, or a budget that cannot be met.

@@ -49,7 +49,9 @@ def largest_within(curves: Curves, budgets: Sequence[Budget], pick: Pick, model:
 
     best = picks_at(0.0)
     if best is None:
-        raise UsageError("This baseline has no plan within the budgets: even its smallest one is too large.")
+        raise UsageError(
+            "This baseline has no plan within the budgets: even its smallest one is too large. Take the solver, or raise the budgets."
+        )
     low, high = 0.0, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
@@ -65,7 +67,7 @@ def _best_lowering(
     curves: Curves, budgets: Sequence[Budget], pick_of: Callable[[str], Pick], names: Sequence[str], model: str | None
 ) -> RankPlan:
     """Returns the plan that keeps most energy among those with one lowering each, `pick_of(name)` by the knob."""
-    limits_of(curves, budgets)  # a budget that no plan can meet is told as such
+    limits_of(curves, budgets)  # a budget that no plan can meet has an error of its own
     plans = []
     for name in names:
         try:
@@ -73,7 +75,9 @@ def _best_lowering(
         except UsageError:
             continue  # this lowering alone is too large at rank 1; another may fit
     if not plans:
-        raise UsageError("No single lowering under this baseline's rule lies within the budgets.")
+        raise UsageError(
+            "This baseline takes one lowering for the net, and none lies within the budgets. Take the solver, or raise the budgets."
+        )
     return min(plans, key=lambda plan: _total_removed(curves, plan))
 
 
@@ -84,7 +88,7 @@ def _total_removed(curves: Curves, plan: RankPlan) -> float:
 def uniform(curves: Curves, budgets: Sequence[Budget], model: str | None = None) -> RankPlan:
     """One lowering and one rank ratio for every layer: the rank is that fraction of the lowering's largest useful rank.
 
-    Of the lowerings, the one whose plan keeps most energy is taken. A layer that it refuses takes its own first lowering.
+    The lowering whose plan keeps most energy is taken. A layer that it refuses takes its own first lowering.
     """
 
     def pick_of(name: str) -> Pick:
@@ -118,7 +122,7 @@ def minimax(curves: Curves, budgets: Sequence[Budget], model: str | None = None)
 def evbmf(curves: Curves, budgets: Sequence[Budget], model: str | None = None) -> RankPlan:
     """Every layer's rank by variational Bayes, all weakened or strengthened by one factor until the budgets are met.
 
-    One lowering for the net, as in `uniform`. Of several matrices in a layer (groups) the largest rank counts.
+    One lowering for the net, as in `uniform`. Where a layer has several matrices (groups), the largest rank counts.
 
     Reference: Nakajima et al. 2013, JMLR 14; the common factor: MUSCO, Gusak et al. 2019, arXiv 1903.09973.
     """

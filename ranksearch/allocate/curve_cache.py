@@ -1,4 +1,4 @@
-"""Rank curves kept on disk by the content that they are of: a checkpoint that was seen before costs no second decomposition."""
+"""Rank curves kept on disk under a hash of the weights they belong to: a checkpoint that was seen before costs no second decomposition."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ranksearch.lowering.spec import LayerSpec
 from ranksearch.places.files import partly_written
 
 FORMAT = 1
-"""Counts up when a lowering's curve comes to mean something else: older files are then not used any more."""
+"""It is counted up when a lowering's curve comes to mean something else, so that older files are no longer used."""
 
 
 def curve_key(weight: Tensor, spec: LayerSpec, lowering: str, multiple: int) -> str:

@@ -70,7 +70,7 @@ def rank_curves(
     """Options of every layer of `net` under `rules`, from the weights of `model`.
 
     Args:
-        weightings: layer -> the metric in which its error is measured; ||.|| of the weight for those that are not named.
+        weightings: layer -> the metric in which its error is measured; for layers that are not named, the weight's norm.
         known: curves by content hash, such as a `CurveCache`; what is not there is computed and added.
 
     Raises:
@@ -145,7 +145,7 @@ def _curves(net: Net, rules: LayerRules, curve_of: Callable[[Layer, Lowering, in
 
 
 def _stacks(layers: Iterable[Layer]) -> tuple[tuple[str, ...], ...]:
-    """Fused experts' matrices of one stacked weight: at one rank the MACs stay what they are wherever tokens go."""
+    """Groups of fused experts' matrices, one per stacked weight: at one rank the MACs stay the same wherever tokens go."""
     stacks = defaultdict[str, list[str]](list)
     for layer in layers:
         if layer.stack is not None:

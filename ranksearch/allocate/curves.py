@@ -45,7 +45,7 @@ class LayerOptions:
     def ladder(self, name: str) -> list[int]:
         """The options of one lowering whose ranks are of a common ratio, smallest first.
 
-        A layer that refuses the lowering climbs that of its own first one; one that may take none stays dense.
+        A layer that refuses the lowering has the ladder of its own first one; a layer that may take none stays dense.
         """
         mine = self.of_lowering(name) or self.of_lowering(self.choices[min(1, len(self.choices) - 1)].lowering)
         lowering = lowering_named(self.choices[mine[0]].lowering)
@@ -114,7 +114,7 @@ class Timing:
     other_ns: int
     """What no layer's option changes; negative where layers by themselves are slower than in a net that the runtime fuses."""
     factors: tuple[float, float]
-    """On the times of layers by themselves, of dense ones and of chains; they are in the options' already."""
+    """Factors on the times of layers by themselves, dense ones and chains; the options' times contain them already."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Losses against targets that are drawn from the net's own prediction: what the gradients of `fisher` and `kfac` are those of.
+"""Losses against targets that are drawn from the net's own prediction: `fisher` and `kfac` are made of their gradients.
 
 Drawn so, the expected square of the gradients is the true Fisher information: it needs no targets, and does not vanish on data that the net
 has learnt by heart. Which distribution the prediction stands for follows from the task's loss:
@@ -43,7 +43,7 @@ def labels_loss(
     """Cross-entropy, summed, against classes drawn from the prediction: classes in dimension 1 of a floating output.
 
     Args:
-        weight: of each class [classes].
+        weight: one per class, [classes].
         ignore: positions whose target is this count for nothing.
         balanced: every class counts alike, whatever its share of the predictions so far.
     """
@@ -144,7 +144,7 @@ def predicted(output: Any) -> Tensor | None:
 
 
 def default_loss(generator: torch.Generator, *, balanced: bool) -> SummedLoss:
-    """Where no loss is known: outputs [N, classes, ...] are logits; one output per sample is a mean: there is no class to draw."""
+    """What is drawn where no loss is known: [N, classes, ...] are logits; one output per sample is a mean, as it has no class to draw."""
     classes, single = labels_loss(generator, balanced=balanced), gaussian_loss(generator)
 
     def loss(output: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """Greedy by measured score, as AIMET does: every layer alone at a few costs, scored on data; then one level of the score for all layers.
 
 It sees what no prediction sees and pays for it in evaluations of the net, nine a layer, counted in `Scores`. A layer's score says
-nothing on what two layers lose together, and it is noisy: it is taken to rise with the cost, which a score on few samples need not do.
+nothing about what two layers lose together, and it is noisy: it is taken to rise with the cost, which a score on few samples need not do.
 
 Reference: the greedy selection of AIMET (Qualcomm Innovation Center; SVD and spatial SVD there, any lowering here).
 """

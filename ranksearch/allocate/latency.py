@@ -2,10 +2,10 @@
 
 predicted = dense net, measured + Σ over the lowered layers of (c · time of the chain - a · time of the dense layer)
 
-What a chain takes of its dense layer's time is a `LatencyTable`'s, measured side by side. The dense layers' own times are measured in
-turn with the net: a machine's speed changes over the minutes that a table takes. The factors are what a millisecond of a layer by itself
-is worth inside this net: caches that others have used, work that a runtime fuses or spares. They are fitted to six of its plans that are
-measured whole, in turn with the dense net, once per net, and held near 1.
+What share of its dense layer's time a chain takes is read from a `LatencyTable`, where both were timed side by side. The dense layers' own
+times are measured in turn with the net: a machine's speed changes over the minutes that a table takes. The factors are what a millisecond
+of a layer by itself is worth inside this net: caches that others have used, work that a runtime fuses or spares. They are fitted to six of
+its plans that are measured whole, in turn with the dense net, once per net, and held near 1.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ranksearch.costs import NS_PER_MS
 from ranksearch.lowering.contract import sides
 
 FITTED_AT = (0.1, 0.3, 0.5)
-"""Shares of the ladders of ranks: most of these plans are faster than the dense net, as those are that a budget asks for. Plans that are
-slower than it are dearer inside a net than their layers alone, more than others are, and would decide the fit."""
+"""Shares of the ladders of ranks. Most of these plans are faster than the dense net, as are those that a budget asks for. Slower plans cost
+more inside a net than their layers alone, by more than other plans do, and would decide the fit."""
 PRIOR = 0.2
 """How firmly the factors are held at 1: an error of this in both weighs as one of this share of the layers' time in one plan."""
 FACTORS = (0.7, 1.5)

@@ -1,6 +1,6 @@
 """The allocation as numbers: one option per row, least damage, costs within their limits; and HiGHS's exact answer to it.
 
-A row is a layer, or a group of layers that share a ratio (`curves.Row`).
+A row is a layer, or a group of layers that share a ratio (`curves.CurveRow`).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def least(objective: np.ndarray, problem: Problem, time_limit: float, free: int 
 
 @contextmanager
 def _quiet_stdout() -> Iterator[None]:
-    """HiGHS writes an occasional line of its own to the process's stdout, where results belong."""
+    """Keeps off stdout, where results belong, the lines that HiGHS writes there now and then."""
     sys.stdout.flush()
     try:
         kept = os.dup(1)

@@ -26,7 +26,7 @@ class LayerRule:
 
 @dataclass(frozen=True)
 class LayerRules:
-    """Layers that match `include` and not `exclude` are lowered; of several matching rules a later one overrides."""
+    """Layers that match `include` and not `exclude` are lowered; where several rules match, a later one overrides."""
 
     lowerings: tuple[str, ...]
     include: tuple[str, ...] = ("*",)
@@ -36,7 +36,7 @@ class LayerRules:
     """Ranks are multiples of this; hardware that computes in tiles wants 8, 16 or more."""
 
     def for_layer(self, name: str, also: Sequence[str] = ()) -> LayerRule:
-        """The rule of one layer; no lowerings for a layer that stays dense. `also` are its other names: of layers that share its weight."""
+        """The rule of one layer; no lowerings for a layer that stays dense. `also` names the layers that share its weight."""
         names = (name, *also)
         if not _any_matches(names, self.include) or _any_matches(names, self.exclude):
             return LayerRule(name, (), 1, 1)
@@ -49,7 +49,7 @@ class LayerRules:
         return LayerRule(name, lowerings, min_rank, multiple)
 
     def groups_among(self, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-        """The groups of `names` that share a ratio; of several sharing rules that match a layer the last one has it."""
+        """The groups of `names` that share a ratio; where several sharing rules match a layer, the last one takes it."""
         groups: dict[int, list[str]] = {}
         for name in names:
             sharing = [i for i, rule in enumerate(self.rules) if rule.share_ratio and fnmatchcase(name, rule.match)]
@@ -96,7 +96,7 @@ class LayerRules:
         allowed = [lowering_named(name) for name in rule.lowerings or () if lowering_named(name).has_rank]
         takers = [lowering.name for lowering in allowed if lowering.supports(layer.spec)]
         if not takers:
-            alike = replace(layer.spec, lookup=False, tied=False)  # whose lowerings say most of an embedding
+            alike = replace(layer.spec, lookup=False, tied=False)  # what refuses an embedding for being one says most
             nearest_ones = [lowering for lowering in allowed if lowering.supports(alike)] or allowed
             refusals = list(dict.fromkeys(lowering.refusal(layer.spec) or "" for lowering in nearest_ones))
             return (

@@ -45,7 +45,7 @@ do not have."""
 TEMPER = 0.5
 """Exponent of the layers' absolute scales; 1 takes the second-order estimate at its word, 0 only each layer's shares."""
 NEGLIGIBLE = 1e-9
-"""Removed shares below this are rounding, of which no quotient can be taken."""
+"""Removed shares below this are rounding, by which nothing can be divided."""
 
 Weigher = Callable[..., Tensor]
 """(E [g, T/g, n], a layer's statistics, whether BN follows, damping) -> its damage, a number."""
@@ -74,7 +74,7 @@ BALANCED = "kfac_balanced"
 FORMS: dict[str, Weigher] = {"activation": activation, "fisher": fisher, "kfac": kfac, BALANCED: kfac}
 SENSITIVITIES = ("none", *FORMS)
 USUAL_SENSITIVITY = "kfac"
-"""Where there are data, and nothing else was named or scored better."""
+"""The one that is used where there are data, and nothing else was named or scored better."""
 ABSOLUTE = ("fisher", "kfac", BALANCED)
 """Those in units of the loss; the other shares are of the layer's own output."""
 
@@ -197,7 +197,7 @@ def weigh_several(
         absolute = []
     found: dict[str, dict[str, tuple[np.ndarray, float]]] = {name: {} for name in names}
     slots = find_slots(model)
-    by_weight, by_inputs = [], []  # layers that no batch, and that no gradient reaches
+    by_weight, by_inputs = [], []  # layers that no batch reaches, and that no gradient reaches
     for options in curves.layers:
         name, norm = options.layer.name, options.layer.norm is not None
         weight = slots[name].weight.detach().float()

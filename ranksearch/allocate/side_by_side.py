@@ -10,7 +10,7 @@ import torch
 
 
 def side_by_side(work: Sequence[Callable[[], object]]) -> None:
-    """Does all of it, by as many threads as torch may use, each of which computes alone; with one thread one after the other.
+    """Does all `work`, in as many threads as torch may use, each of which computes alone; with one thread, one after the other.
 
     The first error of any, in their order, is raised.
     """

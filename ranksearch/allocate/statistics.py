@@ -34,7 +34,7 @@ from ranksearch.lowering.padding import padded
 from ranksearch.lowering.weighting import SecondMoment
 
 ROWS = 8192
-"""Positions of one batch and layer that enter a moment; more are drawn from at random."""
+"""The most positions of one batch and layer that enter a moment; where there are more, so many are drawn at random."""
 WIDE = 1024
 """A moment over more inputs than this is kept as that many rows drawn at random, which stand for it: 4608² numbers are too many."""
 FISHER_NUMBERS = 2**24
@@ -132,9 +132,9 @@ class Statistics:
 
 
 def patches(x: Tensor, spec: LayerSpec) -> Tensor:
-    """What every output position of a layer is computed from: x [N, S, *in] -> a view [N, *out, S, *k]; of a Linear [N, .., S].
+    """What every output position of a layer is computed from: x [N, S, *in] -> a view [N, *out, S, *k]; for a Linear [N, .., S].
 
-    Of a transposed conv, which spreads its inputs, the equal conv: its input stretched with zeros, its kernel flipped.
+    A transposed conv, which spreads its inputs, is seen as the equal conv: its input stretched with zeros, its kernel flipped.
     """
     if not spec.is_conv:
         return x
@@ -190,7 +190,7 @@ class _Collector:
         # of its own, so that the inputs' moments are the same whether or not gradients are asked for
         self._of_gradients = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
         self.backward = False
-        """Whether gradients are being computed: a layer that is called then is one of a checkpoint's, which was counted before."""
+        """Whether gradients are being computed: a layer that is called then is called again by a checkpoint, and was counted before."""
         self._without_graph: set[nn.Module] = set()
 
     def watch(self, name: str, spec: LayerSpec, module: nn.Module) -> None:

@@ -38,7 +38,7 @@ WIDEST = 2048
 """A second moment over more inputs is kept as 1,024 drawn rows and the ridge: 16 MiB for 4,096 inputs and 43 MiB for 11,008, in the
 place of 64 and 462 MiB."""
 DIRECTIONS = "directions"
-"""Stands for a loss: random directions of the output, for nets whose outputs are compared by distance (embeddings)."""
+"""Takes the place of a loss: random directions of the output, for nets whose outputs are compared by distance (embeddings)."""
 
 
 def measure_weightings(
