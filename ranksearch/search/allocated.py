@@ -40,7 +40,7 @@ class Allocated:
         """
         self._search, self._curves, self._damage, self._rivals = space.search, curves, damage, rivals or {}
         self.predictions = [n for n in space.search.predictions or () if n in self._rivals or n in RULES]
-        """What competes at making plans, where several things do; the first one first."""
+        """What competes at making plans, the preferred one first; no more than one where nothing competes."""
         self._budgets = budgets_of(space, curves)
         self._levels, self._lowest = has_levels(space), lowest_level(space, curves)
         self._reference = model_reference(space.task, space.model)
@@ -106,4 +106,4 @@ class Allocated:
         ).plan
 
     def params_of(self, plan: RankPlan) -> dict[str, Any] | None:
-        """None: many corrections, or none at all, lead to a given plan."""
+        """Always None, since many corrections, or none at all, lead to a given plan."""

@@ -18,7 +18,7 @@ REST = "rest"
 
 
 MOST_OF_A_NET, MOST_BLOCKS = 0.7, 8
-"""A first name that holds more than this share of the layers is taken apart; and so many groups come of it at most."""
+"""A first name that holds more than this share of the layers is taken apart, into at most so many groups."""
 
 
 def blocks_of(names: Sequence[str]) -> dict[str, str]:

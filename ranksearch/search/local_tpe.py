@@ -31,15 +31,15 @@ from ranksearch.search.surrogate import Params, above_parabola, propose
 INTERRUPTED = "interrupted"
 """Outcome of a trial whose driver or worker was lost."""
 MIDDLE = (0.3, 0.7)
-"""A proposal falls here between its neighbours on the front."""
+"""Where a proposal falls between its neighbours on the front."""
 GAINED = 0.25
 """Share of a gap's area that a net in its middle gains, half-way in accuracy too."""
 NEAR_THE_TOP = 0.95
 BESIDE = 0.25
 """Where accuracy has a limit: the share of proposals that fill the front above it, rather than look for the cheapest net there."""
 LINE, NEXT = 0.4, 0.97
-"""There, the width of the neighbourhood that a line is laid through, in logarithms of the cost, and the dearest share of the cheapest cost
-that is worth a trial."""
+"""With such a limit: the width, in logarithms of the cost, of the neighbourhood that a line is laid through, and the largest share of the
+cheapest cost that is worth a trial."""
 LEAST_SCATTER, CLEARLY = 0.004, 2.0
 """What accuracies scatter about the line at least, and how many times that below the limit is a clear failure."""
 WIDTH = 0.2
@@ -64,7 +64,7 @@ class LocalTPE(BaseSampler):
         Args:
             distributions: every parameter that is searched.
             accuracy_at, cost_at: which of the study's values is the metric, and which the cost as a ratio of dense.
-            share: of a metric's value: what is called accuracy here, in [0, 1].
+            share: the share in [0, 1] of a metric's value, which is called accuracy here.
             dense: the dense net's metric: what is hoped for above the largest net of the front.
             least: a limit on what is called accuracy here: the cheapest net above it is looked for.
         """
@@ -79,7 +79,7 @@ class LocalTPE(BaseSampler):
         self._independent = RandomSampler(seed=seed)
 
     def reseed_rng(self) -> None:
-        """Nothing: draws depend on the seed, the trial's number (interrupted ones not counted) and the results."""
+        """Does nothing, since draws depend on the seed, the trial's number (interrupted ones not counted) and the results."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         # a trial that was enqueued draws what it does not bring along independently

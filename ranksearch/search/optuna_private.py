@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, Trial
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Meanwhile Optuna says nothing below a warning: a study shows its own progress. The process's own verbosity comes back."""
+    """Within, Optuna says nothing below a warning: a study shows its own progress. The process's own verbosity comes back."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
     try:

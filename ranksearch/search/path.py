@@ -60,7 +60,7 @@ def with_weights(space: Space, bench: Workbench, weights: State, log: Log) -> Wo
     """The workbench of the same net with other weights: curves and predictions are theirs, times of layers stay.
 
     Args:
-        space: with nothing left open of what plans are predicted by.
+        space: one that leaves nothing open about how plans are predicted.
     """
     model = bench.task.dense_model()
     model.load_state_dict(weights)

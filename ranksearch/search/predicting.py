@@ -40,14 +40,14 @@ IMAGES, WORK = (100, 500), 1e11
 """A plan is scored on as many images as take `WORK` MACs of the dense net, within these bounds."""
 BN_BATCHES = 3
 BEHIND = 0.1
-"""A candidate that is so much behind the best at the first level is not tried at another."""
+"""A candidate that is behind the best by more than this at the first level is not tried at another."""
 MARGIN, ERRORS = 0.005, 2
 """A candidate takes the place of the usual prediction where it is better by more than this share, and by more than so many standard errors
 of a score."""
 CLOSE, MOST, TRIALS_EACH = 0.03, 3, 8
-"""Where the usual prediction leads, what is better by half of what may be chance competes with it in the search; where another leads, the
-usual one unless it was far behind, for training may turn what untrained scores say, then what is within the share `CLOSE` of the leader. So
-many in all at most, and at most one rival for every so many trials."""
+"""What competes with the leader in the search. Where the usual prediction leads: whatever is better by half of what may be chance. Where
+another leads: the usual one, unless it was far behind, since training may turn what untrained scores say; then whatever is within the share
+`CLOSE` of the leader. At most `MOST` in all, and at most one rival for every `TRIALS_EACH` trials."""
 
 Name = TypeVar("Name")
 Weigh = Callable[[Sequence[str]], Mapping[str, Damage]]
@@ -55,7 +55,7 @@ Weigh = Callable[[Sequence[str]], Mapping[str, Damage]]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a study predicts by, settled."""
+    """What a study predicts by, once that is settled."""
 
     predictions: tuple[str, ...]
     """Sensitivities of the solver, and rules, that compete; the best first."""
@@ -157,7 +157,7 @@ class _Trial:
         return self._share_at(name, 0) >= max(self._share_at(other, 0) for other in self.found) - BEHIND
 
     def share(self, name: str) -> float:
-        """Mean share; of one that was not tried at every level as if it were as far behind the best at the others."""
+        """Mean share; a candidate that was not tried at every level counts as equally far behind the best at the others."""
         behind = max(self._share_at(other, 0) for other in self.found) - self._share_at(name, 0)
         known = [self._share_at(name, level) for level in range(len(self.found[name]))]
         for level in range(len(known), len(self.levels)):

@@ -51,7 +51,7 @@ class Scorer:
 
     @torch.no_grad()
     def _started(self, plan: RankPlan) -> dict[str, Any]:
-        """Where the decompositions begin that are iterations (`cp`): many plans share a layer's choice, and each is iterated once."""
+        """Where decompositions that are iterations (`cp`) begin: many plans share a layer's choice, and each choice is iterated once."""
         starts = {}
         for name, (slot, choice) in slots_of(self.model, plan).items():
             lowering = lowering_named(choice.lowering)

@@ -69,7 +69,7 @@ def newest_and_best(table: np.ndarray) -> np.ndarray:
 def nearest(table: np.ndarray, level: float, count: int = NEIGHBOURS) -> np.ndarray:
     """Indices of the complete trials nearest in level, of those that have one (plans that were given do not).
 
-    Of equally near ones (hundreds may lie at the budget itself) the newest: the same oldest ones tell nothing new.
+    Among equally near ones (hundreds may lie at the budget itself) these are the newest: the same old ones would tell nothing new.
     """
     done = np.flatnonzero(~np.isnan(table[:, 0] + table[:, 2]))[::-1]
     return done[indices_of_least(np.abs(np.log(table[done, 0] / level)), count)]

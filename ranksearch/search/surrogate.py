@@ -35,11 +35,11 @@ CANDIDATES, GOOD = 64, 0.25
 MOVED, STEPS = 0.5, (0.3, 0.8)
 """Chance of a parameter to be drawn anew, and the widths of the draw: a small and a large one (a parameter's range is 2)."""
 WIDENED = 4
-"""So many proposals that came to nothing double the widths."""
+"""After so many proposals that came to nothing the widths are doubled."""
 HOPE = 0.5
 """How many standard deviations of what is expected are hoped for."""
 WORST = 3.0
-"""What is farther below the median than so many times the best is above it (a net that diverged) counts as if it were so far below."""
+"""A net that is farther below the median than so many times the best is above it (it diverged) counts as just so far below."""
 UNLIKELY = 5.0
 """A setting whose logarithm of the evidence is so far behind the best is left out."""
 
@@ -162,7 +162,7 @@ class _Pairs:
 
     @classmethod
     def of(cls, x: np.ndarray, offsets: np.ndarray, y: np.ndarray, others: np.ndarray) -> _Pairs:
-        """Of points at (x [n, d], offsets [n]) and (y [m, d], others [m])."""
+        """Those of points at (x [n, d], offsets [n]) and (y [m, d], others [m])."""
         products = x @ y.T
         squared = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1) - 2 * products
         near = np.exp(-0.5 * ((offsets[:, None] - others) / ACROSS) ** 2)

@@ -50,12 +50,12 @@ class Workbench:
     rivals: Mapping[str, Damage] = field(default_factory=dict)
     """The same by the other sensitivities that compete, by name."""
     weightings: Mapping[str, Weighting] = field(default_factory=dict)
-    """The metric in which the layers of the dense net are cut; of no layer where it is that of the weights."""
+    """Layer -> the metric in which it is cut in the dense net; empty where that is the weights' own."""
     prediction: Prediction | None = None
     """What was settled by untrained scores, where the space left it open."""
 
     def settled(self, space: Space) -> Space:
-        """A space with nothing left open of what plans are predicted by."""
+        """The space with everything settled that plans are predicted by."""
         asked = space.search.sensitivity == AUTO and self.prediction is not None
         space = trained_alike(space, self.task)
         return self.prediction.settled(space) if asked else usual(space)  # type: ignore[union-attr]
