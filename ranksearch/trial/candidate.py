@@ -39,6 +39,6 @@ class Candidate:
     path: tuple[RankPlan, ...] = ()
     """The levels that a nested run trains, the smallest first; empty: the trial trains its plan alone."""
     drawn: int = 1
-    """Levels of each of its steps."""
+    """How many levels each of its steps trains."""
     weights: Place | None = None
     """The dense weights of a nested run that the trial starts from; None: the study's dense net."""

@@ -34,7 +34,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def stays() -> bool:
-    """Says that a machine is one that nobody takes away."""
+    """Says that the machine stays: nobody is going to take it away."""
     return False
 
 
@@ -55,8 +55,8 @@ class CheckpointFile:
     def save(self, state: dict[str, Any]) -> None:
         """Writes `state` (tensors, numbers, texts and containers of them) beside the old file, then in its place.
 
-        A store that refuses it, or a disk without room, is tried again when the next one is due: what a state spares is time, and the
-        trial goes on.
+        A store that refuses it, or a disk without room, is tried again when the next one is due: the trial goes on, since a state
+        only saves time.
 
         Raises:
             Leaving: the machine is going to be taken away; the state is written, if there was room.

@@ -1,7 +1,7 @@
-"""`Kept`: the best net of a trial so far. The last one need not be it: a small data set is learnt by heart, a rate may be too high.
+"""`Kept`: the best net of a trial so far. It need not be the last one: a small data set is learnt by heart, a rate may be too high.
 
 Candidates are the dense net decomposed as it is, what rungs score, what each phase ends with, and, where a moving average takes the place
-of the weights, those too. The validation metric decides, of equals the loss, of equals still the later one.
+of the weights, those too. The validation metric decides; between equals the loss, and then the later one.
 """
 
 from __future__ import annotations

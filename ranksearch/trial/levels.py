@@ -23,7 +23,7 @@ class Levels:
         """
         Args:
             path: the plans of the levels.
-            period: steps between two looks for the layers' bases.
+            period: steps between two searches for the layers' bases.
             drawn: levels of one step, all different; at most all of them.
         """
         self.path = tuple(path)
@@ -31,13 +31,13 @@ class Levels:
         self.drawn = min(drawn, len(self.path))
         self.seconds = 0.0
         self.records: list[dict[str, Any]] = []
-        """Nothing is recorded of single passes."""
+        """Always empty: single passes leave no records."""
         self._refresh(model)
 
     def at(self, step: int) -> list[int]:
         """The levels of a step: dealt from a shuffled deck of all of them, so that each has its turn before any has another.
 
-        The same whenever it is asked for, so that a run that goes on from its state needs no dice of it.
+        They are the same whenever they are asked for, so a run that goes on from its state has to keep no random numbers for them.
         """
         deals = len(self.path) // self.drawn
         deck = random.Random(f"{self._seed} {step // deals}").sample(range(len(self.path)), len(self.path))

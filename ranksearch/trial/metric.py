@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PERCENT = "%"
 ROUNDING = 1e-9
 TOLD_WORST = 10.0
-"""How many |d| worse than dense a sampler is told that a plan is which could not be tried."""
+"""A plan that could not be tried is told to the sampler as so many |d| worse than dense."""
 
 
 Direction = Literal["maximize", "minimize"]
@@ -57,7 +57,7 @@ class Metric:
         return {"name": self.name, "direction": self.direction, "unit": self.unit}
 
     def share(self, value: float) -> float:
-        """The larger the better; see above."""
+        """A value as a share, the larger the better; see above."""
         if self.unit == PERCENT:
             return value / 100 if self.direction == "maximize" else 1 - value / 100
         r = (value - self.dense) / (abs(self.dense) or 1.0)

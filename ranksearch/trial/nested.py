@@ -1,6 +1,6 @@
 """The nested run: one training of one dense weight under all levels of a path, from which nets of any budget are cut afterwards.
 
-It is a trial like any other: its own net is that of its plan. What it leaves beside it are the trained dense weights (`NESTED`), from which
+It is a trial like any other: its own net is that of its plan. Beside that net it leaves the trained dense weights (`NESTED`), from which
 a plan's net follows by decomposition and BN re-estimation alone.
 """
 

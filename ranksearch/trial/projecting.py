@@ -37,8 +37,8 @@ class Projecting:
         """
         Args:
             rates: learning rate of every step before the decomposition.
-            measure: the metric of the data as a model sees them, asked for at the first projection and at every `refresh`-th one then;
-                without `refresh` layers are cut in the weights' own.
+            measure: finds the metric of the data as a model sees them, at the first projection and then at every `refresh`-th one;
+                without `refresh` layers are cut in the weights' own metric.
         """
         self.plan, self.recipe = plan, recipe
         self.projector = Projector(

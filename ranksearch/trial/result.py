@@ -47,7 +47,7 @@ class TrialResult:
     """Why a GPU's training steps were not replayed from a recording; None where they were, and on a CPU."""
     reason: str | None = None
     placement: dict[str, Any] | None = None
-    """Where it ran (`placement.py`); None of a trial in the driver's own process."""
+    """Where it ran (`placement.py`); None for a trial in the driver's own process."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per phase: its name, the step, validation accuracy and loss, what else was found."""
     losses: list[dict[str, float]] = field(default_factory=list)

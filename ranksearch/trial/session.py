@@ -111,7 +111,7 @@ class Session:
         self.kept = Kept.from_state(known.get("kept"))
 
     def report_rungs(self) -> None:
-        """Reports again what a checkpoint knows of rungs: a driver that is another one now has not heard of it."""
+        """Reports again what a checkpoint knows of rungs: a new driver has not heard of it."""
         for entry in self.history:
             if entry["phase"] == RUNG:
                 self._tell(entry)
@@ -140,7 +140,7 @@ class Session:
         return self._metric.refresh if self._metric is not None else None
 
     def weightings(self, plan: RankPlan, model: nn.Module) -> dict[str, Weighting]:
-        """The metric of the data as `model` sees them now, of the layers that `plan` lowers; of none in the metric of weights."""
+        """The metric of the data as `model` sees them now, for the layers that `plan` lowers; empty in the metric of weights."""
         if self._metric is None:
             return {}
         lowered = {name for name, _ in plan.lowered()}
@@ -240,10 +240,10 @@ class Session:
         self, phase: str, model: nn.Module, step: int, plan: RankPlan | None, weightings: Mapping[str, Weighting],
         bn_batches: int, candidate: bool = True, /, **metrics: float,
     ) -> None:  # fmt: skip
-        """Scores a copy of `model`, decomposed by `plan` where there is one; what it draws, nothing else notices.
+        """Scores a copy of `model`, decomposed by `plan` where there is one; its draws disturb nothing else.
 
         Args:
-            candidate: as of `score`.
+            candidate: as in `score`.
         """
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             net = copied(model) if plan is None else self.same_(compress(model, plan, weightings=weightings))

@@ -96,21 +96,21 @@ def run_trial(
     """Runs the method under `plan` and returns its validation score and costs; the compressed net is written to `save_to`.
 
     `report` is called with the metrics of each phase, and at `rungs` (shares of the steps) with those of a copy that is projected
-    there; it may raise `Stopped`. With `latency` the net is timed so, in turn with the dense one. From `checkpoint`, which must be this
-    trial's own, it goes on where it stopped; there it keeps its state, also once it has ended: whoever
-    takes its result removes that, for a result that is lost on the way is found again from it. Divergence is a result: a loss or weights
+    there; it may raise `Stopped`. With `latency` the net is timed under that setting, in turn with the dense one. `checkpoint`, which must
+    be this trial's own, keeps its state, and the trial goes on from there where it stopped. The state stays once the trial has ended, since
+    a result that is lost on the way is found again from it; whoever takes the result removes it. Divergence is a result: a loss or weights
     that are not finite end the trial with status "diverged" and the metrics so far.
 
     With `metric` the layers are cut in the metric of the data.
     `watch` is called with the number of steps done, after each of them, for whoever shows it.
 
     With a `path` it is a nested run: all of these plans are trained at once, `drawn` of them at every step, and the dense weights are
-    written beside the net. `start` are weights of such a run to begin with; `dense` is the teacher still.
+    written beside the net. `start` holds weights of such a run to begin with; `dense` is still the teacher.
 
-    The net is the best candidate by the validation metric; with `last` that of the last step, for measurements whose dense net has seen the
-    validation images.
+    The net is the best candidate by the validation metric; with `last` it is that of the last step, for measurements whose dense net has
+    seen the validation images.
 
-    Of a `group` every process runs the trial, each on its part of every batch; rank 0 alone evaluates and writes, and all report alike.
+    In a `group` every process runs the trial, each on its part of every batch; rank 0 alone evaluates and writes, and all report alike.
     """
     cost = plan_cost(net, plan)
     status, reason = Status.COMPLETE, None
