@@ -30,9 +30,9 @@ class TaskKind:
     make_task: Callable[..., Task]
     """(model, data, validation, split_seed) -> the task."""
     normalise: Normalise | None = None
-    """What the model expects to have been done to its inputs, where that is known."""
+    """How the model expects its inputs to be normalised, where that is known."""
     own: TaskFile | None = None
-    """Where it is a task of the user's own."""
+    """The file and function that make it, where it is a task of the user's own."""
     splits_itself: bool = False
     """Whether its validation images may be left to the data."""
     reads_files: bool = False

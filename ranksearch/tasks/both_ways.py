@@ -16,9 +16,9 @@ in bf16, what a recording has missed by much more."""
 def difference(
     memory: Sequence[Tensor], generator: torch.Generator, by_hand: Callable[[], None], by_replay: Callable[[], bool]
 ) -> str | None:
-    """Makes a step by hand, undoes it, and makes it by replay; why replays are not to be trusted, None where they are.
+    """Makes a step by hand, undoes it, and makes it by replay; returns why replays cannot be trusted, None where they can.
 
-    The step has been made once then: as it was replayed, or by hand where these differ.
+    Afterwards the step has been made once: as it was replayed, or by hand where these differ.
 
     Args:
         memory: all that the step changes.

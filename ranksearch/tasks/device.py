@@ -68,7 +68,7 @@ def use_bf16(precision: str, device: torch.device, macs: int) -> bool:
 
 
 def channels_last_(model: nn.Module) -> nn.Module:
-    """Lays the weights of 2-D convs out as these compute fastest; those of other layers, for which it is no layout, stay as they are."""
+    """Lays the weights of 2-D convs out as these compute fastest; other layers, for which there is no such layout, keep theirs."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dim() == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
@@ -121,13 +121,13 @@ class CudaMemory:
 def allocatable(share: float, total: int) -> float:
     """What PyTorch may allocate, as a fraction of the device, so that a process stays within its `share` with its context.
 
-    A share too small for that is left half: it runs out of memory at once, which says more than an error of the allocator's.
+    Half of a share too small for that is left: PyTorch then runs out of memory at once, which says more than an allocator's error.
     """
     return max(share / 2, share - CONTEXT_BYTES / total)
 
 
 def device_memory() -> DeviceMemory | None:
-    """That of the current device; None on a CPU."""
+    """The memory of the current device; None on a CPU."""
     return CudaMemory() if torch.cuda.is_available() else None
 
 

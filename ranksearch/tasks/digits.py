@@ -49,7 +49,7 @@ def make_task(model: str, *, data: str | None, validation: int, split_seed: int)
 def _read() -> tuple[Tensor, Tensor]:
     """(images [1797, 1, 8, 8] of whole numbers 0..16, their digits [1797]), as `sklearn.datasets.load_digits` has them.
 
-    From scikit-learn's own file: importing the library takes a process another second, its pandas and scipy.stats among it.
+    They are read from scikit-learn's file, because importing the library, with pandas and scipy.stats, takes a process another second.
     """
     path = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
     table = torch.from_numpy(np.loadtxt(str(path), delimiter=",", dtype=np.uint8))

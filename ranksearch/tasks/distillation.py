@@ -31,7 +31,7 @@ class Distillation:
             outputs: with logits [N, classes, ...], as `class_logits` reads them.
 
         Raises:
-            UsageError: there is one class alone, over which nothing can be softened.
+            UsageError: there is only one class, over which nothing can be softened.
         """
         logits = class_logits(outputs)
         if logits.shape[1] < 2:

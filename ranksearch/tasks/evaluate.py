@@ -14,7 +14,7 @@ from ranksearch.tasks.source import Source
 from ranksearch.tasks.task import Task
 
 CPU_BATCH, GPU_BATCH = 125, 500
-"""On a CPU small batches keep their maps in its caches: chains of small layers are twice as fast so as in batches of 500."""
+"""On a CPU, small batches keep their maps in its caches: chains of small layers are then twice as fast as in batches of 500."""
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,10 @@ def build_model(name: str) -> nn.Module:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The bytes of an idx file as an array of the shape that its head gives; two zeros, type, number of axes, then their extents.
+    """The bytes of an idx file as an array of the shape in its head: two zeros, the type, the number of axes, then their extents.
 
     Raises:
-        UsageError: it is no idx file of bytes, or not whole.
+        UsageError: it is no idx file of bytes, or is cut short.
     """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

@@ -110,7 +110,7 @@ def middle_crop(width: int, height: int) -> tuple[float, float, float, float]:
 def make_task(model: str, *, data: str | None, validation: int | None, split_seed: int, workers: int) -> Task:
     """Images of the folder `data`: train/ to train on; val/ to choose by and test/, where there is one, to report.
 
-    With `validation`, so many images of train/ to choose by, and val/ to report.
+    With `validation`, that many images of train/ are to choose by, and val/ to report.
 
     Raises:
         UsageError: folders or images are missing, or the net has another number of outputs than there are classes.
@@ -123,7 +123,7 @@ def make_task(model: str, *, data: str | None, validation: int | None, split_see
     for name, classes in others.items():
         if classes != train.classes:
             odd = sorted(set(classes) ^ set(train.classes))
-            raise UsageError(f"{root}: train/ and {name}/ have not the same classes: {', '.join(odd[:5])}.")
+            raise UsageError(f"{root}: train/ and {name}/ do not have the same classes: {', '.join(odd[:5])}.")
     outputs = _outputs(net)
     if outputs != len(train.classes):
         named = ":".join(model.split(":")[:2])

@@ -20,7 +20,7 @@ from ranksearch.tasks.targets import split_batch
 
 CPU = torch.device("cpu")
 RANK_SEEDS = 1_000_003
-"""Between the seeds of two ranks."""
+"""Step from one rank's seed to the next."""
 WANTED = (
     "expected a pair (inputs, targets) of tensors, a dict of tensors with `labels`, a Dataset of (input, target) pairs or of such dicts, "
     "or a DataLoader or another iterable of (inputs, targets) batches or of such dicts"
@@ -242,7 +242,7 @@ class DatasetStream(Iterator[Batch]):
 
 
 def batch_text(source: Source, size: int) -> str:
-    """How large training batches are where `size` is asked for, in words: a loader of the user's makes them in its own size."""
+    """In words, how large training batches are where `size` is asked for: a loader of the user's keeps its own size."""
     if not isinstance(source, Loaded):
         return str(min(size, len(source)))
     own = getattr(source.loader, "batch_size", None) or getattr(

@@ -44,7 +44,7 @@ class Optimisation(Updates):
 
     @classmethod
     def of(cls, updates: Updates, *, total_steps: int, bf16: bool) -> Optimisation:
-        """What a recipe says, in a training of so many steps."""
+        """What a recipe says, for a training of `total_steps`."""
         said = {field.name: getattr(updates, field.name) for field in fields(Updates)}
         return cls(**said, total_steps=total_steps, bf16=bf16)
 

@@ -162,7 +162,7 @@ def _sendable(error: Exception | None) -> Exception | None:
 
 @contextmanager
 def synchronised(model: nn.Module, group: Group) -> Iterator[None]:
-    """Meanwhile the BN layers of a model on a GPU take their statistics over the whole batch, as one process would.
+    """Within, the BN layers of a model on a GPU take their statistics over the whole batch, as one process would.
 
     The layers in their place share their parameters and buffers. On a CPU, for which torch has no such layer, a rank's statistics are those
     of its own part; scores do not see them, because BN is re-estimated before each, on the same batches on every rank.

@@ -64,7 +64,7 @@ def _check_batch(task: Task, model: nn.Module, split: str, batch: Batch) -> None
 def _check_accuracy(outputs: Any, targets: Any, loss: Tensor) -> None:
     """Accuracy is the metric of a net that names none and computes its loss itself only where that loss is plain cross-entropy.
 
-    Of a language model, whose labels are shifted, or of a regression it would be a number that means nothing.
+    For a language model, whose labels are shifted, or for a regression, it would be a number that means nothing.
     """
     try:
         plain = cross_entropy(outputs, targets)

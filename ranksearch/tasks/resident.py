@@ -85,7 +85,7 @@ class Resident:
         return replace(self, **self._halves(lambda half: picked(half, index)))
 
     def first(self, count: int) -> Resident:
-        """The first `count` samples, or all where there are no more."""
+        """The first `count` samples, or all where there are fewer."""
         return replace(self, **self._halves(lambda half: cut(half, 0, count)))
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
@@ -129,7 +129,7 @@ class ResidentStream(Iterator[Batch]):
 
     def made(self, index: Tensor) -> Batch:
         """The batch of an index; nothing in it waits for the device."""
-        # augmented whole and cut then: every rank draws what a single process would
+        # augmented whole, then cut: every rank draws what a single process would
         return self._group.shard(self._source.training_batch(index, self._generator))  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, object]:

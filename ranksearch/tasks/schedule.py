@@ -8,7 +8,7 @@ from math import cos, pi
 
 STEP_FACTOR = 0.1
 OPTIMIZER_NAMES = ("sgd", "adamw")
-"""What `train.py` has; here for those that it imports."""
+"""The optimizers of `optimisation.py`; it imports their names from here."""
 
 
 def _cosine(progress: float) -> float:

@@ -39,7 +39,7 @@ class Source(Protocol):
         """Every sample once, as it is; batches that a loader of the user's makes keep their size."""
 
     def stream(self, batch_size: int, generator: torch.Generator, group: Group = ALONE) -> Stream:
-        """Training batches of `batch_size` without end; of several workers each draws the same ones and takes its part of them."""
+        """Training batches of `batch_size` without end; several workers all draw the same ones, and each takes its part."""
 
 
 def calibration_batches(train: Source, count: int, batch_size: int, generator: torch.Generator) -> Iterator[Any]:

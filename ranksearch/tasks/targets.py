@@ -35,7 +35,7 @@ def without_targets(inputs: Any) -> Any:
 def split_batch(found: Any, split: str, kept: tuple[str, ...]) -> tuple[Any, Any]:
     """(inputs as the net is called with them, targets) of a batch: a pair, a tuple that ends on the targets, or a dict that holds them.
 
-    Of a dict the targets are the value of its one target, a dict of several, or None where there is none.
+    The targets of a dict are the value of its one target, a dict where it has several, or None where it has none.
 
     Args:
         kept: targets that stay among the inputs, too.

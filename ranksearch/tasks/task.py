@@ -37,7 +37,7 @@ class Task:
     `start_positions`, `end_positions`), or end on its targets: (input, input, targets).
 
     Raises:
-        UsageError: an argument is of no use; one sentence.
+        UsageError: an argument cannot be used; the text says why in one sentence.
     """
 
     model: nn.Module
@@ -53,8 +53,8 @@ class Task:
     tokens), or over the last one of outputs with `logits` [N, tokens, classes]."""
     metric: MetricFunction | None = None
     """(outputs, targets) of the whole split -> number; or an object with reset(), update(outputs, targets) and compute(), fed batch by
-    batch (torchmetrics' are such). Both are given tensors on the CPU; of outputs with `logits` those, where no loss is given. Left out,
-    accuracy in percent."""
+    batch (torchmetrics' are such). Both are given tensors on the CPU: the `logits` of outputs that have them, where no loss is given.
+    Left out, accuracy in percent."""
     metric_name: str | None = None
     """Left out, the metric's own."""
     direction: Literal["maximize", "minimize"] = "maximize"

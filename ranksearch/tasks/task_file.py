@@ -111,7 +111,7 @@ class TaskFile:
         """The task that the function returns, tried out on a batch; made once per process, however often it is asked for.
 
         Raises:
-            UsageError: the file, its function or what that returns is of no use; one sentence.
+            UsageError: the file, its function or what that returns cannot be used; the text says why in one sentence.
         """
         return _made(self.code, self.function, self.path.stem)
 
@@ -142,7 +142,7 @@ def _made(code: TaskCode, function: str, name: str) -> Task:
 
 @contextmanager
 def told_of_user_code() -> Iterator[None]:
-    """Turns whatever a task file raises outside of a trial, in its loss while the dense net is scored, say, into a sentence with its line.
+    """Turns what a task file raises outside of a trial (in its loss while the dense net is scored, say) into a sentence with its line.
 
     Raises:
         UsageError: an exception went through a task file, `sys.exit` among them; what did not is raised as it is.
@@ -161,8 +161,8 @@ def told_of_user_code() -> Iterator[None]:
 
 @contextmanager
 def _as_a_guest() -> Iterator[None]:
-    """While a user's code runs: what it prints goes to stderr, it finds no arguments but the program's name, for the command line is ours,
-    and the working directory, in which a study's relative folders lie, is afterwards what it was."""
+    """Surrounds a user's code: what it prints goes to stderr; it finds no arguments but the program's name, since the command line is
+    ours; and the working directory, in which a study's relative folders lie, is afterwards what it was."""
     arguments, here = sys.argv, Path.cwd()
     sys.argv = arguments[:1]
     try:

@@ -45,7 +45,7 @@ class TrainStats:
 
 
 Passes = Callable[[int], Iterable[float]]
-"""Step of the schedule -> the share in its loss of each of its passes; between them the weights may be others (`compress/nesting.py`)."""
+"""Step of the schedule -> the share in its loss of each of its passes; the weights may change between them (`compress/nesting.py`)."""
 
 
 def once(step: int) -> Iterable[float]:
@@ -75,8 +75,8 @@ class Training:
         """
         Args:
             passes: the forward and backward passes of a step.
-            group: with others each trains on its part of a batch, with the mean of the gradients; losses are the whole batch's.
-            recorder: records steps and replays them; left out, that of the device, which a CPU has none of.
+            group: the processes that train together, each on its part of a batch, by the mean gradient; losses are the whole batch's.
+            recorder: records steps and replays them; left out, the device's own; a CPU has none.
         """
         self.model = channels_last_(model).train()
         self.settings, self.steps, self.done = settings, steps, 0
@@ -98,7 +98,7 @@ class Training:
         self.eager: str | None = None
         """Why steps are not replayed as one graph; None where they are, or there is no GPU."""
         self.between: str | None = None
-        """The same of what is done between steps, such as projections."""
+        """The same for what is done between steps, such as projections."""
         if self._recorder is not None and (group.world > 1 or settings.compile):
             self.eager = "several processes train it" if group.world > 1 else "torch.compile records by itself"
         if self._recorder is not None and passes is not once:
@@ -165,9 +165,9 @@ class Training:
         return loss
 
     def _replayed_step(self, replayed: Replayed, rate: float) -> Tensor | None:
-        """A step on tensors that stay where they are: the batch (of data in memory its index), the learning rate, the loss.
+        """A step on tensors that stay where they are: the batch (for data in memory, its index), the learning rate, the loss.
 
-        None where this step has to be made as ever: a batch of another form, for which `_last` is set, or no recording at all.
+        None where this step has to be made the usual way: its batch, now `_last`, has another form, or there is no recording at all.
         """
         if replayed.reason is not None:
             self.eager, self._replayed = replayed.reason, None
@@ -316,7 +316,7 @@ class Training:
 @torch.no_grad()
 def _average_(average: AveragedModel, model: nn.Module, decay: float) -> None:
     """`average.update_parameters(model)` of an exponential average without its copies from the CPU, which cannot be recorded."""
-    if average.n_averaged == 0:  # on the CPU; recorded is a later step
+    if average.n_averaged == 0:  # it copies from the CPU; only later steps are recorded
         average.update_parameters(model)
         return
     torch._foreach_lerp_(list(average.module.parameters()), list(model.parameters()), 1 - decay)
