@@ -6,7 +6,7 @@
 2. ResNet-20 and ResNet-32 on CIFAR-10 from the public checkpoints: a plan by every allocator at 75, 50 and 35 % of the FLOPs, decomposed,
    BN statistics re-estimated, scored on validation images. No training. Test accuracy is read for the solver's plans and the uniform ones.
 3. The same nets, the solver's plans at 50, 35 and 28 % of the FLOPs with and without the pivoted forms, scored on test images
-   (`test_{net}_{percent}_{lowerings}`), of which nothing here is chosen by. `--only pivoted` is this part alone.
+   (`test_{net}_{percent}_{lowerings}`), by which nothing here is chosen. `--only pivoted` is this part alone.
 
     python scripts/bench_allocators.py --json > allocators.json       about 40 minutes on two cores
     python scripts/bench_allocators.py --quick                        less of everything, within a minute

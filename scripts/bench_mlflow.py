@@ -4,7 +4,7 @@ python scripts/bench_mlflow.py [--trials 200] [--store sqlite|server] [--json] [
 
 Two studies of the same seed are driven in turn, ten trials of each, one of them with MLflow; between two trials the driver sleeps
 for `--trial-ms`, as it does while workers train (200 ms: three hundred workers on trials of a minute). Of each trial the driver's
-time is taken: its ask, its tell, the call that logs it. What the mirror's thread has before it may go on during the logged study's
+time is taken: its ask, its tell, the call that logs it. The mirror's thread may go on with its backlog during the logged study's
 next trials, and is waited for before the other's.
 
 log_ms_per_trial      median of what the logged study's trials take the driver more than the other's (paired by trial number)

@@ -15,7 +15,7 @@ net of a task is trained by one recipe (AdamW, one learning rate, one batch size
 | `optuna` | plain Optuna (TPE over a rank and a lowering per layer) |
 | `ours` | the search as it is by default |
 
-`optuna` and `ours` have as many trials as each other; of their nets within a cost the one that is best on validation counts. Every figure
+`optuna` and `ours` have as many trials as each other; the best of their nets on validation within a cost counts. Every figure
 is on test; `above_X` is ours less X in points (of a metric that is not in percent: percent of the dense net's value), the mean over both
 costs.
 

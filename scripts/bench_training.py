@@ -1,4 +1,4 @@
-"""Images per second of our training loop against a plain one, same net, same batches' size, in one run, on random images.
+"""Images per second of our training loop against a plain one: the same net and batch size, in one run, on random images.
 
   plain       fp32, torch's DataLoader over a dataset that crops, flips and normalises image by image; with no worker process, with
               two, and with as many as there are cores (up to 8)

@@ -1,9 +1,9 @@
-"""Odd files, settings, user code and machine states, hundreds of them: each ends with the exit code that it should, and a sentence.
+"""Hundreds of odd files, settings, pieces of user code and machine states: each must end with the right exit code and a sentence.
 
 python scripts/drill_strangers.py [--json] [--quick]
 
 A small study of a user's own task is made once; every case changes a copy of its folder, or writes a task or a space of its own, and
-calls the command line on it, in this process with its output taken (what needs a process of its own has one). What the cases are is
+calls the command line on it, in this process with its output taken (what needs a process of its own has one). The cases are
 in `strange_cases.py`. Each case is a row: exit code and first line.
 
 cases             how many were tried

@@ -1,6 +1,6 @@
 """Writes docs/search_space.md: every key of a search space with type, range, default, whether it may be searched, and what it is.
 
-All of it is read from the schema (`ranksearch/search/space*.py`): annotations, defaults, and the docstring under each key.
+All of it is read from the schema (`ranksearch/space/`): annotations, defaults, and the docstring under each key.
 
     python scripts/make_schema_page.py            writes the page
     python scripts/make_schema_page.py --check    exit code 1 where the page is not what would be written

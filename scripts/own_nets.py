@@ -1,4 +1,4 @@
-"""Nets that are no image classifiers, for `check_nets.py`: those of Hugging Face in small configurations, random weights, and nets that
+"""Nets that are no image classifiers, for `check_nets.py`: Hugging Face's in small configurations with random weights, and nets that
 people write themselves (an LSTM tagger, a siamese U-Net, a video net of Conv3d).
 
 `NETS` holds for each a function that makes the net and one that makes an example of a number of samples.

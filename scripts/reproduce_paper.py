@@ -8,7 +8,7 @@
 
 A ratio is dense parameters / compressed parameters of the whole net, batch norm and classifier included (harder than over the convs
 alone). Test accuracy is read once, at a run's end, from the net as it is loaded from disk; nothing is chosen on it. The paper does not
-tell its schedule; here all runs share one: SGD, linear warm-up, cosine. Finished runs are kept in `--out`; a stopped script goes on.
+state its schedule; here all runs share one: SGD, linear warm-up, cosine. Finished runs are kept in `--out`; a stopped script goes on.
 
     python scripts/reproduce_paper.py --epochs 100 --seeds 3                     in full, for a GPU: the paper's period of 200 steps
     python scripts/reproduce_paper.py --epochs 1 --seeds 2 --period 20           two cores, about an hour and a half

@@ -1,7 +1,7 @@
 """Training runs that a measurement compares: CIFAR-10 and a trained dense net, one run per plan, recipe and seed, each kept on disk.
 
-A run that is on disk is not made again, one that was stopped goes on where it was. The test set is read once, at a run's end, of the net
-that the run ends with: the public checkpoints have seen the validation images, by which the untrained net would look best.
+A run that is on disk is not made again; one that was stopped goes on where it was. The test set is read once, at a run's end, for the net
+that it ends with: the public checkpoints have seen the validation images, by which the untrained net would look best.
 """
 
 from __future__ import annotations
