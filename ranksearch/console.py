@@ -194,7 +194,8 @@ class Terminal:
             at = f"{100 * row['macs_ratio']:.1f} % of MACs" if share is None else f"{share:.1f} % of {COST_NAMES[cost]}"
             what = f"{study.metric.text(row['val_accuracy'])} at {at}, {row['seconds']:.0f} s"
         else:
-            what = f"{row['status']}: {(row['reason'] or '').splitlines()[0] if row['reason'] else ''}"
+            first, _, _ = (row["reason"] or "").partition("\n")
+            what = f"{row['status']}: {first}"
         joined = row["status"] == "complete" and row["trial"] in study.on_front
         line = f"trial {row['trial']:03d} ({row['allocator']}): {what}{' · joins the front' if joined else ''}"
         bad = row["status"] in ("failed", "diverged")

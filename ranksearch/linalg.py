@@ -79,7 +79,7 @@ def _gram(matrix: Tensor) -> tuple[Tensor, bool]:
     return row_gram(matrix if rows_smaller else matrix.mT), rows_smaller
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors; in fp64 where fp32 does not converge, as happens for weights with many dead channels."""
     try:
         values, vectors = torch.linalg.eigh(gram)
@@ -129,7 +129,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> LowRank:
     _check_rank(matrix, rank)
     scaled, scale = moderate(matrix)
     gram, rows_smaller = _gram(scaled)
-    values, vectors = _eigh(gram)  # ascending
+    values, vectors = eigh(gram)  # ascending
     basis = vectors[..., -rank:].flip(-1)
     left, right = (basis, basis.mT @ scaled) if rows_smaller else (scaled @ basis, basis.mT)
     left, right = (left, rescaled(right, scale)) if rows_smaller else (rescaled(left, scale), right)
@@ -219,7 +219,7 @@ def leading_of_gram(gram: Tensor, rank: int, start: Tensor | None) -> tuple[Tens
         excess = (coupling / gap.clamp_min(1e-38)).sum(-1)
         if bool(((gap > 0).all(-1) & (excess <= 2 * CERTIFIED * left_out)).all()):
             return vectors, left_out, energy
-    values, vectors = _eigh(gram)
+    values, vectors = eigh(gram)
     return vectors[..., -rank:], values[..., :-rank].double().clamp_min(0).sum(-1), energy
 
 

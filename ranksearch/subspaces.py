@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ranksearch.linalg import CERTIFIED
+from ranksearch.linalg import CERTIFIED, eigh
 
 RIDGE = 1e-5
 """Added to the unit diagonal on the way, so that columns that have grown alike do no harm; the last pass goes without."""
@@ -105,12 +105,8 @@ def _norm_bound(matrix: Tensor) -> Tensor:
 
 def leading_exactly(gram: Tensor, columns: Tensor) -> Subspaces:
     """The same by `eigh`, for all of them at once; small ones on the CPU, where that is several times faster than on a GPU."""
-    there = gram.cpu() if gram.shape[-1] <= ON_CPU else gram
-    try:
-        values, vectors = torch.linalg.eigh(there)
-    except torch.linalg.LinAlgError:
-        values, vectors = torch.linalg.eigh(there.double())
-    values, vectors = (found.to(gram).flip(-1) for found in (values, vectors))
+    found = eigh(gram.cpu() if gram.shape[-1] <= ON_CPU else gram)
+    values, vectors = (part.to(gram).flip(-1) for part in found)
     count = columns.shape[-1]
     basis = vectors[..., :count] * columns[:, None, :]
     kept = (values[..., :count].clamp_min(0) * columns).sum(-1, dtype=torch.float64)

@@ -25,8 +25,6 @@ from ranksearch.lowering.padding import Pad, padded
 from ranksearch.lowering.spec import own_forward, own_methods
 from ranksearch.lowering.tiled import leave_as_it_is_
 
-OLD_NAMES = ("weight_g", "weight_v")
-
 
 @dataclass(frozen=True)
 class AsPlain:

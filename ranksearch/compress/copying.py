@@ -73,7 +73,7 @@ def _tie_(model: nn.Module, made: nn.Module) -> None:
 def _rebound(value: Any, memo: dict[int, Any], depth: int = 2) -> Any:
     """`value` with functions that hold the original's modules and tensors replaced by functions that hold the copy's."""
     if isinstance(value, types.FunctionType) and value.__closure__:
-        held = [cell.cell_contents if _is_filled(cell) else None for cell in value.__closure__]
+        held = [cell.cell_contents if is_filled(cell) else None for cell in value.__closure__]
         instead = [_counterpart(item, memo) for item in held]
         if all(new is old for new, old in zip(instead, held, strict=True)):
             return value
@@ -106,7 +106,8 @@ def _counterpart(item: Any, memo: dict[int, Any], depth: int = 2) -> Any:
     return item
 
 
-def _is_filled(cell: types.CellType) -> bool:
+def is_filled(cell: types.CellType) -> bool:
+    """Whether a cell of a closure holds a value yet."""
     try:
         return cell.cell_contents is cell.cell_contents
     except ValueError:

@@ -24,6 +24,11 @@ Build = Callable[[str], nn.Module]
 """Makes the untrained dense model that a plan's `model` names."""
 
 
+def unneeded(name: str) -> nn.Module:
+    """The `Build` of a format that holds what a net computes: nothing asks it for an architecture."""
+    raise NotImplementedError(name)
+
+
 def save_net(model: nn.Module, plan: RankPlan, directory: Path) -> None:
     """Writes the state dict and the plan that rebuilds the architecture; neither file is ever half written, and both are on the disk.
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from ranksearch.compress.copying import is_filled
+
 DEPTH = 3
 """Lists and dicts within one another that are looked into."""
 
@@ -39,7 +41,7 @@ def _functions(kind: type) -> Iterator[types.FunctionType]:
 
 def _held(function: types.FunctionType) -> list[Any]:
     """What a function may compute with beside its arguments: its closure, its defaults, the globals that it names."""
-    held = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    held = [cell.cell_contents for cell in function.__closure__ or () if is_filled(cell)]
     named = [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
     return [*held, *(function.__defaults__ or ()), *named]
 
@@ -48,15 +50,8 @@ def _modules(value: Any, depth: int) -> Iterator[nn.Module]:
     if isinstance(value, nn.Module):
         yield from value.modules()
     elif isinstance(value, types.FunctionType) and depth:
-        for cell in filter(_is_filled, value.__closure__ or ()):
+        for cell in filter(is_filled, value.__closure__ or ()):
             yield from _modules(cell.cell_contents, depth - 1)
     elif isinstance(value, dict | list | tuple | set) and depth:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _modules(item, depth - 1)
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is cell.cell_contents
-    except ValueError:
-        return False

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ranksearch.compress.export import unneeded
 from ranksearch.compress.formats import FORMATS, OPSET, Function, format_named, opened_onnx, quiet, told
 from ranksearch.compress.inputs import call, repeated
 from ranksearch.compress.plan import RankPlan
@@ -85,11 +86,7 @@ def _net_in_onnx(model: nn.Module, batch: Any) -> Function:
     example = repeated(batch, TRACED_BATCH)
     with tempfile.TemporaryDirectory() as folder:
         FORMATS["onnx"].write(model.cpu(), RankPlan(), example, Path(folder))
-        return FORMATS["onnx"].open(Path(folder), _no_build)
-
-
-def _no_build(name: str) -> nn.Module:
-    raise NotImplementedError(name)  # an ONNX file needs no architecture
+        return FORMATS["onnx"].open(Path(folder), unneeded)
 
 
 class _Branches(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from ranksearch.compress.export import save_net
+from ranksearch.compress.export import save_net, unneeded
 from ranksearch.compress.exported import CHECKED_BATCHES, export_net
 from ranksearch.compress.formats import Format
 from ranksearch.compress.plan import RankPlan
@@ -78,13 +78,9 @@ def export_alone(
         raise UsageError(f"{folder} holds something already: name another folder (output=…).")
     with new_folder_atomically(folder) as partial:
         found = export_net(
-            model, RankPlan(), example, partial, form=form, build=_unneeded, fold_bn=fold_bn,
+            model, RankPlan(), example, partial, form=form, build=unneeded, fold_bn=fold_bn,
             others=[] if dense is None else [dense], dense=dense,
         )  # fmt: skip
     facts = asdict(found) | {"latency_dense_ms": found.others_ms[0] if found.others_ms else None}
     del facts["others_ms"]
     return {"folder": str(folder), "format": form.name, "checked_batches": list(CHECKED_BATCHES)} | facts
-
-
-def _unneeded(name: str) -> nn.Module:
-    raise NotImplementedError(name)  # traced formats hold what a net computes

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ranksearch.errors import first_line
+
 WARM_STEPS = 3
 """Runs before a recording: libraries choose their algorithms and optimizers make their state in them."""
 SWITCH = "RANKSEARCH_CAPTURE"
@@ -82,14 +84,14 @@ class CudaGraphs:
 
 
 def recorder_for(device: torch.device, generators: Sequence[torch.Generator]) -> Recorder | None:
-    """That of a GPU; None on a CPU, and where the environment says so."""
+    """A GPU's recorder; None on a CPU, and where the environment says so."""
     if device.type != "cuda" or os.environ.get(SWITCH, "auto") == "off":
         return None
     return CudaGraphs(device, generators)
 
 
 class Replayed:
-    """Statements that are run `WARM_STEPS` times, recorded then, and replayed from there on; eager for ever where that cannot be."""
+    """Statements that are run `WARM_STEPS` times, then recorded and replayed from there on; where that fails, they are run each time."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -124,7 +126,7 @@ class Replayed:
             try:
                 self._replay = self._recorder.record(work)
             except Exception as error:
-                self.reason = _first_line(error)
+                self.reason = _first_wrong(error)
                 return work()
         return self._replay()
 
@@ -135,8 +137,8 @@ def _drawn_on_cpu() -> Any:
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(keys).tobytes(), place
 
 
-def _first_line(error: BaseException) -> str:
+def _first_wrong(error: BaseException) -> str:
     """The first thing that went wrong: the end of a failed capture raises an error of its own on top."""
     while error.__context__ is not None:
         error = error.__context__
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
