@@ -178,7 +178,7 @@ def export(
         )
     if trial is None:
         raise UsageError(
-            "Which net? Name a TRIAL by its number, or `best`; of a nested study, any budget by --at flops=37%."
+            "Which net? Name a TRIAL by its number, or `best`; in a nested study, any budget by --at flops=37%."
         )
     row = pick_trial(study, trial, budgets, at_least)
     folder = target_folder(study, row.trial, form, given, force=force)

@@ -169,7 +169,7 @@ class Curves:
         return self.net.bytes_per_weight if cost == "size" else COSTS[cost].per_unit
 
     def fixed(self, cost: str) -> int:
-        """What no plan changes of a cost, in its own unit: layers that are none of ours, buffers, the time between layers."""
+        """What no plan changes of a cost, in its own unit: layers that cannot be lowered, buffers, the time between layers."""
         kind = COSTS[cost]
         if kind.axis == NANOSECONDS:
             assert self.timing is not None

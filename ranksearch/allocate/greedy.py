@@ -44,7 +44,7 @@ def candidates(options: LayerOptions) -> np.ndarray:
 def measure_scores(
     curves: Curves, score: Callable[[RankPlan], float], tell: Callable[[int, int], None] = lambda done, total: None
 ) -> Scores:
-    """Scores every candidate of every layer by itself; `score(plan)` is higher for a better net, `tell(done, total)` hears of progress."""
+    """Scores every candidate of every layer by itself; `score(plan)` is higher for a better net, `tell(done, total)` is called at each."""
     chosen = {o.layer.name: candidates(o) for o in curves.layers}
     total, done = 1 + sum(map(len, chosen.values())), 1
     dense, layers = score(RankPlan()), {}

@@ -135,7 +135,7 @@ def by_milp(
 
 
 def least(objective: np.ndarray, problem: Problem, time_limit: float, free: int | None = None) -> np.ndarray | None:
-    """Options [L] of least `objective` [L, N] that are within all limits, but for the cost `free`; None where none was found."""
+    """Options [L] of least `objective` [L, N] that are within all limits except that on the cost `free`; None where none was found."""
     bounded = np.arange(len(problem.costs)) != free
     usable = np.where(np.isfinite(problem.damage), objective, np.inf)
     for limit in (1.0, 1.0 - SLACK):

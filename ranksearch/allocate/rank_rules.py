@@ -19,7 +19,7 @@ def stable_rank(squared: np.ndarray) -> float:
 def evbmf_rank(squared: np.ndarray, shape: tuple[int, int]) -> int:
     """The number of components that variational Bayes takes for signal: low rank plus Gaussian noise of unknown variance.
 
-    Closed form but for the noise variance, a search along a line.
+    It has a closed form, except for the noise variance, which is searched along a line.
 
     Args:
         squared: squared singular values [min(n, m)], descending.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ranksearch.compress.axes import fixed_axes, free_axes, stretched
 from ranksearch.compress.copying import copied
-from ranksearch.compress.export import Build
+from ranksearch.compress.export import Build, unneeded
 from ranksearch.compress.fold import fold_bn_
 from ranksearch.compress.formats import FORMATS, Format, Function, told, traced
 from ranksearch.compress.inputs import batch_size, call, mapped, shape_of
@@ -116,13 +116,9 @@ def _in_the_same_runtime(dense: nn.Module, batch: Any, form: Format, *, fold_bn:
             fold_bn_(source, traced(source, batch))
         with tempfile.TemporaryDirectory() as folder:
             form.write(source, RankPlan(), batch, Path(folder))
-            return [form.open(Path(folder), _no_build)]
+            return [form.open(Path(folder), unneeded)]
     except StudyError:
         return []
-
-
-def _no_build(name: str) -> nn.Module:
-    raise NotImplementedError(name)  # a traced format needs no architecture
 
 
 def check_fold(form: Format, fold_bn: bool) -> None:
@@ -147,7 +143,7 @@ def max_rel_error(function: Function, net: nn.Module, batches: Sequence[Any], *,
     for batch in batches:
         wanted, found = listed(call(net, batch)), listed(function(batch))
         if not wanted:
-            raise UsageError("Nets that return tensors can be exported; this one returns none.")
+            raise UsageError("This net returns no tensor: only a net that returns tensors can be exported.")
         if [x.shape for x in found] != [x.shape for x in wanted]:
             raise StudyError(
                 f"The exported net returns {shape_of(tuple(found))} where the net returns {shape_of(tuple(wanted))}; it was removed."

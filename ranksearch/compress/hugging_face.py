@@ -60,7 +60,9 @@ def from_pretrained(folder: str | Path) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise UsageError("from_pretrained needs transformers, which is not installed here.") from error
+        raise UsageError(
+            "from_pretrained needs transformers, which is not installed here: `pip install transformers`."
+        ) from error
     config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(getattr(config, KEY, None), dict):
         raise UsageError(

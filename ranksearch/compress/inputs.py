@@ -54,7 +54,7 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def mapped(function: Callable[[Any], Any], value: Any, kind: type = Tensor) -> Any:
-    """`value` with `function` of each of its tensors (each instance of `kind`) in that one's place; containers are made anew.
+    """`value` with each of its tensors (instances of `kind`) replaced by `function` of it, in new containers.
 
     A tensor that is there twice stays one: a net may ask whether its key is its query.
     """

@@ -1,12 +1,12 @@
 """`LatencyTable`: measured times of layers under their lowerings and ranks, kept on disk and asked for any rank.
 
 Ranks are measured at every multiple of the device's step up to the largest rank that saves MACs or params, at half a step, and at that
-largest rank itself. Where other ranks may be chosen, two more are measured in each step: one just above its beginning and one amid it that
-is no multiple of 4; and the smallest rank of all. ONNX Runtime takes the whole step's time for multiples of 4 and up to a quarter more for
-others; PyTorch climbs evenly, but for cliffs where it changes to another kernel (for one image where the input exceeds 20,480 values). So
-time is interpolated among multiples of 4, and among the others, and where it changes much from one measured rank to the next, ranks between
-them are measured until it does not. A format with several ranks has a coarse grid of them: one of multiples of the step, and one of others
-where those may be chosen.
+largest rank itself. Where other ranks may be chosen, two more are measured in each step: one just above its beginning and one in its
+middle, which is no multiple of 4; and the smallest rank of all. ONNX Runtime takes the whole step's time for multiples of 4 and up to a
+quarter more for others; PyTorch climbs evenly, except for cliffs where it changes to another kernel (for one image where the input exceeds
+20,480 values). So time is interpolated among multiples of 4, and among the others, and where it changes much from one measured rank to the
+next, ranks between them are measured until it does not. A format with several ranks has a coarse grid of them: one of multiples of the
+step, and one of others where those may be chosen.
 """
 
 from __future__ import annotations

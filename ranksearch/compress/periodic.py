@@ -119,7 +119,7 @@ def project_every(
 
     Args:
         model: may be wrapped by DistributedDataParallel, DataParallel or torch.compile; the plan's names are those of the model itself.
-            Layers of the plan that make their weight by code of their own (standardised ones) compute the same and make it no more.
+            Layers of the plan that make their weight by code of their own (standardised ones) become plain ones that compute the same.
         period: optimizer steps between two projections; ten projections or more pay.
         energy_transfer, norms, weightings: as for `Projector`; its `weigh` brings fresher weightings on the way.
 

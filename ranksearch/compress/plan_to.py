@@ -39,7 +39,7 @@ def plan_to(plan: RankPlan, form: str, *, model: nn.Module, period: int | None =
         period: optimizer steps between projections; left out, torchao's own default (every step).
 
     Returns:
-        What JSON holds; in the first two forms `left_out` says of every other layer why.
+        What JSON holds; in the first two forms `left_out` gives the reason for every other layer.
 
     Raises:
         UsageError: an unknown form, a period below 1, a plan that does not fit the model, or one that the form can express nothing of.

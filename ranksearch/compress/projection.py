@@ -115,7 +115,7 @@ class Projector:
         A layer that is not certified to be next to the optimum keeps its weight this once: the next projection is exact.
 
         Args:
-            model: the same one all the time, or its slots are looked for anew.
+            model: the same one every time; for another one, its slots are looked for again.
             run: runs the program's statements, or replays them.
 
         Raises:

@@ -24,7 +24,7 @@ Use = tuple[Ints, int]
 
 
 class Elsewhere(TorchDispatchMode):
-    """Notes whose weights are computed with outside of their own calls: there a lowered layer would have to make its weight anew."""
+    """Notes whose weights are used outside of their own calls, where a lowered layer would have to compute its weight anew."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -176,7 +176,9 @@ def traced(model: nn.Module, example_input: Any) -> tuple[Net, Any]:
             uses = [use for module in modules for use in recorder.uses[id(module)]]
             reason = next((recorder.odd[id(m)] for m in modules if id(m) in recorder.odd), None)
             if any(map(recorder.elsewhere.reads, modules)):
-                reason = "its weight is computed with outside of its own calls, where a lowered layer would have to make it anew."
+                reason = (
+                    "its weight is used outside of its own calls, where a lowered layer would have to compute it anew."
+                )
             behind = [recorder.norm_behind.get(id(m)) for m in modules]
             norm = names[id(behind[0])] if len(behind) == 1 and behind[0] is not None else None
         if not uses:

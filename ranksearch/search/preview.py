@@ -105,7 +105,7 @@ def check_names(allocators: Sequence[str]) -> None:
 def preview_rows(
     space: Space, bench: Workbench, levels: Sequence[Level], allocators: Sequence[str], *, images: int, log: Log
 ) -> Iterator[dict[str, Any]]:
-    """One row per level and allocator as it is scored; an allocator that has no plan at a level gives none, and it is said."""
+    """One row per level and allocator as it is scored; an allocator that has no plan at a level gives no row, which is logged."""
     val = bench.task.val.first(images)
     batch_size = space.recipe.batch_size
     scorer = Scorer(

@@ -1,6 +1,6 @@
 """Samplers by name, seeded so that a resumed study does not repeat its draws.
 
-Optuna's own, but for `tpe` around an allocation with one cost at most: between two costs there is no widest gap to look for.
+They are Optuna's own, except for `tpe` around an allocation with at most one cost: between two costs there is no widest gap to look for.
 """
 
 from __future__ import annotations
