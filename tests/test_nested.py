@@ -21,7 +21,8 @@ from ranksearch.space.reading import read_space
 from ranksearch.study.driver import Driver, run_inline
 from ranksearch.tracking.trial_figures import trial_charts
 from ranksearch.trial.levels import Levels
-from ranksearch.trial.nested import NESTED
+from ranksearch.trial.nested import NESTED, save_weights
+from ranksearch.trial.recipe import spread_recipes
 from tests.conftest import simulated
 
 NESTED_STUDY = [
@@ -245,11 +246,57 @@ def test_plans_wait_for_the_run_and_a_run_without_weights_ends_the_study(make, b
         run_inline(study, bench, lambda row: None, print)
 
 
+def test_several_runs_with_other_recipes_go_side_by_side_and_plans_are_cut_from_the_best(make, bench):
+    settings = [*NESTED_STUDY, "search.nested.runs=3", "search.trials=5", "recipe.lr={low: 0.01, high: 0.1, log: true}"]
+    study = make(settings=settings, budgets=["flops=70%"])
+    runs = [study.ask(bench) for _ in range(3)]
+    assert study.ask(bench) is None
+    assert len({run.recipe.lr for run in runs}) == 3
+    assert runs[0].recipe.lr == pytest.approx(0.01**0.5 * 0.1**0.5)
+    assert all(run.plan == run.path[-1] == runs[0].plan for run in runs)
+    driver = Driver(study, bench, lambda row: None, print)
+
+    def ends(run, *levels, **changes):
+        history = [{"phase": "level", "step": s, "val_accuracy": v, "macs_ratio": 0.5} for s, v in levels]
+        driver.settle(run.number, replace(simulated(run, bench), history=history, **changes))
+
+    save_weights(bench.task.dense_model(), study.trial_folder(1))
+    ends(runs[0], (12, 99.0), (24, 60.0), (24, 80.0))
+    assert study.ask(bench) is None  # others still run
+    ends(runs[2], status="diverged", val_accuracy=None, reason="the loss is nan")
+    ends(runs[1], (12, 10.0), (24, 70.0), (24, 75.0))
+    assert study.nested_trial == 1
+    record = study.front_record()
+    assert record["nested"] == {"trial": 1, "scores": {"0": 70.0, "1": 72.5, "2": None}}
+    assert "trial 1, the best of 3" in record["verdict"]["trust"]
+    plan = study.ask(bench)
+    assert plan.path == ()
+    assert plan.weights == study.trial_folder(1) / NESTED
+    assert plan.recipe.lr == runs[1].recipe.lr
+
+
+def test_recipes_of_several_runs_cover_what_is_searched(digits_yaml):
+    settings = ["recipe.lr={low: 0.01, high: 0.1, log: true}", "recipe.schedule={choices: [cosine, step]}"]
+    space = read_space(digits_yaml, settings=[*NESTED_STUDY, *settings]).recipe
+    found = spread_recipes(space, 9, seed=0)
+    assert found == spread_recipes(space, 9, seed=0) != spread_recipes(space, 9, seed=1)
+    rates = sorted(recipe["lr"] for recipe in found[1:])
+    for i, rate in enumerate(rates):  # one in each eighth of the logarithm
+        assert 10 ** (-2 + i / 8) <= rate <= 10 ** (-2 + (i + 1) / 8)
+    assert {recipe["schedule"] for recipe in found} == {"cosine", "step"}
+    fixed = ["recipe.lr=0.03", "recipe.factor_share=0.5", "recipe.projection.period=10"]
+    few = read_space(digits_yaml, settings=[*NESTED_STUDY, *fixed, settings[1]]).recipe
+    assert spread_recipes(few, 9, seed=0) == [{"schedule": "cosine"}, {"schedule": "step"}]
+    none = read_space(digits_yaml, settings=[*NESTED_STUDY, *fixed]).recipe
+    assert spread_recipes(none, 2, seed=0) == [{}]
+
+
 def test_what_makes_no_sense_is_refused(digits_yaml, make):
     for settings, text in (
         (["search.early_stopping={}"], "leave early_stopping out"), (["search.repeats=1"], "leave repeats out"),
         (["recipe.steps=0"], "at least 1"),
-        (["search.trials=1"], "2 trials or more"), (["search.nested.drawn=7"], "more than the 4 levels"),
+        (["search.trials=1"], "2 trials or more"), (["search.nested.runs=4"], "5 trials or more"),
+        (["search.nested.drawn=7"], "more than the 4 levels"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=text):
             read_space(digits_yaml, settings=[*NESTED_STUDY, *settings])

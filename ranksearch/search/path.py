@@ -13,6 +13,7 @@ from ranksearch.search.workbench import Log, Workbench, predicted_damage
 from ranksearch.space.space import Space
 from ranksearch.tasks import model_reference
 from ranksearch.tasks.dense import State
+from ranksearch.trial.recipe import spread_recipes
 
 NESTED_RUN = "nested"
 """Who made the plan of the nested run: its largest level."""
@@ -51,9 +52,25 @@ def nested_path(space: Space, curves: Curves, damage: Damage) -> tuple[RankPlan,
     return tuple(plans.values())
 
 
-def nested_opening(space: Space, bench: Workbench) -> Opening:
-    """The trial that opens a nested study: the nested run, whose own plan is its largest level."""
-    return Opening({}, NESTED_RUN, nested_path(space, bench.curves, bench.damage)[-1])
+def nested_openings(space: Space, bench: Workbench) -> list[Opening]:
+    """The trials that open a nested study: its nested runs, whose own plan is the largest level.
+
+    The first has the recipe's defaults. The others have recipes spread over what is searched of it (a Latin hypercube): they run side by
+    side, so that none could learn of another.
+
+    Raises:
+        UsageError: there are not so many different recipes.
+    """
+    plan, runs = nested_path(space, bench.curves, bench.damage)[-1], space.search.nested.runs
+    if runs == 1:
+        return [Opening({}, NESTED_RUN, plan)]
+    recipes = spread_recipes(space.recipe, runs, space.search.seed)
+    if len(recipes) < runs:
+        raise UsageError(
+            f"search.nested.runs {runs}: there are {len(recipes)} different recipes to run and no more. Give the recipe a range, "
+            f"such as recipe.lr: {{low: 0.005, high: 0.05, log: true}}, or set search.nested.runs={len(recipes)}."
+        )
+    return [Opening(recipe, NESTED_RUN, plan) for recipe in recipes]
 
 
 def with_weights(space: Space, bench: Workbench, weights: State, log: Log) -> Workbench:

@@ -38,8 +38,11 @@ class EarlyStoppingSpace(Strict):
 
 
 class NestedSpace(Strict):
-    """The nested run of a study whose strategy is `nested`."""
+    """The nested runs of a study whose strategy is `nested`."""
 
+    runs: int = Field(default=1, ge=1)
+    """Nested runs, side by side where the resources allow it: the first by the recipe's defaults, the others by recipes spread over what is
+    searched of it. Plans are cut from the run whose levels score best."""
     levels: int = Field(default=9, ge=2)
     """Plans that are trained at once: the solver's, evenly spaced on a log scale from `front_from` of the budgets to the budgets."""
     drawn: int = Field(default=1, ge=1)
@@ -169,8 +172,10 @@ class SearchSpace(Strict):
             raise ValueError(
                 "strategy nested cuts its nets from one run, which cannot be repeated net by net: leave repeats out"
             )
-        if self.trials < 2:
-            raise ValueError("strategy nested needs 2 trials or more: the nested run, then a scored plan each")
+        if self.trials <= self.nested.runs:
+            raise ValueError(
+                f"strategy nested needs {self.nested.runs + 1} trials or more: nested runs ({self.nested.runs}), then a scored plan each"
+            )
         return self
 
     @field_validator("objectives")

@@ -77,6 +77,21 @@ def again(record: FrontRecord) -> str:
     return f"Trained again: {'; '.join(said)} (mean ± deviation)." if said else ""
 
 
+def shared(record: FrontRecord) -> str:
+    """That all nets of a nested study stand and fall with one run, and how it compares with the study's other runs."""
+    if (nested := record.get("nested")) is None:
+        return ""
+    best, metric = nested["trial"], record["metric"]
+    others = [
+        f"trial {number} {'left no weights' if score is None else metric_text(metric, score, with_unit=True)}"
+        for number, score in nested["scores"].items()
+        if int(number) != best
+    ]
+    score = metric_text(metric, nested["scores"][str(best)], with_unit=True)
+    runs = f", the best of {len(others) + 1} by the mean of its levels ({score}; {', '.join(others)})" if others else ""
+    return f"Every net is cut from the weights of one run, trial {best}{runs}: what that run missed, all of them miss."
+
+
 def seen(record: FrontRecord) -> str:
     """A dense net whose validation lies far above its test was trained on those samples."""
     dense, metric = record["dense"], record["metric"]

@@ -20,7 +20,7 @@ from ranksearch.search.allocated import Allocated
 from ranksearch.search.groups import Grouping, grouping_of
 from ranksearch.search.opening import first_points
 from ranksearch.search.parametrize import Opening
-from ranksearch.search.path import is_nested, nested_opening
+from ranksearch.search.path import is_nested, nested_openings
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.reading import load_yaml, parse_space
 from ranksearch.space.space import Space
@@ -62,7 +62,7 @@ def begin(
     known = form if isinstance(form, Allocated) else allocated(space, bench)
     opening = first_points(space, bench.curves, form, known, scored=bench.prediction is not None)
     if is_nested(space):
-        opening = [nested_opening(space, bench), *opening]
+        opening = [*nested_openings(space, bench), *opening]
     info = {
         "study": space.name, "id": uuid.uuid4().hex, "metric": metric.to_dict(), "task_file": own, "dense": dense,
         "samples": samples_of(bench.task), "seed": space.search.seed, "provenance": provenance(folder),

@@ -29,30 +29,18 @@ from ranksearch.search.parametrize import Form, Searched, Suggestion
 from ranksearch.search.path import NESTED_RUN, is_nested, nested_path, with_weights
 from ranksearch.search.samplers import make_sampler
 from ranksearch.search.workbench import Workbench
+from ranksearch.space.recipe import RecipeSpace
 from ranksearch.space.space import Space
 from ranksearch.study.folder import CHECKPOINTS, trial_folder
 from ranksearch.study.journal import together
+from ranksearch.study.nested_runs import best_run, ended_runs
 from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.nested import NESTED, read_weights
 from ranksearch.trial.recipe import fixed, scored_after
-from ranksearch.trial.result import Status
 
 MAX_REJECTED = 200
 """So many proposals in a row that were infeasible or known already, and the space counts as exhausted."""
-
-
-def nested_trial(study: optuna.Study) -> int | None:
-    """The complete trial of a nested study's run; None where it is not over."""
-    for trial in study.get_trials(deepcopy=False):
-        made_by = trial.user_attrs.get("candidate", {}).get("allocator")
-        if (
-            made_by == NESTED_RUN
-            and trial.user_attrs.get("result", {}).get("status") == Status.COMPLETE
-            and trial.state.is_finished()
-        ):
-            return trial.number
-    return None
 
 
 def form_of(space: Space, bench: Workbench) -> Form:
@@ -82,7 +70,7 @@ class Proposals:
         self._searched: Searched | None = None
         self._searched_on: Workbench | None = None
         self._nested: tuple[int, Workbench] | None = None
-        """The trial of the nested run, and the workbench of its weights, once it is over."""
+        """The trial of the best nested run, and the workbench of its weights, once all are over."""
         self.why_exhausted = ""
         self._may_hold_returned = True
         """Whether a trial may wait that was under way before."""
@@ -149,13 +137,23 @@ class Proposals:
     def _search(self, bench: Workbench) -> Searched:
         """The form, and with it the sampler, made at the first proposal."""
         if self._searched is None or self._searched_on is not bench:
-            recipe = fixed(self._space.recipe) if is_nested(self._space) else self._space.recipe
-            self._searched, self._searched_on = Searched(form_of(self._space, bench), recipe), bench
+            self._searched, self._searched_on = Searched(form_of(self._space, bench), self._recipe()), bench
             self._study.sampler = make_sampler(
                 self._space, self._searched.distributions, opened_with=len(self._study.get_trials(deepcopy=False)),
                 metric=self._metric,
             )  # fmt: skip
         return self._searched
+
+    def _recipe(self) -> RecipeSpace:
+        """What is searched of the recipe: in a nested study nothing but by several runs, of which the best one's is kept."""
+        if not is_nested(self._space):
+            return self._space.recipe
+        if self._space.search.nested.runs == 1:
+            return fixed(self._space.recipe)
+        if self._nested is None:
+            return self._space.recipe
+        run = self._study.get_trials(deepcopy=False)[self._nested[0]]
+        return RecipeSpace(**run.user_attrs["candidate"]["recipe"])
 
     def _is_feasible(self, trial: optuna.Trial, cost: Cost) -> bool:
         """Whether the plan is within every budget; if not, the sampler learns by how much it is not."""
@@ -194,15 +192,18 @@ class Proposals:
         return replace(found, recipe=scored_after(found.recipe, self._space.search.nested.fine_tuning))
 
     def _with_nested_weights(self, bench: Workbench) -> Workbench:
-        """The workbench to propose from: that of the nested run's weights where it is over, `bench` before.
+        """The workbench to propose from: that of the best nested run's weights once all runs are over, `bench` before.
 
         Raises:
             PlaceError: the weights cannot be read.
         """
-        if self._nested is None and (number := nested_trial(self._study)) is not None:
-            weights = read_weights(trial_folder(self._results, number) / NESTED)
-            self._nested = number, with_weights(self._space, bench, weights, lambda text: None)
-        return bench if self._nested is None else self._nested[1]
+        if self._nested is None:
+            runs = ended_runs(self._study)
+            if len(runs) < self._space.search.nested.runs or (best := best_run(runs, self._metric)) is None:
+                return bench
+            weights = read_weights(trial_folder(self._results, best.number) / NESTED)
+            self._nested = best.number, with_weights(self._space, bench, weights, lambda text: None)
+        return self._nested[1]
 
     def _take(self, trial: optuna.Trial, found: Suggestion, bench: Workbench) -> Candidate:
         key = self._key(found)

@@ -28,7 +28,7 @@ from ranksearch.study.importance import importances
 from ranksearch.study.late import DENSE, Late
 from ranksearch.study.ledger import Ledger
 from ranksearch.study.making import read_folder
-from ranksearch.study.proposals import nested_trial
+from ranksearch.study.nested_runs import best_run, ended_runs, runs_record
 from ranksearch.study.row import Row, row_of
 from ranksearch.study.storage import open_study
 from ranksearch.study.where import lost_nets
@@ -106,8 +106,11 @@ class RecordedStudy:
 
     @property
     def nested_trial(self) -> int | None:
-        """The trial whose dense weights serve every budget; None where there is none, or not yet."""
-        return nested_trial(self._study) if is_nested(self.space) else None
+        """The trial whose dense weights serve every budget, the best of the nested runs; None where there is none, or not yet."""
+        if not is_nested(self.space):
+            return None
+        best = best_run(ended_runs(self._study), self.metric)
+        return None if best is None else best.number
 
     def at(self, budgets: Budgets) -> Cut:
         """The net within `budgets` ("flops=37%", or several that hold at once) of a nested study, cut from its weights in seconds.
@@ -275,7 +278,7 @@ class RecordedStudy:
     def facts(self) -> dict[str, Any]:
         """How far the study is: `state` (running, complete, or failed where it is over without a net), trials by status, the commonest
         reason of failures, sizes of the splits, what the last trials gained, what a preview knows beyond the budget, and, once it is over,
-        the trials of the front whose nets are lost.
+        the trials of the front whose nets are lost. `nested`: the runs that its nets are cut from.
         """
         state = "running" if not self.done else "complete" if self.counts.get("complete") else "failed"
         return {
@@ -285,6 +288,7 @@ class RecordedStudy:
             "measured_with": self.info.get("measured_with"),
             "preview": beyond_budget(self.folder, self.space, self.metric.direction),
             "lost": lost_nets(self.folder, (row.trial for row in self._ledger.front)) if self.done else [],
+            "nested": runs_record(self._study, self.metric) if is_nested(self.space) else None,
         }  # fmt: skip
 
     def write_front(self) -> None:

@@ -276,6 +276,13 @@ class PreviewedRecord(Record):
     val_accuracy: Finite
 
 
+class NestedRecord(Record):
+    """The nested run that plans are cut from, and every run's score by its trial."""
+
+    trial: Count
+    scores: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Finite | None]
+
+
 class FrontRecord(Record):
     """`front.json`, which is made from the other files: a damaged one is made anew."""
 
@@ -294,6 +301,7 @@ class FrontRecord(Record):
     dense: DenseRecord
     trials: list[FrontRowRecord]
     lost: list[Count] = []
+    nested: NestedRecord | None = None
 
 
 STUDY, LINE = TypeAdapter(StudyRecord), TypeAdapter(Line)

@@ -198,7 +198,7 @@ class Study(RecordedStudy):
         """
         if self.exhausted or self.finished + len(self._running) >= self.planned:
             return None
-        if is_nested(self.space) and not self._nested_is_over():
+        if is_nested(self.space) and not self._nested_is_over() and not self._nested_is_due():
             return None
         if self._orphans:
             self._settle_orphans()
@@ -215,20 +215,26 @@ class Study(RecordedStudy):
         return candidate
 
     def _nested_is_over(self) -> bool:
-        """Whether plans can be cut, or the nested run is to be proposed; not as long as it runs.
+        """Whether every nested run has ended, so that plans can be cut from the best one.
 
         Raises:
-            StudyError: it ended without weights.
+            StudyError: none of them left weights.
         """
-        if self.nested_trial is not None:
-            return True
-        ended = [row for row in self.rows if row.allocator == NESTED_RUN]
-        if ended:
+        ended, runs = [row for row in self.rows if row.allocator == NESTED_RUN], self.space.search.nested.runs
+        if len(ended) < runs:
+            return False
+        if self.nested_trial is None:
             reason = ended[-1].reason or str(ended[-1].status)
+            which = "The nested run" if runs == 1 else f"Each of the {runs} nested runs"
             raise StudyError(
-                f"The nested run of {self.space.name!r} gave no weights to cut nets from. {reason}. {mend(reason)}"
+                f"{which} of {self.space.name!r} gave no weights to cut nets from. {reason}. {mend(reason)}"
             )
-        return not self._running
+        return True
+
+    def _nested_is_due(self) -> bool:
+        """Whether a nested run is still to be proposed; while any has not ended, nothing else is under way."""
+        ended = sum(row.allocator == NESTED_RUN for row in self.rows)
+        return ended + len(self._running) < self.space.search.nested.runs
 
     # Trials that did not end -------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ranksearch.study.cautions import lost, no_faster, slow
-from ranksearch.study.certainty import NOISE, again, difference, seen, standard_error, trust
+from ranksearch.study.certainty import NOISE, again, difference, seen, shared, standard_error, trust
 from ranksearch.study.failures import nothing_to_ship, trials_in_words
 from ranksearch.study.front_shape import FrontRecord, shape_in_words
 from ranksearch.trial.metric import metric_text
@@ -96,7 +96,7 @@ def verdict_of(record: FrontRecord, *, where: str | None = None) -> Verdict:
         why=_why(record, row),
         cheaper=_cheaper(record, row, split),
         front=shape_in_words(record),
-        trust=" ".join(filter(None, (trust(record), again(record)))),
+        trust=" ".join(filter(None, (trust(record), again(record), shared(record)))),
         warning=_joined([lost(record), slow(record), no_faster(record, row), seen(record)]),
         split=split,
         value=row[key],

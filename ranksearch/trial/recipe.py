@@ -110,6 +110,46 @@ def searched_settings(space: RecipeSpace) -> dict[str, Scalar]:
     return found
 
 
+def spread_recipes(space: RecipeSpace, count: int, seed: int) -> list[dict[str, Scalar]]:
+    """Up to `count` different values of the searched settings, by dotted name: the defaults, then a Latin hypercube over their ranges.
+
+    Fewer only where the space holds hardly more than it returns: small samples of few choices repeat each other, so larger ones are drawn.
+
+    Reference: McKay, Beckman & Conover 1979 (Latin hypercube sampling).
+    """
+    from scipy.stats import qmc
+
+    searched: list[tuple[str, Range | Choices, bool]] = []
+
+    def note(name: str, setting: Range | Choices, whole: bool) -> Scalar:
+        searched.append((name, setting, whole))
+        return setting.middle
+
+    Recipe.settled(space, note)
+    found = [searched_settings(space)]
+    for size in (count - 1, 16 * count, 256 * count):
+        found = found[:1]
+        for point in qmc.LatinHypercube(len(searched), seed=seed).random(size) if searched else ():
+            drawn = {
+                name: at_share(setting, whole, share)
+                for (name, setting, whole), share in zip(searched, point, strict=True)
+            }
+            if drawn not in found and len(found) < count:
+                found.append(drawn)
+        if len(found) == count:
+            break
+    return found
+
+
+def at_share(setting: Range | Choices, whole: bool, share: float) -> Scalar:
+    """The value below which a `share` (0..1) of a setting's distribution lies."""
+    if isinstance(setting, Choices):
+        return setting.choices[int(share * len(setting.choices))]
+    low, high = setting.low, setting.high
+    value = low * (high / low) ** share if setting.log else low + share * (high - low)
+    return round(value) if whole else value
+
+
 def flattened(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of a nested mapping's leaves, such as ("projection.period", 20)."""
     for name, value in data.items():
