@@ -6,6 +6,8 @@
 2. `speedup`: ResNet-18, batch 1, one thread: the fastest plans by the table that still use 50 and 25 % of the FLOPs (to three points),
    beside the solver's plans that know of FLOPs alone; dense / plan, measured in turn, median of `--repeats` measurements.
 3. `front`: a study of the digits' ResNet-8 with latency as objective; nets on its front that are slower than the dense one.
+4. `pivoted`: ResNet-18 and a sentence encoder (MiniLM, 64 tokens; extra `text`), batch 1 and 32, eager and ONNX Runtime: every layer
+   lowered alike at half of the FLOPs, and in the pivoted form at the same ranks, measured whole in turn with the dense net.
 
     python scripts/bench_latency.py --json > latency.json       about half an hour on one core
     python scripts/bench_latency.py --quick                     ResNet-20 at batch 1, eager, fewer plans, a small study, within a minute
@@ -16,8 +18,10 @@ Weights are random but for the study's. Tables are kept in `--tables` and used a
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -179,7 +183,50 @@ def front(report: Report) -> dict[str, Any]:
     return {"slower_than_dense_on_front": len(slower), "front_size": len(record["trials"])}
 
 
-PARTS = {"prediction": prediction, "speedup": speedup, "front": front}
+def pivoted(report: Report) -> dict[str, Any]:
+    """Time over the dense net's of the plain and the pivoted form at equal ranks (`pivoted_{net}_{lowering}_{runtime}_{batch}`: over the
+    plain one's)."""
+    from encoder import TOKENS, minilm
+
+    cases: dict[str, tuple[nn.Module, Tensor, tuple[str, ...], tuple[str, ...]]] = {
+        "resnet18": (*net_of("resnet18", report.options.seed), LOWERINGS, ("*",))
+    }
+    try:
+        cases["encoder"] = (minilm()[1], torch.zeros(1, TOKENS, dtype=torch.long), ("svd",), ("bert.encoder.*",))
+    except (ImportError, importlib.metadata.PackageNotFoundError) as error:
+        report.say(f"the encoder is left out: {error} (the extra `text`)")
+    figures: dict[str, Any] = {}
+    for name, (model, example, lowerings, include) in cases.items():
+        plans = {"dense": RankPlan()}
+        for lowering in lowerings:
+            rules = LayerRules((lowering,), include=include)
+            plan = BASELINES["uniform"](
+                rank_curves(model, trace(model, example), rules), [parse_budget("flops", "50%")], None
+            )
+            plans[lowering] = plan
+            plans[f"{lowering}_pivoted"] = RankPlan(
+                {layer: replace(choice, lowering=f"{lowering}_pivoted") for layer, choice in plan.lowered()}
+            )
+        nets = [restructure_(copy.deepcopy(model), plan) for plan in plans.values()]
+        for runtime in RUNTIMES:
+            for batch in (1, 32):
+                watch = Stopwatch(LatencySetting(runtime, batch, report.options.threads))
+                ms = dict(zip(plans, watch.nets_ms(nets, example), strict=True))
+                for lowering in lowerings:
+                    plain, other = ms[lowering], ms[f"{lowering}_pivoted"]
+                    report.rows.append({
+                        "part": "pivoted", "net": name, "runtime": runtime, "batch": batch, "lowering": lowering, "dense_ms": ms["dense"],
+                        "plain_ratio": plain / ms["dense"], "pivoted_ratio": other / ms["dense"],
+                    })  # fmt: skip
+                    figures[f"pivoted_{name}_{lowering}_{runtime}_{batch}"] = other / plain
+                shown = ", ".join(
+                    f"{low} {ms[low] / ms['dense']:.2f} → {ms[f'{low}_pivoted'] / ms['dense']:.2f}" for low in lowerings
+                )
+                report.say(f"{name}, {runtime}, batch {batch}: dense {ms['dense']:.2f} ms; {shown}")
+    return figures
+
+
+PARTS = {"prediction": prediction, "speedup": speedup, "front": front, "pivoted": pivoted}
 
 
 def main() -> None:
@@ -187,7 +234,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=PARTS, help="repeatable; all where left out")
     parser.set_defaults(threads=1)
     report = Report("bench_latency", parser.parse_args())
-    skipped = ("speedup",) if report.options.quick else ()
+    skipped = ("speedup", "pivoted") if report.options.quick else ()
     figures: dict[str, Any] = {}
     for name in report.options.only or [part for part in PARTS if part not in skipped]:
         figures |= PARTS[name](report)
