@@ -62,7 +62,11 @@ class Encoder(nn.Module):
         self.bert = bert
 
     def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.normalize(self.bert(input_ids=ids).last_hidden_state.mean(dim=1), dim=-1)
+        return nn.functional.normalize(self.of_tokens(ids).mean(dim=1), dim=-1)
+
+    def of_tokens(self, ids: Tensor) -> Tensor:
+        """Embeddings of the tokens [N, L, 384], not of unit length."""
+        return self.bert(input_ids=ids).last_hidden_state
 
 
 def minilm() -> tuple[Any, Encoder]:
