@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of variants (default: all)")
     options = parser.parse_args()
     if options.quick:
-        options.steps, options.period, options.validation = 8, 2, 250
+        options.steps, options.period, options.validation, options.batch_size = 8, 2, 250, 32
         options.only, options.out = options.only or ["energy transfer"], options.out / "quick"
     known = variants(options.lr, options.period)
     for name in options.only or ():
@@ -104,7 +104,7 @@ def main() -> None:
     chosen = {name: known[name] for name in ["base", *(options.only or list(known)[1:])]}
     found: dict[str, list[dict[str, Any]]] = {}
     shared = {"steps": options.steps, "batch_size": options.batch_size, "lr": options.lr} | BASE
-    shared |= {"projection.period": options.period}
+    shared |= {"projection.period": options.period} | ({"bn_batches": 5} if options.quick else {})
     for name, changes in chosen.items():
         settings = shared | changes
         allocator, lowerings = settings.pop("plan", ("solver", WITH_CP))

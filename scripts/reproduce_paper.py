@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, nargs="+", choices=list(PAPER_TILED[2]), default=list(PAPER_TILED[2]))
     options = parser.parse_args()
     if options.quick:
-        options.subset, options.epochs, options.period, options.validation = 640, 1.0, 2, 250
+        options.subset, options.epochs, options.period, options.validation, options.batch_size = 320, 1.0, 2, 250, 64
         options.ratios, options.methods, options.seeds = [4.28], list(METHODS[:4]), 1
         options.out = options.out / "quick"
     choose_device(options.device)

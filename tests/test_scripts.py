@@ -47,7 +47,7 @@ def test_the_papers_tables_are_run_once_and_read_from_disk_the_second_time(tmp_p
     assert first["figures"]["decomposition_loss_max"] <= 100 / 250 + 1e-9  # one image of 250
     assert not any(name.startswith("ours_minus_paper") for name in first["figures"])  # that takes the full run
     table = (tmp_path / "quick" / "table.md").read_text()
-    assert "640 training images" in table
+    assert "320 training images" in table
     assert "| ratio | 4.28 |" in table
     assert (tmp_path / "quick" / "figure.png").stat().st_size > 5_000
     again = call("reproduce_paper", "--out", str(tmp_path))
