@@ -1,17 +1,21 @@
 """Pivoted forms: the plain form's function from fewer numbers, in 16 bits, on the worst of weights, while trained, shared and stored."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ranksearch
 from ranksearch.allocate import LayerRules, rank_curves
 from ranksearch.compress import LayerPlan, RankPlan, restructure_, trace
 from ranksearch.lowering import LOWERINGS, LayerSpec, default_lowerings, expand_families
-from ranksearch.lowering.pivoted_layers import PivotedInput, PivotedOutput
+from ranksearch.lowering.pivoted_layers import PivotedInput, PivotedOutput, is_merging, merged_pivots
 from ranksearch.maxvol import BOUND
 from ranksearch.space.reading import parse_space
+from ranksearch.tasks.evaluate import evaluate
 
 PIVOTED = expand_families(["pivoted"])
 CONV = LayerSpec.conv(16, 24, (3, 3), padding=(1, 1), bias=True)
@@ -128,6 +132,45 @@ class Tied(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.two(self.one(x).relu())
         return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("name", PIVOTED)
+def test_merged_kernels_compute_the_same_and_its_gradients(name):
+    reflected = LayerSpec.conv(8, 12, (3, 3), padding=(1, 1), dilation=(1, 1), padding_mode="reflect")
+    same = LayerSpec.conv(8, 12, (2, 3), padding="same", dilation=(2, 1))
+    others = [spec for spec in (reflected, same) if LOWERINGS[name].supports(spec)]
+    for spec in (*specs_for(name), *others):
+        for ratio in (0.5, 1.0):
+            net = ranksearch.compress(layer_of(spec, torch.float64), plans(name, spec, ratio)[0])
+            x = sample(spec).double()
+            found = []
+            for context in (nullcontext, merged_pivots):
+                net.zero_grad()
+                with context():
+                    out = net(x)
+                out.square().sum().backward()
+                found.append([out.detach(), *(p.grad.clone() for p in net.parameters() if p.numel())])
+            for stored, merged in zip(*found, strict=True):
+                torch.testing.assert_close(merged, stored, rtol=1e-9, atol=1e-9)
+    assert not is_merging()
+
+
+def test_merged_kernels_are_for_training_and_scoring_alone(bench):
+    """A plan's MACs are counted as they are stored; a scripted net, which knows no other way, may be called meanwhile."""
+    net = ranksearch.compress(layer_of(CONV), plans("im2col_pivoted", CONV, 0.5)[0])
+    x = sample(CONV)
+    with FlopCounterMode(display=False) as stored:
+        wanted = net(x)
+    with merged_pivots(), FlopCounterMode(display=False) as merged:
+        net(x)
+    assert stored.get_total_flops() < merged.get_total_flops()
+    with merged_pivots():
+        torch.testing.assert_close(torch.jit.script(net)(x), wanted)
+    model, seen = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), []
+    model.register_forward_hook(lambda *args: seen.append(is_merging()))
+    evaluate(model, bench.task.val, bench.task)
+    assert set(seen) == {True}
+    assert not is_merging()
 
 
 def test_tied_weights_attention_and_files(tmp_path):

@@ -15,9 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ranksearch.compress.inputs import call
 from ranksearch.compress.undisturbed import own, undisturbed
+from ranksearch.lowering.pivoted_layers import merged_pivots
 
 
 @torch.no_grad()
+@merged_pivots()
 def reestimate_bn_(model: nn.Module, batches: Iterable[Any]) -> int:
     """Averages the statistics of every BN layer anew over `batches` of inputs as the model takes them; returns the number used.
 

@@ -26,7 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.lowering.contract import LOWERINGS, Lowering, Projected, Rank, RankCurve, WeightView, kernel_area
-from ranksearch.lowering.pivoted_layers import PivotedInput, PivotedOutput, inverse, tap_major
+from ranksearch.lowering.pivoted_layers import (
+    PivotedInput,
+    PivotedOutput,
+    inverse,
+    merged_input,
+    merged_output,
+    rows_at,
+    tap_major,
+)
 from ranksearch.lowering.spec import Ints, LayerSpec
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.maxvol import pivot_rows
@@ -159,14 +167,14 @@ class PivotedLowering(Lowering):
         if FIRST in self.plain.pivoted_ends:
             right = blocks[0].flatten(2)  # [g, r, S/g·k]
             found = pivot_rows(right.mT)
-            square = _rows(right.mT, found.pivots).mT
+            square = rows_at(right.mT, found.pivots).mT
             blocks[1] = torch.einsum("gtr...,grs->gts...", blocks[1], square)
             blocks[0] = found.coefficients.mT
             orders[FIRST] = tap_major(_input_order(found.pivots, found.others), kernel_area(layers[0]))
         if LAST in self.plain.pivoted_ends:
             left = _per_tile(blocks[-1].flatten(2), _tiles(layers))  # [b, T/g, r]
             found = pivot_rows(left)
-            blocks[-2] = torch.einsum("btr,brs...->bts...", _rows(left, found.pivots), blocks[-2])
+            blocks[-2] = torch.einsum("btr,brs...->bts...", rows_at(left, found.pivots), blocks[-2])
             blocks[-1] = found.coefficients
             orders[LAST] = _output_order(found.pivots, found.others, _tiles(layers))
         own = self.factor_specs(spec, rank)
@@ -175,26 +183,18 @@ class PivotedLowering(Lowering):
         return *stored, *(orders[end].int() for end in self.plain.pivoted_ends)
 
     def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
-        ends, ones = self.plain.pivoted_ends, (1,) * len(spec.kernel_size)
+        ends = self.plain.pivoted_ends
         layers = self._at_rank_one(spec)
         count = len(factors) - len(ends)
         orders = dict(zip(ends, factors[count:], strict=True))
         whole = list(factors[:count])
         if FIRST in ends:
             hidden = layers[1].blocks(factors[1]).shape[2]
-            place = inverse(orders[FIRST].long()).reshape(kernel_area(layers[0]), -1).T  # [S, k]
-            right = _with_identity(factors[0].reshape(spec.groups, hidden, -1).mT)  # [g, S/g·k, r], pivots first
-            found = _rows(right, _local(place.reshape(spec.groups, -1), hidden, spec.groups))
-            whole[0] = found.mT.flatten(0, 1).reshape(found.shape[2] * spec.groups, *layers[0].block_shape[1:])
+            whole[0] = merged_input(factors[0], orders[FIRST], layers[0], hidden)
         if LAST in ends:
-            before = layers[-2].blocks(factors[count - 2])
-            blocks, hidden = before.shape[:2]
-            left = _with_identity(factors[count - 1].reshape(blocks, -1, hidden))  # [b, T/g, r], pivots first
-            tiles = _tiles(layers)
-            place = orders[LAST].long().reshape(tiles, spec.groups, -1).transpose(0, 1).flatten(0, 1)  # [b, T/g]
-            found = _rows(left, _local(place, hidden, blocks))
-            joined = found.unflatten(0, (-1, tiles)).transpose(1, 2).flatten(2)  # [g, T/g, q·r]
-            whole[-1] = joined.flatten(0, 1).reshape(-1, joined.shape[2], *ones)
+            hidden = layers[-2].blocks(factors[count - 2]).shape[1]
+            axes = len(spec.kernel_size)
+            whole[-1] = merged_output(factors[count - 1], orders[LAST], spec.groups, _tiles(layers), hidden, axes)
         return self.plain.reconstruct(whole, spec)
 
 
@@ -217,21 +217,9 @@ def _output_others(before: LayerSpec, last: LayerSpec) -> LayerSpec:
     return replace(last, out_channels=before.groups * (outputs - hidden), groups=before.groups)
 
 
-def _rows(matrix: Tensor, index: Tensor) -> Tensor:
-    """[b, n, r], [b, c] -> [b, c, r]"""
-    return matrix.gather(1, index[..., None].expand(-1, -1, matrix.shape[2]))
-
-
 def _per_tile(last: Tensor, tiles: int) -> Tensor:
     """[g, T/g, q·r] -> [g·q, T/g, r]"""
     return last.unflatten(2, (tiles, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def _with_identity(coefficients: Tensor) -> Tensor:
-    """[b, n - r, r] -> [b, n, r], the pivots first"""
-    rank = coefficients.shape[2]
-    identity = torch.eye(rank).to(coefficients).expand(coefficients.shape[0], rank, rank)
-    return torch.cat([identity, coefficients], dim=1)
 
 
 def _input_order(pivots: Tensor, others: Tensor) -> Tensor:
@@ -245,10 +233,3 @@ def _output_order(pivots: Tensor, others: Tensor, tiles: int) -> Tensor:
     """Where every channel lies in what a pivoted output puts together: [b, r], [b, n - r] -> [q·g·n], the tiles outermost."""
     place = inverse(_input_order(pivots, others))
     return place.reshape(-1, tiles, pivots.shape[1] + others.shape[1]).transpose(0, 1).flatten()
-
-
-def _local(place: Tensor, rank: int, blocks: int) -> Tensor:
-    """Places among all blocks' pivots and others -> among those of the own block, the pivots first: [b, n]."""
-    block = torch.arange(blocks, device=place.device)[:, None]
-    others = place.shape[1] - rank
-    return torch.where(place < blocks * rank, place - block * rank, place - blocks * rank - block * others + rank)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ranksearch.compress.inputs import batch_size as samples_of
 from ranksearch.compress.inputs import call
+from ranksearch.lowering.pivoted_layers import merged_pivots
 from ranksearch.tasks.scores import accumulator, as_number, in_fp32
 from ranksearch.tasks.source import Source
 from ranksearch.tasks.task import Task
@@ -26,6 +27,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
+@merged_pivots()
 def evaluate(model: nn.Module, source: Source, task: Task) -> Evaluation:
     """Scores `model` on `source` in fp32, whatever it was trained in: a reported figure does not depend on the hardware's bf16.
 

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ranksearch.compress.inputs import batch_size, call, class_logits, device_of, mapped, shape_of, tensors
 from ranksearch.errors import RanksearchError
+from ranksearch.lowering.pivoted_layers import merged_pivots
 from ranksearch.tasks.both_ways import difference
 from ranksearch.tasks.capture import Recorder, Replayed, recorder_for
 from ranksearch.tasks.device import channels_last_
@@ -110,6 +111,7 @@ class Training:
         self._held: Any = None
         self._loss_of_step = torch.zeros((), device=device)
 
+    @merged_pivots()
     def run(self, after_step: Callable[[Training], None] | None = None) -> TrainStats:
         """Trains until the steps are done; `after_step` may project the weights, or save the state.
 
