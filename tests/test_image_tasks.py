@@ -319,7 +319,7 @@ def test_init_of_integers_and_of_several_inputs_writes_a_task_that_is_valid_as_i
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--input", "ids=6", "--input", "6"], "name every input, each once, or none"),
+        (["--input", "ids=6", "--input", "6"], "give every input a name of its own, or none"),
         (["--input", "6", "--dtype", "int46"], "--dtype int46.*int64"),
         (["--input", "6", "--dtype", "int64", "--dtype", "int64"], "2 for 1 inputs"),
         (["--input", "i d=6"], "expected a shape"),

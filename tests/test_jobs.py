@@ -132,7 +132,7 @@ def test_a_task_of_ones_own_is_submitted_followed_listed_and_another_job_stopped
     assert f"variables  RANKSEARCH_DATA={os.environ['RANKSEARCH_DATA']}" in done.stderr
     assert "[2/2]" in done.stderr  # the log, followed to its end
     assert "Traceback" not in done.stderr
-    assert f"the study is in {runs}/mine of the cluster" in done.stderr
+    assert f"the study is in {runs}/mine on the cluster" in done.stderr
     # the task ran from what was packed, with the ranksearch that was sent along
     (told,) = {line for line in done.stderr.splitlines() if line.startswith("FILES")}
     assert "'helper.py', 'mine.py', 'mine.yaml']" in told

@@ -21,7 +21,7 @@ from ranksearch.cli.options import app
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.places.streams import Shown
 
-# their verbs, in the order that the help shows them in
+# their verbs, in the order of the help
 from ranksearch.cli import studies  # noqa: F401  # isort: skip
 from ranksearch.cli import spaces  # noqa: F401  # isort: skip
 from ranksearch.cli import results  # noqa: F401  # isort: skip
@@ -40,13 +40,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> None:
-    """Entry point: turns our own errors into one message and an exit code; output that nobody takes is no traceback."""
+    """Entry point: turns our own errors into one message and an exit code; a closed or full output ends without a traceback."""
     _settle_output()
     try:
         code = _run()
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:  # its reader has seen enough, such as `head`
+    except BrokenPipeError:  # whoever read the output, such as `head`, has stopped
         _drop_output()
         code = 1
     except OSError as error:
@@ -59,9 +59,9 @@ def main() -> None:
 
 
 def _settle_output() -> None:
-    """A stream that is closed is none to write to, and one that has no letter for a character shows another in its place.
+    """Replaces a closed stream by one that drops what is written; a stream that cannot encode a character shows another one instead.
 
-    What goes to stderr, a user's own prints among it, is lost where nobody takes it.
+    Text for stderr, a user's own prints included, is lost if nobody reads it.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -73,7 +73,7 @@ def _settle_output() -> None:
 
 
 def _run() -> int | str | None:
-    """What the verb ends with."""
+    """Runs the verb and returns its exit code."""
     try:
         app()
     except SystemExit as left:

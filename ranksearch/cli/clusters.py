@@ -41,7 +41,7 @@ JobServer = Annotated[
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's ID, as `submit` and `status` print it.")]
 SHOWN = 20
-"""Files that are said by name before they are sent."""
+"""Number of files that are listed by name before they are sent."""
 DEFAULT_SERVER = "http://127.0.0.1:8265"
 
 
@@ -63,7 +63,7 @@ def submit(
         typer.Option(
             "--warm-start",
             metavar="NAME|DIR|FILE",
-            help="An earlier study on the cluster, or a front of one here by a relative path; repeatable.",
+            help="An earlier study on the cluster, or the relative path of a front file here; repeatable.",
         ),
     ] = None,
     runs: Annotated[
@@ -77,7 +77,7 @@ def submit(
     address: JobServer = DEFAULT_SERVER,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="NAME", help="Goes on with a study of the cluster, in place of SPACE.yaml."),
+        typer.Option("--resume", metavar="NAME", help="Continue a study on the cluster, instead of SPACE.yaml."),
     ] = None,
     env: Annotated[
         list[str] | None,
@@ -88,7 +88,7 @@ def submit(
         typer.Option(
             "--working-dir",
             metavar="DIR",
-            help="Folder that travels; left out, the smallest with the space and a task file of your own.",
+            help="Folder to send; left out, the smallest that holds the space and your own task file.",
         ),
     ] = None,
     exclude: Annotated[
@@ -96,14 +96,12 @@ def submit(
     ] = None,
     include: Annotated[
         list[str] | None,
-        typer.Option(
-            "--include", metavar="PATH", help="A file or folder that travels though git ignores it; repeatable."
-        ),
+        typer.Option("--include", metavar="PATH", help="A file or folder to send although git ignores it; repeatable."),
     ] = None,
     installed: Annotated[
         bool,
         typer.Option(
-            "--installed", help="Use the cluster's own ranksearch; left out, this one's source travels along."
+            "--installed", help="Use the cluster's own ranksearch; left out, the source of this one is sent along."
         ),
     ] = False,
     driver_gpus: Annotated[
@@ -113,7 +111,7 @@ def submit(
         ),
     ] = 0,
     check: Annotated[
-        bool, typer.Option(help="Try the space here first; a task whose data lie on the cluster alone cannot be.")
+        bool, typer.Option(help="Try the space here first; not possible where only the cluster has the task's data.")
     ] = True,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow the log.")] = False,
     trust: Trust = False,
@@ -121,14 +119,14 @@ def submit(
 ) -> None:
     """Run a search as a job of a Ray cluster and follow its log. Ctrl-C stops following, not the job.
 
-    The space is checked here first. A task of your own travels with what lies beside it, less what git ignores. Prints the job's ID.
+    The space is checked here first. A task of your own is sent with the files beside it, except what git ignores. Prints the job's ID.
 
     Example: ranksearch submit search_spaces/own_task.yaml --runs /shared/runs --address http://127.0.0.1:8265
     """
     from ranksearch.cluster.submission import check_runs, continued, new_study, variables
 
     if (space is None) == (resume is None):
-        raise UsageError("Name a search-space file, or a study to go on with by --resume NAME: one of them.")
+        raise UsageError("Name either a search-space file, or a study to continue by --resume NAME.")
     places = {"working_dir": working_dir, "exclude": exclude or (), "include": include or ()}
     common: dict[str, Any] = {
         "runs": check_runs(runs),
@@ -139,7 +137,7 @@ def submit(
     common |= places
     if space is None:
         if budget or at_least or objective or setting or name or warm_start:
-            raise UsageError("--resume: a study keeps its space and its name; --trials alone may change.")
+            raise UsageError("--resume: a study keeps its space and its name; only --trials may change.")
         job = continued(resume or "", trials=trials, **common)
     else:
         from ranksearch.space.reading import read_space
@@ -166,7 +164,7 @@ def submit(
 
 
 def _launch(job: Submission, address: str, *, ship: bool, driver_gpus: float, detach: bool, as_json: bool) -> None:
-    """Says what is sent, sends it, and follows the job's log to its end, unless it is to be left alone."""
+    """Prints what is sent, sends it, and follows the job's log to its end unless `detach`."""
     from ranksearch.cluster.jobs import Jobs
     from ranksearch.cluster.submission import STOPPING, describe_variables
 
@@ -181,7 +179,7 @@ def _launch(job: Submission, address: str, *, ship: bool, driver_gpus: float, de
     passed = {variable: value for variable, value in job.variables.items() if variable not in STOPPING}
     for line in describe_variables(passed, job.reads) or ["none"]:
         _say(f"variables  {line}")
-    _say(f"study      {job.study} in {job.runs} of the cluster, which every node must see")
+    _say(f"study      {job.study} in {job.runs} on the cluster, a folder that every node must see")
     cluster.submit(job, ship=ship, driver_gpus=driver_gpus)
     if not as_json:
         print(job.id, flush=True)
@@ -213,7 +211,7 @@ def status(
     from ranksearch.cluster.jobs import Jobs
 
     if job is None and (logs or follow):
-        raise UsageError("--logs and --follow go with the ID of a job; `ranksearch status` lists them.")
+        raise UsageError("--logs and --follow need a job's ID; `ranksearch status` lists the jobs.")
     cluster = Jobs(address)
     if job is None:
         rows = cluster.all()
@@ -271,7 +269,7 @@ def _checked(space: Space) -> str:
         if not is_own(space.task):
             raise
         raise UsageError(
-            f"{error}\nNothing was submitted. Where only the cluster has what the task needs: --no-check."
+            f"{error}\nNothing was submitted. If only the cluster has what the task needs, add --no-check."
         ) from error
     lowered = f"{found['layers_lowered']} of {found['layers']} layers may be lowered"
     return f"space      {space.name} is valid: {lowered}, {found['trials']} trials"
@@ -283,7 +281,7 @@ def _write(text: str) -> None:
 
 
 def _elsewhere(address: str) -> str:
-    """What a command has to be told where the job server is not the default one."""
+    """The option that a command needs if the job server is not the default one."""
     return "" if address == DEFAULT_SERVER else f" --address {address}"
 
 
@@ -293,7 +291,7 @@ def _hints(job: str, address: str) -> str:
 
 
 def _again(record: Mapping[str, Any], address: str) -> str:
-    """How a study goes on whose job has ended; empty for a job that is none of ours."""
+    """How to continue the study of a job that has ended; empty if the job is not one of ours."""
     if record["study"] is None:
         return ""
     again = f"ranksearch submit --resume {record['study']} --runs {record['runs']}{_elsewhere(address)}"
@@ -301,14 +299,14 @@ def _again(record: Mapping[str, Any], address: str) -> str:
 
 
 def _conclude(record: Mapping[str, Any], address: str) -> None:
-    """Says how a job has ended.
+    """Prints how a job has ended.
 
     Raises:
         UsageError: the command on the cluster refused what it was given.
         StudyError: the job failed or was stopped.
     """
     if record["status"] == "SUCCEEDED":
-        where = f"; the study is in {record['runs']}/{record['study']} of the cluster" if record["study"] else ""
+        where = f"; the study is in {record['runs']}/{record['study']} on the cluster" if record["study"] else ""
         _say(f"The job {record['id']} is done{where}.")
         return
     if record["exit_code"] == 2:

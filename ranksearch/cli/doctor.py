@@ -14,9 +14,7 @@ from ranksearch.cli.options import DEFAULT_RUNS, Address, Json, Runs, SettingFla
 def doctor(
     space: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[SPACE.yaml]", help="What a search of this space needs is looked at too: data, stores."
-        ),
+        typer.Argument(metavar="[SPACE.yaml]", help="Also look at what a search of this space needs: data, stores."),
     ] = None,
     setting: SettingFlags = None,
     address: Address = None,
@@ -26,7 +24,7 @@ def doctor(
 ) -> None:
     """Look for what would go wrong, on this machine or on every node of a cluster: versions, storage, data, clocks, memory, disks.
 
-    Exit code 0 where nothing is wrong, or warnings alone; 1 with errors.
+    Exit code 0 without errors (there may be warnings), else 1.
 
     Example: ranksearch doctor search_spaces/cifar10_resnet20.yaml --address auto
     """

@@ -32,7 +32,7 @@ AtLeast = Annotated[
     typer.Option(
         "--at-least",
         metavar="METRIC=LIMIT",
-        help="Lower limit on the metric: accuracy=-1 (points below dense), accuracy=-2% (of dense's value), accuracy=90 (as such).",
+        help="Lower limit on the metric: accuracy=-1 (points below dense), accuracy=-2% (of dense's value), accuracy=90 (the value).",
     ),
 ]
 ObjectiveFlag = Annotated[
@@ -64,14 +64,14 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Run the task file that came with a study's folder, and use the addresses it names, though they are not yours.",
+        help="Run the task file in a study's folder and use the addresses in it, even if somebody else made the study.",
     ),
 ]
 DEFAULT_RUNS = Path("runs")
 
 
 def ours_is_stdout() -> AbstractContextManager[Any]:
-    """Around what runs code of the user's: whatever that prints goes to stderr, so that stdout holds our results alone."""
+    """Sends what a user's code prints within the block to stderr, so that stdout holds only our results."""
     return redirect_stdout(sys.stderr)
 
 
@@ -80,5 +80,5 @@ def print_json(value: Any) -> None:
 
 
 def runs_option(runs: Path) -> str:
-    """What a command has to be told where the studies are not in the default folder."""
+    """The option that a command needs if the studies are not in the default folder."""
     return "" if runs == DEFAULT_RUNS else f" --runs {runs}"

@@ -37,12 +37,16 @@ def export(
         typer.Option(
             "--at",
             metavar="COST=LIMIT",
-            help="Of a nested study: the net at any budget, flops=37%; repeated, all hold at once.",
+            help="For a nested study: the net for any budget, such as flops=37%; repeated, all hold at once.",
         ),
     ] = None,
     format: Annotated[
         str,
-        typer.Option("--format", metavar="state_dict|pt2|onnx", help="For ranksearch.load, PyTorch alone, or others."),
+        typer.Option(
+            "--format",
+            metavar="state_dict|pt2|onnx",
+            help="For ranksearch.load, for plain PyTorch, or for other runtimes.",
+        ),
     ] = "state_dict",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Left out, runs/NAME/exports/TRIAL-FORMAT.")
@@ -55,7 +59,7 @@ def export(
     runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
-    """Export a trial's net: written, opened again, compared with the net, timed. An export that computes something else is removed.
+    """Export a trial's net: write it, open it again, compare it with the net, time it. An export that computes something else is removed.
 
     Example: ranksearch export digits_resnet8 best --format onnx
     Or with conditions: ranksearch export digits_resnet8 best --format onnx --budget params=40% --at-least accuracy=-1
@@ -87,7 +91,7 @@ def export(
 
 @app.command("plan-to", rich_help_panel="Results")
 def plan_to(
-    form: Annotated[str, typer.Argument(metavar="peft|torchao|json", help="Who is to read it.")],
+    form: Annotated[str, typer.Argument(metavar="peft|torchao|json", help="Who will read it.")],
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json, or a folder with one, such as a trial's.")],
     period: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps between projections (torchao); left out, every step.")
@@ -110,12 +114,12 @@ def plan_to(
         try:
             write_atomically(output, json.dumps(record, indent=2))
         except OSError as error:
-            raise UsageError(f"{output} cannot be written ({error}): name another file by -o.") from error
+            raise UsageError(f"{output} cannot be written ({error}): name another file with -o.") from error
 
 
 @app.command(rich_help_panel="Results")
 def sync(study: StudyName, trust: Trust = False, runs: Runs = DEFAULT_RUNS) -> None:
-    """Bring MLflow up to date with a study, after a server that was away; nothing is logged twice.
+    """Bring MLflow up to date with a study, for example after its server was down; nothing is logged twice.
 
     Example: ranksearch sync digits_resnet8
     """
@@ -153,7 +157,7 @@ def report(
 def ui(
     where: Annotated[str, typer.Argument(metavar="[DIR|NAME]", help="Folder of the studies, or one study.")] = "runs",
     port: Annotated[
-        int, typer.Option(min=1, max=65535, help="Port; the next free one is taken where it is in use.")
+        int, typer.Option(min=1, max=65535, help="Port; if it is in use, the next free one is taken.")
     ] = 5000,
     trust: Trust = False,
     runs: Runs = DEFAULT_RUNS,

@@ -23,7 +23,7 @@ from ranksearch.cli.options import (
 from ranksearch.errors import UsageError, nearest
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
-"""Kinds of numbers that an input may be of."""
+"""Kinds of numbers that an input may hold."""
 
 
 @app.command(rich_help_panel="Before a search")
@@ -42,26 +42,27 @@ def init(
     dtype: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="float32|int64|…", help="Of every input, or one for each --input in turn (left out: float32)."
+            metavar="float32|int64|…",
+            help="Kind of numbers: one for all inputs, or one for each --input in turn (left out: float32).",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where both files go.")] = Path(),
 ) -> None:
-    """Begin with a model of your own: write NAME.yaml, its layers listed, and NAME_task.py, to be filled in.
+    """Begin with a model of your own: write NAME.yaml, which lists its layers, and NAME_task.py, for you to fill in.
 
     Example: ranksearch init my_package.nets:make_net --input 3x32x32
     """
     given, dtypes = inputs or ["3x224x224"], dtype or ["float32"]
     if len(dtypes) not in (1, len(given)):
         raise UsageError(
-            f"--dtype: {len(dtypes)} for {len(given)} inputs; give one for all, or one for each --input in turn."
+            f"--dtype: got {len(dtypes)} for {len(given)} inputs; give one for all, or one for each --input in turn."
         )
     for wrong in [name for name in dtypes if name not in DTYPES]:
         raise UsageError(f"--dtype {wrong}: expected one of {', '.join(DTYPES)}. {nearest(wrong, DTYPES)}")
     found = [_input(text, kind) for text, kind in zip(given, dtypes * (len(given) // len(dtypes)), strict=True)]
     names = [name for name, _, _ in found if name is not None]
     if names and (len(names) != len(found) or len(set(names)) != len(names)):
-        raise UsageError(f"--input: {', '.join(given)}: name every input, each once, or none.")
+        raise UsageError(f"--input: {', '.join(given)}: give every input a name of its own, or none.")
     from ranksearch.space.starter import Given, write_start
 
     with ours_is_stdout():
@@ -71,12 +72,12 @@ def init(
 
 
 def _input(text: str, dtype: str) -> tuple[str | None, tuple[int, ...], str]:
-    """(argument or None, shape, dtype) of NAME=CxHxW or CxHxW; a shape of no extents is "" (NAME=)."""
+    """Reads NAME=CxHxW or CxHxW as (argument or None, shape, dtype); `NAME=` has the empty shape."""
     name, equals, shape = text.rpartition("=")
     parts = [part.strip() for part in shape.lower().replace(",", "x").split("x")] if shape or not equals else []
     if not all(part.isdecimal() and int(part) > 0 for part in parts) or (equals and not name.isidentifier()):
         raise UsageError(
-            f"--input {text}: expected a shape without the batch, such as 3x224x224, or an argument's, such as input_ids=16."
+            f"--input {text}: expected a shape without the batch, such as 3x224x224, or one with its argument, such as input_ids=16."
         )
     return name if equals else None, tuple(map(int, parts)), dtype
 
@@ -130,7 +131,10 @@ def layers(space: SpaceFile, setting: SettingFlags = None, trust: Trust = False,
 def latency(
     space: SpaceFile,
     runtime: Annotated[
-        str | None, typer.Option(metavar="eager|compile|onnx", help="Left out, the space's; as are the next two.")
+        str | None,
+        typer.Option(
+            metavar="eager|compile|onnx", help="Left out, the space's; the same goes for --batch and --threads."
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Inputs of one call.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
@@ -173,7 +177,7 @@ def preview(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="solver, uniform, energy, minimax (these four where left out), evbmf, stable_rank, random, greedy, or all; repeatable.",
+            help="solver, uniform, energy, minimax (left out: these four), evbmf, stable_rank, random, greedy, or all; repeatable.",
         ),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Validation images that a plan is scored on.")] = 1000,

@@ -35,7 +35,7 @@ from ranksearch.tracking.store import VARIABLE
 
 
 def _terminate(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what ends the study takes seconds
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one signal is enough: ending a study takes seconds
     raise Terminated
 
 
@@ -121,7 +121,7 @@ def search(
         at_least=at_least or (),
         objective=objective,
     )
-    from ranksearch import api  # seconds of imports: a mistake in the space is told before them
+    from ranksearch import api  # takes seconds to import: mistakes in the space are reported before
 
     _conclude(
         lambda terminal: api.search(resolved, runs=runs, address=address, inline=inline, observer=terminal),
@@ -137,7 +137,7 @@ def resume(
     trials: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Planned trials from now on, finished ones included: goes on with a study that is done."
+            min=1, help="New number of planned trials, finished ones included; continues even a study that is done."
         ),
     ] = None,
     address: Address = None,
@@ -146,7 +146,7 @@ def resume(
     runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
-    """Continue a study that was interrupted or killed: finished trials are kept, running ones go on from their states.
+    """Continue a study that was interrupted or killed: finished trials are kept, running ones go on from their saved states.
 
     Example: ranksearch resume digits_resnet8 --trials 32
     """
@@ -171,8 +171,8 @@ def front(
     runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
-    """Print the front of a study, best first; also while it is running. With conditions, the part that meets them all, cheapest first
-    where one is on the metric.
+    """Print the front of a study, best first; also while it is running. With conditions, print the part that meets them all, cheapest first
+    if one of them is on the metric.
 
     Example: ranksearch front digits_resnet8 --budget params=40% --at-least accuracy=-1
     """
@@ -181,7 +181,7 @@ def front(
 
     folder = find_study(study, runs)
     record, damaged = finished_front(folder) if not (budget or at_least) else None, None
-    if record is None:  # it goes on still: its journal knows more than the file; seconds of imports
+    if record is None:  # the study still runs: its journal knows more than the file; takes seconds to import
         from ranksearch.study.study import Study
 
         try:
@@ -189,7 +189,7 @@ def front(
         except UsageError as error:
             if budget or at_least or (record := kept_front(folder)) is None:
                 raise
-            damaged = UsageError(f"{error}\nWhat is printed is the front as it was written last.")
+            damaged = UsageError(f"{error}\nWhat is printed is the last front that was written.")
     if as_json:
         print_json(record)
     else:
