@@ -139,7 +139,7 @@ def data_folder_for_tests(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_yeses_for_tests(tmp_path_factory: pytest.TempPathFactory):
-    """What tests say yes to, task files and addresses, is no yes of who runs them."""
+    """What tests confirm, task files and addresses, is not confirmed for whoever runs them."""
     before = os.environ.get("XDG_STATE_HOME")
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
     yield

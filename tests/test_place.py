@@ -138,7 +138,7 @@ def test_errors_of_a_store_are_sentences(s3, monkeypatch):
     [
         ("s4://bucket", "Did you mean 's3'"),
         ("s3:///path", "names no bucket"),
-        ("s3://key:secret@bucket/path", "holds no password"),
+        ("s3://key:secret@bucket/path", "holds a password"),
     ],
 )
 def test_a_place_that_is_none_is_refused_and_a_secret_not_repeated(given, said):

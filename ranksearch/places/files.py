@@ -1,4 +1,4 @@
-"""Files and folders that are never half written, and those that are on the disk before anything counts on them."""
+"""Writes files and folders so that they are never half written, and, where asked, are on the disk before anything relies on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from ranksearch.errors import UsageError
 
 NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP)
-"""What a network's disk says that does not know how to settle a folder."""
+"""Error codes of network disks that cannot sync a folder."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -31,20 +31,20 @@ def read_bytes(path: Path) -> bytes:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of one."""
+    """Writes a file so that a reader sees the old one or the new one, never half of one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def write_durably(path: Path, text: str) -> None:
-    """The same, and the disk has it once this returns: a machine that loses its power then still holds it."""
+    """Writes a file as `write_atomically` does; once this returns, the file survives a loss of power."""
     with partly_written(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Gives a whole file its name, durably: its content is on the disk before its name is, and the name once this returns."""
+    """Gives a complete file its name, durably: the content is on the disk first, and the name once this returns."""
     settle(partial)
     partial.replace(path)
     settle(path.parent)
@@ -52,9 +52,9 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 @contextmanager
 def partly_written(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file under, which gets its own name, durably, once the block ends.
+    """Yields a temporary path beside `path`; the file written there becomes `path`, durably, once the block ends.
 
-    Where the block raises, nothing is left of it: half a file would keep a full disk full.
+    If the block raises, the temporary file is removed: half a file would keep a full disk full.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -65,10 +65,10 @@ def partly_written(path: Path) -> Iterator[Path]:
 
 
 def settle(path: Path) -> None:
-    """Waits until the disk has what a file holds, or which names a folder holds.
+    """Waits until a file's content, or a folder's list of names, is on the disk.
 
     Raises:
-        OSError: the disk does not take it: some file systems say only now that they are full.
+        OSError: the disk does not take it; some file systems report only now that they are full.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -81,7 +81,7 @@ def settle(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, and those that it lies in, where they are not there yet; the disk has the names of those that were made."""
+    """Makes a folder and its missing parents; the names of new folders are on the disk once this returns."""
     missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -90,9 +90,9 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder_atomically(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which is `path` once the block ends; where the block raises, nothing is left of it.
+    """Yields an empty folder to fill, which becomes `path` once the block ends; if the block raises, it is removed.
 
-    What stands at `path` until then stays there until the new folder is whole, and then gives way.
+    Whatever is at `path` stays there until the new folder is complete, and is then replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{what}-{os.getpid()}") for what in ("partial", "old"))

@@ -1,4 +1,4 @@
-"""The two files of a compressed net. What loads neither torch nor optuna asks here whether a folder holds one."""
+"""The two files of a compressed net. Code that loads neither torch nor optuna asks here whether a folder holds one."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def holds_net(folder: Path) -> bool:
-    """Whether both files of a compressed net are there, and something in each."""
+    """Whether both files of a compressed net are there and neither is empty."""
     return not missing_files(folder)

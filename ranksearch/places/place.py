@@ -1,9 +1,9 @@
 """Places for files: a folder on a disk (a `Path`), or one in a store that is reached by URI (a `Remote`).
 
-A worker writes its net and its state to the place of results, and the driver brings finished nets home to the study's folder. Where a
-study keeps them in its own folder, which every node then has to see, a place is a plain `Path` and nothing here costs anything.
+A worker writes its net and its state to the place of results, and the driver brings finished nets home to the study's folder. If a
+study keeps them in its own folder, which every node must then see, a place is a plain `Path` and nothing here costs anything.
 
-Files appear whole or not at all: an object of a store is there once its upload is complete, a file is written beside its name first.
+Files appear whole or not at all: an object in a store is there once its upload is complete, a file is first written under another name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PAUSES = (2.0, 10.0, 30.0)
 
 
 class PlaceError(OSError):
-    """A place cannot be read or written; its text is written for the user."""
+    """A place cannot be read or written; its text is meant for the user."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Remote:
         """
         with _told(self, "written"):
             store, path = _opened(self.uri)
-            if store.type_name != "local":  # there an object appears once it is whole
+            if store.type_name != "local":  # a store shows an object only once it is complete
                 with store.open_output_stream(path) as stream:
                     stream.write(data)
                 return
@@ -90,7 +90,7 @@ class Remote:
             store.move(unfinished, path)
 
     def remove(self) -> None:
-        """Removes the file, where there is one, and what writers that were killed left of it.
+        """Removes the file, if there is one, and what killed writers left of it.
 
         Raises:
             PlaceError: it is still there.
@@ -104,7 +104,7 @@ class Remote:
                     left.unlink(missing_ok=True)
 
     def remove_folder(self) -> None:
-        """Removes the folder and what is in it; a folder that is not there is none to remove.
+        """Removes the folder and what is in it, if it is there.
 
         Raises:
             PlaceError: it is still there.
@@ -118,10 +118,10 @@ Place = Path | Remote
 
 
 def as_uri(text: str) -> str:
-    """A place that a user named, as a URI: a path becomes `file://` and absolute.
+    """Returns a place that a user named as a URI; a path becomes an absolute `file://`.
 
     Raises:
-        UsageError: another kind of URI, or one with a password in it.
+        UsageError: it is another kind of URI, or holds a password.
     """
     if "://" not in text:
         return Path(text).expanduser().absolute().as_uri()
@@ -132,7 +132,9 @@ def as_uri(text: str) -> str:
             f"there is no kind of place {parts.scheme!r}; expected s3://, gs://, file:// or a path. {known}"
         )
     if parts.password is not None:
-        raise UsageError("a place holds no password, which would be written down: stores take it from the environment")
+        raise UsageError(
+            "the URI holds a password, which would be written down: leave it out; stores take it from the environment"
+        )
     if parts.scheme != "file" and not parts.hostname:
         raise UsageError(f"{text!r} names no bucket, such as {parts.scheme}://my-bucket/ranksearch")
     return text.rstrip("/")
@@ -142,7 +144,7 @@ def check_place(uri: str) -> None:
     """Writes and removes a small file in a folder that trials will write to.
 
     Raises:
-        UsageError: it refuses.
+        UsageError: the folder cannot be written to.
     """
     probe = Remote(uri) / f".probe-{os.uname().nodename}-{os.getpid()}"
     try:
@@ -164,9 +166,9 @@ def place_at(text: str) -> Place:
 
 @contextmanager
 def filling(place: Place) -> Iterator[Path]:
-    """A folder of this machine to fill, whose files are in `place` once the block ends; a folder on a disk is filled as it is.
+    """Yields a folder on this machine to fill; its files are in `place` once the block ends. A `Path` is filled directly.
 
-    JSON files are written last. A store that refuses is tried again for most of a minute: the trial that the files are of took longer.
+    JSON files are written last. A store that refuses is tried again for most of a minute: the trial behind the files took longer.
 
     Raises:
         PlaceError: they cannot be written.
@@ -192,7 +194,7 @@ def _write_patiently(place: Remote, data: bytes) -> None:
 
 
 def fetch(place: Remote, folder: Path, names: tuple[str, ...]) -> bool:
-    """Brings the files `names` from `place` to `folder`, whole and durably; False, and nothing is written, where one of them is missing.
+    """Brings the files `names` from `place` to `folder`, whole and durably; if one is missing, writes nothing and returns False.
 
     Raises:
         PlaceError: the store cannot be read.
@@ -211,7 +213,7 @@ def fetch(place: Remote, folder: Path, names: tuple[str, ...]) -> bool:
 
 @lru_cache(maxsize=16)
 def _store(scheme: str, netloc: str, query: str) -> Any:
-    from pyarrow import fs  # a third of a second, which a study in its own folder does not need
+    from pyarrow import fs  # takes a third of a second, and a study in its own folder does not need it
 
     root = SplitResult(scheme, netloc, "/", query, "").geturl()
     return fs.FileSystem.from_uri(root)[0]
@@ -231,7 +233,7 @@ def _told(place: Remote, what: str) -> Iterator[None]:
         yield
     except PlaceError:
         raise
-    except (OSError, ValueError) as error:  # pyarrow's own are both
+    except (OSError, ValueError) as error:  # pyarrow raises both
         first = " ".join(str(error).split())
         said = next((text for marks, text in SAYINGS.items() if any(mark in first for mark in marks)), None)
         raise PlaceError(f"{place} cannot be {what}: {said if said is not None else first}") from error

@@ -7,13 +7,13 @@ from typing import Any
 
 
 class Shown:
-    """A stream for what is shown while work goes on: a reader that is gone, or a log on a full disk, ends no study."""
+    """A stream whose failures end no study, be it a reader that is gone or a log on a full disk."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):  # the latter of one that is closed
+        with suppress(OSError, ValueError):  # a closed stream raises ValueError
             self._stream.write(text)
         return len(text)
 

@@ -1,10 +1,10 @@
-"""What this user has said yes to: task files that studies of one's own were started with, and addresses that they were sent to.
+"""What this user has confirmed: task files that the user started studies with, and addresses that the user sent studies to.
 
-A folder that came from somebody else may hold a Python file, and name databases, buckets and servers. Neither is used because a folder says
-so: a file runs, and an address gets this user's credentials, only if it is known here, or once the user has confirmed it by `--trust`.
+A folder that came from somebody else may hold a Python file, and name databases, buckets and servers. Neither is used just because a folder
+says so: a file runs, and an address gets this user's credentials, only if it is known here, or once the user confirms it by `--trust`.
 
-What is known is an empty-handed thing: one small file per yes in `$XDG_STATE_HOME/ranksearch/trusted`, else
-`~/.local/state/ranksearch/trusted`, named by a hash and holding a line that says what it is. Removing one takes the yes back.
+Each confirmation is one small file in `$XDG_STATE_HOME/ranksearch/trusted`, else `~/.local/state/ranksearch/trusted`, named by a hash, with
+a line that says what was confirmed. Removing the file takes the confirmation back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILE, ADDRESS = "file", "address"
 
 
 def state_folder() -> Path | None:
-    """Where the yeses are kept; None for a user who has no home, whose every yes is for one command."""
+    """Where confirmations are kept; None for a user without a home folder, whose confirmations hold for one command."""
     if base := os.environ.get("XDG_STATE_HOME"):
         return Path(base) / "ranksearch" / "trusted"
     with suppress(RuntimeError):
@@ -31,7 +31,7 @@ def state_folder() -> Path | None:
 
 
 def remember(kind: str, *parts: str) -> None:
-    """Keeps a yes; where the place of yeses cannot be written, it holds for this command alone."""
+    """Keeps a confirmation; if its file cannot be written, it holds only for this command."""
     folder = state_folder()
     if folder is None or (path := folder / _name(kind, parts)).is_file():
         return
@@ -41,7 +41,7 @@ def remember(kind: str, *parts: str) -> None:
 
 
 def is_known(kind: str, *parts: str) -> bool:
-    """Whether this user said yes to it."""
+    """Whether this user has confirmed it."""
     folder = state_folder()
     with suppress(OSError):
         return folder is not None and (folder / _name(kind, parts)).is_file()
@@ -53,13 +53,12 @@ def _name(kind: str, parts: tuple[str, ...]) -> str:
 
 
 def may_run(file: Path, origin: str) -> bool:
-    """Whether a Python file that lies in a study's folder is one that this user runs anyhow.
+    """Whether a Python file in a study's folder is one that this user runs anyway.
 
     Args:
-        origin: where the study says that the file came from: beside it lie the modules that it imports.
+        origin: where the study says that the file came from; the modules that it imports lie beside it there.
 
-    It is, where a study of this user's own was started with these bytes from there, or where the file there, outside the folder, is the
-    same byte for byte.
+    It is if this user started a study with these bytes from there, or if the file there, outside the folder, is the same byte for byte.
     """
     content, there = file.read_bytes(), Path(origin)
     if is_known(FILE, hashlib.sha256(content).hexdigest(), origin):
@@ -71,17 +70,17 @@ def may_run(file: Path, origin: str) -> bool:
 
 
 def refuse_file(file: Path) -> UsageError:
-    """What is said of a task file that is not run."""
+    """The error for a task file that is not run."""
     return UsageError(
         f"task: {file} came with its folder and is not a file that you have started a study with, so it is not run. Read it; then --trust "
         f"(in Python trust=True) runs it. To load a net without it: ranksearch.load(folder, build=make_net), or "
-        f"build='package.module:make_net'; a stored program (pt2) is not taken in its place, since opening one may run code, too."
+        f"build='package.module:make_net'; a stored program (pt2) is not used instead, since opening one may run code, too."
     )
 
 
 def refuse_addresses(folder: Path, addresses: list[str]) -> UsageError:
-    """What is said of addresses that are not used; they hold no secret that may not be shown."""
+    """The error for addresses that are not used; `addresses` are shown, so they must hold no secrets."""
     return UsageError(
-        f"{folder}: this study names {' and '.join(addresses)}, where you have sent no study of yours: your credentials would go there. "
-        f"If that is right: --trust (in Python trust=True), once."
+        f"{folder}: this study names {' and '.join(addresses)}, to which you have sent no study of yours: your credentials would go there. "
+        f"If that is what you want, add --trust (in Python trust=True) once."
     )

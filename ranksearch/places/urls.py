@@ -1,4 +1,4 @@
-"""URLs of databases and servers (`storage.optuna`, `tracking.uri`), which may be secrets: what of them is written down, and said."""
+"""URLs of databases and servers (`storage.optuna`, `tracking.uri`), which may hold secrets: what of them is written down and shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DATABASES = ("postgresql", "mysql", "sqlite")
 """Those that Optuna takes."""
 MLFLOWS = (*DATABASES, "mssql")
 """Those that MLflow takes."""
-DRIVER_HINT = "install the database's Python driver (of PostgreSQL: pip install 'ranksearch[postgres]')"
+DRIVER_HINT = "install the database's Python driver (for PostgreSQL: pip install 'ranksearch[postgres]')"
 CONNECT_SECONDS = 10
 OWN_DATABASE = (
     "Optuna and MLflow each keep a table alembic_version, and refuse the other's: give each a database (`createdb optuna`), or a schema "
@@ -24,9 +24,9 @@ OWN_DATABASE = (
 SECRETS = re.compile("pass|pwd|secret|token|api_?key|credential|odbc_connect", re.IGNORECASE)
 """Options of a database's URL that hold a secret; ODBC's is a whole connection string with its `PWD=`."""
 SERVER_PASSWORD = re.compile(r"(?<=://)(?P<user>[^/@:\s]*):(?!\d+/)[^@\s]*(?=@)")
-"""The user and the password of a server's URL; a password may hold slashes, a port before a path is none."""
+"""The user and the password in a server's URL; a password may hold slashes, but a port before a path is not a password."""
 SERVER_TOKEN = re.compile(r"(?P<scheme>\b(?:https?|s3|gs)://)[^/@:\s?#]{16,}(?=@)", re.IGNORECASE)
-"""What stands alone before a server's name and is no shorter than tokens are: a shorter one is a user's name."""
+"""A word alone before a server's name, at least as long as tokens are; a shorter one is a user's name."""
 SERVER_OPTION = re.compile(
     r"(?P<key>[?&][\w.-]*(?:pass|pwd|secret|token|key|sig|auth|credential)[\w.-]*=)(?!\*\*\*)[^&#\s]+", re.IGNORECASE
 )
@@ -34,10 +34,10 @@ SERVER_OPTION = re.compile(
 
 
 def checked_url(text: str, databases: tuple[str, ...] = DATABASES) -> str:
-    """`storage.optuna` as it may be written down: `env:NAME`, or a URL without a password, a SQLite file by its absolute path.
+    """`storage.optuna` as it may be written down: `env:NAME`, or a URL without a password, with the absolute path of a SQLite file.
 
     Raises:
-        UsageError: it is none of these. The text never holds what was given, which may be a secret.
+        UsageError: it is none of these. The message never holds what was given, which may be a secret.
     """
     if text.startswith(FROM_ENVIRONMENT):
         return _checked_name(text)
@@ -93,7 +93,7 @@ def holds_secret(text: str) -> bool:
 
 
 def from_environment(where: str, key: str) -> str:
-    """What `where` stands for: the value of the environment variable of `env:NAME`, else itself.
+    """What `where` stands for: for `env:NAME`, the value of that environment variable, else `where` itself.
 
     Raises:
         UsageError: the variable is not set; `key` says where it was named.
@@ -122,14 +122,14 @@ def database_url(where: str) -> Any:
 
 
 def check_apart(url: Any, store: str) -> None:
-    """Optuna and MLflow both keep their schema's version in the table `alembic_version`, so neither opens a database of the other's.
+    """Refuses one database for both Optuna and MLflow: each keeps its schema's version in a table `alembic_version`.
 
     Args:
-        url: SQLAlchemy's, of `storage.optuna`.
+        url: SQLAlchemy's URL of `storage.optuna`.
         store: URI of MLflow's store.
 
     Raises:
-        UsageError: both are one database, and one schema of it.
+        UsageError: both name the same schema of the same database.
     """
     if backend_of(store) not in MLFLOWS:
         return
@@ -148,7 +148,7 @@ def shown(url: Any) -> str:
 
 
 def backend_of(text: str) -> str:
-    """What kind of database a URL names, such as postgresql; of another URL its scheme."""
+    """What kind of database a URL names, such as postgresql; for another URL, its scheme."""
     return text.partition(":")[0].partition("+")[0]
 
 
@@ -174,9 +174,9 @@ def _parsed(text: str, databases: tuple[str, ...] = DATABASES) -> Any:
     """A database's URL.
 
     Raises:
-        UsageError: it is none, or of another database.
+        UsageError: it is not a URL, or it is one of another kind of database.
     """
-    import sqlalchemy  # a third of a second, which a study in its own folder does not need
+    import sqlalchemy  # takes a third of a second, and a study in its own folder does not need it
 
     try:
         url = sqlalchemy.make_url(text)
