@@ -81,7 +81,7 @@ def test_there_are_spaces():
         ({"recipe": {"steps": 10, "lr": True}}, r"recipe\.lr: expected a number"),
         ({"resources": {"gpus_per_trial": 1.5}}, r"resources\.gpus_per_trial: 1\.5 is neither a fraction"),
         ({"search": {"weight_range": float("inf")}}, r"search\.weight_range"),
-        ({"name": "a/b"}, "name: 'a/b' may hold letters"),
+        ({"name": "a/b"}, "name: 'a/b' may hold only letters"),
         ({"resources": {"cpus_per_trial": 0}}, r"resources\.cpus_per_trial"),
     ],
 )

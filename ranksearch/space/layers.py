@@ -17,7 +17,7 @@ from ranksearch.space.settings import Strict
 
 
 class LayerRuleSpace(Strict):
-    """What holds for the layers whose names match a pattern; what is left out stays as it is for the others."""
+    """Settings of the layers whose names match a pattern; what is left out stays as it is for the other layers."""
 
     match: str
     """Name pattern of layers."""
@@ -45,21 +45,21 @@ class LayersSpace(Strict):
     """Name patterns of layers that stay dense."""
     lowerings: list[str] = Field(default_factory=lambda: list(default_lowerings()), min_length=1)
     """Names of lowerings, or of a family of them (`tiled`, `pivoted`); left out, all but those that have to be asked for (`cp`, square
-    tiles), of forms with a pivoted one this alone unless latency counts."""
+    tiles); where a form has a pivoted one, only that one, unless latency counts."""
     rank_multiple: int = Field(default=1, ge=1)
     """Every rank is a multiple of this (a rule may say otherwise for its layers): many devices compute in tiles of 8, 16 or more."""
     metric: Literal[*METRICS] = WEIGHTS  # type: ignore[valid-type]
-    """What errors of a layer are measured in, by rank curves, projections and decompositions alike: its weight's own norm ("weights"), its
-    outputs' on the data ("inputs"), the loss to second order ("kfac"), or "auto": "inputs" where no BN takes the layer's output."""
+    """How errors of a layer are measured, in rank curves, projections and decompositions alike: by the norm of its weight ("weights") or of
+    its outputs on the data ("inputs"), by the loss to second order ("kfac"), or "auto": "inputs" where no BN takes the layer's output."""
     metric_refresh: int = Field(default=10, ge=1)
-    """A trial measures the metric anew at every so many projections."""
+    """Number of projections after which a trial measures the metric anew."""
     rules: list[LayerRuleSpace] = Field(default=[])
     """Rules for layers by name; where several match a layer, a later one overrides what it names."""
 
     @field_validator("include", "exclude", mode="before")
     @classmethod
     def _texts(cls, names: Any) -> Any:
-        """Layers of a Sequential are called by numbers, which YAML reads as such."""
+        """Turns numbers into texts: YAML reads the names of a Sequential's layers as numbers."""
         return [str(name) if type(name) is int else name for name in names] if isinstance(names, list) else names
 
     @field_validator("lowerings")
@@ -81,14 +81,14 @@ class LayersSpace(Strict):
 
 
 class LatencySpace(Strict):
-    """How latency is measured: where it is a budget or an objective, and of the front's nets at the end of every study."""
+    """How latency is measured: if it is a budget or an objective, and for the front's nets at the end of every study."""
 
     runtime: Literal["eager", "compile", "onnx"] = "eager"
     """PyTorch as it is, torch.compile (whose table takes seconds per layer, lowering and rank), or ONNX Runtime on the CPU."""
     batch: int = Field(default=1, ge=1, le=2**31 - 1)
-    """Inputs of one call."""
+    """Inputs per call."""
     threads: int = Field(default=1, ge=1, le=2**15 - 1)
-    """Threads of the CPU."""
+    """CPU threads."""
 
     def as_setting(self) -> LatencySetting:
         return LatencySetting(self.runtime, self.batch, self.threads)

@@ -1,10 +1,10 @@
-"""`Quality`: a lower limit on a task's metric, written as one would say it: below the dense net, as a share of it, or as such.
+"""`Quality`: a lower limit on a task's metric, written as one would say it: points below the dense net, a share of its value, or a value.
 
 | written | for a dense net of 92.4 % | of a loss or error of 50, which is minimised |
 |---|---|---|
 | `-1` | 91.4 %: one point below dense | 51: one unit worse |
 | `-2%` | 90.55 %: 2 % of dense's value worse | 51 |
-| `90` | 90 % as such | at most 90 as such |
+| `90` | 90 % itself | at most 90 |
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ranksearch.errors import UsageError
 
 ACCURACY = "accuracy"
-"""What the objective is called, whatever the metric."""
+"""The name of the objective, whatever the metric is."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Quality:
     text: str
 
     def value(self, dense: float, direction: str) -> float:
-        """The limit in the metric's own unit, for a dense net that has `dense`."""
+        """The limit in the metric's own unit, for a dense net whose value is `dense`."""
         if not self.relative:
             return self.number
         worse = -self.number * (abs(dense) / 100 if self.share else 1.0)
@@ -47,7 +47,7 @@ def parse_quality(name: str, text: object) -> Quality:
     """Reads a limit such as ("accuracy", "-1"), ("accuracy", "-2%") or ("accuracy", "90").
 
     Raises:
-        UsageError: it is no number with or without a sign, or a share without one.
+        UsageError: it is not a number, or it is a share without a sign.
     """
     match = re.fullmatch(r"\s*([-+−]?)\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%?)\s*", str(text))
     if isinstance(text, bool) or match is None:
@@ -58,8 +58,8 @@ def parse_quality(name: str, text: object) -> Quality:
     sign, number, percent = match[1].replace("−", "-"), float(match[2]), match[3] == "%"
     if percent and not sign:
         raise UsageError(
-            f"at least {name}={text}: a share is a difference from the dense net, {name}=-{match[2]}%; a metric of {match[2]} percent is "
-            f"written {name}={match[2]}."
+            f"at least {name}={text}: a share needs a sign, as a difference from the dense net: {name}=-{match[2]}%; a metric of "
+            f"{match[2]} percent is written {name}={match[2]}."
         )
     return Quality(name, -number if sign == "-" else number, bool(sign), percent, str(text).strip())
 
@@ -71,7 +71,7 @@ def quality_of(limits: Mapping[str, object]) -> Quality | None:
         UsageError: there are several, or it cannot be read.
     """
     if len(limits) > 1:
-        raise UsageError(f"at_least: one metric has one limit, got {', '.join(limits)}.")
+        raise UsageError(f"at_least: expected a limit on one metric, got {', '.join(limits)}.")
     return next((parse_quality(name, text) for name, text in limits.items()), None)
 
 

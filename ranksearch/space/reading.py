@@ -48,7 +48,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
         given = error["input"]
         return f"{where}: {shortened(given)} is not possible. {nearest(clipped(given) if isinstance(given, str) else '', expected)}"
     if error["type"] == "string_pattern_mismatch":
-        return f"{where}: {shortened(error['input'])} may hold letters, digits, '.', '_' and '-' alone, the first a letter or digit."
+        return f"{where}: {shortened(error['input'])} may hold only letters, digits, '.', '_' and '-', and begins with a letter or digit."
     message = error["msg"].removeprefix("Value error, ")
     if message == "this key is missing.":
         return f"{where}: {message}"
@@ -62,11 +62,11 @@ ALSO_CALLED = {
     "n_trials": "trials", "max_trials": "trials", "wd": "weight_decay", "l2": "weight_decay", "dataset": "task", "network": "model",
     "net": "model", "weights": "checkpoint", "flops": "budgets", "budget": "budgets", "objective": "objectives", "algorithm": "sampler",
 }  # fmt: skip
-"""What others call a key, that no likeness of letters leads to -> its name here."""
+"""Another name of a key, too unlike for `nearest` -> its name here."""
 
 
 def _nearest_key(name: str, valid: Iterable[str]) -> str:
-    """As `nearest`, knowing what others call a key."""
+    """Does what `nearest` does, and knows what others call a key."""
     names = list(valid)
     other = ALSO_CALLED.get(name.lower())
     return nearest(name, names) if other not in names else f"Did you mean {other!r}? Valid: {', '.join(sorted(names))}."
@@ -105,7 +105,7 @@ def setting_texts(settings: Settings, prefix: str = "") -> list[str]:
 
 
 class _Numbers(yaml.SafeLoader):
-    """YAML 1.1, as PyYAML has it, calls `1e-3` a text; everybody else, and YAML 1.2, a number."""
+    """Reads `1e-3` as a number, as YAML 1.2 does; PyYAML's YAML 1.1 calls it a text."""
 
 
 _Numbers.add_implicit_resolver(
@@ -114,7 +114,7 @@ _Numbers.add_implicit_resolver(
 
 
 def yaml_value(text: str) -> Any:
-    """What a YAML text holds: plain values alone, `1e-3` among the numbers."""
+    """What a YAML text holds: only plain values; `1e-3` is a number."""
     return yaml.load(text, _Numbers)
 
 
@@ -132,7 +132,7 @@ def _set(data: dict[str, Any], assignment: str) -> None:
             raise UsageError(f"--set {assignment}: {parent!r} is a value, not a group of keys.")
     try:
         data[last] = yaml_value(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, too
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
         raise UsageError(f"--set {key}: {shortened(text)} is no YAML value.") from error
 
 
@@ -140,7 +140,7 @@ def load_yaml(path: Path) -> Any:
     """What a YAML file holds.
 
     Raises:
-        UsageError: it cannot be read, or is no YAML.
+        UsageError: it cannot be read, or is not YAML.
         FileNotFoundError: there is none.
     """
     raw = read_bytes(path)
@@ -148,15 +148,15 @@ def load_yaml(path: Path) -> Any:
         return yaml_value(raw.decode("utf-8"))
     except RecursionError:
         raise UsageError(f"{path}: no valid YAML: lists or mappings nested too deeply.") from None
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none, too
+    except (yaml.YAMLError, ValueError) as error:  # an impossible date is a ValueError
         raise UsageError(f"{path}: no valid YAML: {clipped(str(error), 400)}") from error
 
 
 def _placed(task: Any, folder: Path, *, trust: bool) -> Any:
-    """A task of the user's own by its absolute path: beside the space file, else in the working directory.
+    """Returns the user's own task by its absolute path: beside the space file, else in the working directory.
 
     Raises:
-        UsageError: there is no such file; or the space is a study's, and its file none that this user runs anyhow.
+        UsageError: there is no such file, or the space is a study's and its file is not one that this user runs anyway.
     """
     if not isinstance(task, str) or not is_own(task):
         return task
@@ -174,7 +174,7 @@ def _placed(task: Any, folder: Path, *, trust: bool) -> Any:
 
 
 def _origin(file: Path) -> str:
-    """Where a file in a study's folder came from, as the study says; the file itself where it says nothing."""
+    """Where a file in a study's folder came from, as the study says; the file itself if it says nothing."""
     try:
         return str(json.loads((file.parent / STUDY_FILE).read_text(encoding="utf-8"))["task_file"]["origin"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -201,7 +201,7 @@ def read_space(
         trust: whether a task file that lies in a study's folder may run, whoever wrote it.
 
     Raises:
-        UsageError: no such file, no YAML, or a value that the schema refuses.
+        UsageError: there is no such file, it is not YAML, or the schema refuses a value.
     """
     path = Path(path)
     if not path.is_file():

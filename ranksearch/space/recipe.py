@@ -19,20 +19,21 @@ class ProjectionSpace(Strict):
     """When the dense weights are projected, and how. The last step before the decomposition is always followed by a projection."""
 
     period: Annotated[Number, within(1, 1_000_000, whole=True)] = 20
-    """Optimizer steps between projections. At least ten projections per trial pay; with a long run, thirty or more."""
+    """Optimizer steps between projections. At least ten projections per trial pay off; in a long run, thirty or more."""
     start: Annotated[Number, within(0, 1)] = 0.0
     """Share of the steps before the decomposition that pass until the first period begins."""
     until_end: Annotated[Number, within(0, 1), BeforeValidator(_to_the_end)] = 1.0
-    """Share of those steps after which periodic projections cease; 1 (or true): they go on until the end."""
+    """Share of the steps before the decomposition after which periodic projections cease; 1 (or true): never."""
     schedule: Annotated[Choice, one_of("constant", "learning_rate", "removed_energy")] = "constant"
-    """Length of a period: constant; the steps weighted by their learning rate (as many projections, but fewer where steps are small);
-    or shorter where a projection removed more than `removed_energy`, longer where less, within a factor of four."""
+    """How long periods are: all alike (`constant`); by steps weighted with their learning rate (`learning_rate`: as many projections, but
+    fewer where steps are small); or, within a factor of four, shorter after a projection that removed more than the key `removed_energy`
+    and longer after less (`removed_energy`)."""
     removed_energy: Annotated[Number, within(1e-9, 1)] = 1e-3
-    """Mean share of the layers' ||W||² that a projection is to remove under the schedule `removed_energy`."""
+    """Mean share of the layers' ||W||² that a projection should remove, for the schedule `removed_energy`."""
     rank_annealing: Annotated[Number, within(0, 1)] = 0.0
     """Share of the steps (from `start` on) over which ranks come down from full to the plan's, fast at first; 0: at once."""
     momentum: Annotated[Choice, one_of("keep", "reset")] = "keep"
-    """Whether the optimizer forgets its moments at a projection."""
+    """Whether the optimizer keeps its moments at a projection or resets them."""
     energy_transfer: Switch = False
     """Scale what a projection keeps of a weight so that its energy stays (LRPET, Guo et al. 2024, arXiv 2204.05566)."""
     bn_rectification: Switch = False
@@ -50,7 +51,7 @@ class DistillationSpace(Strict):
     """The dense net as the teacher."""
 
     weight: Annotated[Number, within(0, 1)] = 0.0
-    """Share of the loss that comes from the dense net's outputs; 0 does without, and saves a quarter of the time."""
+    """Share of the loss that comes from the dense net's outputs; 0 turns it off and saves a quarter of the time."""
     temperature: Annotated[Number, within(0.1, 100)] = 8.0
     """Softens both nets' outputs; on CIFAR-10 the gain levels off between 8 and 16."""
 
@@ -61,7 +62,7 @@ class RecipeSpace(Strict):
     steps: int = Field(ge=0)
     """Optimizer steps of a trial, over both phases."""
     batch_size: int = Field(default=128, ge=1)
-    """Samples of a step; a loader of your own goes before it."""
+    """Samples per step; the batch size of your own DataLoader overrides it."""
     optimizer: Annotated[Choice, one_of(*OPTIMIZERS)] = "sgd"
     """SGD with Nesterov momentum, or AdamW, which wants a learning rate of its own (about 0.001)."""
     schedule: Annotated[Choice, one_of(*SCHEDULES)] = "cosine"
@@ -73,19 +74,19 @@ class RecipeSpace(Strict):
     momentum: Annotated[Number, within(0.01, 0.9999)] = 0.9
     """SGD's momentum, or AdamW's first beta."""
     weight_decay: Annotated[Number, within(0, 1)] = 5e-4
-    """The optimizer's, on all weights."""
+    """The optimizer's weight decay, on all weights."""
     label_smoothing: Annotated[Number, within(0, 0.9)] = 0.0
     """Share of the target that is spread over all classes."""
     clip_norm: Annotated[Number, within(0, 1e9)] = 0.0
-    """Largest norm of the gradient; 0 does without clipping."""
+    """Largest norm of the gradient; 0: no clipping."""
     ema: Annotated[Number, within(0, 0.999999)] = 0.0
-    """Decay per step of a moving average of the weights, which each phase ends with; 0 does without."""
+    """Decay per step of a moving average of the weights, with which each phase ends; 0: no average."""
     factor_share: Annotated[Number, within(0, 1)] = 0.5
     """Share of the steps that trains the factors after decomposition; 0 is the pure form of Lee et al. 2019, 1 decomposes first."""
     factor_lr: Annotated[Number, within(1e-6, 1e6)] = 1.0
     """Learning rate of the factors as a multiple of the schedule's. `cp`, a product of four factors, wants about 0.1."""
     bn_batches: int = Field(default=20, ge=1)
-    """Batches, augmented as in training, that BN statistics are re-estimated from."""
+    """Batches, augmented as in training, from which BN statistics are re-estimated."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the training; "auto" is bf16 where that is faster. Weights, projections and scores are fp32 (on a GPU, torch runs
     convs of fp32 in TF32 unless it is told otherwise)."""

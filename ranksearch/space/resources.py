@@ -1,4 +1,4 @@
-"""The part of a search space that says what a trial takes of the machines: CPUs, GPUs, processes."""
+"""The part of a search space that says what a trial uses of the machines: CPUs, GPUs, processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def one_spelling(resources: Any) -> Any:
 
 
 class ResourcesSpace(Strict):
-    """What one trial takes of the cluster; as many trials run at once as fit."""
+    """What one trial uses of the cluster; as many trials run at once as fit."""
 
     cpus_per_trial: int = Field(default=1, ge=1)
     """CPU cores of a trial, or of each of its workers (also spelled `cpus`). PyTorch computes with as many threads, less `data_workers`."""
@@ -46,8 +46,8 @@ class ResourcesSpace(Strict):
     as fit and pay off; more than one makes the trial data-parallel, a worker per GPU. Left out, a trial takes one GPU where the cluster has
     any. `gpus` is another spelling."""
     sharing: Literal["auto", "mps", "time_slice"] = "auto"
-    """How trials share a GPU: `mps` side by side through CUDA MPS, started on every node for as long as the study runs, `time_slice` by
-    turns; `auto` takes MPS where it is available. Somebody else's MPS is used as it is."""
+    """How trials share a GPU: with `mps` side by side, through CUDA MPS that is started on every node for as long as the study runs; with
+    `time_slice` in turns; `auto` takes MPS where it is available. An MPS that somebody else started is used as it is."""
     workers_per_trial: int = Field(default=1, ge=1)
     """Processes that train one trial together, each on its part of every batch; `gpus_per_trial: 4` means four."""
     data_workers: int = Field(default=2, ge=0)
@@ -55,12 +55,12 @@ class ResourcesSpace(Strict):
     stage: str | None = None
     """A folder of each node's own disk, to which the data folder of an `imagefolder` is copied once per node and read from there."""
     checkpoint_seconds: float = Field(default=60, gt=0)
-    """How often a running trial writes its state, from which a lost worker's or a killed study's trial goes on."""
+    """Seconds between two saved states of a running trial, which goes on from there after a lost worker or a killed study."""
     worker_losses: int = Field(default=2, ge=0)
-    """How often a trial whose worker died is run again, from its state; one more loss is taken for its own doing (out of memory, say).
-    A node that is lost or taken away is not: its trials are run again without being counted."""
+    """How often a trial whose worker died is run again, from its state; one more loss counts as its own fault (out of memory, say).
+    The loss of a whole node does not count: its trials are run again in any case."""
     wait_seconds: float = Field(default=600, ge=0)
-    """How long a cluster (`--address`) may have no room for a single trial, at the start or later, while its nodes are still coming."""
+    """How long a cluster (`--address`) may have no room for even one trial, at the start or later, while nodes are still coming."""
 
     @model_validator(mode="before")
     @classmethod

@@ -14,9 +14,9 @@ from ranksearch.errors import nearest
 from ranksearch.space.settings import Number, Range, Strict, within
 
 AUTO = "auto"
-"""Settled by untrained scores; where nothing is scored it stands for `USUAL_SENSITIVITY` and `USUAL_MEASURE`."""
+"""Settled by untrained scores; if nothing is scored, it stands for `USUAL_SENSITIVITY` and `USUAL_MEASURE`."""
 GROUPINGS = ("blocks", "stage", "shape", "layer", "all")
-"""Ways to group layers by themselves; names with patterns are another."""
+"""Ways to group layers that need no patterns."""
 RULES = ("uniform", "energy", "minimax")
 """Baselines that may compete with the solver throughout a search."""
 
@@ -27,7 +27,7 @@ class EarlyStoppingSpace(Strict):
     rungs: list[float] = Field(default=[0.15, 0.4], min_length=1)
     """Shares of a trial's steps after which it is scored: projected, BN re-estimated, on the validation set."""
     reduction: float = Field(default=3.0, gt=1, allow_inf_nan=False)
-    """The best 1 / this of the trials that have reached a rung go on; whatever no other trial there betters goes on too."""
+    """The best 1 / this of the trials that have reached a rung go on, and so does every trial that no other there beats."""
 
     @field_validator("rungs")
     @classmethod
@@ -46,9 +46,9 @@ class NestedSpace(Strict):
     levels: int = Field(default=9, ge=2)
     """Plans that are trained at once: the solver's, evenly spaced on a log scale from `front_from` of the budgets to the budgets."""
     drawn: int = Field(default=1, ge=1)
-    """Levels of one step, drawn anew each time; each takes a forward and a backward pass."""
+    """Levels that one step trains, drawn anew each time; each takes a forward and a backward pass."""
     fine_tuning: int = Field(default=0, ge=0)
-    """Steps that a plan's factors are trained after they were cut from the nested weights; 0 scores them as they are, in seconds."""
+    """Steps that train a plan's factors after they are cut from the nested weights; 0 scores them as they are, in seconds."""
 
     @model_validator(mode="after")
     def _no_more_than_there_are(self) -> NestedSpace:
@@ -102,19 +102,19 @@ class SearchSpace(Strict):
     trials: int = Field(default=16, ge=1)
     """Planned number of trials."""
     strategy: Literal["separate", "nested"] = "separate"
-    """`separate` trains every plan for itself. `nested` trains one dense weight under many plans in the first trial, by the whole recipe;
+    """`separate` trains every plan on its own. `nested` trains one dense weight under many plans in the first trial, by the whole recipe;
     every other trial is a plan cut from it and scored, without training. Then `export NAME --at flops=37%` gives the net of any budget."""
     nested: NestedSpace = Field(default_factory=NestedSpace)
     parametrization: Literal["allocated", "direct"] = "allocated"
     """`allocated` searches corrections around the solver's optimum; `direct` a lowering and a rank ratio per group of layers."""
     sampler: Literal["tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "tpe"
-    """`tpe` around an allocation is our own (`local_tpe.py`): candidates as TPE draws them, a Gaussian process picks one. The others are
-    Optuna's; `gp` takes seconds per trial from a few dozen on."""
+    """`tpe` is our own under `allocated` (`local_tpe.py`): TPE draws candidates, and a Gaussian process picks one. The others are Optuna's;
+    `gp` takes seconds per trial after a few dozen trials."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """The seed of the proposals and of every trial."""
     objectives: Annotated[list[Objective], BeforeValidator(_wanted)] = Field(default=["accuracy", "macs"])
-    """Accuracy (the task's metric, whatever it is) and up to two costs, of which the front is made; accuracy alone searches the best net
-    within the budgets. Left out, accuracy and the first budget's cost, MACs without a budget. Also in a word: "smallest" (accuracy and
+    """Accuracy (the task's metric, whatever it is) and up to two costs, of which the front is made; accuracy alone searches for the best
+    net within the budgets. Left out: accuracy and the first budget's cost, or MACs without a budget. Or in a word: "smallest" (accuracy and
     size), "fastest" (latency), "fewest MACs", "fewest params". `latency` is predicted from a table before a trial and measured after it,
     in turn with the dense net; `latency:` says how."""
     front_from: float = Field(default=0.4, gt=0, le=1)
@@ -127,38 +127,38 @@ class SearchSpace(Strict):
     weight_range: float = Field(default=2.0, ge=1, le=1000)
     """A group's predicted damage is corrected by a factor between 1 / this and this."""
     trust: Annotated[Number, within(0, 4)] = Range(low=0.0, high=1.5, default=1.0)
-    """How far measured sensitivities are believed: the exponent on the layers' scales. 1: as measured; 0: layers are alike but for the
-    energy they lose, which is better at small budgets."""
+    """How far measured sensitivities are believed: the exponent on the layers' scales. 1: as measured; 0: layers differ only in
+    the energy they lose, which is better at small budgets."""
     search_lowerings: bool = False
-    """Whether a group may be confined to a single lowering. Off: the solver's own choice is hard to better, and fewer numbers are
+    """Whether a group may be confined to a single lowering. Off: the solver's own choice is hard to beat, and fewer numbers are
     searched. ResNet-20 on CIFAR-10, 16 trials without training (1,500 validation images, CPU, seeds 0 and 1): hypervolume .643 and
     .642 without, .642 and .639 with it."""
     sensitivity: str = AUTO
-    """What weighs a layer's error: "none" (the weights alone), or from a few batches "activation", "fisher", "kfac", "kfac_balanced"
+    """How a layer's error is weighted: "none" (the weights alone), or from a few batches "activation", "fisher", "kfac", "kfac_balanced"
     (every class counts alike); gradients follow the task's loss. "auto" settles it, with `measure`, `trust` and `predictions`, before the
     first trial, by a handful of untrained scores on the task's metric. How they compare is in `allocate/README.md`."""
     predictions: list[str] | None = None
-    """What competes at making plans, the first one first: sensitivities of the solver, and "uniform", "energy", "minimax". Left out:
-    `sensitivity` alone, or under "auto" what comes close to the best."""
+    """Predictions that compete at making plans, the first one first: sensitivities for the solver, and "uniform", "energy", "minimax". Left
+    out: `sensitivity` alone, or under "auto" those that come close to the best."""
     calibration_batches: int = Field(default=8, ge=1)
     """Batches, augmented as in training, that the sensitivity is measured on."""
     measure: str = AUTO
-    """Damage as a function of the share that a layer loses: "log_kept_energy", "relative_energy"; "auto" settles it with the sensitivity,
-    and is "log_kept_energy" where that is named."""
+    """Damage as a function of the share that a layer loses: "log_kept_energy", "relative_energy"; "auto" settles it with the sensitivity;
+    if a sensitivity is named, it is "log_kept_energy"."""
     first_points: list[str] | None = None
-    """Uncorrected plans that open the study, as far as half of the trials allows: "solver" or the name of a baseline. Left out: the solver,
-    and, where the sensitivity is named, so that no untrained scores say which baselines keep up, uniform, energy and minimax; none where
-    the parametrization is `direct`."""
+    """Uncorrected plans that open the study, in at most half of its trials: "solver" or names of baselines. Left out: the solver; if the
+    sensitivity is named, also uniform, energy and minimax, since no untrained scores say which of them keep up; none if the
+    parametrization is `direct`."""
     warm_start: list[str] = Field(default=[])
     """Folders of earlier studies, or front files, whose plans are tried first, as far as they lie within budgets and layer rules."""
     early_stopping: EarlyStoppingSpace | None = None
-    """Off by default: it pays where trials are long."""
+    """Off by default: it pays off if trials are long."""
     repeats: int = Field(default=0, ge=0, le=100)
     """How often the nets that matter for the verdict (the one to ship, the next cheaper one, the cheapest of the front) are trained again
-    with other seeds at the end, in the driver's process; mean and deviation stand in front, report and
-    MLflow."""
+    with other seeds at the end, in the driver's process; front, report and MLflow show mean and deviation."""
     max_failures: float = Field(default=0.5, ge=0, le=1)
-    """The study ends where more than this share of its trials (of ten at least, or all of the first three) failed or diverged; 1: never."""
+    """The study ends if more than this share of its trials failed or diverged, counted from ten on, or if all of the first three did; 1:
+    never."""
 
     @model_validator(mode="after")
     def _nested_alone(self) -> SearchSpace:

@@ -14,13 +14,13 @@ from ranksearch.errors import nearest
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors; a read space never changes."""
+    """A part of a space: unknown keys are errors, and values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Range(Strict):
-    """A distribution over low..high, in logarithms where `log`."""
+    """A distribution over low..high, on a logarithmic scale if `log`."""
 
     low: float
     high: float
@@ -65,7 +65,7 @@ class Choices(Strict):
 
 
 def _pick_form(value: Any) -> Any:
-    """Reads a value as the form it plainly is, so that an error speaks of that form alone."""
+    """Reads a value in the form that it evidently has, so that an error speaks only of that form."""
     if isinstance(value, Mapping):
         return Choices.model_validate(value) if "choices" in value else Range.model_validate(value)
     if isinstance(value, bool) or not isinstance(value, int | float | Range | Choices):
@@ -89,7 +89,7 @@ def values_of(setting: Scalar | Range | Choices) -> tuple[Scalar, ...]:
 
 
 def middle_of(setting: Scalar | Range | Choices) -> Scalar:
-    """The default of a setting that is searched, or what it is fixed to."""
+    """The default of a setting that is searched, or the value of one that is fixed."""
     return setting.middle if isinstance(setting, Range | Choices) else setting
 
 
@@ -100,7 +100,7 @@ def numbers_of(setting: Scalar | Range | Choices) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Within:
-    """What a number may be: low..high, and whole where `whole`."""
+    """The values that a number may have: low..high, only whole ones if `whole`."""
 
     low: float
     high: float
@@ -119,7 +119,7 @@ class Within:
 
 @dataclass(frozen=True)
 class OneOf:
-    """What a choice may be: one of `names`."""
+    """The values that a choice may have: `names`."""
 
     names: tuple[Scalar, ...]
 
@@ -137,12 +137,12 @@ Choice = Annotated[Scalar | Choices, BeforeValidator(_pick_choice)]
 
 
 def within(low: float, high: float, *, whole: bool = False) -> AfterValidator:
-    """What a `Number` may be: low..high, and whole where `whole`."""
+    """Limits a `Number` to low..high, and to whole numbers if `whole`."""
     return AfterValidator(Within(low, high, whole))
 
 
 def one_of(*names: Scalar) -> AfterValidator:
-    """What a `Choice` may be: one of `names`."""
+    """Limits a `Choice` to `names`."""
     return AfterValidator(OneOf(names))
 
 
@@ -151,5 +151,5 @@ Switch = Annotated[Choice, one_of(False, True)]
 
 
 def is_whole(field: FieldInfo) -> bool:
-    """Whether a setting takes whole numbers alone."""
+    """Whether a setting takes only whole numbers."""
     return any(isinstance(getattr(mark, "func", None), Within) and mark.func.whole for mark in field.metadata)

@@ -42,8 +42,8 @@ class Space(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The name of the study, and of its folder."""
     task: str
-    """The name of a task, or a function of your own that returns a `ranksearch.Task`: FILE.py:FUNCTION, the file beside the space's, or in
-    the working directory."""
+    """The name of a task, or a function of your own that returns a `ranksearch.Task`: FILE.py:FUNCTION, with the file beside the
+    space's or in the working directory."""
     model: str | None = Field(default=None, validate_default=True)
     """The net, by a name that the task knows; left out where the task is your own, which brings its model."""
     checkpoint: str = "auto"
@@ -51,9 +51,9 @@ class Space(Strict):
     data: str | None = None
     """Data folder; left out, `RANKSEARCH_DATA`, else ~/.cache/ranksearch."""
     validation: int | None = Field(default=None, ge=1, validate_default=True)
-    """Images carved from the training set to choose by; left out where the task brings a validation split of its own."""
+    """Number of training images set aside to choose by; left out if the task brings a validation split of its own."""
     split_seed: int = 0
-    """Which images those are."""
+    """Seed that picks the validation images."""
     budgets: dict[str, str | int | float] = Field(default={})
     """Cost (`flops`, `macs`, `params`, `size`, `latency`) -> upper bound: a share of the dense net's (`50%`) or absolute (`20M`, `1.2MiB`,
     `3.5ms`). Several hold at once."""
@@ -168,22 +168,22 @@ class Space(Strict):
 
     @property
     def given(self) -> str | None:
-        """The space as it was given: the file's text, after the command line's values as comments; None of one made in Python."""
+        """The space as it was given: the file's text, after the command line's values as comments; None for one made in Python."""
         return self._given
 
     def kind(self) -> TaskKind:
         """The task without its data, or a user's own with them.
 
         Raises:
-            UsageError: no such task, or the user's file is of no use, or not the one that the study was made with, or came with its
-                folder and is no file that this user runs.
+            UsageError: there is no such task, or the user's file cannot be used, is not the one that the study was made with, or came
+                with its folder and is not one that this user runs.
         """
         if self._own is None:
             return task_kind(self.task)
         path = Path(self.task.rpartition(":")[0])
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != self._own["sha256"]:
             raise UsageError(
-                f"task: {path} is not the file that the study was made with (its sha256 is another one): put that one back, or start "
+                f"task: {path} is not the file that the study was made with (its sha256 differs): put that file back, or start "
                 f"another study."
             )
         if path.is_file() and not self._trusted and not may_run(path, self._own["origin"]):
@@ -191,10 +191,10 @@ class Space(Strict):
         return task_kind(self.task, self._own["origin"])
 
     def kept_in(self, folder: Path, own: dict[str, str] | None, *, trust: bool) -> Space:
-        """The space of a study: a task of the user's own is the copy of its file in the study's folder, as `own` records it.
+        """Returns the space of a study, whose own task is the copy of its file in the study's folder, as `own` records it.
 
         Args:
-            trust: whether that copy may run whoever wrote it; else it has to be one that this user runs anyhow (`places/trust.py`).
+            trust: whether that copy may run whoever wrote it; else it must be one that this user runs anyway (`places/trust.py`).
         """
         if own is None or not is_own(self.task):
             return self
@@ -213,7 +213,7 @@ class Space(Strict):
 
     @property
     def quality(self) -> Quality | None:
-        """The limit on the metric; None where there is none."""
+        """The limit on the metric; None without one."""
         return quality_of(self.at_least)
 
     def parsed_budgets(self) -> list[Budget]:

@@ -45,7 +45,7 @@ def make_task() -> ranksearch.Task:
 
     # TODO 3: left out, the loss is cross-entropy and the metric accuracy in percent. Any others:
     # loss=torch.nn.MSELoss(), metric=rmse, direction="minimize", with def rmse(outputs, targets): return number
-    # TODO 4: what the dense net was trained with; trials train so where the space's recipe names neither optimizer nor lr:
+    # TODO 4: what the dense net was trained with; trials use it where the space's recipe names neither optimizer nor lr:
     # trained_with={{"optimizer": "adamw", "lr": 0.001, "weight_decay": 0.01}}
     return ranksearch.Task(model=model, train=train, val=val)
 
@@ -69,7 +69,7 @@ SPACE = """# A search over low-rank forms of {model}. What every key means: docs
 #   ranksearch check {name}.yaml                     validates, prints the costs that can be reached
 #   ranksearch search {name}.yaml --trials 3         a first look, before the full search
 #
-# Its layers (of {macs:,} MACs and {params:,} parameters):
+# Its layers ({macs:,} MACs and {params:,} parameters in all):
 {layers}
 name: {name}
 task: {name}_task.py:make_task
@@ -83,8 +83,8 @@ layers:
   # lowerings: [im2col, channel, spatial, tucker2, svd]
 
 recipe:
-  steps: 1000             # of a trial; one or two epochs at least, more where accuracy is to come back
-  batch_size: 64          # a DataLoader's own goes before it
+  steps: 1000             # per trial; at least one or two epochs, more to win accuracy back
+  batch_size: 64          # a DataLoader's own overrides it
   # optimizer and lr: as the task says that the net was trained (trained_with), else found by short trials before the first one
   projection:
     period: {{low: 10, high: 80, log: true, default: 30}}
@@ -95,17 +95,17 @@ search:
 
 
 def load_model(model: str) -> tuple[nn.Module, str, str, str]:
-    """(the net, its short name, the import that a task file needs, the expression that makes it) of an import path or a library's name.
+    """Returns the net of an import path or a library's name, its short name, and the import and expression that make it in a task file.
 
     An import path names a class, a function without arguments, or a net: `package.module:Net`, looked for in the working directory too.
 
     Raises:
-        UsageError: it cannot be imported or made, or is no net; one sentence.
+        UsageError: it cannot be imported or made, or is not a net; one sentence.
     """
     where, colon, name = model.partition(":")
     if not colon or not name:
         raise UsageError(
-            f"init: {model!r} is no model: expected package.module:callable, or one of {', '.join(f'{x}:NAME' for x in LIBRARIES)}."
+            f"init: {model!r} is not a model: expected package.module:callable, or one of {', '.join(f'{x}:NAME' for x in LIBRARIES)}."
         )
     if where in LIBRARIES:
         made = build_named(model, 1000)
@@ -163,11 +163,11 @@ class Given:
     """The argument that takes it; None where it is positional."""
 
     def example(self) -> Tensor:
-        """[1, ...]: zeros, which are valid words, too."""
+        """Zeros [1, ...], which are valid indices of words, too."""
         return torch.zeros(1, *self.shape, dtype=getattr(torch, self.dtype))
 
     def made(self, samples: str) -> str:
-        """The expression that draws it: normal numbers, or whole ones of which any embedding has a row."""
+        """The expression that draws it: normal numbers, or whole ones that are small enough for any embedding."""
         sizes = ", ".join([*([samples] if samples else []), *map(str, self.shape)])
         if self.example().is_floating_point():
             cast = "" if self.dtype == "float32" else f", dtype=torch.{self.dtype}"
@@ -182,7 +182,7 @@ class Given:
 
 
 def _together(given: Sequence[Given], parts: Sequence[Any]) -> Any:
-    """One tensor as it is, named ones as a dict, others as a tuple."""
+    """Returns one tensor as it is, named ones as a dict, others as a tuple."""
     if given[0].name is not None:
         return dict(zip([one.name for one in given], parts, strict=True))
     return parts[0] if len(parts) == 1 else tuple(parts)
@@ -192,10 +192,10 @@ def write_start(model: str, inputs: Sequence[int] | Sequence[Given], folder: Pat
     """Writes NAME.yaml and NAME_task.py for `model` to `folder`; returns both paths.
 
     Args:
-        inputs: what one call takes: all by name, or all by position; of one float32 tensor its shape, without the batch, is enough.
+        inputs: what one call takes, all by name or all by position; for one float32 tensor its shape without the batch is enough.
 
     Raises:
-        UsageError: the model is of no use, does not take the shape, or one of the files is there.
+        UsageError: the model cannot be used or does not take the shape, or one of the files exists.
     """
     net, short, imports, build = load_model(model)
     given = [one for one in inputs if isinstance(one, Given)]
@@ -210,14 +210,16 @@ def write_start(model: str, inputs: Sequence[int] | Sequence[Given], folder: Pat
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"init: {model} does not take inputs {_shown(given)} ({first}): name another shape by --input, such as --input 1x28x28, "
-            f"another kind of numbers by --dtype, such as --dtype int64, or arguments, such as --input input_ids=16."
+            f"init: {model} does not take inputs {_shown(given)} ({first}): name another shape with --input, such as --input 1x28x28, "
+            f"another kind of numbers with --dtype, such as --dtype int64, or arguments, such as --input input_ids=16."
         ) from error
     name = re.sub(r"[^A-Za-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", short)).strip("_").lower()
     space, task = folder / f"{name}.yaml", folder / f"{name}_task.py"
     for path in (space, task):
         if path.exists():
-            raise UsageError(f"init: {path} is there already, and it is kept: remove it, or name another folder by -o.")
+            raise UsageError(
+                f"init: {path} is there already, and it is kept: remove it, or name another folder with -o."
+            )
     folder.mkdir(parents=True, exist_ok=True)
     task.write_text(
         TASK.format(name=name, model=model, imports=imports, build=build, stand_in=_stand_in(given, outputs))
@@ -281,7 +283,7 @@ def _excluded(net: Net) -> str:
     first, last = net.layers[0], net.layers[-1]
     names = [first.name] if first.spec.is_conv and len(net.layers) > 2 else []
     names += [last.name] if not last.spec.is_conv and len(net.layers) > 1 else []
-    why = "  # the custom: the first conv and the classifier stay as they are" if names else ""
+    why = "  # as is usual, the first conv and the classifier stay as they are" if names else ""
     return f"[{', '.join(map(_as_text, names))}]{why}"
 
 

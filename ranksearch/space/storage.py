@@ -1,4 +1,4 @@
-"""The group `storage` of a search space: where results and Optuna's study live, where that is not the study's own folder."""
+"""The group `storage` of a search space: where results and Optuna's study live, if not in the study's own folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ranksearch.space.settings import Strict
 
 
 class StorageSpace(Strict):
-    """Where what a study writes lives; left out, all of it is in the study's folder, which every node then has to see under one path."""
+    """Where a study keeps what it writes; left out, all of it is in the study's folder, which every node must then see under one path."""
 
     results: str | None = None
     """Where workers write their nets and states: `s3://bucket/path`, `gs://bucket/path`, `file:///path` or a path. Finished nets are

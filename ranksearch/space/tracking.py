@@ -14,7 +14,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message='Field name "register"')
 
     class TrackingSpace(Strict):
-        """Where a study is mirrored in MLflow, and what of it."""
+        """Where a study is mirrored in MLflow, and which parts of it."""
 
         uri: str | None = None
         """MLflow store: a server's or database's URL without a password, or `env:NAME`, the environment variable that holds it; left out,
@@ -24,7 +24,7 @@ with warnings.catch_warnings():
         experiment: str | None = None
         """MLflow experiment; left out, the study's name."""
         models: bool = True
-        """Whether the nets of the front are logged as MLflow models, at the end of a study: some seconds and twice its weights each."""
+        """Whether the front's nets are logged as MLflow models when a study ends: each takes seconds and twice its weights' size."""
         register: bool = False
         """Whether the most accurate net within the budgets is registered under the study's name, with the alias `champion`."""
 
