@@ -19,7 +19,7 @@ from optuna.exceptions import StorageInternalError
 from ranksearch.errors import StudyError, first_line
 from ranksearch.places.place import PlaceError
 from ranksearch.search.workbench import Workbench
-from ranksearch.study.failures import commonest, mend
+from ranksearch.study.failures import mend
 from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.trial.attempt import attempt
@@ -32,36 +32,36 @@ from ranksearch.words import Log
 OnRow = Callable[[Row], None]
 T = TypeVar("T")
 GIVE_UP_AFTER = 3
-"""A study stops where its first trials, this many, all failed: the rest would fail too."""
+"""A study stops if this many first trials all failed: the rest would fail too."""
 UNSUCCESSFUL = (Status.FAILED, Status.DIVERGED)
 JUDGED_FROM = 10
-"""Trials from which on the share of failures counts."""
+"""Number of trials from which on the share of failures counts."""
 PATIENCE_SECONDS, LOOK_SECONDS = 600.0, 5.0
-"""How long a result that the disk has no room for is held until somebody makes some, and how often that is tried."""
+"""How long a result is held until the disk has room for it, and how often that is tried."""
 ROOM = 8
-"""Nets of the dense one's size that a disk which was full must have room for: a trial's state, its net, and what writes them."""
+"""A disk that was full must have room for this many nets of the dense one's size: a trial's state, its net, and temporary files."""
 FULL_ELSEWHERE = 3
-"""Trials in a row that find some disk full while the study's own has room, and the study ends."""
+"""The study ends after this many trials in a row found some disk full while the study's own has room."""
 LOOKS = 4
-"""How often, a second apart, a net is looked for that another node has written."""
+"""How often, a second apart, to look for a net that another node has written."""
 
 
 class Driver:
-    """Asks the study for candidates and settles their results; ends the study where going on makes no sense."""
+    """Asks the study for candidates and settles their results; ends the study when going on makes no sense."""
 
     def __init__(self, study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
         self._study, self._bench, self._on_row, self._log = study, bench, on_row, log
         self._before = study.counts  # failures of an earlier run do not end this one
         self._full_since: float | None = None
-        """When a trial found no room for its files; None where there is room, as far as is known."""
+        """When a trial found no room for its files; None while there is room, as far as is known."""
         self._look_at = 0.0
         self._full_elsewhere = 0
         """Trials in a row that found some disk full while the study's own was not."""
 
     def ask(self) -> Candidate | None:
-        """The next trial; None where there is none for now.
+        """The next trial; None if there is none for now.
 
-        Where a trial found the disk full, none is begun until there is room again (`waits_for_room`).
+        Once a trial has found the disk full, none is begun until there is room again (`waits_for_room`).
 
         Raises:
             StudyError: not a single proposal was feasible, or the disk is full.
@@ -69,13 +69,13 @@ class Driver:
         return self._patiently(lambda: self._study.ask(self._bench), "no trial is begun")
 
     def settle(self, number: int, result: TrialResult, node: str | None = None) -> None:
-        """Records a result, its net at home; where the disk is full it waits for room before it gives up.
+        """Records a result once its net is in the study's folder; if the disk is full, waits for room before it gives up.
 
         Args:
-            node: where the trial ran, if that was another process, which may not see the folder that the driver sees.
+            node: where the trial ran, if in another process, which may not see the folder that the driver sees.
 
         Raises:
-            StudyError: too large a share of the trials failed, the disk is full, or the place of results is away.
+            StudyError: too large a share of the trials failed, the disk is full, or the place of results cannot be reached.
 
         A trial that found no room for its files is no result: it is run again once there is some.
         """
@@ -96,10 +96,10 @@ class Driver:
         self._check_failures()
 
     def _run_again_with_room(self, number: int, reason: str | None, node: str | None) -> None:
-        """Gives a trial back that found a disk full. Where that is the study's own, no trial is begun until it has room.
+        """Gives back a trial that found a disk full. If it is the study's own disk, no trial is begun until it has room.
 
         Raises:
-            StudyError: it is another disk, such as a node's temporary folder, and it stays full.
+            StudyError: another disk, such as that of a node's temporary folder, stays full.
         """
         full = not has_room(self._study.folder, self._room_wanted())
         self._full_elsewhere = 0 if full else self._full_elsewhere + 1
@@ -118,7 +118,7 @@ class Driver:
         return ROOM * self._study.dense.size_bytes + 2**20
 
     def waits_for_room(self) -> bool:
-        """Whether a trial found the disk full and it still is, looked at every few seconds: then none is to be begun.
+        """Whether the disk, which a trial found full, still is; it is looked at every few seconds, and no trial begins meanwhile.
 
         Raises:
             StudyError: it has been full for too long.
@@ -143,12 +143,12 @@ class Driver:
 
     def _lost_net(self, node: str | None) -> str:
         return (
-            f"{node or 'its process'} wrote its net to {self._study.results}, where the driver does not find it: that node does not share "
-            f"this place. Put the studies on shared storage (--runs), or set storage.results"
+            f"{node or 'its process'} wrote its net to {self._study.results}, but the driver does not find it there: that node does not "
+            f"share this place. Put the studies on shared storage (--runs), or set storage.results"
         )
 
     def _patiently(self, action: Callable[[], T], meanwhile: str) -> T:
-        """Does what writes to the study's folder, database or place of results, again and again where that refuses."""
+        """Does what writes to the study's folder, database or place of results, again and again for as long as that refuses."""
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
@@ -161,7 +161,7 @@ class Driver:
                 time.sleep(LOOK_SECONDS)
 
     def _refusal(self, error: Exception) -> tuple[str, str]:
-        """What refuses, and what is to be done about it."""
+        """What refuses, and what to do about it."""
         if isinstance(error, PlaceError):
             return str(error), "it is tried again"
         if isinstance(error, StorageInternalError):
@@ -180,19 +180,20 @@ class Driver:
         early = total >= min(GIVE_UP_AFTER, self._study.planned) and failed == total and allowed < 1
         if not early and not (total >= JUDGED_FROM and failed > allowed * total):
             return
-        found = commonest([row.reason or row.status.value for row in self._study.rows if row.status in UNSUCCESSFUL])
+        record = self._study.front_record()
+        found = record["failures"]
         what = (
             f"All of the first {total} trials failed or diverged"
             if early
             else f"{failed} of {total} trials failed or diverged, more than search.max_failures={allowed:g} allows"
         )
         change = f"{mend(found['reason'])} " if self._study.leader is not None else ""  # else the verdict says it
-        ship = self._study.front_record()["verdict"]["ship"]
+        ship = record["verdict"]["ship"]
         raise StudyError(f"{what}. {found['alike']} of {found['count']}: {found['reason']}. {change}{ship}")
 
 
 def has_room(folder: Path, size: int) -> bool:
-    """Whether a folder's disk has so many bytes free, and lets this user write at all: a quota is met before the disk is full."""
+    """Whether a folder's disk has `size` bytes free and lets this user write: a quota may be used up before the disk is full."""
     probe = folder / f".room-{os.getpid()}"
     try:
         probe.write_bytes(bytes(2**16))
@@ -204,7 +205,7 @@ def has_room(folder: Path, size: int) -> bool:
 
 
 def run_inline(study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
-    """Runs what is left of the study one trial after the other, with every core of this machine.
+    """Runs the rest of the study, one trial after the other, with every core of this machine.
 
     Raises:
         StudyError: too many trials fail, or the disk is full.
@@ -224,7 +225,7 @@ def run_inline(study: Study, bench: Workbench, on_row: OnRow, log: Log) -> None:
 
 
 def _stopper(study: Study, number: int) -> Report:
-    """A trial's report: at a rung it hears whether it goes on."""
+    """The report of a trial, which stops it at a rung where it fell behind."""
 
     def report(entry: dict[str, Any]) -> None:
         if entry["phase"] == RUNG and not study.goes_on(number, entry["rung"], entry["val_accuracy"]):
@@ -234,5 +235,5 @@ def _stopper(study: Study, number: int) -> Report:
 
 
 def stop_reason(entry: dict[str, Any], metric: Metric) -> str:
-    """What a trial's record says of its end at a rung."""
+    """The reason that is recorded for a trial that ended at a rung."""
     return f"fell behind at step {entry['step']}: {metric.text(entry['val_accuracy'])}"

@@ -1,10 +1,10 @@
 """Optuna's journal on disk, made to survive and to scale: no torn line, no lock that outlives its process, one write per step of a study.
 
-Optuna's file backend appends JSON lines. A process killed in the middle of a line, or a disk that is full, leaves half a line, on which the
-next one would be glued: the whole journal would be unreadable from there on. And a lock file left by a killed process costs thirty seconds.
+Optuna's file backend appends JSON lines. A process killed in the middle of a line, or a full disk, leaves half a line, and the next one
+would be appended to it: the journal would be unreadable from there on. And a lock file left by a killed process costs thirty seconds.
 
-It also writes every parameter by itself, and waits for the disk each time: a dozen waits per trial. What is written `together` is one
-append and one wait; a driver killed before it leaves nothing of it. The lines are the same, in the same order.
+It also writes every parameter on its own and waits for the disk each time, a dozen times per trial. What is written `together` is one
+append and one wait; if the driver is killed before, none of it is written. The lines are the same, in the same order.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.errors import StudyError, UsageError, clipped, first_line
 from ranksearch.study.folded import Folded
-from ranksearch.study.records import check_line
+from ranksearch.study.line_records import check_line
 
 CURVES = ("losses", "projections")
-"""The long lists of a result: read from the journal they are kept folded."""
+"""The long lists of a result, which are kept folded once they are read from the journal."""
 
 
 class KernelLock(BaseJournalFileLock):
-    """What Optuna asks of a lock (acquire, release); the kernel releases it when its process dies."""
+    """A lock as Optuna wants it (acquire, release), which the kernel releases when its process dies."""
 
     def __init__(self, path: Path) -> None:
         self._lock = filelock.FileLock(path)
@@ -45,22 +45,22 @@ class KernelLock(BaseJournalFileLock):
 
 
 class WholeLines(JournalFileBackend):
-    """Appends lines whole or not at all, and one by one unless they are to be written `together`."""
+    """Appends lines completely or not at all, one by one unless they are written `together`."""
 
     def __init__(self, file_path: str, lock: KernelLock) -> None:
         super().__init__(file_path, lock)
         self._lines, self._bytes = 0, 0
-        """How much of the file has been read: lines, and where the next one begins."""
+        """How many lines of the file have been read, and the byte at which the next one begins."""
         self._held: list[str] = []
-        """What is to be written together: in this process it counts already, after the file's last line."""
+        """Lines to be written together; in this process they count already, after the file's last line."""
         self._holding = 0
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is appended inside is written at the end, by one write; for who holds the study, as nobody else may write meanwhile.
+        """Writes what is appended inside the block at once, at its end. The caller must hold the study: nobody else may write meanwhile.
 
         Raises:
-            OSError: the disk takes no more. What is held then goes before whatever is written next.
+            OSError: the disk takes no more. The held lines are then written before any others.
         """
         self._holding += 1
         try:
@@ -70,7 +70,7 @@ class WholeLines(JournalFileBackend):
             self.append_logs([])
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Appends; raises OSError where the disk takes no more, and leaves the journal as it was."""
+        """Appends lines; if the disk takes no more, raises OSError and leaves the journal as it was."""
         lines = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
         if self._holding:
             self._held += lines
@@ -91,11 +91,11 @@ class WholeLines(JournalFileBackend):
             except OSError:
                 os.truncate(self._file_path, size)
                 raise
-        self._lines += len(self._held)  # what was held counts already, and is not read again
+        self._lines += len(self._held)  # the held lines count already and are not read again
         self._bytes += sum(len(line.encode()) for line in self._held)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """The lines from a number on, then what is held; raises UsageError where a line is broken and is not the last one."""
+        """The lines from a number on, then the held ones; raises UsageError if a line other than the last is broken."""
         if log_number_from < self._lines:
             self._lines, self._bytes = 0, 0
         if not self._held:
@@ -111,7 +111,7 @@ class WholeLines(JournalFileBackend):
             while self._bytes < size:
                 line = file.readline()
                 if not line.endswith(b"\n"):
-                    return  # half a line: somebody is writing it, or was killed
+                    return  # half a line: its writer is not done, or was killed
                 log = self._checked(line) if self._lines >= log_number_from else None
                 self._lines, self._bytes = self._lines + 1, self._bytes + len(line)
                 if log is not None:
@@ -121,7 +121,7 @@ class WholeLines(JournalFileBackend):
         """A line of the file as Optuna replays it.
 
         Raises:
-            UsageError: it is none that a study writes; the text names the line.
+            UsageError: a study writes no such line; the message names the line.
         """
         where = f"{self._file_path}: line {self._lines + 1}"
         try:
@@ -144,7 +144,7 @@ def _folded(log: dict[str, Any]) -> dict[str, Any]:
 
 
 class Journal(JournalStorage):
-    """Optuna's storage over the journal; what a study asks for at every trial takes no time that grows with their number."""
+    """Optuna's storage over the journal; what a study asks for at every trial takes no longer with more trials."""
 
     def __init__(self, backend: WholeLines) -> None:
         self._looked_at, self._waiting = 0, list[int]()
@@ -153,7 +153,7 @@ class Journal(JournalStorage):
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        """As Optuna's; in a journal of one study, as ours are, every trial is of it, and none need be searched for."""
+        """Does what Optuna's does, without a search: in a journal of one study, as ours are, every trial belongs to it."""
         if deepcopy or states not in (None, (TrialState.WAITING,)):
             return super().get_all_trials(study_id, deepcopy, states)
         with self._thread_lock:
@@ -170,12 +170,12 @@ class Journal(JournalStorage):
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """The storage in `path`, made where there is none."""
+    """The storage in `path`, which is made if there is none."""
     return Journal(WholeLines(str(path), KernelLock(path.with_name(f".{path.name}.lock"))))
 
 
 def together(storage: BaseStorage) -> AbstractContextManager[None]:
-    """What is written to a journal inside is one write; to another storage it goes as it comes."""
+    """Makes all that is written to a journal inside the block one write; another storage gets it as it comes."""
     backend = getattr(storage, "_backend", None)
     return backend.together() if isinstance(backend, WholeLines) else nullcontext()
 
@@ -183,7 +183,7 @@ def together(storage: BaseStorage) -> AbstractContextManager[None]:
 def mend_journal(path: Path) -> int:
     """Cuts off half a line at the journal's end, which a killed process may have left; returns the bytes that were cut.
 
-    To be called by who holds the study: a line that another process is writing looks the same.
+    The caller must hold the study: a line that another process is still writing looks the same.
     """
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1

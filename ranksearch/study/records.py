@@ -1,7 +1,8 @@
-"""What a study's files must hold, as pydantic models: the one way in for each of them.
+"""What a study's files must hold, as pydantic models: `study.json`, `front.json`, and what is measured late.
 
-A file may be half written, edited, of an earlier version, or a stranger's. What does not fit is told in one sentence: the file, the
-place in it, and what was expected. Keys that are not known here are left alone, for a later version may have written them.
+A file may be half written, edited, of an earlier version, or a stranger's. If something does not fit, one sentence names the file, the
+place in it, and what was expected. Unknown keys are left alone, since a later version may have written them. The journal's lines have a
+file of their own, `line_records.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from ranksearch.errors import UsageError, clipped, shortened
 from ranksearch.places.files import read_bytes
-from ranksearch.trial.result import Status
 
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
@@ -25,7 +25,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Record(BaseModel):
-    """Numbers are numbers here, not texts that look like some."""
+    """A part of a file, in which a number is a number, not a text that looks like one."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -50,7 +50,7 @@ class MetricRecord(Record):
 
 
 class TaskFileRecord(Record):
-    """Which file of the user's own makes the task."""
+    """The user's own file that makes the task."""
 
     file: str
     function: str
@@ -66,7 +66,7 @@ class LayerRecord(Record):
 
 
 class LayerCostRecord(Record):
-    """What the MACs of a layer are counted from."""
+    """What is needed to count the MACs of a layer."""
 
     name: str
     spec: dict[str, Any]
@@ -125,66 +125,6 @@ class StudyRecord(Record):
     gpu_probe: ProbeRecord | None = None
 
 
-class PhaseRecord(Record):
-    """An entry of a result's history."""
-
-    phase: str
-    step: Count
-    val_accuracy: float | None = None
-    val_loss: float | None = None
-
-
-class ProjectionRecord(Record):
-    """A projection that was recorded."""
-
-    step: Count
-    loss_before: float | None
-    loss_after: float | None
-    removed_energy: dict[str, float]
-
-
-class LossRecord(Record):
-    """A point of the training curve."""
-
-    step: Count
-    train_loss: float
-
-
-class ResultRecord(Record):
-    """A trial's result in the journal."""
-
-    status: Literal[tuple(str(status) for status in Status)]  # type: ignore[valid-type]
-    seed: int | None = None
-    epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    val_accuracy: float | None = None
-    val_loss: float | None = None
-    kept: dict[str, Any] | None = None
-    macs: Count | None = None
-    params: Count | None = None
-    size_bytes: Count | None = None
-    latency_predicted_ms: Finite | None = None
-    latency_ms: Finite | None = None
-    latency_ratio: Finite | None = None
-    images_per_second: Finite | None = None
-    seconds: Finite | None = None
-    projection_share: Finite | None = None
-    reason: str | None = None
-    placement: dict[str, Any] | None = None
-    history: list[PhaseRecord] = []
-    losses: list[LossRecord] = []
-    projections: list[ProjectionRecord] = []
-
-
-class CompleteRecord(ResultRecord):
-    """The result of a trial that has a net that counts."""
-
-    status: Literal["complete"]
-    val_accuracy: Finite
-    macs: Count
-    params: Count
-    size_bytes: Count
-
-
 class LayerPlanRecord(Record):
     """A layer of a plan."""
 
@@ -197,34 +137,6 @@ class PlanRecord(Record):
 
     model: str | None = None
     layers: dict[str, LayerPlanRecord]
-
-
-class RecipeRecord(Record):
-    """A recipe, of which all but its steps are read where it is used."""
-
-    steps: Count
-
-
-class CandidateRecord(Record):
-    """What a trial was to try."""
-
-    plan: PlanRecord
-    recipe: RecipeRecord
-    allocator: str | None = None
-    seed: int
-    key: str
-
-
-class Line(Record):
-    """A line of the journal: an operation of Optuna's on a study or a trial."""
-
-    op_code: Annotated[int, Field(ge=0, le=10)]
-    worker_id: str
-    study_id: Count | None = None
-    trial_id: Count | None = None
-    user_attr: dict[str, Any] | None = None
-    user_attrs: dict[str, Any] | None = None
-    values: list[float] | None = None
 
 
 class FrontRowRecord(Record):
@@ -284,7 +196,7 @@ class NestedRecord(Record):
 
 
 class FrontRecord(Record):
-    """`front.json`, which is made from the other files: a damaged one is made anew."""
+    """`front.json`, which is made from the other files, so that a damaged one is simply made anew."""
 
     study: Name
     metric: MetricRecord
@@ -304,10 +216,7 @@ class FrontRecord(Record):
     nested: NestedRecord | None = None
 
 
-STUDY, LINE = TypeAdapter(StudyRecord), TypeAdapter(Line)
-FRONT = TypeAdapter(FrontRecord)
-RESULT, COMPLETE = TypeAdapter(ResultRecord), TypeAdapter(CompleteRecord)
-CANDIDATE = TypeAdapter(CandidateRecord)
+STUDY, FRONT = TypeAdapter(StudyRecord), TypeAdapter(FrontRecord)
 TEST_ACCURACIES = TypeAdapter(
     dict[Annotated[str, Field(pattern=r"^(\d{1,9}|dense)$")], Finite | None], config=ConfigDict(strict=True)
 )
@@ -322,10 +231,10 @@ LATENCIES = TypeAdapter(
 
 
 def read_record(path: Path, expected: TypeAdapter[Any]) -> Any:
-    """The content of a JSON file, as it stands there.
+    """The content of a JSON file, unchanged.
 
     Raises:
-        UsageError: it is no JSON, or does not hold what was expected; one sentence with the file, the place and the expectation.
+        UsageError: it is not JSON, or does not hold what was expected; one sentence with the file, the place and the expectation.
         FileNotFoundError: there is none.
     """
     raw = read_bytes(path)
@@ -339,7 +248,7 @@ def read_record(path: Path, expected: TypeAdapter[Any]) -> Any:
 
 
 def checked(data: Any, expected: TypeAdapter[Any], where: str) -> Any:
-    """`data` itself, which holds what was expected.
+    """Returns `data` if it holds what was expected.
 
     Raises:
         UsageError: it does not; `where` begins the sentence.
@@ -351,22 +260,6 @@ def checked(data: Any, expected: TypeAdapter[Any], where: str) -> Any:
     except (RecursionError, OverflowError) as error:
         raise UsageError(f"{where}: {type(error).__name__}: lists or mappings nested too deeply.") from None
     return data
-
-
-def check_line(log: Any, where: str) -> None:
-    """Whether a line of the journal, and a result or candidate in it, can be what a study wrote.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    checked(log, LINE, where)
-    attributes = (log.get("user_attr") or {}) | (log.get("user_attrs") or {})
-    if "result" in attributes:
-        result = attributes["result"]
-        complete = isinstance(result, dict) and result.get("status") == "complete"
-        checked(result, COMPLETE if complete else RESULT, f"{where}: result")
-    if "candidate" in attributes:
-        checked(attributes["candidate"], CANDIDATE, f"{where}: candidate")
 
 
 def _sentence(error: ValidationError) -> str:
