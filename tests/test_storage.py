@@ -60,7 +60,7 @@ def test_a_net_that_another_node_did_not_share_fails_its_trial_and_says_so(make,
     driver.settle(candidate.number, simulated(candidate, bench), node="far (10.0.0.2)")
     (row,) = study.trials
     assert row["status"] == "failed"
-    assert row["reason"].startswith(f"far (10.0.0.2) wrote its net to {study.folder}, where the driver does not find")
+    assert row["reason"].startswith(f"far (10.0.0.2) wrote its net to {study.folder}, but the driver does not find")
     assert not study.front
 
 

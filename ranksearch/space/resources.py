@@ -58,7 +58,7 @@ class ResourcesSpace(Strict):
     """Seconds between two saved states of a running trial, which goes on from there after a lost worker or a killed study."""
     worker_losses: int = Field(default=2, ge=0)
     """How often a trial whose worker died is run again, from its state; one more loss counts as its own fault (out of memory, say).
-    The loss of a whole node does not count: its trials are run again in any case."""
+    The loss of a whole node does not count: its trials are simply run again."""
     wait_seconds: float = Field(default=600, ge=0)
     """How long a cluster (`--address`) may have no room for even one trial, at the start or later, while nodes are still coming."""
 

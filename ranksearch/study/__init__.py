@@ -1,1 +1,1 @@
-"""What is remembered: the study, its folder and its journal, what becomes of results, the front, and how trials are driven."""
+"""What is remembered: the study, its folder and journal, what becomes of results, the front; and the loop that drives trials."""

@@ -1,4 +1,4 @@
-"""The addresses that a study's space names (databases, buckets, servers): used where this user sent a study before, or says yes now.
+"""The addresses that a study's space names (databases, buckets, servers): used if this user sent a study there, or confirms them now.
 
 This user's credentials (`PGPASSWORD`, `AWS_PROFILE`, MLflow's password) go to whatever host a space names, and the space of a folder may be
 somebody else's.
@@ -21,7 +21,7 @@ SETTING = "MLFLOW_TRACKING_URI"
 
 
 def named(space: Space, keys: Sequence[str] = EVERY) -> dict[str, str]:
-    """The addresses of a space by their keys; none that the user's own environment holds (`env:NAME`, or MLflow's variable)."""
+    """The addresses of a space by their keys, without those that the user's own environment holds (`env:NAME`, MLflow's variable)."""
     found = {
         OPTUNA: space.storage.optuna, RESULTS: space.storage.results, MLFLOW: space.tracking.uri,
         ARTIFACTS: space.tracking.artifacts,
@@ -35,16 +35,16 @@ def named(space: Space, keys: Sequence[str] = EVERY) -> dict[str, str]:
 
 
 def remember_addresses(space: Space) -> None:
-    """Keeps that this user sends studies to the addresses of a space."""
+    """Records that this user sends studies to the addresses of a space."""
     for where in named(space).values():
         remember(ADDRESS, where)
 
 
 def confirm_addresses(space: Space, folder: Path, keys: Sequence[str], *, trust: bool) -> None:
-    """Nothing, where every address is one that this user uses; with `trust` they are from now on.
+    """Checks that this user uses every address of a space; with `trust` the user does from now on.
 
     Raises:
-        UsageError: one is not.
+        UsageError: one of them is new to this user.
     """
     new = {key: where for key, where in named(space, keys).items() if not is_known(ADDRESS, where)}
     if new and not trust:

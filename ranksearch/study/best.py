@@ -18,7 +18,7 @@ from ranksearch.trial.result import Status
 
 @dataclass(frozen=True)
 class Wanted:
-    """Conditions that a net is picked by."""
+    """Conditions by which a net is picked."""
 
     budgets: Sequence[Budget] = ()
     quality: Quality | None = None
@@ -28,17 +28,17 @@ class Wanted:
         return " and ".join(texts) or "the budgets"
 
     def met_by(self, rows: Sequence[Row], dense: Cost, metric: Metric) -> list[Row]:
-        """The complete rows that meet every one of them."""
+        """The complete rows that meet every condition."""
         least = metric.least_share(self.quality)
         found = [row for row in rows if row.complete and (least is None or row.worth >= least)]
         return [row for row in found if all(b.allows(_cost_of(row, b.cost), dense) for b in self.budgets)]
 
 
 def best_row(rows: Sequence[Row], dense: Cost, metric: Metric, space: Space, wanted: Wanted) -> Row:
-    """The best complete row of a study of `space` that meets what is wanted: with a limit on the metric the cheapest, else the best metric.
+    """The best complete row that meets what is wanted: with a limit on the metric the cheapest one, else the one with the best metric.
 
     Raises:
-        UsageError: no trial does; the text says how far the nearest is.
+        UsageError: no trial does; the message says how far the nearest one is.
     """
     met = wanted.met_by(rows, dense, metric)
     if not met:
@@ -55,7 +55,7 @@ def best_row(rows: Sequence[Row], dense: Cost, metric: Metric, space: Space, wan
 
 
 def _cost_of(row: Row, budget: str) -> Cost:
-    """A row's costs, its latency as measured; the prediction keeps the budget where it was not."""
+    """A row's costs, with the latency that was measured, or predicted if it was not measured."""
     latency = row.latency_ms if row.latency_ms is not None else row.latency_predicted_ms
     if budget == "latency" and latency is None:
         raise UsageError("Latency is neither a budget nor an objective of this study: it was not measured.")

@@ -1,4 +1,4 @@
-"""What lies beyond a study's budget as far as a preview of the same net knows it: plans that were decomposed and scored, not trained."""
+"""What a preview of the same net knows beyond a study's budget: plans that were decomposed and scored, not trained."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PREVIEWED = "preview.json"
 def beyond_budget(folder: Path, space: Space, direction: str) -> list[dict[str, float]]:
     """The best previewed plan of each level from the budget up, by rising cost: `percent` of the dense net's cost, `val_accuracy`.
 
-    The first one is the budget's own, with which the others are to be compared. Empty where there is no preview of this net under this
-    budget, none that can be read, or none above the budget.
+    The first one is the budget's own, to compare the others with. The list is empty if there is no preview of this net under this budget,
+    if it cannot be read, or if it has nothing above the budget.
 
     Args:
         direction: of the metric, "maximize" or "minimize".

@@ -1,8 +1,8 @@
 """How far the numbers of a front's record can be trusted: what a difference of accuracies is worth, from how many samples, how many seeds.
 
 The ± of an accuracy over n samples is one standard error of a binomial share, p(1 - p)/n with p = (correct + 2)/(n + 4), so that 100 % of
-few samples is not certain (Agresti & Coull 1998); that of a difference takes two nets as independent, which is too much where they
-fail on the same samples.
+few samples is not certain (Agresti & Coull 1998). The ± of a difference takes two nets as independent, which is too large if they fail
+on the same samples.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ranksearch.trial.metric import PERCENT, metric_difference, metric_text
 NOISE = 2.0
 """Standard errors below which a difference is called noise."""
 SEEN = 3.0
-"""Standard errors that the dense net's validation may lie above its test before it is said to have seen those samples."""
+"""By how many standard errors the dense net's validation may exceed its test before it counts as having seen those samples."""
 
 
 def plus_minus(percent: float, samples: int) -> float:
@@ -43,7 +43,7 @@ def difference(record: FrontRecord, split: str, value: float, other: float) -> s
 
 
 def trust(record: FrontRecord) -> str:
-    """From how many samples the numbers are, and below what a difference is noise."""
+    """Says how many samples the numbers come from, and below what a difference is noise."""
     samples, dense, metric = record.get("samples", {}), record["dense"], record["metric"]
     parts = []
     for split, key in (("test", "test_accuracy"), ("validation", "val_accuracy")):
@@ -62,7 +62,7 @@ def trust(record: FrontRecord) -> str:
 
 
 def again(record: FrontRecord) -> str:
-    """What the nets that were trained again reached: mean and deviation over seeds."""
+    """Says what the nets that were trained again reached: mean and deviation over seeds."""
     said = []
     for row in record["trials"]:
         if not (again := row.get("repeats")):
@@ -93,7 +93,7 @@ def shared(record: FrontRecord) -> str:
 
 
 def seen(record: FrontRecord) -> str:
-    """A dense net whose validation lies far above its test was trained on those samples."""
+    """Warns of a dense net whose validation lies far above its test: it was probably trained on the validation samples."""
     dense, metric = record["dense"], record["metric"]
     val, test, samples = dense["val_accuracy"], dense["test_accuracy"], record.get("samples", {})
     if test is None or metric["name"] != "accuracy" or metric["unit"] != PERCENT or not samples.get("validation"):

@@ -1,4 +1,4 @@
-"""Nets of any budget, read off the weights of a nested run: solved for, cut, given BN statistics, scored. Nothing is trained or changed."""
+"""Nets for any budget from the weights of a nested run: a plan is solved for, cut, given BN statistics and scored. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Cut:
     """The net itself, in evaluation mode, on the CPU."""
     plan: RankPlan
     budgets: tuple[str, ...]
-    """As they were asked for, such as `flops=37%`."""
+    """The budgets as they were asked for, such as `flops=37%`."""
     cost: Cost
     dense: Cost
     """The cost of the dense net."""
@@ -54,25 +54,25 @@ class Cut:
 
 
 class Cutter:
-    """Cuts nets from the weights of one study: what they are predicted by is found once."""
+    """Cuts nets from the weights of one study; what plans are predicted by is computed once."""
 
     def __init__(self, space: Space, folder: Path, trial: int | None, latency_key: str | None) -> None:
         """
         Args:
-            trial: the nested run, where it is over.
-            latency_key: under which the study's times stand, where latency counts.
+            trial: the nested run, if it is over.
+            latency_key: the key of the study's times, if latency counts.
 
         Raises:
-            UsageError: there is none.
+            UsageError: there is no nested run, or it is not over.
         """
         if not is_nested(space):
             raise UsageError(
-                f"{space.name!r} trained every plan for itself (search.strategy separate): take one of its trials, or search with "
+                f"{space.name!r} trained every plan on its own (search.strategy separate): take one of its trials, or search with "
                 f"`--set search.strategy=nested`, whose one run serves every budget."
             )
         if trial is None:
             raise UsageError(
-                f"The nested run of {space.name!r} is not over: `ranksearch resume {space.name}` goes on with it."
+                f"The nested run of {space.name!r} is not over: `ranksearch resume {space.name}` continues it."
             )
         self._space, self._folder, self._key = space, folder, latency_key
         self._weights = trial_folder(folder, trial) / NESTED
@@ -92,11 +92,11 @@ class Cutter:
         """The net within all of `budgets`.
 
         Raises:
-            UsageError: no budget, or none that can be read or met.
+            UsageError: there is no budget, or one that cannot be read or met.
         """
         texts = tuple(assignments(budgets))
         if not texts:
-            raise UsageError("At which budget? Name one, such as flops=37%, or several that hold at once.")
+            raise UsageError("No budget was named: give one, such as flops=37%, or several that hold at once.")
         parsed, bench = [parse_budget(*text.partition("=")[::2]) for text in texts], self._open()
         plan = allocate_plan(
             bench.curves, parsed, damage=bench.damage, model=model_reference(self._space.task, self._space.model)

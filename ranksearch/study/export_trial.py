@@ -46,16 +46,16 @@ def pick_trial(
     budgets: Budgets = (),
     at_least: Limits = (),
 ) -> Row:
-    """The row of a complete trial whose net is on disk, by its number, or by `best` of the best one under the conditions.
+    """The row of a complete trial whose net is on disk, by its number, or by `best` for the best one under the conditions.
 
     Raises:
-        UsageError: there is none; the text says what the trial is instead, and which numbers are nearest.
+        UsageError: there is none; the message says what the trial is instead, and which numbers are nearest.
     """
     if trial == BEST:
         trial = study.picked(budgets, at_least).trial
     elif budgets or at_least:
         raise UsageError(
-            f"--budget and --at-least choose the net of `{BEST}`; trial {trial} was named: leave them out."
+            f"--budget and --at-least choose among the nets for `{BEST}`, but trial {trial} was named: leave them out."
         )
     elif isinstance(trial, str) and not trial.isdecimal():
         raise UsageError(f"TRIAL: {trial!r} is neither a trial's number nor `{BEST}`. {_nearest(study, 0)}")
@@ -75,14 +75,14 @@ def _nearest(study: Study, number: int, shown: int = 5) -> str:
     complete = [row.trial for row in study.rows if row.complete]
     valid = sorted((n for n in complete if holds_net(study.trial_folder(n))), key=lambda n: (abs(n - number), n))
     if not valid:
-        return "No trial of it can be exported yet."
+        return "None of its trials can be exported yet."
     more = f", … ({len(valid)} in all)" if len(valid) > shown else ""
     best = f"; or `{BEST}`" if study.best()["trial"] in valid else ""
     return f"Nearest that can be exported: {', '.join(map(str, valid[:shown]))}{more}{best}."
 
 
 def name_at(budgets: Sequence[str]) -> str:
-    """What the export of a net at some budgets is called: `at-flops-37`."""
+    """The name of an export of a net at some budgets, such as `at-flops-37`."""
     return "-".join(["at", *(re.sub(r"[^A-Za-z0-9.]+", "-", budget).strip("-") for budget in budgets)])
 
 
@@ -90,25 +90,25 @@ def target_folder(study: Study, what: int | str, form: Format, output: Path | No
     """Where an export goes: `output`, else exports/TRIAL-FORMAT in the study's folder.
 
     Args:
-        what: the trial's number, or what else names the net.
+        what: the trial's number, or another name of the net.
 
     Raises:
-        UsageError: something is there. With `force` an earlier export gives way, and nothing else does.
+        UsageError: something is there already. With `force` an earlier export is replaced, and nothing else.
     """
     name = f"{what:03d}" if isinstance(what, int) else what
     folder = output or study.folder / EXPORTS / f"{name}-{form.name}"
     folder = folder.expanduser().resolve()
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file: name a folder by -o.")
+        raise UsageError(f"{folder} is a file: name a folder with -o.")
     held = {path.name for path in folder.iterdir()} if folder.exists() else set()
     others = sorted(held - _exported(folder))
     if others:
         raise UsageError(
             f"{folder} holds other things than an export ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}), which are kept: "
-            f"name another folder by -o."
+            f"name another folder with -o."
         )
     if held and not force:
-        raise UsageError(f"{folder} holds an export already: --force replaces it, or name another folder by -o.")
+        raise UsageError(f"{folder} holds an export already: --force replaces it, or name another folder with -o.")
     return folder
 
 
@@ -124,7 +124,7 @@ def export_trial(study: Study, row: Row, folder: Path, form: Format, *, build: B
     """Writes a trial's net and `export.json` to `folder`, whole or not at all; returns what that file holds.
 
     Raises:
-        UsageError: the trial's files are damaged or another net's, or `folder` cannot be written.
+        UsageError: the trial's files are damaged or belong to another net, or `folder` cannot be written.
         StudyError: the exported form computes something else, or cannot be made.
     """
     model, plan = load_stored_net(study.trial_folder(row.trial), build)
@@ -136,7 +136,7 @@ def export_trial(study: Study, row: Row, folder: Path, form: Format, *, build: B
 
 
 def export_cut(study: Study, cut: Cut, folder: Path, form: Format, *, build: Build, fold_bn: bool) -> dict[str, Any]:
-    """The same of a net that was cut from a nested run's weights; `at` in `export.json` says at which budgets.
+    """Does the same for a net that was cut from a nested run's weights; `at` in `export.json` says at which budgets.
 
     Raises:
         UsageError: `folder` cannot be written.
@@ -182,12 +182,12 @@ def _export(
             record = _record(study, row, form, plan.model, exported) | ({} if at is None else {"at": at})
             write_atomically(partial / RECORD, json.dumps(record, indent=2, allow_nan=False))
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error}): name another folder by -o.") from error
+        raise UsageError(f"{folder} cannot be written ({error}): name another folder with -o.") from error
     return record
 
 
 def _inputs(example: Any) -> dict[str, Any]:
-    """What one call takes: `inputs` by name, and of one tensor its shape and dtype, as they always were."""
+    """What one call takes: `inputs` by name, and, for a single tensor, its shape and dtype under their old keys."""
     named = [
         {"name": name, "shape": ["batch", *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")}
         for name, x in named_inputs(example).items()

@@ -1,6 +1,6 @@
 """What went wrong in a study, from a front's record: how many trials ended how, their commonest reason, and what to change.
 
-What is wrong with nets that there are stands in `cautions.py`.
+`cautions.py` says what is wrong with nets that were made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ranksearch.words import limit_words
 
 
 def trials_in_words(record: FrontRecord) -> str:
-    """Such as `12 complete, 4 failed; most often: …`."""
+    """How many trials ended how, such as `12 complete, 4 failed; 3 of 4: …`."""
     counts, failures = record.get("counts", {}), record.get("failures") or {}
     text = ", ".join(f"{count} {status}" for status, count in counts.items())
     if not failures.get("reason"):
@@ -45,20 +45,20 @@ def nothing_to_ship(record: FrontRecord) -> str:
 
 
 def mend(reason: str | None) -> str:
-    """What to change, by the commonest reason of failures."""
+    """What to change, given the commonest reason of failures."""
     reason = (reason or "").lower()
     if re.search(r"\b(nan|inf|infinite|finite|nonfinite|diverged)\b|\bloss is\b", reason):
         return "They diverged: lower the learning rate (`--set recipe.lr=…`)."
     if "memory" in reason:
         return (
-            "They ran out of memory: a smaller batch (`recipe.batch_size`, or the task's own loader), or more of the device per trial "
-            "(`resources`)."
+            "They ran out of memory: take a smaller batch (`recipe.batch_size`, or the task's own loader), or give each trial more of "
+            "the device (`resources`)."
         )
-    return "Mend what the reason names, then `ranksearch resume` with more `--trials`."
+    return "Mend what the reason names, then run `ranksearch resume` with more `--trials`."
 
 
 def commonest(reasons: Sequence[str]) -> dict[str, Any]:
-    """Returns how many trials failed, the commonest first line of their reasons, and how many are like it (numbers apart)."""
+    """Returns how many trials failed, the commonest first line of their reasons, and how many are like it but for their numbers."""
     alike: dict[str, list[str]] = {}
     for reason in reasons:
         first = reason.splitlines()[0] if reason else "no reason was given"

@@ -1,4 +1,4 @@
-"""`Folded`: a list that is kept packed, and unpacked whenever it is looked at. A study holds the curves of all its trials so."""
+"""`Folded`: a list that is kept packed, and unpacked whenever it is looked at. A study holds all its trials' curves this way."""
 
 from __future__ import annotations
 

@@ -4,13 +4,13 @@ runs/NAME/space.yaml        the resolved space          runs/NAME/front.json   t
 runs/NAME/space.given.yaml  the space as it was given   runs/NAME/trials/007/  plan.json, model.safetensors
 runs/NAME/study.json        dense net, versions, seed   runs/NAME/test.json    test accuracies of the front, at the end
 runs/NAME/optuna.journal    Optuna's storage            runs/NAME/mlflow.json  which runs of which MLflow store mirror it
-runs/NAME/FILE.py           the file of a task of the user's own, as it was when the study was made
+runs/NAME/FILE.py           the file of the user's own task, as it was when the study was made
 runs/NAME/latency.json      times of its layers         runs/NAME/latencies.json  of the front's nets, measured at the end
 runs/NAME/report.html       figures and tables, at the end     runs/NAME/front.png      the front's picture
 runs/NAME/checkpoints/      states of running trials    runs/NAME/exports/     nets in the formats of other runtimes
 
-With `storage.results` workers write trials/ and checkpoints/ there, and finished nets are brought here; with `storage.optuna` a database
-holds what the journal would.
+With `storage.results`, workers write trials/ and checkpoints/ there, and finished nets are brought here; with `storage.optuna`, a database
+stands in for the journal.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from ranksearch.study.where import (  # noqa: F401  (a study's folder has one ta
 
 
 def place_of_results(space: Space, folder: Path, info: dict[str, Any]) -> Place:
-    """Where workers write nets and states: the study's folder, or a folder of this study alone in `storage.results`."""
+    """Where workers write nets and states: the study's folder, or this study's own folder in `storage.results`."""
     where = space.storage.results
     return folder if where is None else Remote(where) / f"{info['study']}-{info['id'][:8]}"
 
 
 def study_around(folder: Path) -> Path | None:
-    """The study with a task of the user's own that a trial's folder, or an export's, lies in; None where it lies in none."""
+    """The study that the folder of a trial or an export lies in, if it has a task of the user's own; else None."""
     study = folder.resolve().parent.parent
     if folder.resolve().parent.name not in (TRIALS, EXPORTS) or not (study / INFO).is_file():
         return None
@@ -74,7 +74,7 @@ def find_front(where: str, runs: Path) -> Path:
     """The front file of a study given by name or folder, or the file itself.
 
     Raises:
-        UsageError: none is there; the text names the nearest study.
+        UsageError: there is none; the message names the nearest study.
     """
     if Path(where).expanduser().is_file():
         return Path(where).expanduser().resolve()
@@ -95,7 +95,7 @@ def in_the_way(folder: Path) -> list[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Removes half a study, which would be in the way of the next try; what a preview left stays."""
+    """Removes a study that was only half made, which would be in the way of the next try; what a preview left stays."""
     for path in in_the_way(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if {path.name for path in folder.iterdir()} <= {LOCK}:
@@ -103,16 +103,18 @@ def clear(folder: Path) -> None:
 
 
 def new_folder(runs: Path, name: str) -> Path:
-    """The new study's folder; raises UsageError where that name is taken, and proposes a free one.
+    """The new study's folder; raises UsageError if its name is taken, and proposes a free one.
 
-    What a driver left that was killed while it made a study of that name is removed: it holds nothing yet.
+    The remains of a driver that was killed while it made a study of that name are removed: they hold nothing yet.
     """
     folder = runs / name
     if (folder / UNFINISHED).is_file() and not (folder / INFO).is_file():
-        with locked(folder):  # whoever is making it right now holds it
+        with locked(folder):  # a process that is making it right now holds the lock
             clear(folder)
     if not (folder / INFO).is_file() and in_the_way(folder):
-        raise UsageError(f"{folder} is there, but is no study ({INFO} is missing): remove it, or take another --name.")
+        raise UsageError(
+            f"{folder} is there, but is not a study ({INFO} is missing): remove it, or take another --name."
+        )
     if (folder / INFO).is_file():
         free = next(f"{name}-{i}" for i in range(2, 10_000) if not (runs / f"{name}-{i}").exists())
         raise UsageError(
@@ -123,7 +125,7 @@ def new_folder(runs: Path, name: str) -> Path:
 
 
 def keep_task_file(space: Space, folder: Path) -> dict[str, str] | None:
-    """Copies the file of a task of the user's own to the study's folder; what `study.json` says of it, None for a task of ours."""
+    """Copies the file of the user's own task to the study's folder; returns its record for `study.json`, None for a task of ours."""
     file = space.kind().own
     if file is None:
         return None
@@ -145,11 +147,11 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise UsageError(
-            f"{folder} is being run by another process; `ranksearch front` may be called meanwhile."
+            f"{folder} is being run by another process: wait until that ends; `ranksearch front` works meanwhile."
         ) from None
     except OSError as error:
         raise UsageError(
-            f"{folder} cannot be locked ({error.strerror or error}): a study is run where its folder can be written."
+            f"{folder} cannot be locked ({error.strerror or error}): run the study where its folder can be written."
         ) from error
     try:
         yield

@@ -1,4 +1,4 @@
-"""Rows of trials, the front among them, and the record that `front.json` and `ranksearch front --json` show."""
+"""Comparing rows of trials, the front's hypervolume, and the record that `front.json` and `ranksearch front --json` show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ranksearch.words import COST_RATIOS
 
 
 def objective_values(row: Row, objectives: Sequence[str]) -> list[float]:
-    """A complete row's values as Optuna is told them: the metric in its own unit, costs as ratios of dense."""
+    """A complete row's values as Optuna gets them: the metric in its own unit, costs as ratios of dense."""
     return [row.value if name == "accuracy" else row[COST_RATIOS[name]] for name in objectives]
 
 
@@ -38,19 +38,19 @@ def same_net(row: Row, other: Row, objectives: Sequence[str]) -> bool:
 
 
 def merit(row: Row) -> tuple[float, int]:
-    """What makes a complete row the best of several: its metric, then fewer MACs."""
+    """The key by which a complete row is the best of several: its metric, then fewer MACs."""
     return row.worth, -(row.macs or 0)
 
 
 def in_order(front: Sequence[Row], cost: str | None = None) -> list[Row]:
-    """The rows of a front, the best metric first; or, by `cost`, the cheapest first."""
+    """The rows of a front, the best metric first; with `cost`, the cheapest first."""
     if cost is not None:
         return sorted(front, key=lambda row: (row[COST_RATIOS[cost]] or 0.0, -row.worth, row.trial))
     return sorted(front, key=lambda row: (-row.worth, row.macs or 0, row.trial))
 
 
 def reference_of(objectives: Sequence[str], least: float | None) -> list[float]:
-    """What a hypervolume is counted from: share 0, or the one of a limit on the metric, and the dense costs."""
+    """The reference point of a hypervolume: share 0, or that of a limit on the metric, and the dense costs."""
     return [(0.0 if least is None else round(least, 8)) if name == "accuracy" else 1.0 for name in objectives]
 
 
@@ -69,12 +69,12 @@ def directions_of(objectives: Sequence[str], metric: Metric) -> list[Direction]:
 
 
 def limit_record(quality: Quality | None, metric: Metric) -> dict[str, Any] | None:
-    """What a front's record says of the limit on its metric: as it was given, and in the metric's own unit; None without one."""
+    """The limit on the metric for a front's record: as it was given, and in the metric's own unit; None without one."""
     return None if quality is None else {"text": quality.text, "value": metric.limit(quality)}
 
 
 def _latency_limits(space: Space) -> dict[str, float]:
-    """The key of a row that a budget on latency bounds -> its limit: a share of dense's in turn with it, or milliseconds."""
+    """The key of a row that a budget on latency bounds -> its limit: a share of the dense net's time, or milliseconds."""
     budgets = [budget for budget in space.parsed_budgets() if budget.cost == "latency"]
     return {
         "latency_ratio" if b.relative else "latency_ms": float(b.value) / (100 if b.relative else NS_PER_MS)
@@ -89,8 +89,8 @@ def front_record(
     """The study's name, metric, objectives, budgets, reference point, hypervolume, dense net and front, for JSON.
 
     Args:
-        facts: how far the study is (`Study.facts`); with the verdict they stand beside the rest.
-        quality: the limit on the metric that the front begins at.
+        facts: how far the study is (`Study.facts`); the record holds them beside the rest.
+        quality: the limit on the metric at which the front begins.
     """
     objectives = space.search.objectives
     record = {

@@ -1,4 +1,4 @@
-"""The shape of a front in words: where it bends, and what more of the budget would give. From a front's record alone."""
+"""The shape of a front in words: where it bends, and what more budget would give. Only a front's record is needed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Point = tuple[float, float, int]
 """Cost in percent of dense, validation metric (turned so that more is better), trial."""
 
 MORE_BUDGET = 0.1
-"""A budget is imagined to be raised by this share of itself."""
+"""The share of itself by which a budget is imagined to be raised."""
 
 
 def shape_in_words(record: FrontRecord) -> str:
-    """The knee with the slopes beside it, what a tenth more budget would give, and what a preview knows beyond; the first two for two nets
-    or more."""
+    """Says where the knee is, with the slopes beside it, what a tenth more budget would give, and what a preview knows beyond. The first
+    two need two nets or more."""
     cost, points = shown_costs(record)[0], points_of(record)
     name, said = COST_NAMES[cost], []
     if len(points) < 2:
@@ -37,7 +37,7 @@ def shape_in_words(record: FrontRecord) -> str:
 
 
 def points_of(record: FrontRecord) -> list[Point]:
-    """The front over its first cost by rising cost; of nets of one cost the best, and no net that a cheaper one equals."""
+    """The front over its first cost, by rising cost: the best net of each cost, and none that a cheaper one equals."""
     cost, sign = shown_costs(record)[0], -1.0 if record["metric"]["direction"] == "minimize" else 1.0
     known = [
         (percent, sign * row["val_accuracy"], row["trial"])
@@ -52,7 +52,7 @@ def points_of(record: FrontRecord) -> list[Point]:
 
 
 def knee(points: Sequence[Point]) -> int | None:
-    """Which point lies farthest above the line between the front's ends, both axes scaled to it; None where none does.
+    """Index of the point farthest above the line between the front's ends, both axes scaled to it; None if there is none.
 
     Reference: Das 1999 (normal-boundary intersection's knee).
     """
@@ -68,7 +68,7 @@ def _slope(low: Point, high: Point) -> float:
 
 
 def _worth(record: FrontRecord, amount: float) -> str:
-    """So much of the metric, such as `0.54 points` or `0.024 of rmse`."""
+    """An amount of the metric in words, such as `0.54 points` or `0.024 of rmse`."""
     metric = record["metric"]
     unit = "points" if metric["unit"] == PERCENT else metric["unit"] or f"of {metric['name']}"
     return f"{_amount(record, amount)} {unit}"
@@ -79,8 +79,8 @@ def _amount(record: FrontRecord, amount: float) -> str:
 
 
 def _more(record: FrontRecord, points: Sequence[Point], name: str) -> str:
-    """Between the line to the dense net, which a front that bends lies above, and the front's own slope over a last step of this length at
-    least: nets closer to each other differ by chance."""
+    """Says what a tenth more budget would bring. Two slopes bound it: that of the line to the dense net, above which a bent front lies, and
+    the front's own over at least a last step of this length, since nets closer to each other differ by chance."""
     if not record["budgets"] or len(points) < 2:
         return ""
     (x, y, _), sign = points[-1], -1.0 if record["metric"]["direction"] == "minimize" else 1.0
@@ -95,7 +95,7 @@ def _more(record: FrontRecord, points: Sequence[Point], name: str) -> str:
 
 
 def _previewed(record: FrontRecord, name: str) -> str:
-    """What a preview found beyond the budget, beside what it found at the budget: both without training."""
+    """Says what a preview found beyond the budget and at it, both without training."""
     points = record.get("preview") or []
     if len(points) < 2:
         return ""

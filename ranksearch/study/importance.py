@@ -1,4 +1,4 @@
-"""Which searched parameters decide: shares of what distinguishes the best trials from all, by Optuna's PED-ANOVA."""
+"""Which searched parameters matter: their shares in what distinguishes the best trials from all, by Optuna's PED-ANOVA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ranksearch.words import COST_RATIOS
 
 FRONT, AT_COST = "reaching the front", "accuracy at its cost"
 FEWEST = 12
-"""Complete trials below which nothing can be said."""
+"""With fewer complete trials nothing can be said."""
 BEST = 0.25
 """Share of the trials that counts as the best."""
 
@@ -23,15 +23,15 @@ BEST = 0.25
 def importances(study: optuna.Study, rows: Sequence[Row], objectives: Sequence[str]) -> dict[str, dict[str, float]]:
     """Target -> parameter -> share, the largest first; empty with fewer than twelve complete trials.
 
-    The targets are the front, where there are several objectives, and the accuracy above (or below) what all trials reach at
-    that cost: a parabola through them in log cost. Plain accuracy would say that the budget's level decides, which is known.
+    The targets are the front, if there are several objectives, and the accuracy above (or below) a parabola in log cost through all
+    trials. Plain accuracy would only say that the budget's level matters, which is known.
 
     Reference: Watanabe, Bansal & Hutter 2023, arXiv 2304.10255 (PED-ANOVA).
     """
     complete = [row for row in rows if row.complete]
     if len(complete) < FEWEST:
         return {}
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # brings scikit-learn's forests
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # imports scikit-learn's forests
 
     above = dict(zip((row.trial for row in complete), accuracy_at_cost(complete, objectives).tolist(), strict=True))
     targets: dict[str, Callable[[Any], float] | None] = {FRONT: None} if len(objectives) > 1 else {}

@@ -1,4 +1,4 @@
-"""`Late`: what is measured once the trials are over, the front's test accuracies and latencies, kept in files beside the journal."""
+"""`Late`: what is measured once the trials are over (test accuracies, latencies, repeats), kept in files beside the journal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ranksearch.study.row import Row
 from ranksearch.trial.metric import Metric
 
 DENSE = "dense"
-"""Names the dense net where a trial has its number."""
+"""The dense net's key where a trial has its number."""
 
 
 class Late:
@@ -34,18 +34,18 @@ class Late:
         return known
 
     def repeats(self) -> dict[str, list[dict[str, float | None]]]:
-        """Trial number -> the metric by split of each time that it was trained again; None where that failed."""
+        """Trial number -> the metric by split for each time that it was trained again; None if that failed."""
         return read_record(self._repeats, REPEATED) if self._repeats.is_file() else {}
 
     def note_repeat(self, number: int, found: Mapping[str, float | None]) -> dict[str, list[dict[str, float | None]]]:
-        """Adds one; returns all that are known."""
+        """Adds one repeat of a trial; returns all that are known."""
         known = self.repeats()
         known.setdefault(str(number), []).append(dict(found))
         write_durably(self._repeats, json.dumps(known, indent=2, allow_nan=False))
         return known
 
     def test_accuracies(self) -> dict[str, float | None]:
-        """Trial number (or "dense") -> the metric on the test set, of the nets that were scored; None where it was not finite."""
+        """Trial number (or "dense") -> the metric on the test set, for the nets that were scored; None if it was not finite."""
         return read_record(self._test, TEST_ACCURACIES) if self._test.is_file() else {}
 
     def score(
@@ -57,7 +57,7 @@ class Late:
     ) -> dict[str, float | None]:
         """Scores the dense net (`evaluate(None)`) and a front's nets, once each; returns all that is known.
 
-        A net of which `evaluate` says None, since it is not to be had, stays without a score.
+        A net for which `evaluate` returns None, because its files are lost, stays without a score.
         """
         known = self.test_accuracies()
         keys = {DENSE if row is None else str(row.trial): row for row in [None, *front]}

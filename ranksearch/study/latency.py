@@ -17,11 +17,11 @@ from ranksearch.study.study import Study
 from ranksearch.words import Log
 
 AT_ONCE = 12
-"""Nets of the front that are measured in turn with the dense one."""
+"""Number of nets of the front that are measured in turn with the dense one."""
 TOLD_SECONDS, PIECE_SECONDS = 0.15, 0.02
-"""What timing a net or a layer may take where latency is no part of the search and is told beside the rest."""
+"""Seconds that timing a net or a layer may take if latency is no part of the search and is only reported."""
 PIECES = 150
-"""Different layers that are timed at most: all of them are in memory at once."""
+"""The most different layers that are timed: all of them are in memory at once."""
 EAGER = "eager"
 """The runtime in which a layer is timed without seconds of compilation."""
 
@@ -29,8 +29,8 @@ Piece = tuple[TimedShape, LayerPlan]
 
 
 def time_front(study: Study, dense: nn.Module, load: Callable[[Row], nn.Module], example: Any, log: Log) -> None:
-    """Times the nets of the front in turn with the dense one, and their layers; what cannot be and decides nothing is said, and so is a
-    net that is not to be had any more.
+    """Times the nets of the front in turn with the dense one, and their layers. If latency is not searched, whatever cannot be timed is
+    only logged, and so is a net whose files are lost.
 
     Raises:
         RanksearchError, RuntimeError: the nets cannot be timed, and latency is searched.
@@ -52,8 +52,8 @@ def time_front(study: Study, dense: nn.Module, load: Callable[[Row], nn.Module],
 def measure_front(
     study: Study, stopwatch: Stopwatch, dense: nn.Module, load: Callable[[Row], nn.Module], example: Any, log: Log
 ) -> None:
-    """Times the nets of the front in turn with the dense one, each once. Where latency is searched, those that are slower leave the front,
-    and what comes up in their place is timed too.
+    """Times the nets of the front in turn with the dense one, each once. If latency is searched, slower ones leave the front, and the nets
+    that take their place are timed too.
     """
     searched, lost = study.space.has_latency, set[int]()
     while rows := [row for row in study.front if not study.is_timed(row.trial) and row.trial not in lost][:AT_ONCE]:
@@ -81,9 +81,9 @@ def measure_front(
 
 
 def measure_layers(study: Study, stopwatch: Stopwatch) -> None:
-    """Times every layer of the dense net and of the front's nets by itself, the best net first, in turn and each kind once.
+    """Times every layer of the dense net and of the front's nets on its own, the best net first, in turn and each kind once.
 
-    Not of a study that was made before its layers were kept, nor in a runtime that compiles each of them.
+    Does nothing for a study from before layers were recorded, and in a runtime that compiles each layer.
     """
     known, records = study.info.get("layer_ms", {}).get("trials", {}), study.info.get("layer_costs", ())
     rows = [row for row in study.front if str(row.trial) not in known]
@@ -105,10 +105,10 @@ def measure_layers(study: Study, stopwatch: Stopwatch) -> None:
 
 
 def dense_layers_ms(layers: Sequence[Layer], stopwatch: Stopwatch) -> dict[str, float]:
-    """Layer -> milliseconds of the dense layer by itself, summed over its uses, all in turn and each kind once; none of an embedding,
-    which multiplies nothing.
+    """Layer -> milliseconds of the dense layer on its own, summed over its uses, all in turn and each kind once. Embeddings, which multiply
+    nothing, are left out.
 
-    Empty in a runtime that compiles each of them, and where there are too many kinds.
+    Empty in a runtime that compiles each layer, and if there are too many kinds.
     """
     pieces = _pieces([layer for layer in layers if layer.macs], RankPlan())
     kinds = list(dict.fromkeys(_kinds(pieces)))
@@ -119,7 +119,7 @@ def dense_layers_ms(layers: Sequence[Layer], stopwatch: Stopwatch) -> dict[str, 
 
 
 def _pieces(layers: Sequence[Layer], plan: RankPlan) -> dict[str, list[Piece]]:
-    """Layer -> what it is made of under a plan, a piece per use."""
+    """Layer -> the pieces that it consists of under a plan, one per use."""
     return {layer.name: [(shape, plan[layer.name]) for shape in shapes_of(layer)] for layer in layers}
 
 

@@ -12,11 +12,11 @@ from ranksearch.tasks.folder import data_folder
 
 
 def open_table(space: Space, folder: Path | None, key: str | None = None) -> LatencyTable | None:
-    """The table of the space's setting, from the study's own file and that of the data folder; None where latency plays no part.
+    """The table of the space's setting, from the study's own file and that of the data folder; None if latency plays no part.
 
     Args:
-        folder: the study's; a table there is as the study began with it.
-        key: under which the study's times stand, if they may be another machine's.
+        folder: the study's, with the table that the study began with.
+        key: the key of the study's times, if they may come from another machine.
     """
     if not space.has_latency:
         return None

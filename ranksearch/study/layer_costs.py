@@ -1,4 +1,4 @@
-"""Where a net's MACs are, layer by layer: the dense net's, and what a plan keeps of them. From what `study.json` holds alone."""
+"""Where a net's MACs are, layer by layer: the dense net's, and what a plan keeps of them. Only `study.json` is needed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class LayerCost:
     params: int
     kept_params: int
     becomes: str
-    """Such as `im2col 14`, or `dense`."""
+    """The lowering and rank, such as `im2col 14`, or `dense`."""
     dense_ms: float | None
-    """Milliseconds of the dense layer by itself, all its uses, where they were measured."""
+    """Milliseconds of the dense layer on its own, over all its uses, if they were measured."""
     kept_ms: float | None
-    """The same of what it becomes."""
+    """The same for what the layer becomes."""
 
 
 def layer_records(layers: Sequence[Layer], dense_ms: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def layer_costs(
     """Every layer of the net under a plan (its dictionary), in the net's order.
 
     Args:
-        times: the study's `layer_ms` (`study/latency.py`), of which the layers of `trial` are taken.
+        times: the study's `layer_ms` (`study/latency.py`), from which those of `trial` are taken.
     """
     chosen, found = RankPlan.from_dict(plan), []
     dense_ms = (times or {}).get("dense", {})
@@ -69,7 +69,7 @@ def layer_costs(
 
 
 def layer_of(record: Mapping[str, Any]) -> Layer:
-    """The layer that `layer_records` kept; what a study from before did not know of it is as by default."""
+    """The layer that `layer_records` recorded; what an older study does not say of it has its default."""
     known = record["spec"]
     given: dict[str, Any] = {field.name: known[field.name] for field in fields(LayerSpec) if field.name in known}
     for name, value in given.items():

@@ -1,4 +1,4 @@
-"""`Ledger`: the rows of a study's finished trials, and its front, kept as trials come in: nothing is computed anew over the whole study."""
+"""`Ledger`: the rows of a study's finished trials and its front, updated as trials come in, never computed anew over the whole study."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ranksearch.trial.result import Status
 
 
 class Ledger:
-    """Rows by trial number; the nondominated complete ones, with `faster` of those alone that are not slower than the dense net."""
+    """Rows by trial number, and the front: the nondominated complete ones, with `faster` only those no slower than the dense net."""
 
     def __init__(
         self, objectives: Sequence[str], rows: Iterable[Row] = (), *, faster: bool = False, least: float | None = None
     ) -> None:
         """
         Args:
-            least: a limit on the share: what lies below it is not on the front, whose order is by cost then.
+            least: a limit on the share; rows below it are not on the front, which is then ordered by cost.
         """
         self._objectives, self._faster, self._least = tuple(objectives), faster, least
         self._rows: dict[int, Row] = {}
@@ -28,7 +28,7 @@ class Ledger:
         self.counts: dict[Status, int] = {}
         """Status -> number of trials."""
         self._worth: list[tuple[int, float]] = []
-        """After how many finished trials the front changed, and its hypervolume then."""
+        """(number of finished trials, hypervolume) at each change of the front."""
         for row in rows:
             self.add(row)
 
@@ -42,7 +42,7 @@ class Ledger:
         return self._rows[number]
 
     def add(self, row: Row) -> bool:
-        """Takes up a finished trial, once; returns whether it is on the front now."""
+        """Adds a finished trial, once; returns whether it is on the front now."""
         if row.trial in self._rows:
             raise ValueError(f"trial {row['trial']} is in the ledger already")
         self._rows[row.trial] = row
@@ -76,7 +76,7 @@ class Ledger:
 
     @property
     def front(self) -> list[Row]:
-        """The nondominated complete trials, the best first: by the metric, or where that has a limit, the cheapest."""
+        """The nondominated complete trials, the best metric first, or the cheapest first if the metric has a limit."""
         cost = next((name for name in self._objectives if name != "accuracy"), None)
         return in_order(self._front, cost if self._least is not None else None)
 
@@ -87,7 +87,7 @@ class Ledger:
 
     @property
     def best(self) -> Row | None:
-        """The complete trial with the best metric; of several the one with the fewest MACs."""
+        """The complete trial with the best metric; among equals, the one with the fewest MACs."""
         return self._best
 
     @cached_property
@@ -103,7 +103,7 @@ class Ledger:
     def gains(self) -> dict[str, float] | None:
         """What the last trials added to the hypervolume, as shares of what it is now; None before there is a front.
 
-        `last` says how many trials `last_gain` is of: a quarter of them, five at most; `half_gain` is of the second half of them.
+        `last_gain` is that of the last `last` trials, a quarter of all but at most five; `half_gain` is that of the second half.
         """
         if not self._worth or not self._worth[-1][1]:
             return None
@@ -140,7 +140,7 @@ class Ledger:
         self._rebuild()
 
     def repeat(self, found: Mapping[str, Sequence[Mapping[str, float | None]]]) -> None:
-        """Writes what trials reached when they were trained again (trial number as text -> metric by split) into the rows."""
+        """Writes the results of repeats (trial number as text -> metric by split) into the rows."""
         for key, again in found.items():
             if int(key) in self._rows:
                 row = self._rows[int(key)]
@@ -149,7 +149,7 @@ class Ledger:
             self._rebuild()
 
     def _rebuild(self) -> None:
-        """Makes the front and the best trial anew from the rows, which were replaced."""
+        """Makes the front and the best trial anew after rows were replaced."""
         self._front = []
         self.__dict__.pop("hypervolume", None)
         complete = [row for row in self.rows if row.complete]

@@ -1,4 +1,4 @@
-"""What a study's folder holds before its first trial is asked for, made and read again."""
+"""Makes, and reads again, what a study's folder holds before its first trial."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from ranksearch.trial.metric import Metric
 def begin(
     folder: Path, space: Space, bench: Workbench, val_accuracy: float
 ) -> tuple[Space, dict[str, Any], optuna.Study, list[Opening]]:
-    """Begins a study in an empty folder: its space as it is kept there, what `study.json` says, Optuna's study, its first points.
+    """Begins a study in an empty folder; returns its space as kept there, what `study.json` says, Optuna's study, and its first points.
 
-    The dense net's weights, the task's file and the journal are written; whoever called writes the rest.
+    This writes the dense net's weights, the task's file and the journal; the caller writes the rest.
     """
     if space.data is not None:  # the study is opened from other working directories too
         space = space.model_copy(update={"data": str(Path(space.data).expanduser().resolve())})
@@ -57,7 +57,7 @@ def begin(
     settle(folder / DENSE_WEIGHTS)
     dense = {"val_accuracy": val_accuracy, "test_accuracy": None} | asdict(bench.curves.dense)
     metric = Metric.of(bench.task, val_accuracy)
-    metric.limit(space.quality)  # one on another metric, or beyond it, is refused here
+    metric.limit(space.quality)  # refuses a limit on another metric, or beyond it
     form = form_of(space, bench)
     known = form if isinstance(form, Allocated) else allocated(space, bench)
     opening = first_points(space, bench.curves, form, known, scored=bench.prediction is not None)
@@ -76,18 +76,18 @@ def begin(
 
 
 def _grouped(space: Space, grouping: Grouping) -> Space:
-    """The space with a grouping where it has none: a study keeps the one that it began with."""
+    """Returns the space with its grouping filled in: a study keeps the one that it began with."""
     groups = grouping if isinstance(grouping, str) else {name: list(patterns) for name, patterns in grouping.items()}
     return space.model_copy(update={"search": space.search.model_copy(update={"groups": groups})})
 
 
 def samples_of(task: Task) -> dict[str, int | None]:
-    """How many samples nets are chosen by, and how many the front is scored on at the end."""
+    """The number of samples for choosing nets, and for scoring the front at the end."""
     return {"validation": len(task.val), "test": None if task.test is None else len(task.test)}
 
 
 def space_text(space: Space) -> str:
-    """A study's space as its folder keeps it, in YAML; the task's file is the copy there, wherever that is moved."""
+    """A study's space as its folder keeps it, in YAML; the task's file is named as the copy there, wherever the folder is moved."""
     values = space.model_dump()
     if is_own(space.task):
         values["task"] = Path(space.task).name
@@ -107,13 +107,13 @@ def read_folder(folder: Path, *, trust: bool = False) -> tuple[Space, dict[str, 
         info = read_record(folder / INFO, STUDY)
         space = parse_space(load_yaml(folder / SPACE), str(folder / SPACE))
     except FileNotFoundError as error:
-        raise UsageError(f"{folder} is no readable study: {Path(error.filename).name} is missing.") from None
+        raise UsageError(f"{folder} is not a readable study: {Path(error.filename).name} is missing.") from None
     own = info.get("task_file")
     if own is None and is_own(space.task):
         raise UsageError(
-            f"{folder / INFO}: task_file: expected the record of {space.task!r}, which {SPACE} names: a study runs its own copy of a file "
-            f"alone."
+            f"{folder / INFO}: task_file: expected the record of {space.task!r}, which {SPACE} names: a study runs only its "
+            f"own copy of a file."
         )
-    if space.search.groups is None:  # of a study from before there were blocks
+    if space.search.groups is None:  # a study from before there were blocks
         space = _grouped(space, "stage" if space.search.parametrization == "allocated" else "layer")
     return space.kept_in(folder, own, trust=trust), info

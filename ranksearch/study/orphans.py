@@ -1,4 +1,4 @@
-"""Trials that did not end: what a lost driver, or a lost Ray, left running in the journal is settled, so that none is lost or run twice."""
+"""Settles trials that a lost driver, or a lost Ray, left running in the journal, so that none is lost or run twice."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def settle_orphans(
     finish: Callable[[FrozenTrial], object],
     give_back: Callable[[FrozenTrial, bool], object],
 ) -> int:
-    """Settles the trials that are running and that nobody runs; returns how many of them are proposed again.
+    """Settles the trials that the journal calls running but that nobody runs; returns how many of them are proposed again.
 
-    One whose result was written but not yet told is finished; one that had been given a plan, or was enqueued, is given back to be
-    proposed again. A proposal that had not come so far is given up: the sampler makes it again.
+    A trial whose result was written but not yet told is finished; one that has a plan, or was enqueued, is given back to be proposed
+    again. A proposal that had not come so far is given up: the sampler makes it again.
 
     Args:
-        running: numbers of those that somebody runs.
-        give_back: of a trial, and whether it is to be enqueued again.
+        running: numbers of the trials that somebody runs.
+        give_back: called with a trial, and whether to enqueue it again.
     """
     again = 0
     retried = {trial.user_attrs.get("retry_of") for trial in trials}

@@ -1,4 +1,4 @@
-"""What becomes of a trial's result: the record in the journal, and what Optuna is told of it."""
+"""What becomes of a trial's result: its record in the journal, and what Optuna is told."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ranksearch.trial.result import Status, TrialResult
 
 
 def record_of(result: TrialResult, cost: Cost) -> dict[str, Any]:
-    """A result as the journal keeps it, with its plan's `cost`, which is known of trials that did not end, too.
+    """A result as the journal keeps it, with its plan's `cost`, which is known even for trials that did not end well.
 
     A complete trial without a finite metric counts as diverged.
     """
@@ -33,7 +33,7 @@ def record_of(result: TrialResult, cost: Cost) -> dict[str, Any]:
 def tell_optuna(
     study: optuna.Study, trial_id: int, dense: Mapping[str, Any], metric: Metric, objectives: Sequence[str]
 ) -> None:
-    """Tells Optuna the result that stands in a trial's attributes, unless it was told already; `dense` as `study.json` has it."""
+    """Tells Optuna the result in a trial's attributes, unless it was told already; `dense` is as in `study.json`."""
     trial = storage_of(study).get_trial(trial_id)
     if trial.state != TrialState.RUNNING:
         return

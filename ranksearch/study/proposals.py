@@ -1,6 +1,6 @@
-"""Proposals: what the sampler suggests, until a plan is within every budget and new; that one becomes a candidate.
+"""Proposals: the sampler suggests plans until one is new and within every budget; that one becomes a candidate.
 
-What is turned down is told to Optuna at once: an infeasible plan with its violation, a duplicate as a failure. No trial is spent on it.
+Optuna is told at once of a plan that is turned down: an infeasible one with its violation, a duplicate as a failure. It costs no trial.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ranksearch.trial.nested import NESTED, read_weights
 from ranksearch.trial.recipe import fixed, scored_after
 
 MAX_REJECTED = 200
-"""So many proposals in a row that were infeasible or known already, and the space counts as exhausted."""
+"""The space counts as exhausted after this many proposals in a row that were infeasible or known already."""
 
 
 def form_of(space: Space, bench: Workbench) -> Form:
@@ -49,12 +49,12 @@ def form_of(space: Space, bench: Workbench) -> Form:
 
 
 def allocated(space: Space, bench: Workbench) -> Allocated:
-    """The default form, with everything that the workbench predicts by."""
+    """The default form, with every prediction of the workbench."""
     return Allocated(space, bench.curves, bench.damage, bench.rivals)
 
 
 def cut_in(space: Space) -> MetricSetting | None:
-    """The metric that a space's trials cut their layers in; None: that of the weights."""
+    """The metric in which a space's trials cut their layers; None stands for that of the weights."""
     layers = space.layers
     if layers.metric == WEIGHTS:
         return None
@@ -70,10 +70,10 @@ class Proposals:
         self._searched: Searched | None = None
         self._searched_on: Workbench | None = None
         self._nested: tuple[int, Workbench] | None = None
-        """The trial of the best nested run, and the workbench of its weights, once all are over."""
+        """Once all nested runs are over: the trial of the best one, and the workbench of its weights."""
         self.why_exhausted = ""
         self._may_hold_returned = True
-        """Whether a trial may wait that was under way before."""
+        """Whether a trial that was under way before may be waiting."""
         trials = study.get_trials(deepcopy=False)
         self.keys = {t.user_attrs["candidate"]["key"] for t in trials if "candidate" in t.user_attrs}
         """Plan and recipe of every trial so far, by which a duplicate is recognised."""
@@ -84,7 +84,7 @@ class Proposals:
         self._study.sampler = sampler
 
     def propose(self, bench: Workbench) -> tuple[Candidate, Cost] | None:
-        """The next candidate and what its plan costs; None where nothing new is to be had.
+        """The next candidate and its plan's cost; None if there is nothing new.
 
         Raises:
             StudyError: not a single proposal was feasible.
@@ -109,7 +109,7 @@ class Proposals:
         return None
 
     def _returned(self) -> optuna.Trial | None:
-        """The next trial that was under way before; it goes before new ones, since part of its training is done."""
+        """The next trial that was under way before; it comes before new ones, since part of its training is done."""
         if not self._may_hold_returned:
             return None
         storage = storage_of(self._study)
@@ -120,7 +120,7 @@ class Proposals:
         return None
 
     def _draw(self, searched: Searched, bench: Workbench) -> tuple[Candidate | None, Cost | None]:
-        """One proposal and its cost; no candidate where it was turned down, and no cost where that was for the budgets."""
+        """One proposal and its cost; no candidate if it was turned down, and no cost if the budgets were the reason."""
         trial = self._returned() or self._study.ask()
         try:
             found = searched.suggest(trial)
@@ -135,7 +135,7 @@ class Proposals:
         return (self._take(trial, found, bench) if self._is_new(trial, found) else None), cost
 
     def _search(self, bench: Workbench) -> Searched:
-        """The form, and with it the sampler, made at the first proposal."""
+        """The form; it and the sampler are made at the first proposal."""
         if self._searched is None or self._searched_on is not bench:
             self._searched, self._searched_on = Searched(form_of(self._space, bench), self._recipe()), bench
             self._study.sampler = make_sampler(
@@ -145,7 +145,7 @@ class Proposals:
         return self._searched
 
     def _recipe(self) -> RecipeSpace:
-        """What is searched of the recipe: in a nested study nothing but by several runs, of which the best one's is kept."""
+        """The recipe whose settings are searched: in a nested study they are fixed, unless there are several runs; then the best one's is kept."""
         if not is_nested(self._space):
             return self._space.recipe
         if self._space.search.nested.runs == 1:
@@ -156,7 +156,7 @@ class Proposals:
         return RecipeSpace(**run.user_attrs["candidate"]["recipe"])
 
     def _is_feasible(self, trial: optuna.Trial, cost: Cost) -> bool:
-        """Whether the plan is within every budget; if not, the sampler learns by how much it is not."""
+        """Whether the plan is within every budget; if not, the sampler learns by how much it is above."""
         over = violations(self._space.parsed_budgets(), cost, self._dense)
         # an allocated plan never violates: there is nothing to learn
         if self._space.search.parametrization == "direct":
@@ -164,7 +164,7 @@ class Proposals:
                 trial.set_constraint(budget, value)
         if max(over.values(), default=0.0) <= 0:
             return True
-        # a genetic sampler's generations hold complete trials alone: there the costs are told, and the worst metric
+        # a genetic sampler's generations hold only complete trials: it is told the costs and the worst metric
         genetic = self._space.search.sampler in ("nsga2", "nsga3")
         objectives = self._space.search.objectives
         worst = [
@@ -186,13 +186,13 @@ class Proposals:
         return f"{found.plan.digest()} {hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
 
     def _in_turn(self, found: Suggestion) -> Suggestion:
-        """The same with the recipe of its place in a nested study: all of it for the nested run, what is left for a plan that is cut."""
+        """Returns the suggestion with its recipe in a nested study: all of it for the nested run, the rest of it for a plan that is cut."""
         if found.allocator == NESTED_RUN:
             return found
         return replace(found, recipe=scored_after(found.recipe, self._space.search.nested.fine_tuning))
 
     def _with_nested_weights(self, bench: Workbench) -> Workbench:
-        """The workbench to propose from: that of the best nested run's weights once all runs are over, `bench` before.
+        """The workbench to propose from: `bench`, or once all nested runs are over, that of the best one's weights.
 
         Raises:
             PlaceError: the weights cannot be read.
@@ -222,7 +222,7 @@ class Proposals:
         )  # fmt: skip
 
     def _nesting(self, found: Suggestion, bench: Workbench) -> dict[str, Any]:
-        """What a candidate of a nested study is beside its plan: the nested run with its levels, or a plan cut from its weights."""
+        """What a candidate of a nested study has beside its plan: the levels of the nested run, or the weights that a plan is cut from."""
         if found.allocator == NESTED_RUN:
             return {
                 "path": nested_path(self._space, bench.curves, bench.damage),
@@ -233,11 +233,11 @@ class Proposals:
         return {}
 
     def checkpoint(self, key: str, seed: int) -> Place:
-        """The file of a plan, recipe and seed: a trial that is proposed again finds the state that it had."""
+        """The checkpoint of a plan, recipe and seed, in which a trial that is proposed again finds its state."""
         return self._results / CHECKPOINTS / f"{hashlib.sha256(f'{key} {seed}'.encode()).hexdigest()[:16]}.pt"
 
     def give_back(self, frozen: FrozenTrial, *, enqueue: bool, **attrs: int) -> None:
-        """Ends a trial without a result, and enqueues its parameters, plan and seed once more."""
+        """Ends a trial without a result; with `enqueue`, enqueues its parameters, plan and seed once more."""
         self._may_hold_returned |= enqueue
         with together(storage_of(self._study)):
             if enqueue:

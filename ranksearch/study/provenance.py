@@ -19,7 +19,7 @@ def device_name() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's architecture and the number of threads that torch uses of it."""
+    """The processor's architecture and the number of threads that torch uses."""
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 

@@ -1,4 +1,4 @@
-"""`RecordedStudy`: what a study's folder and journal hold: its trials, their front, the best of them, and what was measured at the end."""
+"""`RecordedStudy`: what a study's folder and journal hold (trials, their front, the best one, what was measured at the end)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RecordedStudy:
         self._ledger.time(self._late.latencies())
         self._ledger.repeat(self._late.repeats())
         self._front_changed = False
-        """Whether the front was changed since it was written."""
+        """Whether the front has changed since it was written."""
 
     def __repr__(self) -> str:
         done = f"{self.finished} of {self.planned} trials done, {len(self.front)} on the front"
@@ -69,10 +69,10 @@ class RecordedStudy:
         """Reads a study from its folder.
 
         Args:
-            trust: whether to run a task file that lies in it, and to use the addresses that it names, where this user did not before.
+            trust: whether to run a task file in it and to use the addresses that it names, even if they are new to this user.
 
         Raises:
-            UsageError: the folder's files are missing or damaged, or its database is at an address of somebody else's.
+            UsageError: the folder's files are missing or damaged, or its database is at an address that is new to this user.
             StudyError: the study's database does not answer.
         """
         folder = Path(folder)
@@ -84,7 +84,7 @@ class RecordedStudy:
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
             told = f"{type(error).__name__}: {clipped(first_line(error))}"
-            raise UsageError(f"{folder} is no readable study: {told}") from error
+            raise UsageError(f"{folder} is not a readable study: {told}") from error
 
     @property
     def planned(self) -> int:
@@ -92,7 +92,7 @@ class RecordedStudy:
 
     @property
     def done(self) -> bool:
-        """Whether the planned number was reached, or the study was concluded with fewer."""
+        """Whether the planned number of trials was reached, or the study was concluded with fewer."""
         return self.finished >= self.planned or bool(self.info.get("done"))
 
     @property
@@ -106,7 +106,7 @@ class RecordedStudy:
 
     @property
     def nested_trial(self) -> int | None:
-        """The trial whose dense weights serve every budget, the best of the nested runs; None where there is none, or not yet."""
+        """The trial whose dense weights serve every budget, the best of the nested runs; None if there is none, or none yet."""
         if not is_nested(self.space):
             return None
         best = best_run(ended_runs(self._study), self.metric)
@@ -146,7 +146,7 @@ class RecordedStudy:
 
     @property
     def rows(self) -> list[Row]:
-        """The same as the study holds them, their curves folded; not to be changed."""
+        """The rows as the study holds them, with folded curves; do not change them."""
         return self._ledger.rows
 
     @property
@@ -156,7 +156,7 @@ class RecordedStudy:
 
     @property
     def front(self) -> list[Row]:
-        """The nondominated complete trials, the best metric first; where that has a limit, those above it, the cheapest first."""
+        """The nondominated complete trials, the best metric first; if the metric has a limit, those above it, the cheapest first."""
         return [row.unfolded() for row in self._ledger.front]
 
     @property
@@ -170,7 +170,7 @@ class RecordedStudy:
         return steps_saved(self.rows)
 
     def importances(self) -> dict[str, dict[str, float]]:
-        """Target -> searched parameter -> share of what it explains; empty with too few trials."""
+        """Target -> searched parameter -> the share that it explains; empty with too few trials."""
         return importances(self._study, self.rows, self._objectives)
 
     def progress(self) -> dict[str, float]:
@@ -188,7 +188,7 @@ class RecordedStudy:
         return self._ledger.hypervolume
 
     def status(self, number: int) -> str | None:
-        """How a trial ended, else "running", "waiting" or "given back" (run again under another number); None where there is none."""
+        """How a trial ended, else "running", "waiting" or "given back" (run again under another number); None if there is none."""
         if number in self._ledger:
             return self._ledger[number]["status"]
         trials = self._study.get_trials(deepcopy=False)
@@ -198,19 +198,19 @@ class RecordedStudy:
         return "given back" if state.is_finished() else state.name.lower()
 
     def best(self, budget: Budgets | None = None, *, budgets: Budgets = (), accuracy: str | float | None = None) -> Row:
-        """The best complete trial within the budgets that are given, such as budget="flops=30%", budgets=["params=40%", "size=1MiB"].
+        """The best complete trial within the given budgets, such as budget="flops=30%", budgets=["params=40%", "size=1MiB"].
 
-        That is the one with the best metric; or with `accuracy` ("-1": points below dense, "-2%": a share, "90": as such), and in a study
-        whose space has such a limit, the cheapest net above it, by the first cost that is searched.
+        That is the one with the best metric. With a limit `accuracy` ("-1": points below dense, "-2%": a share, "90": the value), or in a
+        study whose space has such a limit, it is the cheapest net above it, by the first cost that is searched.
 
         Raises:
-            UsageError: no trial lies within them.
+            UsageError: no trial meets them.
         """
         given = [*assignments(budgets), *assignments(budget or ())]
         return self.picked(given, {} if accuracy is None else {ACCURACY: accuracy}).unfolded()
 
     def picked(self, budgets: Budgets, at_least: Limits) -> Row:
-        """The same by conditions as the command line has them; a study's own limit holds where none is given."""
+        """Picks like `best`, by conditions as the command line has them; without a limit among them, the study's own holds."""
         wanted = self._wanted(budgets, at_least)
         own = wanted if at_least else replace(wanted, quality=self.space.quality)
         return best_row(self.rows, self.dense, self.metric, self.space, own)
@@ -238,24 +238,24 @@ class RecordedStudy:
     def note_layer_times(
         self, dense: Mapping[str, float], trials: Mapping[str, Mapping[str, float]], *, measured_with: str
     ) -> None:
-        """Keeps milliseconds by layer, of the dense net and by trial (its number as text)."""
+        """Keeps milliseconds by layer, for the dense net and by trial (its number as text)."""
         before = self.info.get("layer_ms", {}).get("trials", {})
         self._note(layer_ms={"measured_with": measured_with, "dense": dict(dense), "trials": {**before, **trials}})
 
     def test_accuracies(self) -> dict[str, float | None]:
-        """Trial number (or "dense") -> the metric on the test set, of the nets that were scored at the end."""
+        """Trial number (or "dense") -> the metric on the test set, for the nets that were scored at the end."""
         return self._late.test_accuracies()
 
     def score_test(self, evaluate: Callable[[Row | None], float | None], log: Callable[[str], None]) -> None:
         """Scores the dense net and the front on the test set, once each: `evaluate(row)`, or None for the dense net.
 
-        `evaluate` says None of a net that is not to be had.
+        `evaluate` returns None for a net whose files are lost.
         """
         self._ledger.score(self._late.score(self._ledger.front, self.metric, evaluate, log))
         self.write_front()
 
     def repeats(self, number: int) -> list[dict[str, float | None]]:
-        """The metric by split of each time that a trial was trained again at the end."""
+        """The metric by split for each time that a trial was trained again at the end."""
         return self._late.repeats().get(str(number), [])
 
     def note_repeat(self, number: int, found: Mapping[str, float | None]) -> None:
@@ -264,7 +264,7 @@ class RecordedStudy:
         self.write_front()
 
     def front_record(self, *, budgets: Budgets = (), at_least: Limits = ()) -> dict[str, Any]:
-        """What `front.json` holds; with conditions, of the front's part that meets them all (the hypervolume stays the whole front's)."""
+        """What `front.json` holds; with conditions, only the part of the front that meets them all (the hypervolume is of the whole)."""
         front, wanted = self._ledger.front, self._wanted(budgets, at_least)
         if budgets or at_least:
             front = wanted.met_by(front, self.dense, self.metric)
@@ -276,9 +276,9 @@ class RecordedStudy:
         return front_record(self.space, dense, self.metric, front, self._ledger.hypervolume, self.facts(), quality)
 
     def facts(self) -> dict[str, Any]:
-        """How far the study is: `state` (running, complete, or failed where it is over without a net), trials by status, the commonest
-        reason of failures, sizes of the splits, what the last trials gained, what a preview knows beyond the budget, and, once it is over,
-        the trials of the front whose nets are lost. `nested`: the runs that its nets are cut from.
+        """How far the study is: `state` (running, complete, or failed if it is over without a net), trials by status, the commonest
+        reason of failures, sizes of the splits, what the last trials gained, what a preview knows beyond the budget, and, once the study is
+        over, the trials of the front whose nets are lost. `nested` holds the runs that its nets are cut from.
         """
         state = "running" if not self.done else "complete" if self.counts.get("complete") else "failed"
         return {

@@ -1,6 +1,6 @@
-"""The nets that a verdict speaks of, trained again with other seeds once the trials are over: how far one number can be trusted.
+"""Trains the nets that a verdict speaks of again with other seeds, once the trials are over, to see how far one number can be trusted.
 
-They run in the driver's own process, one after the other, under the plan and recipe of their trial; their nets are scored and dropped.
+Repeats run in the driver's own process, one after the other, under their trial's plan and recipe; their nets are scored and dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ranksearch.words import COST_RATIOS, Log
 
 FOLDER = "repeats"
 SEEDS_APART = 1_000_003
-"""Between the seed of a trial and of its next repeat."""
+"""The distance between the seed of a trial and that of its next repeat."""
 
 
 def that_matter(front: Sequence[Row], cost: str) -> list[Row]:
@@ -40,10 +40,10 @@ def that_matter(front: Sequence[Row], cost: str) -> list[Row]:
 
 
 def repeat_front(study: Study, bench: Workbench, score: Callable[[nn.Module], float] | None, log: Log) -> None:
-    """Trains them as often as `search.repeats` says; what was done before is not done again.
+    """Trains the nets that matter as often as `search.repeats` says; what was done before is not done again.
 
     Args:
-        score: the metric of a net on the test set; None without one.
+        score: returns the metric of a net on the test set; None without a test set.
     """
     wanted = study.space.search.repeats
     if not wanted:
@@ -63,7 +63,7 @@ def repeat_front(study: Study, bench: Workbench, score: Callable[[nn.Module], fl
 def _again(
     study: Study, bench: Workbench, row: Row, number: int, score: Callable[[nn.Module], float] | None
 ) -> dict[str, float | None]:
-    """The metric by split; None where the trial failed, or there is no such split."""
+    """The metric by split; None if the trial failed, or there is no such split."""
     assert row.plan is not None
     assert row.recipe is not None
     assert row.seed is not None

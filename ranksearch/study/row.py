@@ -1,4 +1,4 @@
-"""`Row`: everything that is known of one finished trial, made in one place from what Optuna's study holds of it."""
+"""`Row`: everything that is known of one finished trial, made in one place from what Optuna's study holds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ranksearch.trial.result import Status
 
 CURVES = ("history", "projections", "losses")
 NOT_IN_RECORD = ("share", *CURVES, "started", "ended")
-"""What `front.json` does not say of a trial."""
+"""The fields that `front.json` leaves out."""
 
 
 @dataclass(frozen=True)
 class Row:
     """A finished trial: its result, its costs as ratios of the dense net's, and how it came about; what was not measured is None.
 
-    The fields are read as attributes, or by name like a mapping's keys (`row["macs_ratio"]`, `dict(row)`), as they stand in `front.json`.
+    The fields are read as attributes, or like a mapping's keys (`row["macs_ratio"]`, `dict(row)`), with the names that `front.json` uses.
     """
 
     trial: int
@@ -35,9 +35,9 @@ class Row:
     """The task's metric in its own unit."""
     val_loss: float | None = None
     repeats: dict[str, Any] | None = None
-    """How the net did that was trained again with other seeds at the end: `runs`, and mean and deviation by split (`repeats.py`)."""
+    """How the net did when it was trained again with other seeds at the end: `runs`, and mean and deviation by split (`repeats.py`)."""
     kept: dict[str, Any] | None = None
-    """Which net of the trial this is: the `phase` and the `step` it was scored after (`trial/kept.py`)."""
+    """Which net of the trial this is: the `phase` and the `step` after which it was scored (`trial/kept.py`)."""
     macs: int | None = None
     params: int | None = None
     size_bytes: int | None = None
@@ -83,7 +83,7 @@ class Row:
 
     @property
     def cost(self) -> Cost:
-        """What the trial's plan costs, which is known of every trial, with its latency as predicted."""
+        """What the trial's plan costs, with its predicted latency; this is known for every trial."""
         assert self.macs is not None
         assert self.params is not None
         assert self.size_bytes is not None
@@ -95,7 +95,7 @@ class Row:
         return getattr(self, name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field `name`, or `default` where there is no such field."""
+        """The field `name`, or `default` if there is no such field."""
         return getattr(self, name) if name in FIELDS else default
 
     def keys(self) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ class Row:
         return len(FIELDS)
 
     def unfolded(self) -> Row:
-        """The same with plain lists in the place of packed curves."""
+        """The row with plain lists instead of packed curves."""
         history, projections, losses = (list(getattr(self, name)) for name in CURVES)
         return replace(self, history=history, projections=projections, losses=losses)
 
@@ -128,7 +128,7 @@ class Row:
 def repeated(own: Row, again: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Sums up a trial and its repeats: how many ended well (`runs`, the trial among them), mean and deviation (n - 1) by split.
 
-    None where nothing was repeated. The trial itself was chosen for its validation: the mean with it is a little too good.
+    None if nothing was repeated. The trial itself was chosen for its validation, so a mean that includes it is a little too good.
     """
     if not again:
         return None

@@ -1,9 +1,8 @@
-"""Early stopping that respects the front: asynchronous successive halving, by nondominated sorting where there are several objectives.
+"""Early stopping that respects the front: asynchronous successive halving, by nondominated sorting if there are several objectives.
 
-At a rung a trial is compared with all that have reached it: it goes on where it is among the best 1 / reduction. A small net is less
-accurate than a large one and no worse for it, so with several objectives "best" is the order of nondominated sorting (MO-ASHA),
-and a trial that no other at the rung betters always goes on: the published rule would stop part of a wide first front, which here is
-the result.
+At a rung a trial is compared with all that have reached it: it goes on if it is among the best 1 / reduction. A small net is less accurate
+than a large one but no worse for it, so with several objectives "best" is the order of nondominated sorting (MO-ASHA), and a trial that
+no other at the rung beats always goes on: the published rule would stop part of a wide first front, which here is the result.
 
 Reference: Li et al. 2020, arXiv 1810.05934 (ASHA); Schmucker, Donini, Zafar, Salinas & Archambeau 2021, arXiv 2106.12639 (MO-ASHA).
 """
@@ -42,7 +41,7 @@ def sorting_ranks(points: np.ndarray) -> np.ndarray:
 
 
 class Rungs:
-    """What every trial reached at every rung, and who goes on."""
+    """What every trial reached at every rung, and which trials go on."""
 
     def __init__(self, count: int, reduction: float) -> None:
         self._reduction = reduction
@@ -52,14 +51,14 @@ class Rungs:
         self._reached[rung][trial] = tuple(point)
 
     def forget(self, trial: int) -> None:
-        """Takes a trial out that is run again under another number."""
+        """Removes a trial that is run again under another number."""
         for reached in self._reached:
             reached.pop(trial, None)
 
     def goes_on(self, trial: int, rung: int, point: RungPoint) -> bool:
-        """Records a trial at a rung and decides: among the best 1 / reduction there, or bettered by none.
+        """Records a trial at a rung; returns whether it is among the best 1 / reduction there, or no other beats it.
 
-        Until `reduction` trials have come there is nothing to tell by, and every one goes on.
+        Until `reduction` trials have come there is nothing to judge by, and every one goes on.
         """
         self.record(trial, rung, point)
         reached = self._reached[rung]
@@ -73,7 +72,7 @@ class Rungs:
 def rung_point(val_accuracy: float, cost: Cost, dense: Cost, metric: Metric, objectives: Sequence[str]) -> list[float]:
     """A trial at a rung, from its metric there and its plan's cost.
 
-    Its latency is as predicted; where no table is at hand, its MACs stand in for it.
+    Its latency is as predicted; without a table, its MACs stand in for it.
     """
     unknown = "latency" if cost.latency_ms is None else ""
     costs = ["macs" if name == unknown else name for name in objectives if name != "accuracy"]

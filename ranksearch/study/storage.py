@@ -1,6 +1,6 @@
 """Where Optuna keeps a study: the journal in its folder, or a database (`storage.optuna`) that several machines reach.
 
-A database holds many studies, so there the name has the study's id behind it. No password is written down: a URL with one is read from an
+A database holds many studies, so the name of ours there ends with its id. No password is written down: a URL with one is read from an
 environment variable, or the database's own client finds it (`PGPASSWORD`, `~/.pgpass`).
 """
 
@@ -25,7 +25,7 @@ from ranksearch.words import COST_RATIOS
 
 
 def open_storage(where: str | None, folder: Path) -> BaseStorage:
-    """The journal in `folder`, or the database `where`, its tables made where there are none.
+    """The journal in `folder`, or the database `where`; missing tables are made.
 
     Raises:
         UsageError: the driver is not installed, or the variable with the URL is not set.
@@ -67,12 +67,12 @@ def _is_mlflows(url: Any) -> bool:
 
 
 def study_name(space: Space, info: dict[str, Any]) -> str:
-    """What Optuna calls the study: in a database nobody else's."""
+    """Optuna's name of the study; in a database it is unique."""
     return info["study"] if space.storage.optuna is None else f"{info['study']}-{info['id']}"
 
 
 def make_study(space: Space, folder: Path, info: dict[str, Any], directions: list[Direction]) -> optuna.Study:
-    """A new study of Optuna's, its objectives named (`optuna-dashboard` shows the names).
+    """Makes a study of Optuna's and names its objectives (`optuna-dashboard` shows the names).
 
     Raises:
         UsageError: the driver or the variable of `storage.optuna` is missing.
@@ -105,6 +105,6 @@ def open_study(space: Space, folder: Path, info: dict[str, Any]) -> optuna.Study
 
 
 def forget_study(space: Space, study: optuna.Study) -> None:
-    """Removes half a study from its database; a journal goes with its folder."""
+    """Removes a half-made study from its database; a journal goes with its folder."""
     if space.storage.optuna is not None:
         delete(study)

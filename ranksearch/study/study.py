@@ -53,7 +53,7 @@ from ranksearch.trial.nested import NESTED
 from ranksearch.trial.result import TrialResult
 
 NODE_LOSSES = 20
-"""How many nodes a trial may lose: one that takes down every node it is put on ends there."""
+"""How many nodes a trial may lose: a trial that takes down every node it is put on fails then."""
 
 
 class Study(RecordedStudy):
@@ -63,11 +63,11 @@ class Study(RecordedStudy):
         super().__init__(folder, space, info, study)
         self._running: dict[int, Cost] = {}
         self._steps: dict[int, tuple[int, int]] = {}
-        """Trial -> (steps done, steps in all), of those that this process has asked for; in memory alone."""
+        """Trial -> (steps done, steps in all), for trials that this process has asked for; only in memory."""
         self.exhausted = ""
-        """Why the space had nothing more to propose before the planned number was reached; empty as long as it has."""
+        """Why the space had nothing more to propose before the planned number was reached; empty while it has."""
         self._orphans = False
-        """Whether a proposal broke off, so that a trial may be running in the journal that nobody runs."""
+        """Whether a proposal broke off, so that the journal may call a trial running that nobody runs."""
         self._proposals = self._make_proposals()
         self._rungs = recorded_rungs(space.search.early_stopping, self._ledger.rows, self._rung_point)
 
@@ -78,7 +78,7 @@ class Study(RecordedStudy):
         """A new study in `runs`/NAME with its first points enqueued; `dense_val_accuracy` is the dense net's metric.
 
         Raises:
-            UsageError: the name is taken, or a warm start's front is missing or of another net.
+            UsageError: the name is taken, or a warm start's front is missing or belongs to another net.
         """
         folder = new_folder(runs, space.name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ class Study(RecordedStudy):
         return made
 
     def enqueue(self, point: Opening) -> None:
-        """Proposes a trial of one's own, before whatever the sampler would."""
+        """Enqueues a trial of the caller's own, which comes before what the sampler proposes."""
         self._study.enqueue_trial(dict(point.params), user_attrs=point.attrs())
 
     def use_sampler(self, sampler: BaseSampler, bench: Workbench) -> None:
@@ -117,12 +117,12 @@ class Study(RecordedStudy):
         self._proposals.use_sampler(sampler, bench)
 
     def locked(self) -> AbstractContextManager[None]:
-        """Holds the study for this process; UsageError where another one is running it."""
+        """Holds the study for this process; raises UsageError if another one is running it."""
         return locked(self.folder)
 
     @staticmethod
     def mend(folder: Path) -> int:
-        """Cuts half a line off the journal that a killed driver left; for who holds the study, before it is opened."""
+        """Cuts off half a line that a killed driver left in the journal. Call it before the study is opened, and only while holding it."""
         return mend_journal(folder / JOURNAL) if (folder / JOURNAL).is_file() else 0
 
     # Ask ---------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Study(RecordedStudy):
         """Plans another number of trials, finished ones included, and writes that to the study's space.
 
         Raises:
-            UsageError: more than that are finished already.
+            UsageError: more trials than that are finished already.
         """
         if trials < self.finished:
             raise UsageError(f"--trials {trials}: {self.finished} trials of {self.space.name!r} are finished already.")
@@ -141,17 +141,17 @@ class Study(RecordedStudy):
         self._proposals = self._make_proposals()
 
     def conclude(self) -> None:
-        """Notes in the study's folder that it is done, also where it had nothing more to propose."""
+        """Notes in the study's folder that it is done, even if it had nothing more to propose."""
         self._note(done=True)
         self.write_front()
 
     def note_samples(self, task: Task) -> None:
-        """Keeps how many samples the nets are scored on, of a study that was made before this was kept."""
+        """Records how many samples the nets are scored on, if the study is from before this was recorded."""
         if "samples" not in self.info:
             self._note(samples=samples_of(task))
 
     def note_probe(self, found: Mapping[str, Any]) -> None:
-        """Keeps what a trial took of a GPU (`device`, `peak_bytes`), so that a resumed study need not measure it again."""
+        """Records what a trial took of a GPU (`device`, `peak_bytes`), so that a resumed study need not measure it again."""
         self._note(gpu_probe=dict(found))
 
     def _make_proposals(self) -> Proposals:
@@ -166,7 +166,7 @@ class Study(RecordedStudy):
         return len(self._running)
 
     def note_step(self, number: int, step: int) -> None:
-        """Keeps how far a running trial is, for whoever shows it."""
+        """Records how far a running trial is, for whoever shows it."""
         if number in self._steps:
             self._steps[number] = (step, self._steps[number][1])
 
@@ -176,10 +176,10 @@ class Study(RecordedStudy):
         return {number: self._steps[number] for number in list(self._running) if number in self._steps}
 
     def bring_home(self, number: int) -> bool:
-        """Brings a complete trial's net from the place of results to the study's folder; False where it is not there.
+        """Brings a complete trial's net from the place of results to the study's folder; False if it is not there.
 
         Raises:
-            OSError: the place cannot be read, or the folder not be written.
+            OSError: the place cannot be read, or the folder cannot be written.
         """
         home = self.trial_folder(number)
         if isinstance(self.results, Remote):
@@ -188,9 +188,9 @@ class Study(RecordedStudy):
         return holds_net(home)
 
     def ask(self, bench: Workbench) -> Candidate | None:
-        """The next trial, its plan within every budget.
+        """The next trial, with a plan within every budget.
 
-        None once the planned number is under way or done, or `exhausted`.
+        None once the planned number is under way or done, or the space is `exhausted`.
 
         Raises:
             StudyError: not a single proposal was feasible.
@@ -202,7 +202,7 @@ class Study(RecordedStudy):
             return None
         if self._orphans:
             self._settle_orphans()
-        # until this proposal is through: one that breaks off, on a full disk, is settled by the next
+        # until this proposal is complete: if it breaks off, as on a full disk, the next one settles it
         self._orphans = True
         proposed = self._proposals.propose(bench)
         self._orphans = False
@@ -239,16 +239,15 @@ class Study(RecordedStudy):
     # Trials that did not end -------------------------------------------------------------------------------------
 
     def requeue_interrupted(self) -> int:
-        """Settles what a lost driver, or a lost Ray, left running; returns how many trials are proposed again.
+        """Settles what a lost driver, or a lost Ray, left running (`orphans.py`); returns how many trials are proposed again.
 
-        A trial whose result was written but not yet told is told; one that had been given a plan, or was enqueued, is proposed again
-        under the same plan, recipe and seed. A proposal that had not come so far is given up: the sampler makes it again.
+        They are proposed under the same plan, recipe and seed.
         """
         self._running.clear()
         return self._settle_orphans()
 
     def _settle_orphans(self) -> int:
-        """The same for trials that are running in the journal and that nobody runs."""
+        """Does the same for trials that the journal calls running but that nobody runs."""
         again = settle_orphans(
             self._study.get_trials(deepcopy=False), self._running, finish=lambda frozen: self._finish(id_of(frozen)),
             give_back=lambda frozen, enqueue: self._give_back(frozen, enqueue=enqueue),
@@ -257,10 +256,10 @@ class Study(RecordedStudy):
         return again
 
     def retry(self, number: int, *, blameless: bool = False) -> bool:
-        """Proposes a trial again whose worker was lost, under the same plan, recipe and seed; False where that was its last attempt.
+        """Proposes a trial whose worker was lost again, under the same plan, recipe and seed; False if that was its last attempt.
 
         Args:
-            blameless: its whole node was lost or taken away. A trial survives `NODE_LOSSES` of those: it may be what kills them.
+            blameless: whether its whole node was lost or taken away. A trial survives `NODE_LOSSES` of those, since it may be the cause.
         """
         frozen = self._study.get_trials(deepcopy=False)[number]
         name, most = ("nodes_lost", NODE_LOSSES) if blameless else ("workers_lost", self.space.resources.worker_losses)
@@ -272,10 +271,10 @@ class Study(RecordedStudy):
         return True
 
     def run_again(self, number: int) -> None:
-        """Proposes a trial again that ended without a result, through no fault of its own or of its node's: its disk was full.
+        """Proposes a trial again that ended without a result because its disk was full, which is not its fault or its node's.
 
         Raises:
-            OSError: the journal cannot be written; doing it again is fine.
+            OSError: the journal cannot be written; calling this again is fine.
         """
         trials = self._study.get_trials(deepcopy=False)
         with together(storage_of(self._study)):
@@ -295,7 +294,7 @@ class Study(RecordedStudy):
     # Tell --------------------------------------------------------------------------------------------------------
 
     def goes_on(self, number: int, rung: int, val_accuracy: float) -> bool:
-        """Records what a running trial reached at a rung, and decides whether it is worth the rest of its steps."""
+        """Records what a running trial reached at a rung; returns whether it is worth the rest of its steps."""
         assert self._rungs is not None
         return self._rungs.goes_on(number, rung, self._rung_point(val_accuracy, self._running[number]))
 
@@ -306,7 +305,7 @@ class Study(RecordedStudy):
         """Records a trial's result and returns its row. Only a complete trial with finite values becomes an objective.
 
         Raises:
-            OSError: not all of it could be written; the same may be told again, which writes what is missing.
+            OSError: not all of it could be written; telling the same again writes what is missing.
         """
         trial, cost = self._study.get_trials(deepcopy=False)[number], self._running[number]
         with together(storage_of(self._study)):
@@ -319,7 +318,7 @@ class Study(RecordedStudy):
         return row.unfolded()
 
     def _finish(self, trial_id: int) -> None:
-        """Takes up a result that stands in the trial's attributes already: a crash before it was told has lost nothing."""
+        """Takes up a result that is in the trial's attributes already: a crash before it was told has lost nothing."""
         with together(storage_of(self._study)):
             self._tell_optuna(trial_id)
         self._take_up(trial_id)
@@ -328,7 +327,7 @@ class Study(RecordedStudy):
         tell_optuna(self._study, trial_id, self.info["dense"], self.metric, self._objectives)
 
     def _take_up(self, trial_id: int) -> Row:
-        """A trial that was told, into the ledger and, where that changed, the front."""
+        """Puts a trial that was told into the ledger, and writes the front if it changed."""
         trial = storage_of(self._study).get_trial(trial_id)
         row, candidate = row_of(trial, self.info["dense"], self.metric), trial.user_attrs["candidate"]
         CheckpointFile(self._proposals.checkpoint(candidate["key"], candidate["seed"]), 0.0).remove()

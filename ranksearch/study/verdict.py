@@ -1,7 +1,7 @@
 """`Verdict`: which net to ship, and how far that can be trusted, as one value. Terminal, report, MLflow and JSON show this same one.
 
-It is made of a front's record (what `front.json` holds) alone and loads neither torch nor optuna. Nothing is chosen by the test set: the
-net is the one with the best validation metric within the budgets (of latency: as measured), or, where the study has a limit on its metric,
+It is made only from a front's record (what `front.json` holds) and loads neither torch nor optuna. Nothing is chosen by the test set: the
+net is the one with the best validation metric within the budgets (for latency: as measured), or, if the study has a limit on its metric,
 the cheapest one that keeps it.
 """
 
@@ -27,18 +27,18 @@ from ranksearch.words import (
 )
 
 SCHEMA = 2
-"""The version of a front's record, raised where a key changes or goes. 1 had neither this key nor the state, counts and verdict."""
+"""The version of a front's record, raised when a key changes or goes. 1 had neither this key nor the state, counts and verdict."""
 KEYS = {"test": "test_accuracy", "validation": "val_accuracy"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Sentences for people, and the numbers in them. A sentence is empty where there is nothing to say."""
+    """Sentences for people, and the numbers in them. A sentence is empty if there is nothing to say."""
 
     state: str
     """complete, running or failed; see `front_record`."""
     trial: int | None
-    """The net to ship; None where there is none."""
+    """The trial whose net to ship; None if there is none."""
     ship: str
     """Which net, its test beside dense's test, its costs."""
     export: str
@@ -50,24 +50,24 @@ class Verdict:
     """The front's shape: where it bends, what more budget would give."""
     trust: str
     done: str
-    """What the last trials gained, and what as many more would."""
+    """What the last trials gained, and what as many more would gain."""
     trials: str
     """How many trials ended how, with the commonest reason of failures."""
     warning: str
     split: str | None
-    """The samples that `value`, `dense` and `difference` were measured on: "test", or "validation" where the test set was not read."""
+    """The samples on which `value`, `dense` and `difference` were measured: "test", or "validation" if the test set was not read."""
     value: float | None = None
     dense: float | None = None
     difference: float | None = None
     """The net's metric less the dense net's, in the metric's own unit."""
     plus_minus: float | None = None
-    """One standard error of the difference; None where the metric is no accuracy in percent, or the number of samples is not known."""
+    """One standard error of the difference; None if the metric is not an accuracy in percent, or the number of samples is not known."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def sentences(self) -> dict[str, str]:
-        """What is said after the first sentence, by its heading; what there is nothing to say of is left out."""
+        """The sentences after the first one, by their headings; empty ones are left out."""
         found = {
             "careful": self.warning, "why": self.why, "cheaper": self.cheaper, "front": self.front, "trust": self.trust, "done": self.done,
             "trials": self.trials,
@@ -76,10 +76,10 @@ class Verdict:
 
 
 def verdict_of(record: FrontRecord, *, where: str | None = None) -> Verdict:
-    """The verdict on a study whose front's record this is.
+    """The verdict on a study, from its front's record.
 
     Args:
-        where: how commands name the study; None is its name.
+        where: how commands name the study; None stands for its name.
     """
     trials, state = record["trials"], record.get("state", "complete")
     said: dict[str, Any] = {"trials": trials_in_words(record), "done": _done(record)}
@@ -108,7 +108,7 @@ def verdict_of(record: FrontRecord, *, where: str | None = None) -> Verdict:
 
 
 def _joined(sentences: Sequence[str]) -> str:
-    """Sentences behind a heading, which begin small: from the second on with a capital."""
+    """Joins sentences behind a heading: the first begins with a small letter, the others with a capital."""
     first, *others = [sentence for sentence in sentences if sentence] or [""]
     return " ".join([first, *(sentence[0].upper() + sentence[1:] for sentence in others)])
 
@@ -123,7 +123,7 @@ def _ship(record: FrontRecord, row: FrontRecord, split: str) -> str:
 
 
 def cost_words(record: FrontRecord, row: FrontRecord) -> list[str]:
-    """A net's costs beside the dense net's: its share of the MACs (of the params where they are searched), how much smaller, its
+    """A net's costs beside the dense net's: its share of the MACs (or of the params, if they are searched), how much smaller it is, and its
     milliseconds, measured or predicted."""
     costs = shown_costs(record)
     counted = [cost for cost in ("flops", "macs", "params") if cost in costs] or ["macs"]
@@ -150,7 +150,7 @@ def _why(record: FrontRecord, row: FrontRecord) -> str:
     if limit is not None:
         made, cost = MADE_BY.get(row["allocator"], row["allocator"]), COST_NAMES[shown_costs(record)[0]]
         return (
-            f"of least {cost} among the nets that keep {limit_words(record)} on validation "
+            f"the one with the least {cost} among the nets that keep {limit_words(record)} on validation "
             f"({metric_text(metric, row['val_accuracy'], with_unit=True)}); its plan: {made}."
         )
     best = "the most accurate" if metric["name"] == "accuracy" else f"the best {metric['name']}"
@@ -162,7 +162,7 @@ def _why(record: FrontRecord, row: FrontRecord) -> str:
 
 
 def _cheaper(record: FrontRecord, row: FrontRecord, split: str) -> str:
-    """The next net of the front that costs less by the first cost that is searched."""
+    """Describes the next net of the front that costs less, by the first cost that is searched."""
     cost = shown_costs(record)[0]
     mine = percent_of_dense(row, cost)
     less = [
@@ -187,14 +187,14 @@ def _cheaper(record: FrontRecord, row: FrontRecord, split: str) -> str:
 
 
 def _best(record: FrontRecord) -> FrontRecord:
-    """The best net within the budgets that is still to be had; where every one is lost, the best that there was."""
+    """The best net within the budgets whose files are still there; if all are lost, the best that there was."""
     trials, lost = record["trials"], set(record.get("lost", []))
     there = [row for row in trials if row["trial"] not in lost] or trials
     return next((row for row in there if not over_budget(record, row)), there[0])
 
 
 def _done(record: FrontRecord) -> str:
-    """What the last trials gained, and what as many more would if the gain goes on halving with every doubling."""
+    """Says what the last trials gained, and what as many more would gain if the gain keeps halving with every doubling."""
     gains, counts = record.get("gains"), record.get("counts", {})
     finished, planned = sum(counts.values()), record.get("planned", 0)
     if not gains or not record["trials"]:

@@ -1,4 +1,4 @@
-"""The names in a study's folder, finding it, and the front of one that is over. Loads neither torch nor optuna: `front` is to be quick."""
+"""The names in a study's folder, finding it, and the front of one that is over. Loads neither torch nor optuna: `front` must be quick."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPORT, FRONT_PNG = "report.html", "front.png"
 CURVES, PREVIEW, EXPORTS = "curves.safetensors", "preview", "exports"
 LATENCY, MEASURED = "latency.json", "latencies.json"
 LOCK, UNFINISHED = ".lock", ".unfinished"
-"""Stands in a folder while a study is being made there."""
+"""The second file is in a folder while a study is being made there."""
 
 AnyPlace = TypeVar("AnyPlace", Path, Remote, Place)
 
@@ -31,10 +31,10 @@ def find_study(name: str, runs: Path) -> Path:
     """The folder of a study given by name (in `runs`) or by path.
 
     Raises:
-        UsageError: no such study; the text names the nearest one.
+        UsageError: there is no such study; the message names the nearest one.
     """
     for folder in (Path(name), runs / name):
-        with suppress(OSError, ValueError):  # a name that is no file's, by its length or a NUL
+        with suppress(OSError, ValueError):  # no file can have such a name: too long, or with a NUL
             if (folder / INFO).is_file():
                 return folder.resolve()
     known = sorted(p.parent.name for p in runs.glob(f"*/{INFO}"))
@@ -42,7 +42,7 @@ def find_study(name: str, runs: Path) -> Path:
 
 
 def lost_nets(folder: Path, trials: Iterable[int]) -> list[int]:
-    """Those of a study's complete trials whose net is not to be had any more."""
+    """Those of a study's complete trials whose nets are lost."""
     return [number for number in sorted(trials) if not holds_net(trial_folder(folder, number))]
 
 
@@ -52,8 +52,8 @@ def trial_folder(folder: AnyPlace, number: int) -> AnyPlace:
 
 
 def finished_front(folder: Path) -> dict[str, Any] | None:
-    """The front's record of a study that is over, as `front.json` keeps it, with the nets that were lost since; None where the study has
-    to be opened for it.
+    """The front's record of a study that is over, as `front.json` keeps it, with the nets that were lost since; None if the study must be
+    opened for it.
     """
     record = kept_front(folder)
     if record is None or record["state"] == "running":
@@ -68,7 +68,7 @@ def finished_front(folder: Path) -> dict[str, Any] | None:
 
 
 def kept_front(folder: Path) -> dict[str, Any] | None:
-    """The front's record as it was written last; None where there is none of this version, or none that is whole."""
+    """The front's record as it was last written; None if it is missing, incomplete or of another version."""
     from ranksearch.study.records import FRONT as WHOLE
     from ranksearch.study.records import read_record
 
