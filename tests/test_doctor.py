@@ -53,7 +53,7 @@ def test_a_sound_cluster_has_a_fine_finding_per_check():
         ({"results": {"sees": False, "shared": False, "error": None}}, "results", ERROR, "storage.results"),
         ({"results": {"sees": True, "shared": False, "error": None}}, "results", ERROR, "--runs on shared storage"),
         ({"results": {"sees": False, "shared": False, "error": "no"}}, "results", ERROR, "same on every node"),
-        ({"versions": FACTS["versions"] | {"torch": "2.12.0"}}, "versions", WARNING, "torch 2.12.0, and 2.13.0 on the"),
+        ({"versions": FACTS["versions"] | {"torch": "2.12.0"}}, "versions", WARNING, "torch 2.12.0, but 2.13.0 on the"),
         ({"versions": FACTS["versions"] | {"torch": None}}, "versions", WARNING, "torch is not installed"),
         ({"versions": FACTS["versions"] | {"ranksearch": "0.1.0 (b)"}}, "versions", ERROR, "run other code"),
         ({"versions": FACTS["versions"] | {"python": "3.12.1"}}, "versions", ERROR, "python 3.12.1"),
@@ -64,7 +64,7 @@ def test_a_sound_cluster_has_a_fine_finding_per_check():
         ({"quota": 2.0}, "cpus", WARNING, "--num-cpus 2"),
         ({"threads": "32"}, "cpus", WARNING, "OMP_NUM_THREADS is 32"),
         ({"memory_mib": 900}, "memory", WARNING, "900 MiB"),
-        ({"gpus": []}, "gpus", WARNING, "Ray offers 1 GPUs, and nvidia-smi finds 0"),
+        ({"gpus": []}, "gpus", WARNING, "Ray offers 1 GPUs, but nvidia-smi finds 0"),
         ({"gpus": [{"name": "H100", "free_mib": 10, "total_mib": 81_000}]}, "gpus", WARNING, "Another process"),
         ({"disk_mib": {"temporary": 900}}, "disks", WARNING, "900 MiB"),
         ({"disk_mib": {"temporary": 50_000, "results": 9}}, "disks", ERROR, "of its results files"),
@@ -154,4 +154,4 @@ def test_the_verb_looks_at_this_machine_without_ray(tmp_path):
     assert not list((tmp_path / "runs").iterdir())  # what it wrote there is gone
     broken = run("--runs", "file/runs")
     assert broken.stderr.split()[-2:] == ["1", "False"]
-    assert "Name another place by storage.results" in " ".join(broken.stdout.split())
+    assert "Name another place with storage.results" in " ".join(broken.stdout.split())

@@ -195,5 +195,5 @@ def test_a_wrong_id_a_wrong_token_and_none(cluster, capsys, monkeypatch):
         verb(capsys, "status")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("HOME", "/nowhere")
-    with pytest.raises(UsageError, match=r"asks for a token, and none is set here: set RAY_AUTH_TOKEN"):
+    with pytest.raises(UsageError, match=r"asks for a token, but none is set here: set RAY_AUTH_TOKEN"):
         verb(capsys, "status")

@@ -121,7 +121,7 @@ def test_what_is_asked_for_and_cannot_be_is_said(asked):
     _, answers = asked
     answers |= {"a": "no", "c": "no"}
     with (
-        pytest.raises(UsageError, match=r"resources.sharing: mps: no\. `time_slice`"),
+        pytest.raises(UsageError, match=r"resources.sharing: mps: no\. With `time_slice`"),
         sharing.shared_gpus("mps", True, NODES, print),
     ):
         pass

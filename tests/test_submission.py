@@ -121,7 +121,7 @@ def test_checkpoints_and_fronts_that_lie_here_travel_and_absolute_paths_are_the_
     asked = [v for o, v in zip(job.command, job.command[1:], strict=False) if o == "--warm-start"]
     assert asked == ["fronts/0.json", "fronts/1.json", "/shared/front.json", "old"]
     assert "--set checkpoint=checkpoint/weights.pt" in job.entrypoint
-    with pytest.raises(UsageError, match="data do not travel"):
+    with pytest.raises(UsageError, match="data are not sent"):
         submission(project, read={"settings": ["data=here"]})
     absolute = submission(project, read={"settings": ["data=/shared/d", f"checkpoint={project}/weights.pt"]})
     assert not [name for name in absolute.files if name.startswith("checkpoint/")]
@@ -192,7 +192,7 @@ def test_variables_are_named_and_secrets_are_masked(monkeypatch):
     assert "hunter2" not in said
     assert "AWS_SECRET_KEY=***" in said
     assert "https://me:***@mlflow.example:5000" in said
-    assert "who may read the cluster's jobs can read MLFLOW_TRACKING_URI, AWS_SECRET_KEY" in said
+    assert "whoever may read the cluster's jobs can read MLFLOW_TRACKING_URI, AWS_SECRET_KEY" in said
     for name in ("DB_PASS", "DB_PWD", "PGPASSWORD", "GITHUB_PAT", "MY_KEYS", "APIKEY"):
         assert masked(name, "hunter2") == "***", name
     assert masked("RANKSEARCH_PATH", "/d") == "/d"

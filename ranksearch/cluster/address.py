@@ -1,4 +1,4 @@
-"""Addresses of Ray clusters, looked at before Ray is: importing it takes seconds."""
+"""Checks addresses of Ray clusters before Ray is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ CONNECT_SECONDS = 10
 
 
 def check_address(address: str | None) -> None:
-    """Raises UsageError for a Ray address that nothing answers at: Ray itself would go on trying for minutes.
+    """Raises UsageError for a Ray address where nothing answers: Ray itself would keep trying for minutes.
 
-    "auto" (or None) is left to Ray, which fails at once where this machine is part of no cluster.
+    "auto" (or None) is left to Ray, which fails at once if this machine is part of no cluster.
     """
     if address in (None, "auto", "local"):
         return

@@ -1,4 +1,4 @@
-"""A study as Ray Tune's searcher and scheduler: Tune asks for trials and tells results, and holds nothing that the study does not."""
+"""A study as Ray Tune's searcher and scheduler: Tune asks for trials and tells results; all that it knows is in the study, too."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ RESTARTS = 3
 
 
 KEPT = 50
-"""Trials that Tune's list may hold before those that ended leave it; those under way stay, however many."""
+"""The number of trials in Tune's list above which those that ended are removed; those under way stay, however many."""
 
 
 NEXT_TO_NOTHING = tune.PlacementGroupFactory([{"memory": 1}])
-"""What Tune keeps for a data-parallel trial, whose workers ask for cores and GPUs themselves; Tune takes no empty request."""
+"""What Tune reserves for a data-parallel trial, whose workers ask for cores and GPUs themselves; Tune accepts no empty request."""
 
 
 class AskTell(Searcher):
@@ -86,7 +86,7 @@ class AskTell(Searcher):
         return isinstance(self.error, HeadLost)
 
     def _without_room(self) -> bool:
-        """Whether the cluster has had no node for a trial for longer than it may."""
+        """Whether the cluster has had no room for a trial for longer than `resources.wait_seconds`."""
         self._room()
         seconds, most = self._room.seconds_without, self._study.space.resources.wait_seconds
         if seconds and seconds >= most:
@@ -97,7 +97,7 @@ class AskTell(Searcher):
         return self.error is not None
 
     def goes_on(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Takes up what a running trial reports; False where it is to be stopped."""
+        """Takes up what a running trial reports; returns False if it should stop."""
         if trial_id not in self._numbers:
             return True
         if GROUP in result:
@@ -114,7 +114,7 @@ class AskTell(Searcher):
         return False
 
     def _note_place(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Keeps where a trial runs, and at its first report what its processes loaded; at its last, what it took."""
+        """Records where a trial runs, what its processes loaded (at its first report), and how much memory it took (at its last)."""
         place = json.loads(result[PLACE])
         if trial_id not in self._places:
             for worker in place["workers"] or [place]:
@@ -147,11 +147,13 @@ class AskTell(Searcher):
                     self._log(f"trial {number:03d}: {loss.text}; it goes on elsewhere from its last state")
                     return
                 losses = NODE_LOSSES if loss.blameless else self._study.space.resources.worker_losses
-                again = "it takes its nodes down; at last, " if loss.blameless else ""
+                again = "it may be what takes its nodes down; the last time, " if loss.blameless else ""
                 reason = loss.text if loss.final else f"lost {losses + 1} times: {again}{loss.text}"
                 found = TrialResult(Status.FAILED, seed, 0.0, reason=reason)
             self._driver.settle(number, replace(found, placement=place), node=_node(place))
-        except Exception as caught:  # Tune would log it and go on: kept, and raised once the running trials have ended
+        except (
+            Exception
+        ) as caught:  # Tune would log it and go on: it is kept, and raised once the running trials have ended
             self.error = self.error or caught
 
     def save(self, checkpoint_path: str) -> None: ...
@@ -180,7 +182,7 @@ class StopBehind(FIFOScheduler):
 
 
 def head_lost(study: Study) -> str:
-    """What is said where a cluster's head no longer answers."""
+    """The message for a cluster whose head no longer answers."""
     return (
         f"The cluster's head (its control store, gcs_server) no longer answers. {study.finished} finished trials are kept: "
         f"`ranksearch resume {study.space.name} --address HOST:PORT` goes on, on this cluster once it is back, or on another."
@@ -188,7 +190,7 @@ def head_lost(study: Study) -> str:
 
 
 def stopped(study: Study) -> str:
-    """What is said where SIGTERM has ended Ray's own processes, too."""
+    """The message for a SIGTERM that has ended Ray's own processes, too."""
     return (
         f"stopped by SIGTERM, and Ray's own processes with it. {study.finished} finished trials are kept: `ranksearch resume "
         f"{study.folder}` goes on."
@@ -196,17 +198,17 @@ def stopped(study: Study) -> str:
 
 
 def _node(place: dict[str, Any] | None) -> str:
-    """Where a trial ran, by its own account."""
+    """The node on which a trial ran, by its own report."""
     return f"{place['node']} ({place['ip']})" if place else "its node"
 
 
 class Forget(tune.Callback):
-    """Tune keeps every trial to the end, and looks through all of them whenever none runs. What one returned is in the study's journal:
-    Tune lets go of it, and of the trial. The list that a callback is given is Tune's own."""
+    """Makes Tune forget trials that ended. Tune would keep all of them and look through them whenever none runs; their results are in the
+    study's journal. The list that a callback gets is Tune's own."""
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if len(trials) > KEPT:
-            # of an empty list Tune would look for files at the end
+            # if the list were empty, Tune would look for files at the end
             trials[:] = [trial for trial in trials if not trial.is_finished()] or trials[-1:]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

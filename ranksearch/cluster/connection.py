@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting Ray on this machine; what it holds, and whether its head still lives."""
+"""Joining a Ray cluster, or starting Ray on this machine; what it holds, and whether its head is still alive."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ranksearch.space.search import AUTO
 
 HEAD = ("gcs_server", "raylet")
 SAY_AGAIN_SECONDS, LOOK_SECONDS = 60.0, 1.0
-"""How often a wait for room is told of, and looked at."""
+"""How often a wait for room is reported, and how often room is looked for."""
 STILL_SECONDS = 10.0
-"""How often it is said that Ray is still starting."""
+"""How often to report that Ray is still starting."""
 
 
 class HeadLost(StudyError):
@@ -33,7 +33,7 @@ class HeadLost(StudyError):
 
 
 def connect(address: str | None) -> None:
-    """Joins the cluster at `address`, or starts Ray on this machine; a Ray that is running in this process is used as it is.
+    """Joins the cluster at `address`, or starts Ray on this machine; a Ray that already runs in this process is used as it is.
 
     Raises:
         StudyError: Ray does not start or cannot be reached.
@@ -41,7 +41,7 @@ def connect(address: str | None) -> None:
     if ray.is_initialized():
         return
     if address is None:
-        # Ray's token authentication is on; a token for this cluster alone needs no file in a home that may be read-only
+        # Ray's token authentication is on; a token for only this cluster needs no file in a home that may be read-only
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # on one machine a control store that does not answer is dead, not far away; without it Ray ends this process
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
@@ -58,8 +58,8 @@ def connect(address: str | None) -> None:
                 ray.init(**quiet, **(local if address is None else {"address": address}))
             return
         except Exception as error:
-            # on a busy machine a node start can miss Ray's own time limit, of which it says no more than `Exception`: once more, then it
-            # is a real failure
+            # on a busy machine a node may start too late for Ray's own time limit, and Ray then raises a bare `Exception`: a second
+            # failure is a real one
             if tries_left == 0 or address is not None:
                 where = f"reach the Ray cluster at {address}" if address else "start Ray on this machine"
                 raise StudyError(f"Could not {where}: {first_line(error)}") from error
@@ -68,7 +68,7 @@ def connect(address: str | None) -> None:
 
 @contextmanager
 def own_sigterm() -> Iterator[None]:
-    """Keeps this process's own answer to SIGTERM, if it has one: `ray.init` puts an exit in its place."""
+    """Keeps this process's own handler of SIGTERM, if it has one: `ray.init` would replace it by an exit."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     if before not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
@@ -76,19 +76,19 @@ def own_sigterm() -> Iterator[None]:
 
 
 def head_is_gone() -> bool:
-    """Whether a Ray that this process started has lost one of its own processes; of a cluster's head nothing is known here."""
+    """Whether a Ray that this process started has lost one of its own processes; this says nothing about a cluster's head."""
     node = own_node()
     return node is not None and node.head and any(name in HEAD for name, _ in node.dead_processes())
 
 
 def join(resources: ResourcesSpace, address: str | None, log: Callable[[str], None]) -> Needs:
-    """Connects, and returns what a trial takes; waits for a cluster without room for a trial, whose nodes may still be coming.
+    """Connects, and returns what a trial needs. If the cluster has no room for a trial, waits for nodes that may still be coming.
 
-    What `auto` packs onto a GPU is not known yet: it counts as one GPU.
+    A share of a GPU by `auto` is not known yet: it counts as one GPU.
 
     Raises:
         StudyError: Ray does not start or cannot be reached.
-        UsageError: one trial asks for more than this machine has, or than the cluster has, or may grow to, after the wait.
+        UsageError: one trial needs more than this machine has, or than the cluster has or may grow to after the wait.
     """
     if address is None and not ray.is_initialized():
         log("starting Ray on this machine")  # seconds, on a busy machine a minute
@@ -104,7 +104,7 @@ def join(resources: ResourcesSpace, address: str | None, log: Callable[[str], No
 
 @contextmanager
 def told_meanwhile(log: Callable[[str], None], text: str) -> Iterator[None]:
-    """Says every few seconds that what is done within goes on still, and for how long: it may be stuck in code of Ray's."""
+    """Logs every few seconds that the block is still running, and for how long: it may be stuck in Ray's code."""
     over, started = threading.Event(), time.monotonic()
 
     def tell() -> None:
@@ -121,16 +121,16 @@ def told_meanwhile(log: Callable[[str], None], text: str) -> Iterator[None]:
 
 
 def wait_for_room(needs: Needs, seconds: float, log: Callable[[str], None]) -> None:
-    """Returns once the cluster holds a trial, or its autoscaler waits to be asked for a node that does.
+    """Returns once the cluster has room for a trial, or its autoscaler may start a node that has.
 
     Raises:
-        UsageError: it does not, after so many seconds; or at once where the autoscaler has no such node to start.
+        UsageError: it has none after `seconds`, or the autoscaler may start no such node.
     """
     started, said_at = time.monotonic(), float("-inf")
     while not room_now(needs):
         at_most, waited = room_at_most(needs), time.monotonic() - started
         if at_most:
-            log(f"no node has room for a trial ({needs}) yet: the cluster's autoscaler is asked for some")
+            log(f"no node has room for a trial ({needs}) yet: the cluster's autoscaler is asked for one")
             return
         if at_most == 0 or waited >= seconds:
             raise UsageError(
@@ -148,6 +148,6 @@ def wait_for_room(needs: Needs, seconds: float, log: Callable[[str], None]) -> N
 
 
 def held() -> str:
-    """What the cluster's nodes have together."""
+    """The CPUs and GPUs of the cluster's nodes, in words."""
     available, count = ray.cluster_resources(), len(usable_nodes())
     return f"{available.get('CPU', 0):g} CPUs and {available.get('GPU', 0):g} GPUs on {count} {'node' if count == 1 else 'nodes'}"

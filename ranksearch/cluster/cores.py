@@ -1,4 +1,4 @@
-"""Cores that this process may use. The standard library alone, like `facts.py`, which asks it on every node."""
+"""Cores that this process may use. Imports only the standard library, like `facts.py`, which calls it on every node."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def affinity_cores() -> int:
 
 
 def quota_cores() -> float | None:
-    """Cores that a container's CPU quota allows; None where there is none."""
+    """Cores that a container's CPU quota allows; None without a quota."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
@@ -21,6 +21,6 @@ def quota_cores() -> float | None:
 
 
 def usable_cores() -> int:
-    """Whole cores within both, at least one."""
+    """Whole cores within the affinity and the quota, at least one."""
     cores, quota = affinity_cores(), quota_cores()
     return cores if quota is None else max(1, min(cores, int(quota)))

@@ -1,6 +1,6 @@
 """The preflight: asks this machine, or every node of a cluster, for its facts, before anything is spent on a search.
 
-`facts.py` is what runs on a node, `findings.py` judges. Without a cluster Ray is not even imported.
+`facts.py` runs on every node, `findings.py` judges. Without a cluster, Ray is not even imported.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from ranksearch.space.space import Space
 
 NODE_SECONDS = 60.0
-"""A node that takes longer is not waited for. Its first worker process takes seconds to start."""
+"""How long to wait for a node, whose first worker process takes seconds to start."""
 STORE_SECONDS = 2.0
 DRIVERS_DATA = {"cifar10": ("cifar-10-batches-py",), "imagefolder": ("train", "val")}
-"""Task -> what of the data folder the driver reads."""
+"""Task -> the parts of the data folder that the driver reads."""
 
 
 def examine(space: Space | None, runs: Path, *, cluster: bool) -> Facts:
@@ -73,7 +73,7 @@ def examine(space: Space | None, runs: Path, *, cluster: bool) -> Facts:
 
 
 def preflight(space: Space, runs: Path, log: Log) -> None:
-    """Examines the cluster that this process has joined; says one line where all is well, and each warning.
+    """Examines the cluster that this process has joined; logs each warning, or one line if all is well.
 
     Raises:
         UsageError: something would make trials fail or lose their nets.
@@ -100,7 +100,7 @@ def as_record(report: Facts, found: list[Finding]) -> dict[str, Any]:
 
 
 def _ask_nodes(question: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The facts of every node that lives, by one task each, which takes no CPU: a cluster that is full answers too."""
+    """The facts of every live node, by one task each. The tasks take no CPU, so that a full cluster answers too."""
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -122,7 +122,7 @@ def _ask_nodes(question: Mapping[str, Any]) -> list[dict[str, Any]]:
                 ray.cancel(task, force=True)
                 raise TimeoutError(f"not within {NODE_SECONDS:.0f} s")
             facts |= ray.get(task, timeout=NODE_SECONDS)
-            started = time.time()  # the worker runs by now: what is left is the way there and back
+            started = time.time()  # the worker is running by now, so this measures only the way there and back
             there = ray.get(on(node, clock_of).remote(), timeout=NODE_SECONDS)
             ended = time.time()
             facts |= {"offset_s": there - (started + ended) / 2, "round_trip_s": ended - started}
@@ -136,7 +136,7 @@ def _ask_nodes(question: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _names(nodes: list[Mapping[str, Any]]) -> list[str]:
-    """Host and address; where several nodes are one machine's, the beginning of Ray's id too."""
+    """Host and address of each node; if several nodes share them, also the beginning of Ray's id."""
     plain = [f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in nodes]
     return [
         name if plain.count(name) == 1 else f"{name[:-1]}, node {node['NodeID'][:6]})"
@@ -156,7 +156,7 @@ def _clear(probe: Place) -> None:
     if isinstance(probe, Path):
         shutil.rmtree(probe, ignore_errors=True)
         return
-    with suppress(PlaceError):  # where it cannot be reached there is nothing to clear
+    with suppress(PlaceError):  # a place that cannot be reached holds nothing to clear
         probe.remove_folder()
 
 
@@ -164,7 +164,7 @@ def _clear(probe: Place) -> None:
 
 
 def _data_of_driver(space: Space | None) -> list[str]:
-    """What the driver has to find before a study: the task's data, a checkpoint that is named."""
+    """What the driver must find before a study: the task's data, and a checkpoint if one is named."""
     if space is None:
         return []
     folder = data_folder(space.data).absolute()
@@ -173,7 +173,7 @@ def _data_of_driver(space: Space | None) -> list[str]:
 
 
 def _data_of_nodes(space: Space | None) -> list[str]:
-    """What every node reads by itself: the files of a task that is not held in memory. The driver sends the rest."""
+    """What every node reads itself: the files of a task that is not held in memory. The driver sends the rest."""
     if space is None:
         return []
     from ranksearch.tasks import TASKS
@@ -183,14 +183,14 @@ def _data_of_nodes(space: Space | None) -> list[str]:
 
 
 def _mlflow(space: Space | None, runs: Path) -> str | None:
-    """Why MLflow's store cannot be reached; None where it can, or is a file that will be made."""
+    """Why MLflow's store cannot be reached; None if it can be, or is a file that will be made."""
     try:
         uri = store_uri(runs, space.tracking.uri if space is not None else None)
     except UsageError as error:
         return str(error)
     if is_server(uri):
         if not uri.startswith("http"):
-            return None  # a hosted one, which has no page to ask
+            return None  # a hosted server, which has no page to ask
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=STORE_SECONDS).close()
         except urllib.error.HTTPError:
@@ -203,7 +203,7 @@ def _mlflow(space: Space | None, runs: Path) -> str | None:
 
 
 def _optuna(space: Space | None, runs: Path) -> str | None:
-    """Why the database of `storage.optuna` cannot be reached, or is MLflow's too; None where all is well, or it is not asked for."""
+    """Why the database of `storage.optuna` cannot be reached, or is also MLflow's; None if all is well or there is no such key."""
     if space is None or space.storage.optuna is None:
         return None
     where = space.storage.optuna

@@ -1,8 +1,8 @@
-"""A signal that ends a study and reaches Ray's own processes, too: a batch system or a shell signals a whole group.
+"""Ends a study well by a signal that reaches Ray's own processes, too, as when a batch system or a shell signals a whole group.
 
-Ray ends a driver whose Ray has died from within, at once and with an exit code of its own: no exception, handler or sentence of ours gets
-through any more. So a thread hears of the signal before Python's handler does, and a child that nothing else ends says whether it was
-for the group.
+When Ray's processes die, Ray ends the driver from within, at once and with its own exit code: no exception, handler or sentence of ours
+gets through any more. So a thread hears of the signal before Python's handler does, and a child process, which nothing else ends, shows
+whether the signal went to the group.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from contextlib import contextmanager, suppress
 from ranksearch.cluster.ray_private import own_node
 
 GROUP_SECONDS = 0.2
-"""How long the child may take to end by a signal to the group; of one to this process alone it hears nothing."""
+"""How long the child may take to end after a signal to the group; a signal to only this process does not reach it."""
 WAITS = "import sys; sys.stdin.read()"
 
 
 @contextmanager
 def ended_with_group(says: Callable[[], str], code: int) -> Iterator[None]:
-    """Within it SIGTERM to the group of this process and of the Ray that it started ends the process at once, with a sentence on stderr.
+    """Makes a SIGTERM to this process's group, with the Ray that it started, end the process at once, with a sentence on stderr.
 
-    For the main thread alone, which has signals.
+    Only the main thread, which gets the signals, may use this.
     """
     child = subprocess.Popen([sys.executable, "-IS", "-c", WAITS], stdin=subprocess.PIPE)
     heard, hears = os.pipe()
@@ -53,7 +53,7 @@ def ended_with_group(says: Callable[[], str], code: int) -> Iterator[None]:
 
 
 def _ended(child: subprocess.Popen[bytes]) -> bool:
-    """Whether a signal has ended the child, or does now."""
+    """Whether a signal has ended the child, or ends it within a moment."""
     with suppress(subprocess.TimeoutExpired):
         return child.wait(GROUP_SECONDS) == -signal.SIGTERM
     return False

@@ -1,4 +1,4 @@
-"""What one machine knows of itself, as plain values. The standard library alone, so that a worker answers within a second."""
+"""What one machine knows of itself, as plain values. Imports only the standard library, so that a worker answers within a second."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ranksearch
 from ranksearch.cluster import mps
@@ -28,11 +28,11 @@ MIB = 2**20
 
 
 def node_facts(question: Mapping[str, Any]) -> dict[str, Any]:
-    """This machine: versions, resources, and what it sees.
+    """The facts of this machine: versions, resources, and what it sees.
 
     Args:
         question: `probe`, the folder where the driver has written `token`, as text; `answer`, the file to write there, None for none;
-            `data`, the paths that have to be here.
+            `data`, the paths that must be here.
     """
     place = place_at(question["probe"])
     return {
@@ -45,15 +45,15 @@ def node_facts(question: Mapping[str, Any]) -> dict[str, Any]:
         "memory_mib": _memory_mib(),
         "gpus": _gpus(),
         "mps": mps.state(),
-        "disk_mib": {"temporary": _free_mib(tempfile.gettempdir())} | _disk_of(place),
-        "shm_mib": _total_mib("/dev/shm"),
+        "disk_mib": {"temporary": _disk_mib(tempfile.gettempdir(), "free")} | _disk_of(place),
+        "shm_mib": _disk_mib("/dev/shm", "total"),
         "missing": missing(question["data"]),
         "results": _exchanged(place, question["token"], question["answer"]),
     }
 
 
 def clock() -> float:
-    """Seconds since 1970, here."""
+    """This machine's time, in seconds since 1970."""
     return time.time()
 
 
@@ -73,7 +73,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _own_version() -> str:
-    """Ours, with a digest of the code: two checkouts may bear one number."""
+    """Our version, with a digest of the code: two checkouts may have the same number."""
     root, digest = Path(ranksearch.__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
@@ -81,7 +81,7 @@ def _own_version() -> str:
 
 
 def _memory_mib() -> int | None:
-    """What is free, within a container's limit too."""
+    """Free memory, also within a container's limit."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) // 1024
@@ -95,7 +95,7 @@ def _memory_mib() -> int | None:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    """Name, free and whole memory of each, as nvidia-smi says; empty where it is not there."""
+    """Name, free and total memory of each GPU, from nvidia-smi; empty without it."""
     command = ["nvidia-smi", "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
@@ -109,29 +109,22 @@ def _gpus() -> list[dict[str, Any]]:
     ]
 
 
-def _free_mib(path: str | Path) -> int | None:
+def _disk_mib(path: str | Path, what: Literal["free", "total"]) -> int | None:
     try:
-        return shutil.disk_usage(path).free // MIB
-    except OSError:
-        return None
-
-
-def _total_mib(path: str) -> int | None:
-    try:
-        return shutil.disk_usage(path).total // MIB
+        return int(getattr(shutil.disk_usage(path), what)) // MIB
     except OSError:
         return None
 
 
 def _disk_of(place: Place) -> dict[str, int | None]:
-    return {"results": _free_mib(place)} if isinstance(place, Path) and place.is_dir() else {}
+    return {"results": _disk_mib(place, "free")} if isinstance(place, Path) and place.is_dir() else {}
 
 
 # The place of results ------------------------------------------------------------------------------------------------
 
 
 def write_token(place: Place, name: str, token: str) -> str | None:
-    """Writes a small file; what went wrong, or None."""
+    """Writes a small file; returns what went wrong, or None."""
     try:
         if isinstance(place, Remote):
             (place / name).write(token.encode())
@@ -144,7 +137,7 @@ def write_token(place: Place, name: str, token: str) -> str | None:
 
 
 def read_token(place: Place, name: str) -> str | None:
-    """What `write_token` wrote; None where it cannot be seen.
+    """What `write_token` wrote; None if the file is not seen here.
 
     Raises:
         OSError: the place itself cannot be read.
@@ -156,7 +149,7 @@ def read_token(place: Place, name: str) -> str | None:
 
 
 def _exchanged(place: Place, token: str, answer: str | None) -> dict[str, Any]:
-    """Whether the driver's token is seen here; then an answer is written, which the driver has to see. Nothing is written elsewhere."""
+    """Whether the driver's token is seen here; only then an answer is written, which the driver must see."""
     try:
         sees = read_token(place, TOKEN) == token
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What is wrong with a cluster, from facts to findings: values alone, no Ray.
+"""What is wrong with a cluster, from facts to findings. Pure values, without Ray.
 
 A report holds `driver` (the facts of its machine), `nodes` (facts of each, with its `name`, Ray's `offers`, the `offset_s` of its clock and
-the `round_trip_s` that this was measured over; `silent` instead where it did not answer), and `stores` (what the driver reaches).
+the `round_trip_s` over which that was measured; or `silent` if it did not answer), and `stores` (what the driver cannot reach).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OK, WARNING, ERROR = "ok", "warning", "error"
 LEVELS = (OK, WARNING, ERROR)
 
 LOW_MEMORY_MIB, LOW_DISK_MIB, NO_DISK_MIB = 2048, 2048, 200
-"""A worker that has imported torch takes 700 MiB."""
+"""Below these, memory or a disk is said to be low. A worker that has imported torch takes 700 MiB."""
 LOW_FILES = 4096
 SKEW_S, MUCH_SKEW_S = 2.0, 300.0
 FREE_SHARE = 0.5
@@ -27,7 +27,7 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The outcome of one check."""
 
     level: str
     check: str
@@ -41,7 +41,7 @@ class Finding:
 
 
 def judge(report: Facts) -> list[Finding]:
-    """A finding per check, or per node where one of it is of its own; the worst first."""
+    """One finding per check that is fine, else one per problem; the worst first."""
     checks = (
         _answers,
         _results,
@@ -101,18 +101,23 @@ def _answers(report: Facts) -> Wrong:
                 ERROR,
                 node["name"],
                 f"did not answer ({node['silent']})",
-                "Mend or remove that node, or wait until it is up.",
+                "Repair or remove that node, or wait until it is up.",
             )
 
 
 def _results(report: Facts) -> Wrong:
     place, stores = report["results"], report["stores"]
     if stores["results"] is not None:
-        yield ERROR, "driver", stores["results"], "Name another place by storage.results, or another folder by --runs."
+        yield (
+            ERROR,
+            "driver",
+            stores["results"],
+            "Name another place with storage.results, or another folder with --runs.",
+        )
         return
     refused = [node for node in _answering(report) if node["results"]["error"] is not None]
     for node in refused:
-        mend = "Credentials and mounts have to be the same on every node."
+        mend = "Make credentials and mounts the same on every node."
         yield ERROR, node["name"], f"{place}: {node['results']['error']}", mend
     apart = [node["name"] for node in _answering(report) if node not in refused and not node["results"]["shared"]]
     if apart:
@@ -131,7 +136,7 @@ def _versions(report: Facts) -> Wrong:
             means = (
                 "its trials would run other code" if name == "ranksearch" else "results may differ, or fail to be read"
             )
-            what = f"{name} {version or 'is not installed'}, and {own[name] or 'none'} on the driver: {means}"
+            what = f"{name} {version or 'is not installed'}, but {own[name] or 'none'} on the driver: {means}"
             yield (
                 ERROR if hard else WARNING,
                 node["name"],
@@ -148,7 +153,7 @@ def _data(report: Facts) -> Wrong:
     for node in [{"name": "driver", "missing": report["missing"]}, *_answering(report)]:
         if node["missing"]:
             what = f"{', '.join(node['missing'])} {'is' if len(node['missing']) == 1 else 'are'} missing"
-            yield ERROR, node["name"], what, "Put the data there, or name their folder by `data:` or RANKSEARCH_DATA."
+            yield ERROR, node["name"], what, "Put the data there, or name their folder with `data:` or RANKSEARCH_DATA."
 
 
 def _stores(report: Facts) -> Wrong:
@@ -157,19 +162,19 @@ def _stores(report: Facts) -> Wrong:
         mend = "Start it; what it misses meanwhile is logged at the end, or by `ranksearch sync`."
         yield WARNING, "driver", f"MLflow's store cannot be reached: {stores['mlflow']}", mend
     if stores["optuna"] is not None:
-        yield ERROR, "driver", stores["optuna"], "Without it no trial can be proposed or recorded."
+        yield ERROR, "driver", stores["optuna"], "Make it reachable: without it no trial can be proposed or recorded."
 
 
 def _clocks(report: Facts) -> Wrong:
     for node in _answering(report):
         if node.get("offset_s") is None:
             continue
-        # within half a round trip nothing is known
+        # an offset within half a round trip may be due to the way
         skew = max(0.0, abs(node["offset_s"]) - node["round_trip_s"] / 2)
         if skew > SKEW_S:
             side = "ahead of" if node["offset_s"] > 0 else "behind"
             means = (
-                "stores such as S3 refuse requests of such a clock" if skew > MUCH_SKEW_S else "times in logs mislead"
+                "stores such as S3 refuse requests with such a clock" if skew > MUCH_SKEW_S else "times in logs mislead"
             )
             what = f"its clock is {skew:.0f} s {side} the driver's: {means}"
             yield ERROR if skew > MUCH_SKEW_S else WARNING, node["name"], what, "Let NTP or chrony set it."
@@ -180,7 +185,7 @@ def _cpus(report: Facts) -> Wrong:
         usable = min(node["cores"], node["quota"] or node["cores"])
         offered = node.get("offers", {}).get("CPU", 0)
         if offered > usable + 0.5:
-            what = f"Ray offers {offered:g} CPUs, and {usable:g} can be used: trials would slow each other down"
+            what = f"Ray offers {offered:g} CPUs, but only {usable:g} can be used: trials would slow each other down"
             yield WARNING, node["name"], what, f"Start Ray there with --num-cpus {max(1, int(usable))}."
         threads = node["threads"] or ""
         if threads.isdecimal() and int(threads) > max(1, usable):
@@ -191,12 +196,14 @@ def _cpus(report: Facts) -> Wrong:
 def _memory(report: Facts) -> Wrong:
     for node in _answering(report):
         if node["memory_mib"] is not None and node["memory_mib"] < LOW_MEMORY_MIB:
-            what = f"{node['memory_mib']} MiB of memory are free, and a trial's process takes 700 and its net's"
+            what = (
+                f"{node['memory_mib']} MiB of memory are free, but a trial's process takes 700 MiB and its net's memory"
+            )
             yield (
                 WARNING,
                 node["name"],
                 what,
-                "End what else runs there, or raise resources.cpus_per_trial: fewer trials at once.",
+                "End what else runs there, or raise resources.cpus_per_trial, so that fewer trials run at once.",
             )
 
 
@@ -204,8 +211,8 @@ def _gpus(report: Facts) -> Wrong:
     for node in _answering(report):
         offered, found = node.get("offers", {}).get("GPU", 0), node["gpus"]
         if offered > len(found):
-            what = f"Ray offers {offered:g} GPUs, and nvidia-smi finds {len(found)}"
-            yield WARNING, node["name"], what, "See that the driver is loaded there, and start Ray anew."
+            what = f"Ray offers {offered:g} GPUs, but nvidia-smi finds {len(found)}"
+            yield WARNING, node["name"], what, "Make sure that the GPU's driver is loaded there, and restart Ray."
         for number, gpu in enumerate(found):
             if gpu["free_mib"] < FREE_SHARE * gpu["total_mib"]:
                 what = f"GPU {number} ({gpu['name']}) has {gpu['free_mib']} of {gpu['total_mib']} MiB free"
@@ -220,7 +227,7 @@ SHARING = {
 
 
 def _sharing(report: Facts) -> Wrong:
-    """What is used, which is nothing wrong."""
+    """How GPUs are shared; this is information, not a problem."""
     found: dict[str, list[str]] = {}
     for node in _answering(report):
         if node["gpus"]:
@@ -252,12 +259,12 @@ def _shared_memory(report: Facts) -> Wrong:
                 WARNING,
                 node["name"],
                 what,
-                "In Docker: --shm-size; or start Ray with a smaller --object-store-memory.",
+                "In Docker, raise --shm-size; or start Ray with a smaller --object-store-memory.",
             )
 
 
 def _files(report: Facts) -> Wrong:
     for node in _answering(report):
         if 0 < node["files"] < LOW_FILES:
-            what = f"a process may open {node['files']} files, and Ray's want thousands"
-            yield WARNING, node["name"], what, f"ulimit -n 65536 before Ray is started (at least {LOW_FILES})."
+            what = f"a process may open {node['files']} files, but Ray's need thousands"
+            yield WARNING, node["name"], what, f"Run ulimit -n 65536 before Ray is started (at least {LOW_FILES})."

@@ -1,7 +1,7 @@
 """A data-parallel trial: Ray Train starts its workers, a GPU or some cores each, and their process group; Tune sees one trial.
 
-The Tune trial itself takes nothing of the cluster: its workers lie in a placement group of their own. A worker that dies ends the group,
-and the study runs the trial again from its state. Where a trial is stopped, or its Tune actor lost, the driver lets go of the group.
+The Tune trial itself takes nothing of the cluster: its workers have a placement group of their own. A worker that dies ends the group, and
+the study runs the trial again from its state. If a trial is stopped or its Tune actor is lost, the driver removes the group.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from ranksearch.trial.placement import Placement
 from ranksearch.trial.result import Status, TrialResult
 
 PATIENCE = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # Ray's 60 s are short for importing PyTorch on a busy machine
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # Ray's 60 s may be too short for importing PyTorch on a busy machine
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how often reports are fetched
 }
 COLLECTIVE_SECONDS = 1800
-"""How long a worker waits for the others: rank 0 alone evaluates, which may take a while."""
+"""How long a worker waits for the others: only rank 0 evaluates, which may take a while."""
 FAILED = "the trial failed on one of its workers: "
 
 
 class TrialFailed(Exception):
-    """The trial itself raised on one rank: its result, as JSON. The others wait for that rank in vain, and are ended."""
+    """The trial itself failed on one rank; the text holds its result as JSON. The others, which wait for that rank in vain, are ended."""
 
 
 class Relay(UserCallback):
     """Hands the trial what its rank 0 reports to Train's controller.
 
-    Ray's `TuneReportCallback` waits until Tune has taken each report: for ever, where Tune has stopped the trial.
+    Ray's `TuneReportCallback` waits until Tune has taken each report, which is for ever if Tune has stopped the trial.
     """
 
     def __init__(self, reports: Queue) -> None:
@@ -59,7 +59,7 @@ def parallel_trial(config: dict[str, Any], shared: Shared, terms: Terms) -> None
     """A trial of several workers, as Tune runs it.
 
     Raises:
-        TrainingFailedError: a worker was lost; the trial is to be run again.
+        TrainingFailedError: a worker was lost; the trial should run again.
     """
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
@@ -71,7 +71,7 @@ def parallel_trial(config: dict[str, Any], shared: Shared, terms: Terms) -> None
         torch_config=TorchConfig(backend="nccl" if terms.gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(num_workers=terms.workers, use_gpu=terms.gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
-            name=f"{config['number']:03d}-{uuid.uuid4().hex[:8]}",  # a run of the same name would be taken up by Train
+            name=f"{config['number']:03d}-{uuid.uuid4().hex[:8]}",  # Train would continue a run of the same name
             storage_path=os.path.join(terms.folder, "ray", "workers"),
             failure_config=FailureConfig(max_failures=0),  # the study does the retrying
             callbacks=[Relay(reports)],  # type: ignore[list-item]
@@ -87,7 +87,7 @@ def parallel_trial(config: dict[str, Any], shared: Shared, terms: Terms) -> None
     with ThreadPoolExecutor(1) as thread:
         fitted = thread.submit(fit)
         for report in iter(reports.get, None):
-            tune.report(report)  # where the trial is stopped, Tune ends this thread here
+            tune.report(report)  # if the trial is stopped, Tune ends this thread here
     try:
         fitted.result()
     except TrainingFailedError as error:
@@ -97,15 +97,15 @@ def parallel_trial(config: dict[str, Any], shared: Shared, terms: Terms) -> None
 
 
 def let_go(group: str) -> None:
-    """Ends the workers of a data-parallel trial and frees what they hold, by the name that its reports gave; nothing where they have ended.
+    """Ends the workers of a data-parallel trial and frees what they hold, by the name that its reports gave; does nothing if they ended.
 
-    Train's controller does so only where it ends by itself; what stands in for it otherwise asks the dashboard, which need not run.
+    Train's controller does so only if it ends by itself; its fallback asks the dashboard, which need not run.
     """
     remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 def own_failure(error: TrainingFailedError) -> dict[str, Any] | None:
-    """The result of a trial that failed by its own doing on some rank; None where a worker was lost."""
+    """The result of a trial that failed by its own fault on some rank; None if a worker was lost."""
     for failure in getattr(error, "worker_failures", {}).values():
         text = str(failure)
         if FAILED in text:
@@ -115,7 +115,7 @@ def own_failure(error: TrainingFailedError) -> dict[str, Any] | None:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """One of the workers. Train's report is a meeting: every rank makes each, and rank 0's counts."""
+    """Runs one of the workers. Every rank must make each of Train's reports, at which they meet; rank 0's counts."""
     shared, terms = config["shared"], config["terms"]
     group = Distributed()
     work, own = take(shared)
@@ -124,7 +124,7 @@ def _worker(config: dict[str, Any]) -> None:
     placed_by = get_current_placement_group()
     assert placed_by is not None
     ray.train.report(message(placement) | {GROUP: placed_by.id.hex()})
-    with watched_leave() as watch:  # rank 0's counts, which writes the state
+    with watched_leave() as watch:  # only rank 0, which writes the state, matters
         result = attempt(
             work.task, work.dense, work.net, candidate_of(config["trial"]), checkpoint_seconds=terms.checkpoint_seconds, group=group,
             report=lambda entry: ray.train.report(message(placement, entry)), leaving=watch.leaves,
@@ -135,7 +135,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _placed(group: Distributed, own: Placement) -> Placement:
-    """The trial's placement: rank 0's, with all workers'."""
+    """The trial's placement: rank 0's, with those of all workers."""
     workers = group.all_gather(own.to_dict())
     return replace(own, workers=workers, data_loaded=any(w["data_loaded"] for w in workers))
 

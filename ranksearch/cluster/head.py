@@ -1,4 +1,4 @@
-"""Whether the head of a cluster still answers. Where it does not, Ray's calls wait without end, and at last Ray ends the process."""
+"""Whether the head of a cluster still answers. If it does not, Ray's calls wait without end, and finally Ray ends the process."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ranksearch.cluster.nodes import GCS_ERRORS, answers
 from ranksearch.cluster.ray_private import control_store
 
 LOOK_SECONDS, ANSWER_SECONDS = 3.0, 5.0
-RAY_ENDS_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112  Ray spells it so
-"""A control store that comes back within so long (its fault tolerance restarts it) was not lost; after it Ray ends the process outright."""
+RAY_ENDS_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112  Ray's spelling
+"""A control store that comes back within this time (its fault tolerance restarts it) was not lost; after it Ray ends the process."""
 END_SECONDS = 10.0
-"""How long a driver that waits for a lost head may take to notice; then it is ended with the sentence that it could not say."""
+"""How long a driver that waits for a lost head may take to notice; then the watch prints the driver's sentence and ends the process."""
 PATIENCE_SECONDS = max(LOOK_SECONDS, RAY_ENDS_SECONDS - 2 * END_SECONDS)
 
 
 class HeadWatch:
-    """Looks after the control store in a thread, since the driver's own may be waiting for it."""
+    """Watches the control store in a thread of its own, since the driver's thread may be waiting for that store."""
 
     def __init__(self, says: str) -> None:
         self._says = says
@@ -61,7 +61,7 @@ class HeadWatch:
 
 @contextmanager
 def watched_head(says: str) -> Iterator[HeadWatch]:
-    """A watch for as long as the block runs; `says` is what is printed where the process has to be ended."""
+    """Watches the head while the block runs; `says` is printed if the process must be ended."""
     watch = HeadWatch(says)
     try:
         yield watch

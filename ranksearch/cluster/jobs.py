@@ -1,4 +1,4 @@
-"""Ray's job server: submitting a study, following its log, stopping it. HTTP to the head's dashboard; no cluster is joined."""
+"""Ray's job server: submitting a study, following its log, stopping it. This is HTTP to the head's dashboard; no cluster is joined."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ TOKEN = "RAY_AUTH_TOKEN"
 
 
 def job_server(address: str) -> str:
-    """The URL of `address`, "HOST:PORT" or a URL, that something answers at.
+    """The URL of `address` ("HOST:PORT" or a URL), where something answers.
 
     Raises:
-        UsageError: it is none, or nothing answers there within seconds: Ray itself would wait for minutes.
+        UsageError: it is not an address, or nothing answers there within seconds; Ray itself would wait for minutes.
     """
     url = address if "://" in address else f"http://{address}"
     try:
@@ -49,14 +49,14 @@ def job_server(address: str) -> str:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise UsageError(
-            f"--address {address}: no job server answers there ({error}). It is part of a head with ray[default] and listens on that "
-            f"machine alone: a tunnel brings it here, such as `ssh -L 8265:127.0.0.1:8265 HEAD` or `ray dashboard CLUSTER.yaml`."
+            f"--address {address}: no job server answers there ({error}). It is part of a head with ray[default] and listens only on "
+            f"that machine: bring it here by a tunnel, such as `ssh -L 8265:127.0.0.1:8265 HEAD` or `ray dashboard CLUSTER.yaml`."
         ) from error
     return url.rstrip("/")
 
 
 def token() -> str | None:
-    """The token that clusters ask for, from the places that Ray looks at, in its order; None where there is none, or where it is off.
+    """The token that clusters ask for, from the places where Ray looks, in its order; None if there is none, or tokens are off.
 
     Raises:
         UsageError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
@@ -79,7 +79,7 @@ def _told(address: str) -> Iterator[None]:
     """Turns what Ray raises into one sentence that says what to do.
 
     Raises:
-        UsageError: no token or a wrong one, or no job server there.
+        UsageError: there is no token or a wrong one, or no job server.
         StudyError: the job server refuses for another reason.
     """
     from ray.exceptions import AuthenticationError
@@ -88,7 +88,7 @@ def _told(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         what = (
-            "takes another token than the one that is set here" if token() else "asks for a token, and none is set here"
+            "takes another token than the one that is set here" if token() else "asks for a token, but none is set here"
         )
         raise UsageError(
             f"The cluster at {address} {what}: set {TOKEN} (or RAY_AUTH_TOKEN_PATH=FILE) to the head's; "
@@ -99,7 +99,7 @@ def _told(address: str) -> Iterator[None]:
     except (RuntimeError, OSError, ValueError) as error:  # requests' errors are OSErrors
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         shown = lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"
-        raise StudyError(f"The job server at {address} does not do it: {shown}") from error
+        raise StudyError(f"The job server at {address} refused: {shown}") from error
 
 
 class Jobs:
@@ -112,10 +112,10 @@ class Jobs:
             raise UsageError(
                 f"Ray's jobs need {' and '.join(missing)}, of the extra `cluster`: pip install -c constraints.txt 'ranksearch[cluster]'."
             )
-        # given as a header: Ray itself decides at its import whether it sends one
+        # passed as a header, because Ray decides at its import whether it sends one
         headers = {"authorization": f"Bearer {given}"} if (given := token()) else None
         before = os.environ.get("RAY_API_SERVER_ADDRESS")
-        os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # which Ray would prefer to what it is told
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # Ray would prefer this variable to its argument
         try:
             with _told(self.address):
                 from ray.job_submission import JobSubmissionClient
@@ -134,10 +134,10 @@ class Jobs:
                 os.environ["RAY_API_SERVER_ADDRESS"] = before
 
     def submit(self, job: Submission, *, ship: bool, driver_gpus: float) -> None:
-        """Uploads what the job takes along and starts it.
+        """Uploads the job's files and starts it.
 
         Args:
-            ship: this installation's source of ranksearch travels along; else the cluster's own is used.
+            ship: whether to send this installation's source of ranksearch; else the cluster's own is used.
             driver_gpus: share of a GPU that the driver holds, which trains the dense net and measures sensitivities.
         """
         environment: dict[str, Any] = {"env_vars": dict(job.variables)}
@@ -166,12 +166,12 @@ class Jobs:
         """A job by its ID.
 
         Raises:
-            UsageError: there is none; the text names the nearest one.
+            UsageError: there is none; the message names the nearest one.
         """
         with _told(self.address):
             try:
                 return _record(self._client.get_job_info(job))
-            except RuntimeError:  # Ray has no type for it: the list of jobs tells whether there is one
+            except RuntimeError:  # Ray has no type for a job that is missing: the list of jobs shows whether it is
                 known = self._client.list_jobs()
                 if job in {name for details in known for name in (details.submission_id, details.job_id)}:
                     raise
@@ -185,7 +185,7 @@ class Jobs:
             return self._client.get_job_logs(job)
 
     def follow(self, job: str, write: Write) -> dict[str, Any]:
-        """Writes the job's log as it grows, until the job has ended; a connection that breaks is taken up again.
+        """Writes the job's log as it grows, until the job has ended; a broken connection is opened again.
 
         Raises:
             StudyError: the cluster has not answered for a minute.
@@ -200,7 +200,7 @@ class Jobs:
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since > LOST_SECONDS:
                     raise StudyError(
-                        f"{error} The job may have gone with its cluster; its study is on disk."
+                        f"{error} The job may have been lost with its cluster; its study is on disk."
                     ) from error
                 time.sleep(2)
                 continue
@@ -210,7 +210,7 @@ class Jobs:
             time.sleep(1)
 
     async def _tail(self, job: str, write: Write, seen: int) -> int:
-        """Writes what follows the log's first `seen` characters as long as the connection holds; how many there are now."""
+        """Writes what follows the log's first `seen` characters while the connection holds; returns how many were seen."""
         import aiohttp
 
         read = 0
@@ -221,11 +221,11 @@ class Jobs:
                     write(text[-(read - seen) :])
                     seen = read
         except (RuntimeError, OSError, aiohttp.ClientError):
-            pass  # whether the job goes on is asked for next
+            pass  # the caller asks next whether the job goes on
         return seen
 
     def stop(self, job: str, *, wait_seconds: float = 90) -> dict[str, Any]:
-        """Interrupts a job and waits until it has ended; its record.
+        """Interrupts a job, waits until it has ended, and returns its record.
 
         Raises:
             UsageError: there is no such job.
@@ -237,18 +237,20 @@ class Jobs:
         end = time.monotonic() + wait_seconds
         while (record := self.one(job))["status"] not in DONE:
             if time.monotonic() > end:
-                raise StudyError(f"The job {job!r} has been told to stop, and still runs after {wait_seconds:g} s.")
+                raise StudyError(
+                    f"The job {job!r} was told to stop, but still runs after {wait_seconds:g} s: look at its log, or stop it again."
+                )
             time.sleep(0.5)
         return record
 
 
 def _time(milliseconds: int | None) -> str | None:
-    """Such as 2026-01-31T23:59:59Z."""
+    """A time as text, such as 2026-01-31T23:59:59Z."""
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if milliseconds else None
 
 
 def _record(details: Any) -> dict[str, Any]:
-    """A job as `status --json` prints it; what Ray does not know of it is None."""
+    """A job as `status --json` prints it; what Ray does not know is None."""
     metadata = details.metadata or {}
     return {
         "id": details.submission_id, "status": str(getattr(details.status, "value", details.status)),

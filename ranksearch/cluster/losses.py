@@ -1,4 +1,4 @@
-"""Trials that ended without a result: whose doing that was. A trial pays for its own process alone, not for its node."""
+"""Why trials ended without a result. The loss of its process counts against a trial, the loss of its node does not."""
 
 from __future__ import annotations
 
@@ -17,31 +17,29 @@ from ranksearch.errors import clipped
 from ranksearch.study.driver import Log
 
 SUSPECT = 3
-"""Trials that lost their process on one node, and the node is named."""
+"""A node is named in the log after this many trials lost their processes there."""
 START = re.compile(
     r"^\S*\b(ModuleNotFoundError|ImportError|AttributeError: Can't get attribute|SyntaxError)\b.*$", re.MULTILINE
 )
-"""An error of Python's by which a worker ends before its trial begins: what that raises later is a result, not a loss."""
+"""Python's errors that end a worker before its trial begins; what a trial raises later is a result, not a loss."""
 RAISED = re.compile(r"^([\w.]+\.)?([A-Z]\w*)(?:: .*)?$", re.MULTILINE)
-"""The last line of a traceback: package and class of what was raised, and its text."""
+"""The last line of a traceback: the exception's package and class, and its text."""
 REMOTE = "ray::"
-"""Stands in the text of what a worker raised, as against what Ray says of a worker that died."""
+"""Occurs in the text of what a worker raised, but not in what Ray says of a worker that died."""
 PASSES = ("Leaving", "PeerLost", "MemoryError")
 PASSES_TOO = re.compile(r"\[Errno (28|122)\]|CUDA|HIP error")
-"""What a worker may raise and another, or the same one later, need not: an end from outside, no memory, a full disk, a GPU's error."""
+"""Errors that another worker, or the same one later, need not meet: an end from outside, no memory, a full disk, a GPU's error."""
 MEMORY = re.compile(r"OutOfMemoryError|MemoryError|running low on memory")
-"""What Ray, or Python, says where memory was short; of every process that died Ray says that memory may have been."""
+"""What Ray or Python says when memory was short. (That memory may have been short, Ray says of every process that died.)"""
 NODE_DIED = "node has died"
-"""What Ray says of an actor that was lost with its node before it had started."""
+"""What Ray says of an actor that was lost with its node before it started."""
 STARTS = 2
-"""Workers that may die before any has begun a trial: one more may have been an accident, this many are none."""
+"""Workers in a row that died before any began a trial, at which this counts as an error: a single one may be an accident."""
 RAYS_OWN = re.compile(
     r"^(\[\d{4}-\d\d-\d\d .*\]|\[.*pid=\d+.*\]|:(job_id|task_name|actor_name):|\*\*\* .*|\s*@ .*|\s*PC: .*)"
 )
 """Lines of a worker's log that Ray wrote: its own log, marks, and the frames below "*** SIGSEGV"."""
-IMPORTS = (
-    "What the driver imports every node has to find too: install it there, or send its folder (`submit --working-dir`)"
-)
+IMPORTS = "Every node must find what the driver imports: install it there, or send its folder (`submit --working-dir`)"
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,14 @@ class WorkerLoss:
     """Why a trial ended without a result."""
 
     blameless: bool
-    """Its node was lost or taken away: that is not the trial's doing."""
+    """Whether its node was lost or taken away, which is not the trial's fault."""
     text: str
     final: bool = False
-    """It would be the same again: the worker could not begin, by an error of its own."""
+    """Whether it would happen again: the worker could not begin because of an error of its own."""
 
 
 class Losses(Callback):
-    """Tune's callback that notes on which node each trial runs, and explains a loss by what has become of that node."""
+    """Tune's callback that records on which node each trial runs, and explains a loss by what became of that node."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -65,9 +63,9 @@ class Losses(Callback):
         self._errors: dict[str, str] = {}
         self._deaths: Counter[str] = Counter()
         self._begun: set[str] = set()
-        """Actors that have reported something: their process found all that it needs."""
+        """Actors that have reported something, so that their process found all that it needs."""
         self._starts = 0
-        """Workers in a row that died before they had begun a trial."""
+        """Number of workers in a row that died before they began a trial."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         actor = trial.temporary_state.ray_actor
@@ -95,7 +93,7 @@ class Losses(Callback):
         self._errors[trial.trial_id] = text
 
     def explain(self, trial_id: str) -> WorkerLoss:
-        """Why the trial was lost; a node where this happens again and again is named in the log."""
+        """Says why the trial was lost; a node where this happens again and again is named in the log."""
         node_id, error = self._nodes.pop(trial_id, None), self._errors.pop(trial_id, "")
         actor = self._actors.pop(trial_id, "")
         try:
@@ -130,9 +128,9 @@ class Losses(Callback):
 
 
 def _raised(error: str) -> str | None:
-    """What a worker's own code raised before its trial had begun, and would again; None where it was something else.
+    """What a worker's own code raised before its trial began, and would raise again; None if it was something else.
 
-    Within a trial whatever is raised becomes its result: what Tune hears of came from outside, or from making the task.
+    Whatever is raised within a trial becomes its result, so what Tune hears of came from outside, or from making the task.
     """
     found = list(RAISED.finditer(error))
     if REMOTE not in error or not found:
@@ -140,11 +138,13 @@ def _raised(error: str) -> str | None:
     line, package, name = found[-1][0], found[-1][1] or "", found[-1][2]
     if package.startswith("ray.") or name in PASSES or PASSES_TOO.search(line):
         return None
-    return line.partition(": ")[2] if package.startswith("ranksearch.") else line  # one of ours is a sentence by itself
+    return (
+        line.partition(": ")[2] if package.startswith("ranksearch.") else line
+    )  # our own errors are sentences already
 
 
 def last_words(actor: str) -> str:
-    """The last line that a worker's process wrote to its stderr, if it ran on this machine, where Ray keeps it; empty where not known."""
+    """The last line that a worker's process wrote to its stderr, which Ray keeps if it ran on this machine; empty if not known."""
     try:
         folder, record = logs_folder(), actor_record(actor) if actor else None
     except GCS_ERRORS:
@@ -162,7 +162,7 @@ def _tail(file: Path, size: int = 16_384) -> list[str]:
 
 
 def _name(node: dict[str, Any] | None, node_id: str | None) -> str:
-    """A node as people know it: host, address, and how Ray's id begins."""
+    """A node as people know it: host, address, and the beginning of Ray's id."""
     known = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}), " if node is not None else ""
     return f"{known}{str(node_id)[:8]}"
 

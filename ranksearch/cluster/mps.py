@@ -1,13 +1,13 @@
 """CUDA MPS on one machine: with it the kernels of several processes run side by side on a GPU, without it they take turns.
 
-    started(folder)        starts a control daemon of our own, whose pipes lie in `folder`; says why not, where it cannot
-    stop(folder)           stops that one, and no other
-    use(folder)            CUDA, begun by this process or its children from here on, goes through it where it runs
-    side_by_side(folder)   all of these around a block
-    state()                what a machine has: for `doctor`
+    started(folder)        starts our own control daemon, with its pipes in `folder`; returns the reason if it cannot
+    stop(folder)           stops that daemon, and no other
+    use(folder)            lets CUDA that this process or its children begin later go through the daemon, if it runs
+    side_by_side(folder)   does all of these around a block
+    state()                what a machine has, for `doctor`
 
-A daemon of somebody else's, found where CUDA looks for one by itself, is used as it is and left alone. The standard library alone, so that
-a worker answers at once.
+If CUDA itself finds a daemon that somebody else started, that one is used as it is and left alone. Only the standard library is imported,
+so that a worker answers at once.
 
 Reference: https://docs.nvidia.com/deploy/mps/ (the control daemon, its environment and its commands).
 """
@@ -26,32 +26,32 @@ from pathlib import Path
 
 CONTROL, PIPES, LOGS = "nvidia-cuda-mps-control", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 SECONDS = 15.0
-"""A command that takes longer has failed."""
+"""A command that takes longer counts as failed."""
 ABSENT, OTHERS, AVAILABLE = "absent", "others", "available"
 TAKEN = "somebody's MPS is running already, and is used"
 FIRST_CONTEXT = (
     "import ctypes, sys; cuda, context = ctypes.CDLL('libcuda.so.1'), ctypes.c_void_p(); "
     "sys.exit(cuda.cuInit(0) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0))"
 )
-"""What a process does that begins CUDA, without any library."""
+"""A program that begins CUDA, without any library."""
 
 
 def new_folder() -> str:
-    """Where a daemon's pipes may lie, nothing as yet; near the root, for the path of a socket is at most a hundred letters long."""
+    """A free path for a daemon's pipes; it is short, since the path of a socket has at most a hundred letters."""
     return str(Path(tempfile.gettempdir()) / f"ranksearch-mps-{uuid.uuid4().hex[:12]}")
 
 
 def state() -> str:
-    """`ABSENT` without the control program, `OTHERS` where somebody's daemon runs, else `AVAILABLE`."""
+    """`ABSENT` without the control program, `OTHERS` if somebody's daemon runs, else `AVAILABLE`."""
     if shutil.which(CONTROL) is None:
         return ABSENT
     return OTHERS if _answers(os.environ) else AVAILABLE
 
 
 def started(folder: str) -> str | None:
-    """Starts a daemon whose pipes lie in `folder`, a new one; why trials take turns where it does not run, None where it does.
+    """Starts a daemon with its pipes in the new `folder`; returns None if it runs, else why trials take turns.
 
-    One that nothing could begin CUDA under (a container without shared memory, say) is stopped again.
+    A daemon under which CUDA cannot begin (in a container without shared memory, say) is stopped again.
     """
     found = state()
     if found != AVAILABLE:
@@ -67,7 +67,7 @@ def started(folder: str) -> str | None:
 
 
 def stop(folder: str) -> None:
-    """Stops the daemon of `folder`, where there is one, and removes its pipes."""
+    """Stops the daemon of `folder`, if there is one, and removes its pipes."""
     if not Path(folder).is_dir():
         return
     with suppress(OSError, subprocess.SubprocessError):  # it has ended by itself, or never begun
@@ -76,14 +76,14 @@ def stop(folder: str) -> None:
 
 
 def use(folder: str | None) -> None:
-    """Has CUDA, where this process has not begun it, go through the daemon of `folder`, if that was started on this machine."""
+    """Lets CUDA, if this process has not begun it, go through the daemon of `folder`, if that was started on this machine."""
     if folder is not None and Path(folder).is_dir():
         os.environ[PIPES] = folder
 
 
 @contextmanager
 def side_by_side(folder: str) -> Iterator[str | None]:
-    """Runs a daemon for the processes that the block starts, and ends it with the block; gives the reason where there is none."""
+    """Runs a daemon for the processes that the block starts, and ends it with the block; yields the reason if there is none."""
     before, reason = os.environ.get(PIPES), started(folder)
     try:
         if reason is None:
@@ -98,7 +98,7 @@ def side_by_side(folder: str) -> Iterator[str | None]:
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """A daemon serves all GPUs, also where whoever starts it, such as a task of Ray's, is given none."""
+    """The environment of a daemon, which serves all GPUs even if its starter, such as a task of Ray's, is given none."""
     mine = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     return {**mine, PIPES: folder, LOGS: folder}
 
@@ -116,7 +116,7 @@ def _call(options: list[str], environment: Mapping[str, str], command: str = "")
 
 
 def _run(command: list[str], environment: Mapping[str, str], said: str = "") -> None:
-    # into no pipe: a daemon would hold it open
+    # no pipe for the output: a daemon would hold it open
     subprocess.run(
         command, env=dict(environment), input=said.encode(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         timeout=SECONDS, check=True,

@@ -1,4 +1,4 @@
-"""A cluster's nodes as they are at this moment: how many trials they hold, which are gone, which are going to be taken away."""
+"""A cluster's nodes at this moment: how many trials they hold, which are gone, which are going to be taken away."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ranksearch.cluster.packing import Machine, Needs, trials_at_once, workers_o
 from ranksearch.cluster.ray_private import actor_record, autoscaler_config, draining_nodes
 
 POLL_SECONDS = 2.0
-"""How often a worker asks whether its node is going to be taken away: under a millisecond each time, in a thread of its own."""
+"""How often a worker asks, in a thread of its own, whether its node is going to be taken away; one question takes under 1 ms."""
 ANSWER_SECONDS = 3.0
-"""A node that does not answer on its port within so long is gone; Ray itself takes ten seconds or more to say so."""
+"""A node that does not answer on its port within this time is gone; Ray itself takes ten seconds or more to say so."""
 AHEAD = 8
-"""Trials that an autoscaling cluster is asked for beyond what it holds; with more nodes as many as it holds."""
+"""Number of trials that wait beyond what an autoscaling cluster holds, so that it grows; a larger cluster gets as many as it holds."""
 GCS_ERRORS = (RayError, RuntimeError, ConnectionError)
-"""What Ray raises where its control store does not answer."""
+"""What Ray raises when its control store does not answer."""
 
 
 class NodeState(Enum):
@@ -43,7 +43,7 @@ def leaving_nodes() -> dict[str, int]:
 
 
 def machines() -> list[Machine]:
-    """What the nodes that are alive and stay have."""
+    """What each node that is alive and stays has."""
     return [Machine.of(node["Resources"]) for node in usable_nodes()]
 
 
@@ -53,7 +53,7 @@ def room_now(needs: Needs, peak: int = 0) -> int:
 
 
 def room_at_most(needs: Needs) -> int | None:
-    """How many trials the nodes would hold that the cluster's autoscaler may start; None where there is no autoscaler."""
+    """How many trials would fit onto all nodes that the cluster's autoscaler may start; None without an autoscaler."""
     config = autoscaler_config()
     if config is None or not config.node_group_configs:
         return None
@@ -63,12 +63,12 @@ def room_at_most(needs: Needs) -> int | None:
 
 
 def wanted(now: int, at_most: int | None) -> int:
-    """How many trials may be under way: as many as there is room for, and some that wait where only demand makes a cluster grow."""
+    """How many trials may be under way: as many as there is room for, and, as only demand makes a cluster grow, some that wait."""
     return now if at_most is None else max(now, min(at_most, now + max(AHEAD, now)))
 
 
 def node_of_actor(actor_id: str) -> str | None:
-    """The id of the node that an actor is on, also of one that has died; None where Ray does not know, or does not answer."""
+    """The id of the node that an actor is on, even if it has died; None if Ray does not know, or does not answer."""
     try:
         record = actor_record(actor_id)
     except GCS_ERRORS:
@@ -82,7 +82,7 @@ def find_node(node_id: str | None) -> dict[str, Any] | None:
 
 
 def state_of(node: Mapping[str, Any] | None) -> NodeState:
-    """Whether a node, by its record, is there still. Asks the node itself: Ray notices late that it has died."""
+    """The state of a node, from its record. Asks the node itself, since Ray notices late that one has died."""
     if node is None or not node["Alive"]:
         return NodeState.GONE
     if not answers(node["NodeManagerAddress"], node["NodeManagerPort"], ANSWER_SECONDS):
@@ -100,7 +100,7 @@ def answers(host: str, port: int, seconds: float) -> bool:
 
 
 class LeaveWatch:
-    """Whether the node of this process is going to be taken away; asked in a thread, so that no training step waits for an answer."""
+    """Watches whether this process's node is going to be taken away, in a thread, so that no training step waits for an answer."""
 
     def __init__(self) -> None:
         self._own = ray.get_runtime_context().get_node_id()
@@ -113,7 +113,7 @@ class LeaveWatch:
             if self._own in leaving_nodes():
                 self._leaves.set()
         except GCS_ERRORS:
-            return  # the cluster's head is away: that is not this node's end
+            return  # the cluster's head does not answer, which says nothing about this node
 
     def _watch(self) -> None:
         while not self._over.wait(POLL_SECONDS) and not self._leaves.is_set():

@@ -1,6 +1,6 @@
-"""How fast trials are that share a GPU, measured: more of them than help are not packed onto it.
+"""Measures how fast trials are that share a GPU, so that no more are packed onto it than help.
 
-Processes train a real net at once for some seconds, twice as many each time, for as long as all of them together gain by it.
+Processes train a real net at the same time for some seconds, twice as many each time, as long as all of them together get faster.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from ranksearch.trial.session import Session
 SECONDS = 5.0
 """Seconds that each number of processes trains while its pace is measured."""
 GAIN = 1.1
-"""Twice as many trials are to do so much more together."""
+"""Twice as many trials must be this much faster together."""
 PLACE_SECONDS = 60.0
-"""A GPU that is not free for so long belongs to somebody else's trials."""
+"""A GPU that is not free within this time belongs to somebody else's trials."""
 WARM, EVERY, ENDLESS = 20, 10, 10**6
 """Steps before anything is measured; steps between two looks at the clock; the schedule's length."""
 
@@ -56,7 +56,7 @@ class Pace:
         self.steps(lambda: self._training.done >= WARM)
 
     def steps(self, over: Callable[[], bool]) -> int:
-        """Trains until it is over, which is asked now and then; the steps that were made."""
+        """Trains until `over`, which is called every few steps; returns the number of steps."""
         before, device = self._training.done, next(self._training.model.parameters()).device
 
         def after(training: Training) -> None:
@@ -72,7 +72,7 @@ class Pace:
         return self._training.done - before
 
     def rate(self, seconds: float) -> float:
-        """Steps per second, for so long."""
+        """Trains for `seconds`; returns steps per second."""
         started = time.perf_counter()
         steps = self.steps(lambda: time.perf_counter() >= started + seconds)
         return steps / (time.perf_counter() - started)
@@ -94,7 +94,7 @@ class _Remote:
 
 
 def useful(most: int, rate_of: Callable[[int], float]) -> tuple[int, dict[int, float]]:
-    """(how many trials to pack onto a GPU, what was measured): as many as together are faster, doubled step by step up to `most`.
+    """Returns how many trials to pack onto a GPU, and what was measured: the number doubles, up to `most`, while more are faster together.
 
     Args:
         rate_of: number of trials -> steps per second of all of them.
@@ -114,7 +114,7 @@ def together(count: int, shared: Shared, plan: RankPlan, recipe: Recipe, pipes: 
     """Steps per second of `count` processes at once on one GPU.
 
     Raises:
-        StudyError: one of them fails, as a trial would.
+        StudyError: one of them failed, as a trial would.
     """
     place = ray.util.placement_group([{"CPU": count, "GPU": 1}], strategy="STRICT_PACK")
     make: Any = ray.remote(num_cpus=1, num_gpus=share)(_Remote)

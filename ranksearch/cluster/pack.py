@@ -25,7 +25,7 @@ class Array:
 
     values: np.ndarray
     dtype: torch.dtype
-    """The tensor's, of which numpy lacks some: `values` holds its bytes then."""
+    """The tensor's dtype; if numpy lacks it, `values` holds the bytes."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> Array:
@@ -33,7 +33,7 @@ class Array:
         return cls((values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy(), values.dtype)
 
     def tensor(self) -> Tensor:
-        """A view of the same memory, which may be read-only: nobody writes to a data set, or to the dense net's weights."""
+        """A view of the same memory, which may be read-only: nothing writes to data or to the dense net's weights."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(self.values).view(self.dtype)
@@ -43,14 +43,14 @@ class Array:
 class Packed:
     """A task on its way to the workers.
 
-    Resident data travel as arrays, which lie once per node in Ray's object store and are read there without a copy. The rest is pickled
-    apart: what a user's own file defines can be read only after that file's module was made.
+    Resident data travel as arrays, which are in Ray's object store once per node and are read there without a copy. The rest is pickled
+    separately: what a user's own file defines can be read only after that file's module was made.
     """
 
     code: TaskCode | None
     rest: bytes
     arrays: dict[str, tuple[Any, Any]]
-    """Split -> inputs, targets, with arrays in the place of their tensors."""
+    """Split -> inputs and targets, with arrays instead of tensors."""
 
     @property
     def nbytes(self) -> int:
@@ -58,10 +58,10 @@ class Packed:
 
 
 def pack(task: Task, own: TaskFile | None = None) -> Packed:
-    """The task without its test set, and the user's file that it comes from.
+    """Packs the task without its test set, and the user's file that it comes from.
 
     Raises:
-        UsageError: something of it cannot be pickled.
+        UsageError: a part of it cannot be pickled.
     """
     splits = {"train": task.train, "val": task.val}
     resident = {name: source for name, source in splits.items() if isinstance(source, Resident)}
@@ -78,7 +78,7 @@ def pack(task: Task, own: TaskFile | None = None) -> Packed:
         first = first_line(error)
         raise UsageError(
             f"task: it cannot be sent to Ray's workers ({first}): open files and connections when they are first used, not in the "
-            f"task; or run the trials in this process, by --inline."
+            f"task; or run the trials in this process with --inline."
         ) from error
     return Packed(own.code if own is not None else None, rest, arrays)
 
@@ -94,7 +94,7 @@ def _laid_out(half: Any) -> Any:
 
 
 def unpack(packed: Packed) -> Task:
-    """The task of `pack`, its tensors views of the object store's read-only memory: nothing writes to a data set."""
+    """The task that `pack` packed; its tensors are views of the object store's read-only memory."""
     if packed.code is not None:
         packed.code.module()
     task: Task = ray.cloudpickle.loads(packed.rest)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import floor
 
 MARGIN = 0.10
-"""The share of a trial's measured peak that is added: plans differ, and an allocator's blocks do not fit each other exactly."""
+"""The share that is added to a trial's measured peak: plans differ, and memory allocators leave gaps."""
 MOST = 16
-"""Trials on one GPU; with more each is slowed down by as much as the GPU gains."""
+"""The most trials on one GPU; with more, each slows down by as much as the GPU gains."""
 GIB = 2**30
 
 
@@ -23,13 +23,13 @@ class Machine:
 
     @classmethod
     def of(cls, resources: Mapping[str, float]) -> Machine:
-        """The offer of a node, from its resources as Ray names them."""
+        """Makes one from a node's resources as Ray names them."""
         return cls(resources.get("CPU", 0.0), resources.get("GPU", 0.0), resources.get("memory", 0.0))
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What one trial takes of a cluster: so many workers, with so many cores and (parts of) GPUs each."""
+    """What one trial needs of a cluster: a number of workers, and for each of them cores and (parts of) GPUs."""
 
     cpus: int
     gpus: float
@@ -41,12 +41,12 @@ class Needs:
 
 
 def per_gpu(peak: int, sizes: Sequence[int], *, cpus_per_gpu: float, cpus: int) -> int:
-    """How many trials share a GPU: the most whose equal shares of the smallest GPU each hold the peak with its margin.
+    """How many trials share a GPU: as many as have an equal share of the smallest GPU that holds the peak with its margin.
 
     Args:
-        peak: bytes of one trial on its device, all included.
+        peak: bytes that one trial takes on its device in all.
         sizes: bytes of the cluster's GPUs.
-        cpus_per_gpu: cores beside each GPU, of the node that has fewest.
+        cpus_per_gpu: cores per GPU on the node that has fewest.
         cpus: cores that one trial takes.
 
     Returns:
@@ -57,16 +57,16 @@ def per_gpu(peak: int, sizes: Sequence[int], *, cpus_per_gpu: float, cpus: int) 
 
 
 def share_of(trials: int) -> float:
-    """The part of a GPU that so many trials leave each; rounded down to what Ray counts in, so that all of them fit."""
+    """The part of a GPU for each of `trials`, rounded down to Ray's precision so that all of them fit."""
     return floor(10_000 / trials) / 10_000
 
 
 def workers_on(machine: Machine, cpus: float, gpus: float) -> int:
-    """How many processes fit a node that take so many cores and (parts of) GPUs each."""
+    """How many processes that take `cpus` cores and `gpus` (parts of) GPUs each fit onto a node."""
     fits = floor(machine.cpus / cpus)
     if not gpus:
         return fits
-    # a part of a GPU lies on one GPU
+    # a part of a GPU must be on a single one
     on_gpus = floor(machine.gpus) * floor(1 / gpus) if gpus < 1 else floor(machine.gpus / gpus)
     return min(fits, on_gpus)
 
@@ -75,7 +75,7 @@ def trials_at_once(machines: Iterable[Machine], needs: Needs, peak: int = 0) -> 
     """How many trials these nodes hold at once.
 
     Args:
-        peak: bytes of a one-process trial at its peak, where that is known: no node is given more than fit its memory, but one.
+        peak: bytes of a one-process trial at its peak, if known: a node gets no more trials than fit its memory, but at least one.
     """
     fits = []
     for machine in machines:

@@ -1,4 +1,4 @@
-"""`resources.gpus_per_trial: auto`: what one trial takes of a GPU, and how many of them at once pay off, measured before the first."""
+"""`resources.gpus_per_trial: auto`: measures, before the first trial, what one takes of a GPU and how many at once pay off."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ranksearch.words import Log
 FindMemory = Callable[[], DeviceMemory | None]
 STEPS, BN_BATCHES, IMAGES = 8, 2, 1000
 SLIVER = 0.01
-"""The share of a GPU that a look at its size takes."""
+"""The share of a GPU that a query of its size takes."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Probed:
 
 
 def probe_recipe(space: RecipeSpace) -> Recipe:
-    """The recipe of a few steps that takes what the hungriest trial of the space takes: teacher, average and factors where any has them."""
+    """A recipe of a few steps that takes as much memory as the space's hungriest trial: teacher, average and factors if any has them."""
     recipe = Recipe.settled(space, middle)
     optimizer = "adamw" if "adamw" in values_of(space.optimizer) else recipe.optimizer  # it keeps two moments
     return replace(
@@ -55,7 +55,7 @@ def probe_recipe(space: RecipeSpace) -> Recipe:
 
 
 def probe_plan(curves: Curves) -> RankPlan:
-    """Every layer that may be lowered at its largest useful rank: the most factors that a trial holds beside the dense net."""
+    """A plan with every layer that may be lowered at its largest useful rank: no trial holds more factors beside the dense net."""
     layers = {}
     for options in curves.layers:
         lowered = [name for name in options.lowerings if name != "dense"]
@@ -88,7 +88,7 @@ def _size(find: FindMemory) -> tuple[str, int]:
 
 
 def gpu_sizes(nodes: Sequence[dict[str, Any]], find: FindMemory) -> list[tuple[str, int]]:
-    """(name, bytes) of a GPU of every node that has any; a node's GPUs count as alike."""
+    """(name, bytes) of one GPU per node that has any; a node's GPUs are taken to be alike."""
     look = ray.remote(num_cpus=0, num_gpus=SLIVER)(_size)
     asked = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(find)
@@ -102,15 +102,15 @@ def auto_share(
     study: Study, bench: Workbench, shared: Shared, nodes: Sequence[dict[str, Any]], log: Log, find: FindMemory = device_memory,
     pipes: str | None = None,
 ) -> float:  # fmt: skip
-    """The part of a GPU that `auto` gives to a trial: measured, or as the study's earlier run measured it on such a device.
+    """The part of a GPU that `auto` gives to a trial, measured now or, on such a device, by an earlier run of the study.
 
-    As many trials as fit by memory, or fewer where more are no faster together.
+    A GPU gets as many trials as fit by memory, or fewer if more are no faster together.
 
     Args:
-        pipes: where the processes that are measured look for MPS.
+        pipes: where the measured processes look for MPS.
 
     Raises:
-        StudyError: the probe fails, as every trial would.
+        StudyError: the probe failed, as every trial would.
     """
     machines = [Machine.of(node["Resources"]) for node in nodes]
     with_gpus = [machine for machine in machines if machine.gpus > 0]
@@ -134,7 +134,7 @@ def auto_share(
 def _as_useful(
     study: Study, curves: Curves, shared: Shared, most: int, known: dict[str, Any], log: Log, pipes: str | None
 ) -> int:
-    """How many trials one GPU gets: as many, up to `most`, as are faster together; `most` where that cannot be measured."""
+    """How many trials one GPU gets: as many, up to `most`, as are faster together; `most` if that cannot be measured."""
     rates = pace.read(known)
     plan, recipe = probe_plan(curves), Recipe.settled(study.space.recipe, middle)
 
@@ -167,7 +167,7 @@ def _measured(study: Study, curves: Curves, shared: Shared, space: Space, find: 
         cause = getattr(error, "cause", None) or error
         last = str(cause).strip().splitlines()[-1:] or [type(cause).__name__]
         raise StudyError(
-            f"resources.gpus_per_trial: auto: a trial of a few steps failed on a GPU ({type(cause).__name__}: {last[0]}); state a number "
+            f"resources.gpus_per_trial: auto: a trial of a few steps failed on a GPU ({type(cause).__name__}: {last[0]}); give a number "
             f"of your own, or take a smaller batch (recipe.batch_size, or the task's own loader)."
         ) from error
     known = {"device": found.device, "peak_bytes": found.peak}

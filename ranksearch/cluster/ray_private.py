@@ -1,4 +1,4 @@
-"""What is used of Ray beyond its public interface, each with the reason; `tests/test_private_parts.py` names the version that has it."""
+"""What we use of Ray beyond its public interface, each with the reason; `tests/test_private_parts.py` names the version that has it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ ANSWER_SECONDS = 3.0
 
 
 def draining_nodes() -> dict[str, int]:
-    """Ids of nodes that are going to be taken away -> when, in ms of the epoch, 0 where not known; `ray.nodes()` does not say it."""
+    """Ids of nodes that are going to be taken away -> when, in ms of the epoch, 0 if not known; `ray.nodes()` does not say it."""
     found: dict[str, int] = ray._private.state.state.get_draining_nodes()
     return found
 
 
 def autoscaler_config() -> Any | None:
-    """What an autoscaler may start (`node_group_configs`); None without one. The state API knows of no node that is not there yet."""
+    """What an autoscaler may start (`node_group_configs`); None without one. The state API knows only nodes that are there already."""
     return ray._private.state.state.get_cluster_config()
 
 
 def actor_record(actor_id: str) -> Any | None:
-    """The control store's record of an actor (`address.node_id`, `pid`), also of one that has died; None where there is none.
+    """The control store's record of an actor (`address.node_id`, `pid`), even if it has died; None if there is none.
 
-    The state API needs the dashboard, and `ray._private.state.actors` ends the whole process where the store dies meanwhile.
+    The state API needs the dashboard, and `ray._private.state.actors` ends the whole process if the store dies meanwhile.
 
     Raises:
         RayError: the store does not answer.
@@ -50,18 +50,18 @@ def logs_folder() -> str | None:
 
 
 def own_node() -> Any | None:
-    """The Ray that this process has started, whose own processes can be looked after; None without one."""
+    """The Ray that this process has started, whose own processes can be watched; None without one."""
     return ray._private.worker._global_node
 
 
 def control_store() -> Any:
-    """The client of the cluster's control store: its calls alone take a time limit."""
+    """The client of the cluster's control store; only its calls take a time limit."""
     return ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
 
 
 @contextmanager
 def quiet_tune() -> Iterator[None]:
-    """Meanwhile Tune does not say "Trials did not complete", which it says of those that went on elsewhere, too."""
+    """Keeps Tune from saying "Trials did not complete", which it says even of trials that went on elsewhere."""
     logger = logging.getLogger("ray.tune.tune")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""How many trials run at once: as many as the cluster holds at a moment, fewer where their measured memory would not fit."""
+"""How many trials run at once: as many as the cluster holds at a moment, or fewer if their measured memory would not fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Room:
                 room = room_now(self._needs, self._peak)
                 self._known = wanted(room, room_at_most(self._needs))
             except GCS_ERRORS:
-                room = self._known  # the head is away; whether it is lost is watched elsewhere
+                room = self._known  # the head does not answer; `head.py` watches whether it is lost
             self._asked_at = time.monotonic()
             self._none_since = None if room else self._none_since or now
         return self._known
@@ -37,8 +37,8 @@ class Room:
         return 0.0 if self._none_since is None else time.monotonic() - self._none_since
 
     def learn(self, peak_bytes: int | None) -> None:
-        """A one-process trial held so many bytes of its own at its peak, None where that is not known: of such ones no more run at once
-        than fit the nodes' memory. What is learnt is never taken back."""
+        """Takes note of a one-process trial's own memory at its peak (None if not known): no more such trials run at once than fit the
+        nodes' memory. The limit never rises again."""
         if not peak_bytes or peak_bytes <= self._peak:
             return
         before, self._peak = self._peak, peak_bytes

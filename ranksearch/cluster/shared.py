@@ -1,7 +1,7 @@
-"""What all trials of a study read: it reaches every node once, and a worker process makes the task of it once.
+"""What all trials of a study read: it reaches every node once, and a worker process makes the task from it once.
 
-The driver puts it into Ray's object store; a node's first worker that asks for it has it pulled there, and every process of the node maps
-the same memory. What happened is counted where it happens: in the process that asked.
+The driver puts it into Ray's object store. The first worker of a node that asks for it has it copied there, and every process of the node
+maps the same memory. The process that asks also counts what was loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ranksearch.tasks.task_file import TaskFile
 from ranksearch.trial.placement import Load, Placement, RanOn
 
 INLINE_BYTES = 128 * 1024
-"""Objects below about 100 KB travel with their reference and lie in no node's store: padded by so much, every study's data do lie there."""
+"""Objects below about 100 KB travel with their reference and are in no node's store; with this padding, every study's data are."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Shared:
 
     run: str
     key: str
-    """A digest of the content: a process that has it asks no more."""
+    """A digest of the content: a process that has it already does not ask again."""
     bytes: int
     goods: Any
-    """Ray's reference. It lies in a field, where passing the value on does not fetch it."""
+    """Ray's reference. It is in a field, so that passing the value on does not fetch the object."""
     staging: Staging | None = None
 
 
@@ -74,10 +74,10 @@ def here() -> RanOn:
 
 
 def share(bench: Workbench, own: TaskFile | None, staging: Staging | None) -> tuple[Shared, Load]:
-    """Puts what trials need into the object store; with it the record of the driver's own load.
+    """Puts what trials need into the object store; also returns the record of the driver's own load.
 
     Raises:
-        UsageError: something of the task cannot be pickled.
+        UsageError: a part of the task cannot be pickled.
     """
     started, place = time.perf_counter(), here()
     packed = pack(bench.task, own)
@@ -111,18 +111,17 @@ def load_of(shared: Shared, placement: Placement, trial: int) -> Load:
 
 
 _kept: dict[str, Work] = {}
-"""What this process has, by key: one study's."""
+"""What this process has, by key: at most one study's."""
 
 
 def take(shared: Shared) -> tuple[Work, Placement]:
-    """What trials need, in this process: from an earlier trial, else made anew; and how that went."""
+    """What trials need, in this process: kept from an earlier trial, or made now; also returns where and how that happened."""
     place = here()
     if shared.key in _kept:
         return _kept[shared.key], Placement(**vars(place))
     started = time.perf_counter()
-    with _node_lock(
-        place, shared.key
-    ):  # of several processes that begin at once one waits for the data, and the others find them
+    # if several processes begin at once, one waits for the data and the others find them
+    with _node_lock(place, shared.key):
         came = place.node_id not in _nodes_with(shared.goods)
         goods: Goods = ray.get(shared.goods)
         task = unpack(goods.packed)
@@ -148,12 +147,12 @@ def _node_lock(place: RanOn, key: str) -> filelock.FileLock:
 
 
 def with_peak(placement: Placement) -> Placement:
-    """The placement with the process's own memory at its peak, so far as this system tells it."""
+    """The placement with the process's own memory at its peak, if this system tells it."""
     return replace(placement, peak_bytes=_peak_bytes())
 
 
 def _peak_bytes() -> int | None:
-    """Bytes at the peak of this process, less what it shares with others (the object store among that); None off Linux."""
+    """Bytes at the peak of this process, without what it shares with others (such as the object store); None except on Linux."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""How the trials of a study share a GPU: side by side through CUDA MPS, started on every node for as long as they run, or by turns."""
+"""How the trials of a study share a GPU: side by side through CUDA MPS, which runs on every node as long as they do, or in turns."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ranksearch.cluster.nodes import GCS_ERRORS
 from ranksearch.errors import UsageError
 
 NODE_SECONDS = 90.0
-"""A node that takes longer is not waited for: its trials take turns."""
+"""How long to wait for a node; if it takes longer, its trials take turns."""
 
 
 @contextmanager
 def shared_gpus(
     sharing: str, several: bool, nodes: Sequence[dict[str, Any]], log: Callable[[str], None]
 ) -> Iterator[str | None]:
-    """Runs MPS on the nodes that have GPUs until the block ends; gives the folder where trials look for it, None where it does not run.
+    """Runs MPS on the nodes that have GPUs until the block ends; yields the folder where trials look for it, None if it runs nowhere.
 
-    A node that joins later has none: trials there take turns.
+    A node that joins later has no MPS: trials there take turns.
 
     Args:
         sharing: `auto`, `mps` or `time_slice`, as `resources.sharing` says.
@@ -31,7 +31,7 @@ def shared_gpus(
         nodes: Ray's records.
 
     Raises:
-        UsageError: `mps` is asked for, and runs nowhere.
+        UsageError: `mps` was asked for but runs nowhere.
     """
     with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU", 0) > 0]
     if sharing == "time_slice" or not several or not with_gpus:
@@ -44,7 +44,7 @@ def shared_gpus(
         others = sorted({reason for reason in reasons if reason not in (None, mps.TAKEN)})
         if sharing == "mps" and not fine:
             raise UsageError(
-                f"resources.sharing: mps: {'; '.join(others)}. `time_slice` has trials take turns on a GPU."
+                f"resources.sharing: mps: {'; '.join(others)}. With `time_slice`, trials take turns on a GPU."
             )
         said = f"MPS on {len(fine)} of {len(reasons)} nodes" if fine else "trials take turns on a GPU"
         log(f"resources.sharing: {'; '.join([said, *others])}")
@@ -54,7 +54,7 @@ def shared_gpus(
 
 
 def _on(nodes: Sequence[str], function: Callable[[str], Any], folder: str) -> list[Any]:
-    """What `function(folder)` returns on every node; a sentence for one that does not answer."""
+    """What `function(folder)` returns on every node, or a sentence for a node that does not answer."""
     asked = [
         ray.remote(function)
         .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))

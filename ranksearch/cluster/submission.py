@@ -1,7 +1,7 @@
-"""`Submission`: a study as a job for a Ray cluster, before any cluster is asked: its command, the files and variables that it takes along.
+"""`Submission`: a study as a job for a Ray cluster, before any cluster is asked: its command, files and variables.
 
-On the cluster, paths are the cluster's. What is named by a relative path and lies here travels along: the space, a task file of the
-user's own with what lies beside it, a checkpoint, fronts to begin with. Absolute paths are left as they are.
+On the cluster, paths are the cluster's. What a relative path names here is sent along: the space, the user's own task file with the files
+beside it, a checkpoint, fronts to begin with. Absolute paths are left as they are.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ranksearch.tasks import is_own
 from ranksearch.tracking.store import VARIABLE
 
 PASSED = (VARIABLE, "RANKSEARCH_DATA")
-"""Variables that a job gets from here where they are set."""
+"""Variables that a job gets from here if they are set."""
 STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
-"""A job that is stopped is interrupted as by Ctrl-C: it closes MLflow's runs and says how to go on."""
+"""Settings by which stopping a job is like Ctrl-C: it closes MLflow's runs and says how to go on."""
 STUDY, RUNS, VERB = "ranksearch.study", "ranksearch.runs", "ranksearch.verb"
 """Keys of a job's metadata."""
 
 
 TRUSTED: dict[bool, tuple[str, ...]] = {True: ("--trust",), False: ()}
-"""What the command on the cluster is told of a study's own task file and addresses."""
+"""Whether to trust a study's own task file and addresses -> the option of the command on the cluster."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def check_runs(runs: str | None) -> str:
     """Where the study lives on the cluster: a URI, or an absolute folder.
 
     Raises:
-        UsageError: none is given, or a relative folder, which would lie in the job's own and go with it.
+        UsageError: none is given, or a relative folder, which would be inside the job's own and vanish with it.
     """
     needed = "the folder of the studies on the cluster, on storage that every node sees, such as /shared/runs"
     if not runs:
@@ -78,7 +78,7 @@ def variables(given: Sequence[str], environment: Mapping[str, str]) -> dict[str,
     """The variables of a job: those of `PASSED` that are set here, then `given`: "NAME=VALUE", or "NAME" with the value it has here.
 
     Raises:
-        UsageError: no name, or a variable without a value that is not set here.
+        UsageError: there is no name, or a variable without a value is not set here.
     """
     passed = {name: environment[name] for name in PASSED if environment.get(name)}
     for text in given:
@@ -92,39 +92,39 @@ def variables(given: Sequence[str], environment: Mapping[str, str]) -> dict[str,
 
 
 def masked(name: str, value: str) -> str:
-    """A variable's value as it may be shown: no password of a URI, and nothing of a variable that is called a secret."""
+    """A variable's value as it may be shown: without the password of a URI, and `***` if the variable's name suggests a secret."""
     if re.search(r"(?i)token|secret|passw|_pass$|^pass$|pwd$|_pat$|credential|_keys?$|^keys?$|apikey", name):
         return "***"
     return without_password(value)
 
 
 def describe_variables(passed: Mapping[str, str], reads: Sequence[str] = ()) -> list[str]:
-    """What is said of a job's variables before it is submitted: every one by name, and what may be wrong with it.
+    """Describes a job's variables before it is submitted: each by name, and what may be wrong with it.
 
     Args:
         reads: variables that the space names.
     """
     lines = [f"{name}={masked(name, value)}" for name, value in passed.items()]
     if hidden := [name for name, value in passed.items() if masked(name, value) != value]:
-        lines.append(f"note: who may read the cluster's jobs can read {', '.join(hidden)}")
+        lines.append(f"note: whoever may read the cluster's jobs can read {', '.join(hidden)}")
     for name, value in passed.items():
         if "://" in value and urlsplit(value).hostname in ("localhost", "127.0.0.1", "::1"):
-            lines.append(f"note: {name} names this machine; on the cluster that is the node that the job runs on")
+            lines.append(f"note: {name} names this machine; on the cluster, that means the node on which the job runs")
     for name in sorted(set(reads) - set(passed)):
-        lines.append(f"note: the space reads {name}: set it on the cluster's nodes, or pass it by --env {name}")
+        lines.append(f"note: the space reads {name}: set it on the cluster's nodes, or pass it with --env {name}")
     return lines
 
 
 def submission_id(study: str, now: datetime) -> str:
-    """Such as `digits_resnet8-20260131-235959`, in UTC."""
+    """A job's ID, such as `digits_resnet8-20260131-235959`, with the time in UTC."""
     return f"{study}-{now.astimezone(UTC):%Y%m%d-%H%M%S}"
 
 
 def _root(space: Path, own: Path | None, working_dir: Path | None) -> Path:
-    """The folder that travels: the one given, else the smallest that holds the space and the task's file.
+    """The folder to send: the given one, else the smallest that holds the space and the task's file.
 
     Raises:
-        UsageError: the given one is no folder or does not hold both.
+        UsageError: the given one is not a folder, or does not hold both.
     """
     needed = [path.resolve() for path in (space, own) if path is not None]
     if working_dir is None:
@@ -139,7 +139,7 @@ def _root(space: Path, own: Path | None, working_dir: Path | None) -> Path:
 
 
 def _warm_start(where: str, files: dict[str, Path]) -> str:
-    """An earlier study or front as the job names it; one that lies here under a relative path is added to `files`."""
+    """An earlier study or front as the job names it; one that a relative path names here is added to `files`."""
     here = Path(where).expanduser()
     front = here / FRONT if (here / INFO).is_file() else here
     if here.is_absolute() or not front.is_file():
@@ -153,16 +153,16 @@ def new_study(
     path: Path, space: Space, *, runs: str, options: Sequence[str], passed: Mapping[str, str], now: datetime, trust: bool = False,
     working_dir: Path | None = None, exclude: Sequence[str] = (), include: Sequence[str] = (),
 ) -> Submission:  # fmt: skip
-    """A job that runs `ranksearch search` on a space that was read and found good.
+    """A job that runs `ranksearch search` on a space that was read and is valid.
 
     Args:
         options: `--budget`, `--at-least`, `--objective`, `--set`, `--trials` and `--name` as they were given.
         trust: whether the cluster runs a task file that lies in a study's folder.
-        working_dir: the folder that travels; None is the space's file alone, or, for a task of the user's own, the smallest folder that
+        working_dir: the folder to send; None stands for only the space's file or, with the user's own task, the smallest folder that
             holds both.
 
     Raises:
-        UsageError: something that the job needs cannot travel.
+        UsageError: something that the job needs cannot be sent.
     """
     own = Path(space.task.rpartition(":")[0]) if is_own(space.task) else None
     root = _root(path, own, working_dir)
@@ -170,14 +170,14 @@ def new_study(
     files = folder_files(root, exclude=exclude, include=include) if whole or include else {}
     settings = []
     for needed in (path.resolve(), own and own.resolve()):
-        if needed is not None:  # whatever git ignores
+        if needed is not None:  # even if git ignores it
             files[needed.relative_to(root).as_posix()] = needed
     if own is not None:
         function = space.task.rpartition(":")[2]
         settings.append(f"task={own.resolve().relative_to(root).as_posix()}:{function}")
     if space.data is not None and not PurePosixPath(space.data).is_absolute():
         raise UsageError(
-            f"data: {space.data!r} is relative, and data do not travel: name the cluster's folder by --set data=/…."
+            f"data: {space.data!r} is relative, and data are not sent: name the cluster's folder with --set data=/…."
         )
     checkpoint = Path(space.checkpoint).expanduser()
     if not checkpoint.is_absolute() and checkpoint.is_file():
@@ -201,7 +201,7 @@ def continued(
     study: str, *, runs: str, trials: int | None, passed: Mapping[str, str], now: datetime, trust: bool = False,
     working_dir: Path | None = None, exclude: Sequence[str] = (), include: Sequence[str] = (),
 ) -> Submission:  # fmt: skip
-    """A job that runs `ranksearch resume` on a study of the cluster; `working_dir` travels for what a task of the user's own imports."""
+    """A job that runs `ranksearch resume` on a study on the cluster; `working_dir` is sent for what the user's own task imports."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", study):
         raise UsageError(f"--resume {study}: expected the name of a study in {runs}.")
     files: dict[str, Path] = {}

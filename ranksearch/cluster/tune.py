@@ -50,14 +50,14 @@ from ranksearch.tasks.task import Task
 
 
 def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: str | None) -> None:
-    """Runs what is left of the study, as many trials at once as the cluster's CPUs and GPUs hold at each moment.
+    """Runs the rest of the study, as many trials at once as the cluster's CPUs and GPUs hold at each moment.
 
     A trial whose worker or node is lost is run again, from its state.
 
     Raises:
         StudyError: Ray does not start, too many trials fail, or the disk is full.
         UsageError: one trial asks for more than the cluster has.
-        KeyboardInterrupt: Ctrl-C, or SIGTERM (`Terminated`); what is finished is told.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM (`Terminated`); finished trials are recorded.
     """
     for restarts_left in range(RESTARTS, -1, -1):
         if study.finished >= study.planned:
@@ -75,7 +75,7 @@ def run_on_ray(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, addre
 
 
 def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: str | None) -> None:
-    """One Tuner over what is left of the study."""
+    """Runs one Tuner over the rest of the study."""
     resources = study.space.resources
     needs = join(resources, address, log)
     shared, load = share(bench, study.space.kind().own, staging_of(study.space))
@@ -83,7 +83,7 @@ def _run(study: Study, bench: Workbench, on_row: OnRow, log: Log, *, address: st
     several = resources.gpus_per_trial == AUTO or 0 < needs.gpus < 1
     with (
         shared_gpus(resources.sharing, several, usable_nodes(), log) as pipes,
-        # a Ray of this machine is looked at by its processes
+        # a Ray on this machine is watched by its processes instead
         nullcontext() if address is None else watched_head(head_lost(study)) as head,
     ):
         if resources.gpus_per_trial == AUTO:
@@ -104,7 +104,7 @@ def _fit_all(searcher: AskTell, study: Study, shared: Shared, terms: Terms) -> N
             search_alg=searcher,
             scheduler=StopBehind(searcher),
             num_samples=-1,  # the study says when it is done
-            reuse_actors=alone,  # with the actor of a data-parallel trial its workers end
+            reuse_actors=alone,  # the workers of a data-parallel trial end with its actor
             trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
         ),
         run_config=tune.RunConfig(
@@ -118,9 +118,9 @@ def _fit_all(searcher: AskTell, study: Study, shared: Shared, terms: Terms) -> N
     )
     ended_by = _fit(tuner, searcher, study)
     if searcher.error is not None and not (ended_by is not None and isinstance(searcher.error, HeadLost)):
-        raise searcher.error  # a signal to a whole group ends Ray's processes as well: then it is what ended the study
+        raise searcher.error  # a lost head is no error if a signal to the whole group has ended Ray's processes, too
     if ended_by is not None or study.running:
-        raise ended_by or KeyboardInterrupt  # what was cut off stays RUNNING in the journal
+        raise ended_by or KeyboardInterrupt  # trials that were cut off stay RUNNING in the journal
     if study.finished < study.planned and not study.exhausted:
         raise StudyError(
             f"Ray Tune ended after {study.finished} of {study.planned} trials: `ranksearch resume` goes on."
@@ -128,7 +128,7 @@ def _fit_all(searcher: AskTell, study: Study, shared: Shared, terms: Terms) -> N
 
 
 def staging_of(space: Space) -> Staging | None:
-    """Where the nodes copy the data folder to, if the space says so and its task reads files."""
+    """Where nodes copy the data folder, if the space says so and its task reads files."""
     folder = space.resources.stage
     if folder is None or not space.kind().reads_files:
         return None
@@ -136,24 +136,24 @@ def staging_of(space: Space) -> Staging | None:
 
 
 def warn_of_loaders(task: Task, cpus: int, log: Log) -> None:
-    """Says where the processes that read a trial's data leave its training no core of its own."""
+    """Warns if the processes that read a trial's data leave no core for its training."""
     loaders = loader_processes(task)
     if loaders >= cpus:
         log(
-            f"resources: a trial has {cpus} CPUs for {loaders} processes that read its data and one that trains: more cpus_per_trial, or "
-            f"fewer data_workers"
+            f"resources: a trial has {cpus} CPUs for {loaders} processes that read its data and one that trains: raise cpus_per_trial, or "
+            f"lower data_workers"
         )
 
 
 def _fit(tuner: tune.Tuner, searcher: AskTell, study: Study) -> type[KeyboardInterrupt] | None:
-    """Runs the tuner; what it was interrupted by, if it was.
+    """Runs the tuner; returns the interruption that ended it, if there was one.
 
-    Tune takes SIGINT for itself, returns as if all were well, and gives the signal back then alone. SIGTERM is made the same of it, where
-    the process has an answer to SIGTERM of its own.
+    Tune handles SIGINT itself, returns as if all were well, and restores the handler only in that case. SIGTERM is turned into SIGINT if
+    the process has its own handler of SIGTERM.
     """
     if threading.current_thread() is not threading.main_thread():
         tuner.fit()
-        return None  # a thread that gets no signals
+        return None  # this thread gets no signals
     before, on_term = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     terminated = threading.Event()
 
@@ -164,12 +164,12 @@ def _fit(tuner: tune.Tuner, searcher: AskTell, study: Study) -> type[KeyboardInt
 
     if callable(on_term):
         signal.signal(signal.SIGTERM, on_sigterm)
-    # Tune itself does not look while it waits for a proposal, minutes long
+    # Tune itself does not notice while it waits for a proposal, which may take minutes
     searcher.interrupted = lambda: signal.getsignal(signal.SIGINT) is before
     try:
         with ended_with_group(lambda: stopped(study), 128 + signal.SIGTERM):
             tuner.fit()
-    except KeyboardInterrupt:  # before Tune had taken the signal for itself
+    except KeyboardInterrupt:  # before Tune had put its own handler in place
         raise (Terminated if terminated.is_set() else KeyboardInterrupt) from None
     finally:
         interrupted = signal.getsignal(signal.SIGINT) is before

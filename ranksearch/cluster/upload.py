@@ -1,4 +1,4 @@
-"""The files that a job takes along to a cluster: which of a folder's, and the one archive that they travel in. Ray is not known here."""
+"""The files that a job sends to a cluster: which ones of a folder, and the archive that holds them. Ray is not known here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Files = Mapping[str, Path]
 LIMIT = 100 * 1024**2
 """Bytes that Ray's job server takes in one upload (its `DASHBOARD_CLIENT_MAX_SIZE`)."""
 SEEN_LIMIT = 10 * LIMIT
-"""Bytes of files that are not even tried to be compressed below the limit."""
+"""Files of more bytes than this are not even compressed to see whether they fit the limit."""
 
 LEFT_OUT = (
     ".git", ".hg", ".svn", "__pycache__", "*.py[cod]", ".venv", "venv", ".tox", ".nox", "node_modules", "*.egg-info", ".ipynb_checkpoints",
@@ -63,11 +63,11 @@ SECRETS = (
     ".gnupg",
     ".docker",
 )
-"""Names that look like secrets: everybody who may use a cluster can read what is uploaded to it."""
+"""Names that look like secrets, which stay here: everybody who may use a cluster can read what is uploaded to it."""
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a path, one of its folders or a single name of it matches a shell pattern."""
+    """Whether a path, one of its folders or one of its names matches a shell pattern."""
     parts = name.split("/")
     candidates = [*parts, *("/".join(parts[: i + 1]) for i in range(len(parts)))]
     return any(fnmatch.fnmatchcase(candidate, pattern.rstrip("/")) for candidate in candidates for pattern in patterns)
@@ -75,7 +75,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 @cache
 def _holds_no_code(folder: Path) -> bool:
-    """Whether a folder holds data or studies, or is a virtual or conda environment, whatever that is called."""
+    """Whether a folder holds data or studies, or is a virtual or conda environment of any name."""
     if folder.name in DATA:
         return not any(folder.glob("*.py"))
     return (folder / "pyvenv.cfg").is_file() or (folder / "conda-meta").is_dir()
@@ -92,26 +92,25 @@ def _walk(root: Path, patterns: Sequence[str]) -> list[str]:
 
 
 def _travels(root: Path, name: str, patterns: Sequence[str]) -> bool:
-    """Whether the file `name` below `root` is of use to a job: neither its name nor a folder on the way to it says otherwise."""
+    """Whether a job may need the file `name` below `root`: neither its name nor a folder on the way to it says otherwise."""
     folders = [root.joinpath(*name.split("/")[:depth]) for depth in range(1, name.count("/") + 1)]
     return not _matches(name, patterns) and not any(map(_holds_no_code, folders))
 
 
 def _known_to_git(root: Path) -> list[str] | None:
-    """Names of the files below `root` that git does not ignore; None where git does not know the folder."""
+    """Names of the files below `root` that git does not ignore; None if git does not know the folder."""
     git = ["git", "-C", str(root)]
     try:
         english = os.environ | {"LC_ALL": "C"}
         asked = subprocess.run([*git, "check-ignore", "-q", "."], capture_output=True, timeout=60, env=english)
-        if (
-            asked.returncode not in (0, 1) and b"not a git repository" not in asked.stderr
-        ):  # another owner's, or damaged
+        # a repository of another owner, or a damaged one
+        if asked.returncode not in (0, 1) and b"not a git repository" not in asked.stderr:
             raise UsageError(
-                f"{root} is in a checkout of git, but git does not say what it ignores there, which stays here "
-                f"({clipped(asked.stderr.decode(errors='replace'))}): mend that, or name another folder by --working-dir."
+                f"{root} is in a git checkout, but git does not say what it ignores there, which must stay here "
+                f"({clipped(asked.stderr.decode(errors='replace'))}): mend that, or name another folder with --working-dir."
             )
         if asked.returncode != 1:
-            return None  # no checkout, or a folder that is ignored as a whole
+            return None  # not a checkout, or a folder that is ignored as a whole
         listed = subprocess.run(
             [*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"], capture_output=True, timeout=60
         )
@@ -121,14 +120,14 @@ def _known_to_git(root: Path) -> list[str] | None:
 
 
 def folder_files(root: Path, *, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> dict[str, Path]:
-    """The files of a folder that travel: those that git does not ignore (all, where it is no checkout), less what no job needs.
+    """The files of a folder to send: those that git does not ignore (all, if it is not a checkout), without what no job needs.
 
     Args:
         exclude: shell patterns of names or paths that stay here, too.
-        include: files or folders below `root` that travel whatever the rules say.
+        include: files or folders below `root` to send whatever the rules say.
 
     Raises:
-        UsageError: something to be included is not there.
+        UsageError: something to include is not there.
     """
     patterns = [*LEFT_OUT, *SECRETS, *exclude]
     listed = _known_to_git(root)
@@ -144,7 +143,9 @@ def folder_files(root: Path, *, exclude: Sequence[str] = (), include: Sequence[s
             raise UsageError(f"--include {wanted}: there is no such file or folder in {root}.")
         within = place.resolve().relative_to(root.resolve()) if place.resolve().is_relative_to(root.resolve()) else None
         if within is None:
-            raise UsageError(f"--include {wanted}: it lies outside {root}; name a folder above both by --working-dir.")
+            raise UsageError(
+                f"--include {wanted}: it lies outside {root}; name a folder above both with --working-dir."
+            )
         asked_for |= (
             {(within / name).as_posix() for name in _walk(place, ())} if place.is_dir() else {within.as_posix()}
         )
@@ -158,13 +159,13 @@ def folder_files(root: Path, *, exclude: Sequence[str] = (), include: Sequence[s
 
 
 def _stays_within(file: Path, root: Path, patterns: Sequence[str], *, named: bool) -> bool:
-    """Whether a file is what its name says: a link to somewhere else, or to a name that stays here, does not travel unless it is named."""
+    """Whether a file is what its name says: a link to elsewhere, or to a file that stays here, is not sent unless it is named."""
     real = file.resolve()
     return named or (real.is_relative_to(root) and not _matches(real.relative_to(root).as_posix(), patterns))
 
 
 def size_text(size: float) -> str:
-    """Bytes for people: `3 KiB`, `1.2 GiB`."""
+    """A size in bytes for people, such as `3 KiB` or `1.2 GiB`."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "bytes" or size >= 10 else f"{size:.1f} {unit}"
@@ -173,7 +174,7 @@ def size_text(size: float) -> str:
 
 
 def largest(files: Files, count: int = 5) -> str:
-    """What takes most room: large files by name, small ones by their folder."""
+    """Names what takes most room: large files by name, small ones by their folder."""
     sizes: Counter[str] = Counter()
     for name, path in files.items():
         size = path.stat().st_size
@@ -183,10 +184,10 @@ def largest(files: Files, count: int = 5) -> str:
 
 
 def write_archive(files: Files, path: Path) -> int:
-    """Packs the files as a zip, the same bytes for the same files, so that a cluster that has it already gets it once; its size in bytes.
+    """Packs the files as a zip; returns its size in bytes. The same files give the same bytes, so that a cluster gets them only once.
 
     Raises:
-        UsageError: it is larger than Ray takes, or a file cannot be read; the text names the largest things.
+        UsageError: it is larger than Ray takes, or a file cannot be read; the message names the largest things.
     """
     total = sum(file.stat().st_size for file in files.values())
     if total <= SEEN_LIMIT:
@@ -198,12 +199,14 @@ def write_archive(files: Files, path: Path) -> int:
                 try:
                     content = file.read_bytes()
                 except OSError as error:
-                    raise UsageError(f"{file} cannot be packed ({error}): leave it out by --exclude {name}.") from error
+                    raise UsageError(
+                        f"{file} cannot be packed ({error}): leave it out with --exclude {name}."
+                    ) from error
                 archive.writestr(entry, content)
         if (size := path.stat().st_size) <= LIMIT:
             return size
         total = size
     raise UsageError(
-        f"What the job takes along is {size_text(total)}; Ray's job server takes {size_text(LIMIT)}. The largest: {largest(files)}. "
-        f"Leave out what the job does not need by --exclude PATTERN, and put data and weights on the cluster's shared storage."
+        f"The job's files take {size_text(total)}, but Ray's job server takes {size_text(LIMIT)}. The largest: {largest(files)}. "
+        f"Leave out what the job does not need with --exclude PATTERN, and put data and weights on the cluster's shared storage."
     )

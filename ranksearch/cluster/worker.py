@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,26 +29,25 @@ from ranksearch.trial.placement import Placement
 from ranksearch.trial.recipe import Recipe
 
 METRIC, ENTRY, RESULT, PLACE = "val_accuracy", "entry", "result", "placement"
-"""Keys of a report; all but the first are JSON texts, because Tune flattens nested metrics. Empty: not of this report."""
+"""Keys of a report; all but the first are JSON texts, because Tune flattens nested metrics. An empty one is not part of this report."""
 CANDIDATE = "candidate"
-"""Key of what Tune hands out, beside the trial's number."""
+"""Key of the candidate in what Tune hands out, beside the trial's number."""
 GROUP = "placement_group"
-"""Key of the first report of a data-parallel trial: what holds its workers' place in the cluster."""
-Send = Callable[[dict[str, Any]], None]
+"""Key in the first report of a data-parallel trial: the placement group of its workers."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What every trial of a study runs under; cores and GPUs are those of one process."""
+    """The terms of every trial of a study; cores and GPUs are those of one process."""
 
     cpus: int
     gpus: float
     workers: int
     checkpoint_seconds: float
     folder: str
-    """The study's, absolute."""
+    """The study's folder, absolute."""
     pipes: str | None = None
-    """Where a node's MPS is looked for that was started for the study; None where none was."""
+    """Where to look for the MPS that was started for the study on a node; None if none was."""
 
 
 def packed(candidate: Candidate) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def packed(candidate: Candidate) -> dict[str, Any]:
 
 
 def candidate_of(config: dict[str, Any]) -> Candidate:
-    """The candidate that was `packed`."""
+    """Unpacks the candidate that `packed` packed."""
     parts = json.loads(config[CANDIDATE])
     return Candidate(
         config["number"], RankPlan.from_dict(parts["plan"]), Recipe.from_dict(parts["recipe"]), parts["seed"],
@@ -96,11 +95,11 @@ def compute_threads(cpus: int, task: Task) -> int:
 
 
 def settle_in(terms: Terms, task: Task) -> None:
-    """Keeps this process, and those that it starts, within its cores, and within its share of a GPU, beside others or by turns."""
+    """Keeps this process, and those that it starts, within its cores and its share of a GPU, side by side with others or in turns."""
     mps.use(terms.pipes if 0 < terms.gpus < 1 else None)
     threads = compute_threads(terms.cpus, task)
     torch.set_num_threads(threads)
-    threadpoolctl.threadpool_limits(threads)  # of BLAS and OpenMP, which were loaded before
+    threadpoolctl.threadpool_limits(threads)  # BLAS and OpenMP, which were loaded before
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     limit_share(terms.gpus, device_memory())
@@ -110,16 +109,16 @@ def trial(config: dict[str, Any], shared: Shared, terms: Terms) -> None:
     """A trial in this process, as Tune runs it.
 
     Raises:
-        Leaving: this node is going to be taken away. Tune drops the worker then, where one that ends well is given the next trial.
+        Leaving: this node is going to be taken away. Tune then drops the worker; one that ends well would get the next trial.
     """
     with watched_leave() as watch:
         work, placement = take(shared)
         settle_in(terms, work.task)
         if placement.unpacked:
-            tune.report(message(placement))  # at once: should this process die, it is known what it loaded
+            tune.report(message(placement))  # at once, so that it is known what this process loaded even if it dies
 
         def report(entry: dict[str, Any]) -> None:
-            # returns where the trial goes on; where it does not, Tune ends this thread here
+            # returns if the trial goes on; if not, Tune ends this thread here
             tune.report(message(placement, entry))
 
         result = attempt(
@@ -131,10 +130,10 @@ def trial(config: dict[str, Any], shared: Shared, terms: Terms) -> None:
 
 @contextmanager
 def watched_leave() -> Iterator[LeaveWatch]:
-    """Asks for as long as the block runs whether this process's node is going to be taken away.
+    """Asks while the block runs whether this process's node is going to be taken away.
 
     Raises:
-        Leaving: it is already.
+        Leaving: it is known already that it will be.
     """
     watch = LeaveWatch()
     try:
