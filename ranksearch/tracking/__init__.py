@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def _import_without_a_home() -> None:
-    """MLflow asks for the home folder while it is imported, and fails for a user who has none, such as a container's unknown one."""
+    """Imports MLflow for a user without a home folder, such as an unknown one in a container: its import asks for one and would fail."""
     try:
         Path.home()
         return

@@ -1,4 +1,4 @@
-"""The mirror in a thread of its own: a store that is slow, or away, holds up no trial and loses no result, for those are on disk."""
+"""The mirror in a thread of its own: a store that is slow or down delays no trial and loses no result, since results are on disk."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ranksearch.tracking.store import is_server, store_uri
 from ranksearch.tracking.view import View
 
 PAUSE_SECONDS = 60.0
-"""A store that failed is left alone for so long; what was not logged meanwhile is logged at the end."""
+"""How long a store that failed is left alone; what was not logged meanwhile is logged at the end."""
 REFRESH_SECONDS = 60.0
-"""While the study runs, a front that changed is shown on its run at most so often: drawing takes a second or two."""
+"""How often at most a changed front is shown on its run while the study runs: drawing takes a second or two."""
 
 
 class BackgroundMirror:
-    """Calls a `Mirror` in turn, beside the study. Made before the first trial: a database's schema is created then."""
+    """Calls a `Mirror` one call after the other, beside the study. Make it before the first trial, since it creates a database's schema."""
 
     def __init__(self, study: Study, runs: Path, log: Callable[[str], None]) -> None:
         self._study, self._runs, self._log = study, runs, log
@@ -31,14 +31,14 @@ class BackgroundMirror:
         self._shown: set[int] = set()
         self._shown_at = time.monotonic()
         self.failed: str | None = None
-        """What the store's last failure said; None where it has not failed since."""
+        """The message of the store's last failure; None if its last call was fine."""
         self._view = View.of(study)
         opened = self._worker.submit(self._guarded, lambda mirror: None)
         if not is_server(store_uri(runs, study.space.tracking.uri)):
-            opened.result()  # the store's schema is made before the trials need the cores; a server is not waited for
+            opened.result()  # waits, so that a database's schema is made before the trials need the cores; a server makes its own
 
     def log_trial(self, row: Row) -> None:
-        """Queues a trial; returns at once. What changes while the study goes on is looked at here, not in the thread."""
+        """Queues a trial; returns at once. What changes while the study goes on is read here, not in the thread."""
         progress, on_front = self._study.progress(), self._study.on_front
         self._worker.submit(self._guarded, lambda mirror: mirror.log_trial(row, progress, on_front))
         if on_front != self._shown and time.monotonic() > self._shown_at + REFRESH_SECONDS:
@@ -46,7 +46,7 @@ class BackgroundMirror:
             self._worker.submit(self._guarded, lambda mirror: mirror.show(view, {}, complete=False))
 
     def finish(self, *, complete: bool) -> None:
-        """Waits for what is queued, logs what was missed, the front, and its nets where the study is complete."""
+        """Waits for what is queued, then logs what was missed, the front, and, if the study is complete, its nets."""
         view, importances = View.of(self._study), self._study.importances()
         self._worker.submit(
             self._guarded, lambda mirror: mirror.finish(view, importances, self._log, complete=complete), at_once=True

@@ -1,5 +1,5 @@
-"""Charts as interactive HTML, by plotly. Pages are self-contained and fetch nothing: the script that draws is in each of them, packed to
-about 2 MB of its 5; the browser unpacks it (`draw.js`)."""
+"""Charts as interactive HTML, by plotly. Pages are self-contained and fetch nothing: each holds the script that draws, packed from 5 MB to
+about 2; the browser unpacks it (`draw.js`)."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ BELOW: dict[str, Any] = {
     "thickness": 12,
     "len": 0.9,
 }
-"""Where the scale of a heat-map is: beside it there is no room on a narrow screen."""
+"""The place of a heat-map's scale: below, since a narrow screen has no room beside the map."""
 PAPER_HEIGHTS = 300, 660
-"""Pixels of a figure on paper, at least and at most: two rows of figures, or a tall one, fill a page."""
+"""Least and largest height of a figure on paper, in pixels: two rows of figures, or a tall one, fill a page."""
 SCHEMES = ":root { color-scheme: light dark; } :root.printed { color-scheme: light; } body { background: Canvas; color: CanvasText; }"
-"""The style of a page of figures alone: the browser's own colours, light on paper."""
+"""The style of a page that holds only figures: the browser's own colours, light on paper."""
 NARROW = 10
-"""Columns up to which a heat-map may stand beside another figure."""
+"""A heat-map of at most this many columns may stand beside another figure."""
 LINES: dict[str, dict[str, Any]] = {
     "straight": {"dash": "solid"}, "steps": {"shape": "hv"}, "dotted": {"dash": "dot"}, "": {"width": 0},
 }  # fmt: skip
@@ -64,7 +64,7 @@ def save_html(charts: Sequence[Chart], path: Path, *, title: str) -> None:
 
 
 def fragment(chart: Chart) -> str:
-    """A chart as a part of a page that ends with `script`: an empty place and, as JSON without any `<`, what is drawn there."""
+    """A chart as a part of a page that ends with `script`: an empty place, and the figure for it as JSON without any `<`."""
     figure = _figure(chart)
     height, (least, most) = figure.layout.height, PAPER_HEIGHTS
     paper = least if isinstance(chart, Plot) else min(max(height - 120, least), most)
@@ -78,7 +78,7 @@ def fragment(chart: Chart) -> str:
 
 @cache
 def script() -> str:
-    """What draws a page's fragments, once per page and after them; `draw.js` says which event tells of each."""
+    """The script that draws a page's fragments, once per page and after them; `draw.js` names the event that reports each."""
     from plotly.colors import make_colorscale, sample_colorscale
     from plotly.io import templates
     from plotly.io.json import to_json_plotly
@@ -102,7 +102,7 @@ def _figure(chart: Chart) -> Any:
     figure = go.Figure()
     figure.update_layout(
         title={"text": chart.title, "font": {"size": 14}},
-        template=None,  # the page holds one for all, see `script`
+        template=None,  # the page holds one template for all, see `script`
         margin={"t": 60, "b": 60, "l": 60, "r": 20},
     )
     {Plot: _plot, HeatMap: _heat_map, Bars: _bars, Parallel: _parallel}[type(chart)](figure, chart)  # type: ignore[operator]
@@ -199,7 +199,7 @@ def _heat_map(figure: Any, chart: HeatMap) -> None:
     )
     more = 18 * chart.x.count("\n")
     figure.update_layout(height=max(420, 17 * len(chart.rows) + 260) + more, margin={"b": 130 + more})
-    if not names:  # what shades mean has no room beside their scale
+    if not names:  # there is no room beside the scale for what shades mean
         figure.update_layout(title={"text": f"{chart.title}<br><sup>shade: {chart.scale}</sup>"})
 
 

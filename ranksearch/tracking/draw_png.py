@@ -1,4 +1,4 @@
-"""Charts as PNG, by matplotlib. Its global state is not touched: a notebook's own figures and backend stay as they are."""
+"""Charts as PNG, by matplotlib, without its global state: a notebook's own figures and backend stay as they are."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ LINES = {
     "": ("none", "default"),
 }
 WIDTH = 6.8
-"""Inches of a chart."""
+"""Width of a chart, in inches."""
 SIZES = {"star": 13, "cross": 6, "circle": 5}
 
 
 def save_png(charts: Sequence[Chart], path: Path, *, title: str | None = None, stacked: bool = False) -> None:
-    """Draws the charts side by side, or beneath each other where `stacked`."""
+    """Draws the charts side by side, or beneath each other if `stacked`."""
     from matplotlib.figure import Figure
 
     heights = [_height(chart) for chart in charts]
@@ -56,7 +56,7 @@ def save_png(charts: Sequence[Chart], path: Path, *, title: str | None = None, s
 
 
 def save_thumbnail(chart: Plot, path: Path) -> None:
-    """Draws a plane's points and lines without their axes, 400 by 56 pixels: for where there is no room but for its shape."""
+    """Draws a plot's points and lines without axes, 400 by 56 pixels, for places with room for nothing but its shape."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.0, 0.56), dpi=100)
@@ -65,7 +65,7 @@ def save_thumbnail(chart: Plot, path: Path) -> None:
         _draw_series(axes, replace(series, labels=()), order)
     for limit in chart.limits:
         axes.axvline(limit.x, color=BLACK, linestyle="--", linewidth=1)
-    axes.margins(0.03, 0.25)  # markers are whole
+    axes.margins(0.03, 0.25)  # so that markers are not cut off
     if chart.y_range is not None:
         axes.set_ylim(*chart.y_range)
     axes.set_axis_off()
@@ -73,7 +73,7 @@ def save_thumbnail(chart: Plot, path: Path) -> None:
 
 
 def _height(chart: Chart) -> float:
-    """Inches."""
+    """Height of a chart, in inches."""
     if isinstance(chart, HeatMap):
         return max(4.4, 0.19 * len(chart.rows) + 1.3)
     return max(4.4, 0.24 * len(chart.names) + 1.2) if isinstance(chart, Bars) else 4.6

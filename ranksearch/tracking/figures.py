@@ -1,4 +1,4 @@
-"""The figures of a study, as charts: what there is to see of it, whatever draws it."""
+"""The figures of a study, as charts, whatever draws them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from ranksearch.words import COST_NAMES, describe_budgets
 
 SHORT = {"im2col": "i", "channel": "c", "spatial": "s", "tucker2": "t", "cp": "cp", "svd": "v", "dense": ""}
 SHORT |= {f"{name}_pivoted": f"{SHORT[name]}*" for name in ("im2col", "channel", "spatial", "tucker2", "svd")}
-"""Lowerings in a cell of a heat-map."""
+"""Lowering -> its short name in a cell of a heat-map."""
 LEGEND_WIDTH = 46
-"""Characters of a line below an axis: on a screen of 390 pixels there is room for no more."""
+"""Characters of a line below an axis: a screen of 390 pixels has room for no more."""
 CLOSE = 0.04
-"""Shares of a front's width and height within which two labels would cover one another."""
+"""Two labels closer than this share of a front's width and height would cover each other."""
 
 
 def study_charts(view: View, importances: Mapping[str, Mapping[str, float]]) -> dict[str, Chart]:
-    """Name -> chart of a study, as far as its trials give any."""
+    """Name -> chart of a study, for those that its trials suffice for."""
     charts: dict[str, Chart] = {}
     for cost in view.costs if view.complete else []:
         charts["front" if cost == view.costs[0] else f"front_{cost}"] = front_chart(view, cost)
@@ -59,7 +59,7 @@ def front_chart(view: View, cost: str) -> Plot:
     rows = [row for row in view.complete if cost_percent(row, cost) is not None]
     front = sorted((r for r in rows if r["trial"] in view.on_front), key=lambda r: cost_percent(r, cost) or 0.0)
     others = [row for row in rows if row["trial"] not in view.on_front]
-    several = len(view.costs) > 1  # the nondominated of three objectives are no stairs in two of them
+    several = len(view.costs) > 1  # nets that are nondominated in three objectives form no stairs in two of them
     main = [
         _points(
             view, cost, front, "front, validation", BLUE, "diamond", line="" if several else "steps",
@@ -96,7 +96,7 @@ def front_chart(view: View, cost: str) -> Plot:
 
 
 def _labels(view: View, front: Sequence[Row], cost: str) -> list[str]:
-    """A label per point of the front; empty where it would cover that of a better one close by."""
+    """A label per point of the front; empty if it would cover that of a better point close by."""
     points = [(cost_percent(row, cost) or 0.0, row.value) for row in front]
     wide, high = (
         CLOSE * (max(axis) - min(axis)) for axis in zip(*points, (100.0, view.dense["val_accuracy"]), strict=True)
@@ -117,7 +117,7 @@ def _points(
 
 
 def _hover(view: View, row: Row) -> str:
-    """What the pointer shows over a trial."""
+    """The text that the pointer shows over a trial."""
     test = f"<br>test {view.metric.text(row['test_accuracy'])}" if row["test_accuracy"] is not None else ""
     ratios = [
         f"{COST_NAMES[c]} {found:.1f} %" for c in ("macs", "params", "latency") if (found := cost_percent(row, c))
@@ -175,7 +175,7 @@ def progress_charts(view: View) -> Iterator[tuple[str, Chart]]:
 
 
 def _late_range(worth: Sequence[float]) -> tuple[float, float] | None:
-    """The range in which what the later three quarters of the trials gained is seen; None where there are few, or they gained nothing."""
+    """The range that shows what the last three quarters of the trials gained; None if there are few, or they gained nothing."""
     low, high = worth[len(worth) // 4], worth[-1]
     room = 0.1 * (high - low)
     return (low - room, high + room) if len(worth) >= 8 and high > low else None
@@ -227,7 +227,7 @@ def _first(column: str) -> str:
 
 
 def _cell(layer: FrontRecord, plan: FrontRecord) -> tuple[float, str, str]:
-    """(share kept, its text, the lowering)"""
+    """Returns a cell as (share kept, its text, the lowering)."""
     choice = plan["layers"].get(layer["name"], {"lowering": "dense"})
     lowering = choice["lowering"]
     if lowering == "dense" or lowering not in layer["largest_rank"]:

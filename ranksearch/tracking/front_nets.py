@@ -1,4 +1,4 @@
-"""What the trials of a finished front get in MLflow beside their runs: a figure of their training, a model, the champion's name."""
+"""What the trials of a finished front get in MLflow beside their runs: a figure of their training, a model, and the alias `champion`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def log_front_nets(
 
     Args:
         runs: trial -> the ID of its run.
-        models: trial -> the ID of its model, of those that have one; what is logged here joins them.
+        models: trial -> the ID of its model, for those that have one; models that are logged here are added.
     """
     tracking, rows = view.space.tracking, view.front_rows
     for i, row in enumerate(rows):
@@ -51,7 +51,7 @@ def log_front_nets(
             models |= {number: model_id} if model_id is not None else {}
     best = view.champion
     if tracking.models and tracking.register and best is not None and best["trial"] in models:
-        from ranksearch.tracking.models import register  # seconds of imports
+        from ranksearch.tracking.models import register  # takes seconds to import
 
         verdict = verdict_of(view.front)
         description = (  # without the run's name: the page makes a link of its "@50"
@@ -71,7 +71,7 @@ def _log_figure(client: MlflowClient, run_id: str, row: Row, metric: Metric) -> 
 def _log_net(
     client: MlflowClient, experiment_id: str, run_id: str, view: View, row: Row, log: Callable[[str], None]
 ) -> str | None:
-    """The ID of the model that a trial's net is logged as; None where it cannot be, which is said."""
+    """Logs a trial's net as a model; returns its ID, or None, with a message in the log, if that is not possible."""
     from ranksearch.tracking.models import log_model
 
     folder, name = trial_folder(view.folder, row["trial"]), f"{view.name}-t{row['trial']:03d}"
@@ -83,7 +83,7 @@ def _log_net(
             tags=tags | {KIND_TAG: "net"}, params=trial_params(row), metrics=final_metrics(row, view.metric),
             at_ms=int(1000 * (row["ended"] or 0.0)),
         )  # fmt: skip
-    except (RanksearchError, TypeError) as error:  # of a dtype that numpy lacks, too
+    except (RanksearchError, TypeError) as error:  # TypeError: a dtype that numpy lacks
         log(f"MLflow: {error} The trial's folder has the net; its run has no model.")
         return None
     client.set_tag(run_id, MODEL_TAG, model_id)
@@ -91,7 +91,7 @@ def _log_net(
 
 
 def _forget_half_made(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> None:
-    """Deletes a model of this trial that a driver was killed over: its run does not name it."""
+    """Deletes a model of this trial that a killed driver left unfinished, so that its run does not name it."""
     wanted = " AND ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
     for model in client.search_logged_models([experiment_id], wanted):
         client.delete_logged_model(model.model_id)

@@ -1,4 +1,4 @@
-"""What a search learnt, in sentences: which of the searched numbers decide, and whether more or less of them is better."""
+"""What a search learnt, in sentences: which of the searched numbers matter, and whether more or less of them is better."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ranksearch.tracking.view import View
 from ranksearch.words import parameter_in_words
 
 FEWEST_DIRECTED = 4
-"""Complete trials below which no direction is told."""
+"""With fewer complete trials no direction is told."""
 SAID = 5
-"""Parameters that sentences are made of."""
+"""The most parameters that get a sentence."""
 CLEAR = 2.0
-"""Standard errors, 1 / sqrt(n - 1), from which a rank correlation is said to have a direction."""
+"""A rank correlation has a direction from this many standard errors, 1 / sqrt(n - 1), on."""
 
 
 def learnt(view: View, importances: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -31,7 +31,7 @@ def learnt(view: View, importances: Mapping[str, Mapping[str, float]]) -> list[s
     lines = [_sentence(name, found[name], shares.get(name), len(complete)) for name in names[:SAID]]
     if not importances:
         lines.append(
-            f"Importances are estimated from {FEWEST} complete trials on; there are {len(complete)}, so these are rank correlations alone."
+            f"Importances are estimated from {FEWEST} complete trials on; there are {len(complete)}, so these are only rank correlations."
         )
     return lines
 
@@ -43,7 +43,7 @@ def by_weight(found: Mapping[str, float], importances: Mapping[str, Mapping[str,
 
 
 def _shares(importances: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Parameter -> its largest share of any target."""
+    """Parameter -> its largest share for any target."""
     return {
         name: max(target.get(name, 0.0) for target in importances.values())
         for target in importances.values()
@@ -52,12 +52,12 @@ def _shares(importances: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def clear(trials: int) -> float:
-    """The rank correlation from which a direction is said."""
+    """The rank correlation from which on a direction is told."""
     return CLEAR / (trials - 1) ** 0.5
 
 
 def directions(view: View) -> dict[str, float]:
-    """Searched number -> rank correlation with the metric at its cost (what a parabola through all trials leaves), -1 to 1.
+    """Searched number -> its rank correlation, -1 to 1, with the metric at its cost (above a parabola through all trials).
 
     Reference: Spearman 1904. Parameters that are names, or are the same in all trials, are left out.
     """

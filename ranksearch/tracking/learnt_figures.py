@@ -17,15 +17,15 @@ from ranksearch.words import COST_NAMES, parameter_label, parameter_meaning
 
 SHOWN_IMPORTANCES, SLICES, AXES = 15, 4, 8
 OUTER = 0.1
-"""Share of the trials at either end of the metric that are shaded like the next one: a lost trial must not make all others alike."""
+"""This share of the trials at either end of the metric is shaded like the next one: a failed trial must not make all others look alike."""
 DECADE = 10.0
-"""A parameter whose values span this factor is shown in logarithms."""
+"""A parameter whose values span at least this factor has a logarithmic axis."""
 
 Importances = Mapping[str, Mapping[str, float]]
 
 
 def learnt_charts(view: View, importances: Importances) -> dict[str, Chart]:
-    """Name -> chart; none before trials tell anything."""
+    """Name -> chart; empty while there are too few trials."""
     charts: dict[str, Chart] = {}
     found = directions(view) if len(view.complete) >= FEWEST_DIRECTED else {}
     if importances:

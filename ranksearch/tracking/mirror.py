@@ -1,7 +1,7 @@
-"""The study in MLflow: a parent run per study, a child run per trial, written by the driver alone and in batches.
+"""The study in MLflow: a parent run per study and a child run per trial, written only by the driver and in batches.
 
-Results are on disk first; this is their mirror, made so that writing it again changes nothing: runs are found by the study's and
-the trials' tags, metrics bear the time at which their trial ended. Workers never touch the store. What runs hold is in `runs.py`.
+Results are on disk first. This mirror is made so that writing it again changes nothing: runs are found by the study's and the trials'
+tags, and metrics bear the time at which their trial ended. Workers never touch the store. `runs.py` says what runs hold.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ from mlflow import MlflowClient, MlflowException  # noqa: E402  (its settings ar
 from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
 
 MIRROR_ERRORS = (MlflowException, OSError, sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError)
-"""What a store that is away, full, refusing, or just being made by somebody else raises."""
+"""What a store raises that is down, full, refusing, or just being made by somebody else."""
 NOTE = "mlflow.note.content"
-"""The tag that the UI shows as a description."""
+"""The tag that the UI shows as the description."""
 PROGRESS_SECONDS = 5.0
-"""The study's progress is logged at most so often: a quarter of a trial's time in the store otherwise."""
+"""How often at most the study's progress is logged; otherwise it would take a quarter of a trial's time in the store."""
 ENTITIES, PARAMS = 1000, 100
-"""How much a store takes at once."""
+"""How many metrics, parameters and tags together, and how many parameters, a store takes at once."""
 
 
 def _client(uri: str) -> MlflowClient:
-    """Opens a store and makes its tables where it has none; a file's by one process at a time, for two would spoil each other's."""
+    """Opens a store and makes its tables if it has none; those of a file are made by one process at a time, as two would clash."""
     file = make_url(uri).database if uri.startswith("sqlite:") else None
     try:
         with filelock.FileLock(f"{file}.lock") if file else nullcontext():
@@ -86,7 +86,7 @@ def _client(uri: str) -> MlflowClient:
 
 
 class Mirror:
-    """Writes a study's trials to MLflow. Make it before the first trial: a database's schema is created then."""
+    """Writes a study's trials to MLflow. Make it before the first trial, since it creates a database's schema."""
 
     def __init__(self, view: View, runs: Path) -> None:
         self._folder, self._space, self._info, self._metric = view.folder, view.space, view.info, view.metric
@@ -97,7 +97,7 @@ class Mirror:
         parent = self._find() or self._make(view, artifacts)
         self.experiment_id, self.parent_id = parent.info.experiment_id, parent.info.run_id
         self._ended_at: int | None = parent.info.end_time
-        """When a study's run ended, in ms, to which nothing was added since; None for now."""
+        """When the study's run ended, in ms, if nothing was added to it since; None stands for now."""
         self._describe(view, parent)
         self._runs: dict[int, str] = {}
         """Trial -> the ID of its run."""
@@ -107,7 +107,7 @@ class Mirror:
         """Trials whose runs hold everything."""
         self._on_front: set[int] = set()
         self._progress: list[tuple[Row, Mapping[str, float]]] = []
-        """After which trials how far the study was, as far as that has not been logged."""
+        """Trials and how far the study was after each, as long as that has not been logged."""
         self._progress_at = -PROGRESS_SECONDS
         self._adopt()
         write_atomically(view.folder / NOTED, json.dumps(self._note()))
@@ -119,7 +119,7 @@ class Mirror:
         return {"uri": uri, "experiment": self.experiment_id, "parent": self.parent_id}
 
     def _find(self) -> Run | None:
-        """The study's run in this store: where it was, else by the study's tag."""
+        """The study's run in this store, found where it was before, else by the study's tag."""
         known = note_in(self._folder)
         tag = study_tags(self._info, self._space)[STUDY_TAG]
         if noted_uri(known.get("uri", "")) == self.uri:
@@ -147,7 +147,7 @@ class Mirror:
         name, experiment = self._space.tracking.experiment or self._space.name, self._experiment()
         if experiment is None:
             experiment = self.client.create_experiment(name, artifact_location=artifacts)
-            # the UI's pages for model training, not GenAI's
+            # so that the UI shows its pages for model training, not GenAI's
             self.client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")
         searched = list(searched_settings(self._space.recipe))
         for tag, value in trials_view(view.costs, view.metric, searched).items():
@@ -160,7 +160,7 @@ class Mirror:
         self.client.set_experiment_tag(experiment, NOTE, experiment_note(view, before))
 
     def _describe(self, view: View, parent: Run) -> None:
-        """What was searched, and the dense net: also of a run whose driver was killed just after it had made it."""
+        """Logs what is searched, and the dense net, also for an existing run: its driver may have been killed right after making it."""
         self.client.update_run(self.parent_id, status="RUNNING")
         known = parent.data.params  # they cannot be changed
         params = {name: value for name, value in study_params(self._space).items() if name not in known}
@@ -173,7 +173,7 @@ class Mirror:
                 self.client.log_artifact(self.parent_id, str(self._folder / file))
 
     def _adopt(self) -> None:
-        """Takes up the runs of trials that are there: none is made twice, whatever became of the driver that made it."""
+        """Finds the runs of trials that exist already, so that none is made twice, whatever became of the driver that made it."""
         token = None
         while True:
             found = self.client.search_runs(
@@ -198,7 +198,7 @@ class Mirror:
         self, run_id: str, *, at: float, params: Mapping[str, str] | None = None, metrics: Iterable[Step] = (),
         tags: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """Logs parameters, tags, and metrics of several steps, in as few calls as the store takes; `at` is their time in seconds."""
+        """Logs parameters, tags and metrics of several steps, in as few calls as the store allows; `at` is their time in seconds."""
         names = [Param(k, v) for k, v in (params or {}).items()]
         for start in range(PARAMS, len(names), PARAMS):
             self.client.log_batch(run_id, params=names[start : start + PARAMS])
@@ -210,9 +210,9 @@ class Mirror:
             self.client.log_batch(run_id, metrics=values[start : start + ENTITIES])
 
     def log_trial(self, row: Row, progress: Mapping[str, float], on_front: set[int]) -> None:
-        """A child run with all that is known of a trial, how far the study is after it, and who is on the front now.
+        """Logs a child run with all that is known of a trial, how far the study is after it, and which trials are on the front now.
 
-        A trial that is logged already is left alone; one whose logging broke off goes on in the same run.
+        A trial that is logged already is left alone; if its logging broke off, it continues in the same run.
         """
         if row["trial"] not in self._logged:
             self._log_row(row, on_front=row["trial"] in on_front)
@@ -241,7 +241,7 @@ class Mirror:
         self._logged.add(number)
 
     def _log_progress(self) -> None:
-        """How far the study was after the trials since the last time, in one call."""
+        """Logs, in one call, how far the study was after each trial since the last time."""
         self._progress_at, entries, self._progress = time.monotonic(), self._progress, []
         values = [
             Metric(name, float(value), int(1000 * (row["ended"] or 0.0)), int(progress["finished_trials"]))
@@ -252,27 +252,29 @@ class Mirror:
             self.client.log_batch(self.parent_id, metrics=values[start : start + ENTITIES])
 
     def _mark_front(self, on_front: set[int]) -> None:
-        """The tag `on_front` of the trials that came to the front or left it."""
+        """Updates the tag `on_front` of the trials that joined the front or left it."""
         for number in sorted(self._on_front ^ on_front):
             if number in self._runs:
                 self.client.set_tag(self._runs[number], "on_front", str(number in on_front).lower())
                 self._on_front ^= {number}
 
     def _name_anew(self, view: View) -> None:
-        """Names of trials whose latency was predicted when they ended, and has been measured since."""
+        """Renames the runs of trials whose latency was predicted when they ended and has been measured since."""
         if (cost := view.costs[0]) == "latency":
             for row in view.front_rows:
                 self.client.update_run(self._runs[row["trial"]], name=run_name(row, cost, self._metric))
 
     def show(self, view: View, importances: Mapping[str, Any], *, complete: bool) -> None:
-        """The front on the parent: JSON, CSV, a table, figures, a description."""
+        """Logs the front to the parent run: JSON, CSV, a table, figures, a description."""
         parent = self.parent_id
         self.client.log_dict(parent, view.front, "front.json")
         self.client.log_text(parent, front_csv(view.front), "front.csv")
         self.client.log_dict(parent, front_table(view.front), "front_table.json")
         with tempfile.TemporaryDirectory() as scratch:
             for name, chart in study_charts(view, importances).items():
-                folder = Path(scratch) / ("" if name == "front" else FIGURES)  # the front lies beside its table
+                folder = Path(scratch) / (
+                    "" if name == "front" else FIGURES
+                )  # the front's picture lies beside its table
                 folder.mkdir(exist_ok=True)
                 save_png([chart], folder / f"{name}.png")
                 if name == "front" and isinstance(chart, Plot):
@@ -290,7 +292,7 @@ class Mirror:
         )  # fmt: skip
 
     def finish(self, view: View, importances: Mapping[str, Any], log: Callable[[str], None], *, complete: bool) -> None:
-        """What was missed, test accuracies, the front; where the study is complete, the report and the nets of the front too."""
+        """Logs what was missed, test accuracies and the front; if the study is complete, also the report and the front's nets."""
         for row in view.trials:
             if row["trial"] not in self._logged:
                 self._log_row(row, on_front=row["trial"] in view.on_front)
@@ -315,7 +317,7 @@ class Mirror:
         self.client.set_terminated(self.parent_id, ended, end_time=self._ended_at)
 
     def _catch_up(self, view: View) -> None:
-        """Progress after trials that were logged late."""
+        """Logs the progress after trials that were logged late."""
         known = {metric.step for metric in self.client.get_metric_history(self.parent_id, "finished_trials")}
         self._progress = [entry for entry in view.progress() if int(entry[1]["finished_trials"]) not in known]
         self._log_progress()

@@ -1,10 +1,10 @@
-"""MLflow's server in one process, on a socket that listens already.
+"""MLflow's server in one process, on a socket that is already listening.
 
     python -m ranksearch.tracking.mlflow_private DESCRIPTOR HOST PORT [ROOT]
 
-`mlflow server` loads MLflow twice, in a process that checks its options and in the server that this one starts, which is half of the
-seconds until a page answers. What that command sets for its server is set here, by names that are not MLflow's public interface; a
-version that has other ones runs by its own command.
+`mlflow server` loads MLflow twice, in a process that checks its options and in the server which that one starts. This takes half of the
+seconds until a page answers. Here we set what that command sets for its server, by names that are not MLflow's public interface; if a
+version has other names, its own command is run.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import sys
 import uuid
 
 STORE = "MLFLOW_BACKEND_STORE_URI"
-"""The store, in the environment: who lists the machine's processes reads command lines, and the URI may hold a password."""
+"""The environment variable for the store: whoever lists processes reads command lines, and the URI may hold a password."""
 OWN_FILES = "./mlartifacts"
-"""Where `mlflow server` keeps the files of experiments that leave it to the server, unless it is told otherwise."""
+"""Where `mlflow server` keeps files by default, for experiments that leave the place to the server."""
 
 
 def serve(descriptor: int, host: str, port: int, root: str | None) -> None:
-    """Runs until it is ended.
+    """Runs the server until it is ended.
 
     Args:
-        descriptor: the socket's, bound to `host` and `port`.
+        descriptor: that of the socket, which is bound to `host` and `port`.
         root: where files of new experiments go; None leaves it to the server.
     """
-    gc.disable()  # a fifth of the time that the imports take
+    gc.disable()  # saves a fifth of the time that the imports take
     try:
-        import uvicorn  # first: MLflow asks whether it is loaded by a server
+        import uvicorn  # first, because MLflow checks whether it is loaded by a server
         from mlflow.server import constants
         from mlflow.server.handlers import initialize_backend_stores
 

@@ -1,6 +1,6 @@
 """The nets of a front as MLflow models: exported programs that load without our code and without a pickle.
 
-Each holds, beside the program, `plan.json` and `model.safetensors`, from which `ranksearch.load` rebuilds a net that can be trained on.
+Beside the program, each holds `plan.json` and `model.safetensors`, from which `ranksearch.load` rebuilds a net that can be trained further.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from mlflow.types import Schema, TensorSpec  # noqa: E402
 
 CHAMPION = "champion"
 TOLERANCE = 1e-5
-"""How far a model that is loaded again may be off: the largest difference of outputs, as a share of the largest output."""
+"""How far a model that is loaded again may be off: the largest difference of outputs as a share of the largest output."""
 BATCH = 2
-"""Samples of the input example: from two on, the exported batch can be of any size."""
+"""Samples of the input example; with two or more, the exported batch can have any size."""
 
 
 def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model: Model) -> None:
-    """Writes a trial's net, from its `folder`, as an MLflow model to `target`, loads it again and holds it against the net.
+    """Writes a trial's net, from its `folder`, as an MLflow model to `target`, loads it again and compares it with the net.
 
     Args:
         net: in evaluation mode, on the CPU.
@@ -77,7 +77,7 @@ def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model
 
 
 def _spec(tensor: torch.Tensor, name: str | None, free: set[tuple[str, int]], axes_of: str | None) -> TensorSpec:
-    """A tensor in a model's signature: -1 for the batch and for every other axis that may have any extent."""
+    """A tensor in a model's signature, with -1 for the batch and for every other axis that may have any extent."""
     shape = [-1 if i == 0 or (axes_of, i) in free else extent for i, extent in enumerate(tensor.shape)]
     return TensorSpec(tensor.numpy().dtype, shape, name)
 
@@ -89,7 +89,7 @@ def log_model(
     """Logs a trial's net as a model that is linked to the trial's run and its metrics; returns the model's id.
 
     Raises:
-        StudyError: as `save_model`; nothing is left in the store then.
+        StudyError: as `save_model`; nothing is then left in the store.
     """
     made = client.create_logged_model(
         experiment_id, name=name, source_run_id=run_id, tags=dict(tags), params=dict(params), model_type="pt2"
@@ -117,7 +117,7 @@ def register(client: MlflowClient, name: str, model_id: str, run_id: str, *, des
     """Makes a model the `champion` among the versions of the registered model `name`; returns its version. A model is registered once."""
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=f"The best nets of the study {name} within its budgets.")
-    # by its place, not as models:/ID: a database's registry would look that up in the process's default store
+    # named by its place, not as models:/ID, which a database's registry would look up in the process's default store
     source = client.get_logged_model(model_id).artifact_location
     known = [
         version.version for version in client.search_model_versions(f"name = '{name}'") if version.source == source

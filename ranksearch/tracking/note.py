@@ -24,9 +24,9 @@ COLUMNS = (
 THUMBNAIL = "front_small.png"
 NOTE_END = "a run per study, its trials beneath it."
 NOTED_STUDIES = 9
-"""Other studies of an experiment that its note names."""
+"""The most other studies of an experiment that its note names."""
 SHOWN = 30
-"""Nets of a front that the description lists: a store takes 5,000 characters."""
+"""The most nets of a front that the description lists: a store takes 5,000 characters."""
 
 
 def front_csv(front: dict[str, Any]) -> str:
@@ -39,12 +39,12 @@ def front_csv(front: dict[str, Any]) -> str:
 
 
 def front_table(front: dict[str, Any]) -> dict[str, Any]:
-    """The front as MLflow's UI shows tables. (`MlflowClient.log_table` would append it to the one before.)"""
+    """The front in the form of MLflow's tables. (`MlflowClient.log_table` would append to the previous one.)"""
     return {"columns": list(COLUMNS), "data": [[row[name] for name in COLUMNS] for row in front["trials"]]}
 
 
 def headline(view: View) -> str:
-    """The name of a study's run, at the head of its page: the verdict in short, `digits: ship t008 test 98.6% (dense 99.2%) @45% MACs`."""
+    """The name of a study's run, which heads its page: the verdict in short, `digits: ship t008 test 98.6% (dense 99.2%) @45% MACs`."""
     verdict, best, metric = verdict_of(view.front), view.champion, view.metric
     if best is None or verdict.value is None or verdict.dense is None:
         return f"{view.name}: no net to ship" if view.trials and not view.complete else view.name
@@ -54,10 +54,10 @@ def headline(view: View) -> str:
 
 
 def experiment_note(view: View, before: str) -> str:
-    """What an experiment holds: a line per study, this one's verdict first (the UI shows a first line above every page), and a sentence.
+    """Describes an experiment: a line per study, this one's verdict first (the UI shows the first line above every page), and a sentence.
 
     Args:
-        before: the note as it stands. Other studies' lines are kept; a note that somebody else wrote stays as it is.
+        before: the note so far. Other studies' lines are kept; a note that somebody else wrote stays as it is.
     """
     search, net = view.space.search, model_reference(view.space.task, view.space.model)
     wanted = " and ".join(view.metric.name if name == "accuracy" else COST_NAMES[name] for name in search.objectives)
@@ -71,15 +71,15 @@ def experiment_note(view: View, before: str) -> str:
 
 
 def note(view: View, *, registered: bool, run_id: str | None = None) -> str:
-    """Which net to ship, the front, how to get at its nets: Markdown. The verdict is first, above what the UI folds away.
+    """Says, in Markdown, which net to ship, what the front is, and how to get its nets. The verdict is first, above what the UI folds away.
 
     Args:
-        run_id: of the study's run, beneath which `front.png` lies; None shows no picture.
+        run_id: that of the study's run, which has `front.png` among its artifacts; without it no picture is shown.
     """
     front, dense, metric, verdict = view.front, view.dense, view.metric, verdict_of(view.front)
     costs = view.table_costs[:-1]
     lines = [f"**{verdict.ship}**", ""]
-    if front["trials"] and run_id is not None:  # so low that it stands above what is folded away
+    if front["trials"] and run_id is not None:  # a low picture, which fits above what is folded away
         lines += [f"![the front](get-artifact?path={THUMBNAIL}&run_uuid={run_id})", ""]
     if verdict.export:
         lines += [f"`{verdict.export}`", ""]
@@ -110,7 +110,7 @@ def _cells(row: Mapping[str, Any], costs: Sequence[str], metric: Metric) -> list
 
 
 def trial_note(row: Row, folder: Path, info: Mapping[str, Any], metric: Metric) -> str:
-    """What became of a trial, how to load its net, and every layer that is lowered: Markdown, cut to what a store takes."""
+    """Says, in Markdown, what became of a trial, how to load its net, and what its layers become; cut to what a store takes."""
     load = f'`ranksearch.load("{folder.parent.name}/{folder.name}/trials/{row["trial"]:03d}")`'
     if row["status"] != "complete":
         return f"**{row['status']}**: {row['reason'] or 'no reason was given'}"[:TAG_LENGTH]
@@ -132,12 +132,12 @@ def trial_note(row: Row, folder: Path, info: Mapping[str, Any], metric: Metric) 
 
 
 def _hints(view: View, *, registered: bool) -> list[str]:
-    """How to get at the nets."""
+    """Says how to get the nets."""
     best = view.champion
     if best is None:
         return []
     hints = [
-        "Figures are among the artifacts: all of them, to point at, on one page in `report.html`. Trials of the front: "
+        "Figures are among the artifacts; `report.html` has all of them, interactive, on one page. Trials of the front: "
         "filter `tags.on_front = 'true'`.",
         "",
         "To use a net:",

@@ -1,4 +1,4 @@
-"""The figures of a preview, as charts: accuracy against cost for each allocator, and which rank the solver keeps where."""
+"""The figures of a preview, as charts: accuracy against cost for each allocator, and the rank that the solver keeps in each layer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def preview_title(record: PreviewRecord) -> str:
 
 
 def accuracy_chart(record: PreviewRecord) -> Plot:
-    """A line per allocator, the dense net, the space's own budget."""
+    """Accuracy against cost: a line per allocator, the dense net, the space's own budget."""
     metric = record["metric"]
     heading = f"{metric['name']} ({metric['unit']})" if metric["unit"] else metric["name"]
     ratio, limit = record["cost_ratio"], record["own_level"]
@@ -88,6 +88,6 @@ def _lines(record: PreviewRecord) -> dict[str, list[PreviewRecord]]:
 
 
 def _shown(record: PreviewRecord) -> str:
-    """The allocator of the heat-map: the solver, or the first there is."""
+    """The allocator that the heat-map shows: the solver, or else the first one."""
     names = list(_lines(record))
     return "solver" if "solver" in names else names[0]

@@ -1,4 +1,4 @@
-"""A study as one self-contained HTML page: its figures, the front, every trial. To send to somebody who has neither MLflow nor us."""
+"""A study as one self-contained HTML page: figures, the front, every trial. One can send it to people without MLflow or ranksearch."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from ranksearch.words import COST_NAMES, MADE_BY, dense_ms, describe_budgets, mi
 
 LAYER_FIGURES = ("kept_rank", "lowerings")
 DRAWN_TRIALS = 30
-"""Nets of the front whose training is drawn; a page with more is slow to open."""
+"""The most nets of the front whose training is drawn; a page with more is slow to open."""
 
 
 def report_html(view: View, importances: Mapping[str, Mapping[str, float]]) -> str:
-    """The page, about 2 MB, nearly all of it the script that draws; nothing is fetched from elsewhere."""
+    """The page, of about 2 MB, nearly all of which is the script that draws; nothing is fetched from elsewhere."""
     from jinja2 import Environment, select_autoescape
 
     charts = study_charts(view, importances)
@@ -83,7 +83,7 @@ def write_report(view: View, importances: Mapping[str, Mapping[str, float]], fol
 
 
 def _in_their_places(drawn: Mapping[str, str]) -> dict[str, list[str]]:
-    """The figures by the section that they stand in; empty where there are none."""
+    """Section -> its figures; empty without figures."""
     places: dict[str, list[str]] = {"front": [], "layers": [], "learnt": [], "slices": []} if drawn else {}
     for name, figure in drawn.items():
         layers = "layers" if name in LAYER_FIGURES else "learnt"
@@ -99,7 +99,7 @@ def _untitled(chart: Chart, study: str) -> Chart:
 
 
 def _layers(view: View, trial: int | None) -> list[LayerCost]:
-    """Every layer under the plan of a trial; none of a study that was made before these were kept."""
+    """Every layer under the plan of a trial; empty for a study from before layers were recorded."""
     row = next((row for row in view.trials if row["trial"] == trial), None)
     records = view.info.get("layer_costs")
     return layer_costs(records, row["plan"], view.info.get("layer_ms"), trial) if row is not None and records else []
@@ -119,7 +119,7 @@ def _percent(row: Mapping[str, Any], cost: str) -> str:
 
 
 def _coded(text: str) -> str:
-    """A sentence as HTML; its commands, in backticks, are set as code."""
+    """A sentence as HTML, with its commands, in backticks, as code."""
     from markupsafe import Markup, escape
 
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))

@@ -1,4 +1,4 @@
-"""What a trial's and a study's run hold in MLflow: names, tags, parameters, metrics. Values alone; `mirror.py` writes them."""
+"""What a trial's and a study's run hold in MLflow: names, tags, parameters, metrics. These are only values; `mirror.py` writes them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ KIND_TAG, STUDY_TAG, TRIAL_TAG, MODEL_TAG = (
     "ranksearch.model",
 )
 ENDED = {Status.COMPLETE: "FINISHED", Status.STOPPED: "KILLED"}
-"""Status of a trial -> MLflow's; others FAILED."""
+"""Status of a trial -> MLflow's status; all others are FAILED."""
 TAG_LENGTH = 5000
-"""Characters that every store takes in a tag."""
+"""The most characters of a tag that every store takes."""
 FINAL = (
     "test_accuracy", "macs", "params", "size_bytes", "latency_ms", "macs_ratio", "params_ratio", "size_ratio", "latency_ratio",
     "epochs", "images_per_second", "projection_share", "seconds",
 )  # fmt: skip
 
 ROUNDED = {"val_accuracy": "val_percent", "test_accuracy": "test_percent"}
-"""Values of a metric in percent -> the same with the decimals that are read, for MLflow's tables show every digit."""
+"""Values of a metric in percent -> names of the same rounded for reading, since MLflow's tables show every digit."""
 PERCENTS = {ratio.replace("_ratio", "_percent"): ratio for ratio in dict.fromkeys(COST_RATIOS.values())}
-"""Metrics beside the exact ratios, in percent with one decimal, as a table is read."""
+"""Name of a ratio in percent with one decimal, for tables -> name of the exact ratio."""
 
 Step = tuple[int, dict[str, float]]
 
@@ -46,7 +46,7 @@ Step = tuple[int, dict[str, float]]
 
 
 def run_name(row: Row, cost: str, metric: Metric) -> str:
-    """A child run's readable name, such as `t017 91.2% @48% MACs`: it sorts, and what matters survives a narrow column."""
+    """A child run's readable name, such as `t017 91.2% @48% MACs`: it sorts well, and a narrow column still shows what matters."""
     if row["status"] != Status.COMPLETE:  # rows of a front's record are dictionaries
         return f"t{row['trial']:03d} {row['status']}"
     return (
@@ -68,7 +68,7 @@ def plan_line(plan: Mapping[str, Any]) -> str:
 
 
 def trial_tags(row: Row, info: Mapping[str, Any], space: Space, *, on_front: bool) -> dict[str, str]:
-    """What trials are filtered by."""
+    """The tags by which trials are filtered."""
     plan = row["plan"]
     return {
         KIND_TAG: "trial",
@@ -84,13 +84,13 @@ def trial_tags(row: Row, info: Mapping[str, Any], space: Space, *, on_front: boo
 
 
 def trial_params(row: Row) -> dict[str, str]:
-    """Number, seed, who made the plan, and what was searched; what is fixed stands in the study's run."""
+    """Number, seed, the plan's allocator, and what was searched; fixed settings are in the study's run."""
     searched = {name: str(value) for name, value in row["params_searched"].items()}
     return {"trial": str(row["trial"]), "seed": str(row["seed"]), "allocator": str(row["allocator"]), **searched}
 
 
 def trial_metrics(row: Row, metric: Metric) -> Iterator[Step]:
-    """(step, metrics): the final values (at step 0), the training curve, the score after every phase, what projections did."""
+    """Yields (step, metrics): the final values (at step 0), the training curve, the score after every phase, what projections did."""
     yield 0, final_metrics(row, metric)
     for entry in row["losses"]:
         yield entry["step"], {"train_loss": entry["train_loss"]}
@@ -101,14 +101,14 @@ def trial_metrics(row: Row, metric: Metric) -> Iterator[Step]:
 
 
 def rounded(values: Mapping[str, float], metric: Metric) -> dict[str, float]:
-    """What is read in the place of the metric's values, where it is in percent."""
+    """The metric's values rounded for reading, if the metric is in percent."""
     if metric.unit != PERCENT:
         return {}
     return {read: as_read(metric.to_dict(), values[name]) for name, read in ROUNDED.items() if name in values}
 
 
 def final_metrics(row: Row, metric: Metric) -> dict[str, float]:
-    """A trial's results; what a diverged or stopped one had before its end stands under its phases alone."""
+    """A trial's results; what a diverged or stopped trial reached before its end is only under its phases."""
     names = ("val_accuracy", "val_loss", *FINAL) if row["status"] == Status.COMPLETE else FINAL
     found = {name: float(row[name]) for name in names if row.get(name) is not None}
     return (
@@ -119,10 +119,10 @@ def final_metrics(row: Row, metric: Metric) -> dict[str, float]:
 
 
 def late_metrics(row: Row, metric: Metric, *, timed_before: bool) -> Iterator[tuple[float, dict[str, float]]]:
-    """(seconds after the trial's end, metrics) of what was measured once the trials were over; logged again it stays one value.
+    """Yields (seconds after the trial's end, metrics) of what was measured once the trials were over; logging it again adds no value.
 
     Args:
-        timed_before: the trial was timed by itself, too: what was measured in turn with the dense net is to be the later value.
+        timed_before: whether the trial was also timed on its own; the value measured in turn with the dense net must then be the later one.
     """
     if row["test_accuracy"] is not None:
         tested = {"test_accuracy": row["test_accuracy"]}
@@ -206,11 +206,11 @@ def _settings(group: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 CHARTS = "ranksearch"
-"""The section of MLflow's chart view that holds ours, above those that it makes by itself."""
+"""The section of MLflow's chart view that holds our charts, above those that MLflow makes itself."""
 
 
 def trials_view(costs: Sequence[str], metric: Metric, searched: Sequence[str]) -> dict[str, str]:
-    """The experiment's tag that makes a link open the table of trials with these columns, or the charts: MLflow's own way to share a view.
+    """The experiment's tag, MLflow's own way to share a view, by which a link opens the table of trials with these columns, or the charts.
 
     Args:
         searched: parameters of the recipe that are searched, for the parallel coordinates.
@@ -223,7 +223,7 @@ def trials_view(costs: Sequence[str], metric: Metric, searched: Sequence[str]) -
         "searchFilter": f"tags.`{KIND_TAG}` = 'trial'", "orderByKey": "metrics.`val_accuracy`",
         "orderByAsc": metric.direction == "minimize", "selectedColumns": columns,
         "compareRunSections": [{"uuid": CHARTS, "name": "The search", "display": True, "isReordered": False, "columns": 2}],
-        "isAccordionReordered": True,  # else sections are put in the order of their names
+        "isAccordionReordered": True,  # else sections are sorted by their names
         "compareRunCharts": [
             _chart("front", "SCATTER", xaxis={"key": shown[0], "type": "METRIC"}, yaxis={"key": "val_accuracy", "type": "METRIC"}),
             _chart("parallel", "PARALLEL", selectedParams=list(searched), selectedMetrics=[*shown, "val_accuracy"], showAllRuns=True),
@@ -239,7 +239,7 @@ def _chart(name: str, kind: str, **settings: Any) -> dict[str, Any]:
 
 
 def dense_tags(view: View) -> dict[str, str]:
-    """The dense net's metric and costs: as tags, since charts of single points would crowd out the others."""
+    """The dense net's metric and costs. They are tags, since as metrics their charts of single points would crowd out the others."""
     known = {name: value for name, value in view.dense.items() if value is not None}
     known |= {name: as_read(view.metric.to_dict(), known[name]) for name in ROUNDED.keys() & known.keys()}
     return {f"dense_{name}": f"{value:.10g}" for name, value in known.items()}

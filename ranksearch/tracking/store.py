@@ -13,14 +13,14 @@ from ranksearch.places.urls import FROM_ENVIRONMENT, from_environment, without_p
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 TRIALS_VIEW = "ranksearch"
-"""The name of the view of an experiment's trials, as a link has it."""
+"""The name, in links, of the view of an experiment's trials."""
 VARIABLE = "MLFLOW_TRACKING_URI"
 NOTED = "mlflow.json"
 """The file in a study's folder that says which store, experiment and run mirror it."""
 
 
 def quiet_mlflow() -> None:
-    """No usage telemetry, no progress of schema migrations on stderr; call it before MLflow is imported."""
+    """Turns off MLflow's usage telemetry and its progress of schema migrations on stderr; call it before MLflow is imported."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
@@ -29,7 +29,7 @@ def quiet_mlflow() -> None:
         # a server's clients would print a link per run, on the stdout that is kept for results
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "GIT_PYTHON_REFRESH": "quiet",
-        # a server that is away is told of within a minute, not after ten; what it missed is logged later
+        # a server that is down is reported within a minute, not after ten; what it missed is logged later
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     }.items():
@@ -53,14 +53,14 @@ def store_uri_beside(runs: Path) -> str:
 
 
 def written(uri: str, configured: str | None) -> str:
-    """A store's URI as it is written down and shown: by the variable that holds it where it has a password."""
+    """A store's URI as it is written down and shown; if it has a password, the variable that holds it stands for it."""
     if configured is not None:
         return configured
     return uri if without_password(uri) == uri else f"{FROM_ENVIRONMENT}{VARIABLE}"
 
 
 def note_in(folder: Path) -> dict[str, str]:
-    """What a study's folder says of its mirror: `uri`, `experiment`, `parent`; empty where it says nothing that can be read."""
+    """What a study's folder says of its mirror: `uri`, `experiment`, `parent`; empty if it says nothing readable."""
     try:
         known = json.loads((folder / NOTED).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -70,7 +70,7 @@ def note_in(folder: Path) -> dict[str, str]:
 
 
 def noted_uri(noted: str) -> str:
-    """URI of a store that was `written` down; where its variable is not set any more, as it was written."""
+    """The URI of a store that was `written` down; if its variable is no longer set, what was written."""
     try:
         return from_environment(noted, NOTED)
     except UsageError:
@@ -78,7 +78,7 @@ def noted_uri(noted: str) -> str:
 
 
 def is_server(uri: str) -> bool:
-    """Whether a store is one that answers over the network by itself; else it is a database."""
+    """Whether a store is a server that answers over the network; else it is a database."""
     return uri.startswith(("http:", "https:", "databricks"))
 
 
@@ -95,13 +95,13 @@ LOCATIONS = {
     "experiments": ("artifact_location",), "runs": ("artifact_uri",), "logged_models": ("artifact_location",),
     "model_versions": ("source", "storage_location"),
 }  # fmt: skip
-"""Table of MLflow's database -> columns that say where files are."""
+"""Table of MLflow's database -> its columns that say where files are."""
 
 
 def at_home(runs: Path, uri: str) -> int:
-    """Makes the database beside the studies name the files beside them, where the folder was moved or copied; returns how many roots.
+    """Corrects the places of files in the database beside the studies if their folder was moved or copied; returns the number of roots.
 
-    MLflow writes absolute paths down. What was configured to lie elsewhere stays there.
+    This is needed because MLflow writes absolute paths down. Files that were configured to lie elsewhere stay there.
     """
     database, here = runs / DATABASE, (runs / ARTIFACTS).absolute()
     if uri != store_uri_beside(runs) or not database.is_file() or not here.is_dir():
@@ -123,7 +123,7 @@ def at_home(runs: Path, uri: str) -> int:
 
 
 def _moved(store: sqlite3.Connection, root: str, here: Path) -> bool:
-    """Whether files that a database has in `root` are in `here` by now: folders of its runs are."""
+    """Whether the files that a database has in `root` are now in `here`, as the folders of its runs show."""
     if root == here.as_uri() or not root.startswith("file:") or not root.endswith(f"/{ARTIFACTS}"):
         return False
     runs = store.execute(

@@ -17,7 +17,7 @@ def trial_charts(row: Row, metric: Metric) -> dict[str, Chart]:
         charts["phases"] = phases_chart(row, metric)
     if any("macs_ratio" in entry for entry in row["history"]):
         charts["levels"] = levels_chart(row, metric)
-    if any(record["removed_energy"] for record in row["projections"]):  # none where every layer stays dense
+    if any(record["removed_energy"] for record in row["projections"]):  # none if every layer stays dense
         charts["removed_energy"] = removed_energy_chart(row)
     return charts
 
@@ -49,7 +49,7 @@ def phases_chart(row: Row, metric: Metric) -> Plot:
 
 
 LOOKS = (GREY, PINK, ORANGE, GREEN, BLUE)
-"""Colours of the looks at a front in training; the last look has the last one."""
+"""Colours of the looks at a front while it trains; the last look has the last colour."""
 
 
 def levels_chart(row: Row, metric: Metric) -> Plot:

@@ -1,4 +1,4 @@
-"""MLflow's UI over the studies of a folder, on this machine alone, with links to their pages."""
+"""MLflow's UI over the studies of a folder, reachable only from this machine, with links to their pages."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from ranksearch.tracking.store import (
 
 HOST, SQLITE = "127.0.0.1", "sqlite:///"
 WORKFLOW = "workflowType=machine_learning"
-"""Without it the UI shows what is for language models."""
+"""Without this the UI shows its pages for language models."""
 END_SECONDS = 5.0
 PATIENCE_SECONDS = 180.0
-"""How long a server may take to answer: half a minute on a busy machine, more where a database's schema is upgraded."""
+"""How long a server may take to answer; it takes half a minute on a busy machine, more if a database's schema is upgraded."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """Where a study is in MLflow; the paths below the address of its UI."""
+    """Where a study is in MLflow, as paths below the address of its UI."""
 
     study: str
     experiment: str
@@ -85,11 +85,11 @@ def find_store(where: str, runs: Path, *, trust: bool = False) -> Opened:
     """The store behind `where`: a folder of studies, a study's folder, or a study's name in `runs`.
 
     Args:
-        trust: whether to open a store that a study's folder names and this user never sent a study to.
+        trust: whether to open a store that a study's folder names but to which this user never sent a study.
 
     Raises:
-        UsageError: nothing of that kind is there (the text names the nearest study), the environment variable with the store's URI is
-            not set, or the store is somebody else's.
+        UsageError: nothing of that kind is there (the message names the nearest study), the environment variable with the store's URI
+            is not set, or the store is somebody else's.
     """
     for folder in (Path(where), runs / where):
         if (folder / INFO).is_file():
@@ -109,7 +109,7 @@ def find_store(where: str, runs: Path, *, trust: bool = False) -> Opened:
                 f"There is no MLflow store in {where}, and no study of that name: run `ranksearch search SPACE.yaml` first. "
                 f"{nearest(where, known)}"
             )
-        # a variable that is not set hides no other study's store
+        # a study whose variable is not set must not hide another study's store
         study, noted_as = next((e for e in elsewhere if not e[1].startswith(FROM_ENVIRONMENT)), elsewhere[0])
         _confirm(study, noted_as, trust=trust)
         uri = from_environment(noted_as, NOTED)
@@ -117,10 +117,10 @@ def find_store(where: str, runs: Path, *, trust: bool = False) -> Opened:
 
 
 def _confirm(study: Path, uri: str, *, trust: bool) -> None:
-    """Nothing, where a study's store is this user's: beside it, named by an own variable, one that a study was sent to, or `trust`ed.
+    """Checks that a study's store is this user's: beside the study, named by the user's variable, sent a study before, or `trust`ed now.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it is none of these.
     """
     beside = uri.startswith(SQLITE) and Path(uri.removeprefix(SQLITE)).parent in (study, study.parent)
     own = uri in (os.environ.get(VARIABLE), store_uri(study.parent, None))
@@ -133,13 +133,13 @@ def _confirm(study: Path, uri: str, *, trust: bool) -> None:
 
 
 def _noted(folder: Path) -> dict[str, str]:
-    """Which store, experiment and run mirror a study; a store that was moved together with the studies is where they are."""
+    """The store, experiment and run that mirror a study; a store that was moved with the studies is looked for beside them."""
     known = note_in(folder)
     if not known:
         return known
     uri = known["uri"] = noted_uri(known["uri"])
     beside, noted = folder.parent / DATABASE, Path(uri.removeprefix(SQLITE))
-    # a copy of a folder of studies opens the copy's store, not the original's, which may be there still
+    # a copy of a folder of studies opens the copy's store, not the original's, which may still exist
     if uri.startswith(SQLITE) and beside.is_file() and (not noted.is_file() or holds_run(beside, known["parent"])):
         known["uri"] = store_uri(folder.parent, None)
     return known
@@ -151,11 +151,11 @@ def _pages(studies: list[Path], uri: str) -> list[Page]:
 
 
 def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
-    """Runs MLflow's server in the foreground until Ctrl-C; links are said at once, and a page that is opened waits for it.
+    """Runs MLflow's server in the foreground until Ctrl-C; prints links at once, and a page that is opened early waits for the server.
 
     Raises:
         UsageError: no port is free.
-        StudyError: the server ends by itself.
+        StudyError: the server ended by itself.
     """
     quiet_mlflow()
     at_home(opened.runs, opened.uri)
@@ -166,7 +166,7 @@ def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
         with _listening(port) as listening:
             port = listening.getsockname()[1]
             words = [str(listening.fileno()), HOST, str(port), *([root] if root else [])]
-            # a session of its own: Ctrl-C reaches this process alone, which ends the whole group without a word from it
+            # a session of its own: Ctrl-C then reaches only this process, which ends the whole group quietly
             server = subprocess.Popen(
                 [sys.executable, "-m", mlflow_private.__name__, *words], stdout=said, stderr=subprocess.STDOUT, env=environment,
                 pass_fds=[listening.fileno()], start_new_session=True,
@@ -174,7 +174,7 @@ def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
         address = f"http://{HOST}:{port}"
         watcher = _ends_with_us(server.pid)
         try:
-            # a page that is asked for now waits for the server in the socket's queue
+            # a page that is opened now waits for the server in the socket's queue
             say(f"MLflow UI: {address} (its first page takes seconds; Ctrl-C ends it)")
             say_pages(opened, address, say)
             _wait_until_it_answers(server, address)
@@ -192,12 +192,12 @@ def serve(opened: Opened, port: int, say: Callable[[str], None]) -> None:
 
 @contextmanager
 def _ended_alike() -> Iterator[None]:
-    """SIGTERM, and a terminal that closes, end what Ctrl-C ends; the handlers that were there before are put back."""
+    """Makes SIGTERM, and a terminal that closes, act like Ctrl-C within the block; the handlers from before are put back."""
 
     def terminate(number: int, frame: Any) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
     before = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -209,9 +209,9 @@ def _ended_alike() -> Iterator[None]:
 
 
 def _ends_with_us(group: int) -> subprocess.Popen[bytes]:
-    """A shell that waits for this process to end, however that comes about, SIGKILL too, and ends a process group then.
+    """Starts a shell that waits for this process to end in any way, even by SIGKILL, and then ends a process group.
 
-    It reads from a pipe whose other end this process alone holds.
+    The shell reads from a pipe whose other end only this process holds.
     """
     script = 'read -r _; kill -s TERM -- "-$0"; sleep 5; kill -s KILL -- "-$0"'
     return subprocess.Popen(
@@ -221,7 +221,7 @@ def _ends_with_us(group: int) -> subprocess.Popen[bytes]:
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """Ends the server with its workers; what does not end within seconds is killed."""
+    """Ends the server with its workers, and kills those that do not end within seconds."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(server.pid, number)
@@ -231,14 +231,14 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 
 def _last_words(said: IO[bytes]) -> str:
-    """The last lines that a server said which ended by itself."""
+    """The last lines of a server that ended by itself."""
     said.seek(0)
     lines = said.read().decode(errors="replace").strip().splitlines()
     return f" Its last words: {' | '.join(lines[-3:])}" if lines else ""
 
 
 def say_pages(opened: Opened, address: str, say: Callable[[str], None]) -> None:
-    """The links of the newest studies, each said what it shows; how to bring a study there, where there is none."""
+    """Prints links to the newest studies and what each shows, or how to bring a study there if there is none."""
     if not opened.pages:
         say("  No study is in this store: `ranksearch sync NAME` brings one there.")
     for page in opened.pages[:10]:
@@ -250,9 +250,8 @@ def say_pages(opened: Opened, address: str, say: Callable[[str], None]) -> None:
 
 def _wait_until_it_answers(server: subprocess.Popen[bytes], address: str) -> None:
     until = time.monotonic() + PATIENCE_SECONDS
-    direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # a proxy (`http_proxy`) knows nothing of this machine's ports
+    # without a proxy (`http_proxy`), which would not reach this machine's ports
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < until:
         if (code := server.poll()) is not None:
             raise StudyError(f"MLflow's server ended with exit code {code}.")
@@ -275,9 +274,9 @@ def _listening(first: int) -> socket.socket:
             return socket.create_server((HOST, port))
         except PermissionError as error:
             raise UsageError(
-                f"--port: {port} needs rights that you have not ({error}): name one from 1024 on."
+                f"--port: {port} needs rights that you do not have ({error}): choose one from 1024 on."
             ) from error
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-    raise UsageError(f"--port: {first} and the ports after it are in use.")
+    raise UsageError(f"--port: {first} and the ports after it are in use: choose another one.")

@@ -1,4 +1,4 @@
-"""`View`: a study as it is shown, values alone. Figures, report, note and runs are made from it, also while the study goes on."""
+"""`View`: a study as it is shown, in plain values. Figures, report, note and runs are made from it, even while the study goes on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class View:
 
     @property
     def metric(self) -> Metric:
-        """What trials are judged by."""
+        """The metric by which trials are judged."""
         return Metric.of_study(self.info)
 
     @property
@@ -57,7 +57,7 @@ class View:
 
     @property
     def table_costs(self) -> list[str]:
-        """The columns of a table: what is searched, then params and size; MACs and FLOPs are one cost and have one name in a study."""
+        """The costs in a table's columns: those searched, then params and size. MACs and FLOPs are one cost, with one name in a study."""
         compute = "flops" if "flops" in self.costs else "macs"
         return list(dict.fromkeys([*self.costs, compute, "params", "size"]))
 
@@ -68,7 +68,7 @@ class View:
 
     @property
     def previewed(self) -> Sequence[Mapping[str, float]]:
-        """What a preview knows from the budget up, over the first of the costs; empty without one, or where it was of another cost."""
+        """What a preview knows from the budget up, over the first cost; empty without a preview, or if it was made for another cost."""
         budgets = self.space.parsed_budgets()
         return self.front.get("preview", []) if budgets and same_cost(budgets[0].cost, self.costs[0]) else []
 
@@ -78,25 +78,25 @@ class View:
 
     @property
     def front_rows(self) -> list[Row]:
-        """The front's rows with everything that is known of them, by rising cost."""
+        """The front's rows with everything that is known about them, by rising cost."""
         on_front, ratio = self.on_front, COST_RATIOS[self.costs[0]]
         return sorted((row for row in self.trials if row["trial"] in on_front), key=lambda row: row[ratio] or 0.0)
 
     @property
     def champion(self) -> Row | None:
-        """The trial of the front that the verdict names: the best within the budgets."""
+        """The trial of the front that the verdict names."""
         trial = self.front["verdict"]["trial"]
         return next((row for row in self.front["trials"] if row["trial"] == trial), None)
 
     def budget_ratio(self, cost: str) -> float | None:
-        """The budget on `cost` as a share of the dense net's; None where there is none."""
+        """The budget on `cost` as a share of the dense net's; None without one."""
         dense = Cost(*(self.dense[key] for key in ("macs", "params", "size_bytes", "latency_ms")))
         same = [budget for budget in self.space.parsed_budgets() if same_cost(budget.cost, cost)]
         limits = [budget.limit(dense) / cost_value(dense, budget.cost) for budget in same]
         return min(limits, default=None)
 
     def progress(self) -> list[tuple[Row, dict[str, float]]]:
-        """Every finished trial, in the order in which they ended, and how far the study was after it."""
+        """Every finished trial, in the order in which they ended, with how far the study was after it."""
         least = self.metric.least_share(self.space.quality)
         ledger, found = Ledger(self.objectives, faster=self.space.has_latency, least=least), []
         for row in sorted(self.trials, key=lambda row: (row["ended"] or 0.0, row["trial"])):
@@ -106,12 +106,12 @@ class View:
 
 
 def shown_costs(space: Space) -> list[str]:
-    """The costs that a front is shown over: the objectives, else the first budget's, else MACs."""
+    """The costs over which a front is shown: the objectives, else the first budget's, else MACs."""
     budgets = [budget.cost for budget in space.parsed_budgets()]
     return [name for name in space.search.objectives if name != "accuracy"] or budgets[:1] or ["macs"]
 
 
 def cost_percent(row: Row | Mapping[str, Any], cost: str) -> float | None:
-    """A row's cost in percent of the dense net's; None where it was not measured."""
+    """A row's cost in percent of the dense net's; None if it was not measured."""
     ratio = row.get(COST_RATIOS[cost])
     return 100 * ratio if ratio is not None else None
