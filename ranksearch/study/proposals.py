@@ -145,7 +145,7 @@ class Proposals:
         return self._searched
 
     def _recipe(self) -> RecipeSpace:
-        """The recipe whose settings are searched: in a nested study they are fixed, unless there are several runs; then the best one's is kept."""
+        """The recipe to search: a nested study fixes it, or, with several runs, searches it and then keeps the best run's."""
         if not is_nested(self._space):
             return self._space.recipe
         if self._space.search.nested.runs == 1:
