@@ -41,8 +41,8 @@ class NestedSpace(Strict):
     """The nested runs of a study whose strategy is `nested`."""
 
     runs: int = Field(default=1, ge=1)
-    """Nested runs, side by side where the resources allow it: the first by the recipe's defaults, the others by recipes spread over what is
-    searched of it. Plans are cut from the run whose levels score best."""
+    """Number of nested runs, side by side if the resources allow it: the first by the recipe's defaults, the others by recipes spread over
+    what is searched of it. Plans are cut from the run whose levels score best."""
     levels: int = Field(default=9, ge=2)
     """Plans that are trained at once: the solver's, evenly spaced on a log scale from `front_from` of the budgets to the budgets."""
     drawn: int = Field(default=1, ge=1)
@@ -174,7 +174,7 @@ class SearchSpace(Strict):
             )
         if self.trials <= self.nested.runs:
             raise ValueError(
-                f"strategy nested needs {self.nested.runs + 1} trials or more: nested runs ({self.nested.runs}), then a scored plan each"
+                f"strategy nested needs {self.nested.runs + 1} trials or more: nested runs ({self.nested.runs}), then plans cut from them"
             )
         return self
 

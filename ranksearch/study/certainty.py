@@ -78,7 +78,7 @@ def again(record: FrontRecord) -> str:
 
 
 def shared(record: FrontRecord) -> str:
-    """That all nets of a nested study stand and fall with one run, and how it compares with the study's other runs."""
+    """Says that all nets of a nested study depend on one run, and how it compares with the study's other runs."""
     if (nested := record.get("nested")) is None:
         return ""
     best, metric = nested["trial"], record["metric"]

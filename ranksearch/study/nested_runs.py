@@ -16,7 +16,7 @@ from ranksearch.trial.result import Status
 
 
 def ended_runs(study: optuna.Study) -> list[FrozenTrial]:
-    """The nested runs that ended, well or not; one that was interrupted is run again, and has not ended."""
+    """The nested runs that ended, well or not; a run that was interrupted is run again and has not ended."""
     return [
         trial
         for trial in study.get_trials(deepcopy=False)
@@ -27,7 +27,7 @@ def ended_runs(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def level_score(trial: FrozenTrial) -> float | None:
-    """The mean metric of the levels that were scored at a run's end; None of a run that left no weights."""
+    """The mean metric of the levels that were scored at a run's end; None for a run that left no weights."""
     result: dict[str, Any] = trial.user_attrs.get("result", {})
     if result.get("status") != Status.COMPLETE:
         return None
@@ -37,16 +37,16 @@ def level_score(trial: FrozenTrial) -> float | None:
 
 
 def best_run(runs: Sequence[FrozenTrial], metric: Metric) -> FrozenTrial | None:
-    """The run whose levels have the best mean; None where no run left weights.
+    """The run whose levels have the best mean; None if no run left weights.
 
-    Levels are compared, and not the run's own net, which is its largest level alone.
+    Levels are compared rather than the run's own net, which is only its largest level.
     """
     scored = [(metric.share(score), -run.number, run) for run in runs if (score := level_score(run)) is not None]
     return max(scored)[2] if scored else None
 
 
 def runs_record(study: optuna.Study, metric: Metric) -> dict[str, Any] | None:
-    """What a front's record says of them: the `trial` that plans are cut from, and the `scores` by trial, of diverged runs None."""
+    """The nested runs for a front's record: the `trial` that plans are cut from, and the `scores` by trial, None for diverged runs."""
     runs = ended_runs(study)
     best = best_run(runs, metric)
     return (
