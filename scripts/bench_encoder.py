@@ -32,7 +32,7 @@ from ranksearch.allocate.drawn import drawn_directions_loss
 from ranksearch.compress import LayerPlan, Net, RankPlan, dense_cost, plan_cost, trace
 
 CALIBRATION, HELD_OUT, TRAINING, BATCH = 200, 300, 6000, 20
-STEPS, FACTOR_SHARE, PERIOD, LR = 300, 0.5, 25, 1e-4
+STEPS, STEP_BATCH, FACTOR_SHARE, PERIOD, LR = 300, 32, 0.5, 25, 1e-4
 ENCODER = "bert.encoder.*"
 
 
@@ -80,7 +80,7 @@ def trained(model: Encoder, small: nn.Module, plan: RankPlan, weightings: Any, i
         )
         for step in range(first, last):
             optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / 20) * (1 - step / steps)
-            chosen = ids[torch.randint(len(ids), (BATCH,), generator=generator)]
+            chosen = ids[torch.randint(len(ids), (STEP_BATCH,), generator=generator)]
             with torch.no_grad():
                 wanted = model.of_tokens(chosen)
             tokens = net.of_tokens(chosen)
@@ -101,12 +101,16 @@ def trained(model: Encoder, small: nn.Module, plan: RankPlan, weightings: Any, i
 
 
 def main() -> None:
-    options = arguments(__doc__, steps=STEPS).parse_args()
+    parser = arguments(__doc__, steps=STEPS)
+    parser.add_argument(
+        "--shares", default="80,60,50", help="percent of the Linears' parameters (default: %(default)s)"
+    )
+    options = parser.parse_args()
     report, figures = Report("bench_encoder", options), {}
     torch.manual_seed(options.seed)
     tokenizer, model = minilm()
     quick = options.quick
-    shares, held_out = ((50,), 60) if quick else ((80, 60, 50), HELD_OUT)
+    shares, held_out = ([50], 60) if quick else ([int(share) for share in options.shares.split(",")], HELD_OUT)
     calibration_count = 60 if quick else CALIBRATION
     steps = 0 if quick else options.steps
     ids = texts(tokenizer, calibration_count + held_out + (TRAINING if steps else 0))

@@ -12,7 +12,7 @@ import ranksearch
 from ranksearch.allocate import LayerRules, rank_curves
 from ranksearch.compress import LayerPlan, RankPlan, restructure_, trace
 from ranksearch.lowering import LOWERINGS, LayerSpec, default_lowerings, expand_families
-from ranksearch.lowering.pivoted_layers import PivotedInput, PivotedOutput, is_merging, merged_pivots
+from ranksearch.lowering.pivoted_layers import PivotedInput, PivotedOutput, is_merging, merged_pivots, stored_pivots
 from ranksearch.maxvol import BOUND
 from ranksearch.space.reading import parse_space
 from ranksearch.tasks.evaluate import evaluate
@@ -166,6 +166,12 @@ def test_merged_kernels_are_for_training_and_scoring_alone(bench):
     assert stored.get_total_flops() < merged.get_total_flops()
     with merged_pivots():
         torch.testing.assert_close(torch.jit.script(net)(x), wanted)
+        with stored_pivots():
+            assert not is_merging()
+        model = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1))
+        ranksearch.compress(
+            model, plans("im2col_pivoted", CONV, 0.5)[0], example_input=x
+        )  # whose MACs are held against the plan's
     model, seen = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), []
     model.register_forward_hook(lambda *args: seen.append(is_merging()))
     evaluate(model, bench.task.val, bench.task)

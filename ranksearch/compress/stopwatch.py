@@ -18,6 +18,7 @@ from ranksearch.compress.plan import DENSE, LayerPlan
 from ranksearch.compress.runtimes import Function, runtime_named
 from ranksearch.errors import UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
+from ranksearch.lowering.pivoted_layers import stored_pivots
 from ranksearch.lowering.spec import Ints
 
 AT_ONCE = 40
@@ -100,9 +101,10 @@ class Stopwatch:
 
     @contextmanager
     def _in_memory(self) -> Iterator[None]:
-        """Turns a lack of memory within into a UsageError that names the setting which decides it."""
+        """Turns a lack of memory within into a UsageError that names the setting which decides it; layers run as they are stored."""
         try:
-            yield
+            with stored_pivots():
+                yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError, on a GPU, is a RuntimeError
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and NO_MEMORY not in str(error):
                 raise

@@ -24,12 +24,14 @@ from ranksearch.compress.trace import Net, traced
 from ranksearch.compress.undisturbed import own, undisturbed
 from ranksearch.errors import UsageError
 from ranksearch.lowering.chain import Chain, Computed
+from ranksearch.lowering.pivoted_layers import stored_pivots
 from ranksearch.lowering.tiled import settle_, stores_factors
 
 TOLERANCE = 1e-4
 """The largest allowed max |a - b| / max |a|, with a the outputs of the projected net and b those of the compressed one."""
 
 
+@stored_pivots()
 def check_whole(model: nn.Module, small: nn.Module, plan: RankPlan, example_input: Any) -> None:
     """Holds `small`, which `compress(model, plan)` made, to `model` and `plan` on one example input.
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from ranksearch.lowering.spec import LayerSpec
 
-_merging = 0
-"""How many `merged_pivots` are open in this process: a plain number, which torch.compile can guard."""
+_merging = _as_stored = 0
+"""How many `merged_pivots` and `stored_pivots` are open in this process: plain numbers, which torch.compile can guard."""
 _counting = Lock()
 
 
@@ -41,8 +41,21 @@ def merged_pivots() -> Iterator[None]:
             _merging -= 1
 
 
+@contextmanager
+def stored_pivots() -> Iterator[None]:
+    """Lets pivoted layers run as they are stored, also within `merged_pivots`: for what is timed or counted."""
+    global _as_stored
+    with _counting:
+        _as_stored += 1
+    try:
+        yield
+    finally:
+        with _counting:
+            _as_stored -= 1
+
+
 def is_merging() -> bool:
-    return _merging > 0
+    return _merging > 0 and _as_stored == 0
 
 
 def rows_at(matrix: Tensor, index: Tensor) -> Tensor:
