@@ -220,7 +220,7 @@ def test_half_a_study_is_removed_and_a_strange_folder_left_alone(make, tmp_path,
     assert not (tmp_path / "digits_resnet8").exists()
     (tmp_path / "digits_resnet8").mkdir()
     (tmp_path / "digits_resnet8" / "mine.txt").write_text("")
-    with pytest.raises(UsageError, match="is no study"):
+    with pytest.raises(UsageError, match="is not a study"):
         make(trials=2)
     assert (tmp_path / "digits_resnet8" / "mine.txt").exists()
 
