@@ -276,8 +276,10 @@ def pivoted_rows(report: Report, name: str, options: argparse.Namespace) -> dict
             plans = [allocate_plan(curves, budgets, damage=damage).plan for damage in damages]
             solved = (time.perf_counter() - started) / len(plans)
             chosen = max(plans, key=lambda plan: settling(plan).accuracy)
-            for plan, made in ((plans[0], label), (chosen, f"{label}_settled")):
-                found, cost, dense = scorer(plan), plan_cost(net, plan), dense_cost(net)
+            tested = scorer(plans[0])
+            settled = tested if chosen is plans[0] else scorer(chosen)
+            for plan, made, found in ((plans[0], label, tested), (chosen, f"{label}_settled", settled)):
+                cost, dense = plan_cost(net, plan), dense_cost(net)
                 figures[f"test_{name}_{percent}_{made}"] = found.accuracy
                 report.rows.append(
                     {

@@ -197,12 +197,10 @@ def pivoted(report: Report) -> dict[str, Any]:
         report.say(f"the encoder is left out: {error} (the extra `text`)")
     figures: dict[str, Any] = {}
     for name, (model, example, lowerings, include) in cases.items():
-        plans = {"dense": RankPlan()}
+        plans, net = {"dense": RankPlan()}, trace(model, example)
         for lowering in lowerings:
-            rules = LayerRules((lowering,), include=include)
-            plan = BASELINES["uniform"](
-                rank_curves(model, trace(model, example), rules), [parse_budget("flops", "50%")], None
-            )
+            curves = rank_curves(model, net, LayerRules((lowering,), include=include))
+            plan = BASELINES["uniform"](curves, [parse_budget("flops", "50%")], None)
             plans[lowering] = plan
             plans[f"{lowering}_pivoted"] = RankPlan(
                 {layer: replace(choice, lowering=f"{lowering}_pivoted") for layer, choice in plan.lowered()}

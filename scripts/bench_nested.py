@@ -143,7 +143,7 @@ def main() -> None:
     report = Report("bench_nested", options)
     seeds = list(range(options.seed, options.seed + options.seeds))
     for seed in seeds:
-        for method in [*options.methods[:1], *options.variants, *options.methods[1:]]:
+        for method in [*options.methods, *options.variants]:
             row = measured(options, method, seed)
             report.rows.append(row)
             report.say(

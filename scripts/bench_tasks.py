@@ -32,6 +32,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -225,10 +226,16 @@ class Bench:
     def _macs(self, model: nn.Module) -> int:
         return dense_cost(trace(model, self.task.example_input)).macs
 
+    @cached_property
+    def of_controls(self) -> tuple[Space, Workbench]:
+        """What the controls' plans are made with."""
+        space = self.space("controls", {"sensitivity": "kfac"})
+        return space, self.prepared(space)
+
     def controls(self, costs: Sequence[float]) -> Iterator[Net]:
         """One net per control and cost."""
-        space = self.space("controls", {"sensitivity": "kfac"})
-        bench, reference = self.prepared(space), model_reference(space.task, space.model)
+        space, bench = self.of_controls
+        reference = model_reference(space.task, space.model)
         makers: dict[str, Callable[[Any], RankPlan]] = {
             "uniform": lambda budgets: BASELINES["uniform"](bench.curves, budgets, reference),
             "solver": lambda budgets: allocate_plan(bench.curves, budgets, damage=bench.damage, model=reference).plan,

@@ -18,9 +18,20 @@ from torch.nn import functional as F
 
 from ranksearch.lowering.spec import LayerSpec
 
-_merging = _as_stored = 0
+_open = {"merged": 0, "stored": 0}
 """How many `merged_pivots` and `stored_pivots` are open in this process: plain numbers, which torch.compile can guard."""
 _counting = Lock()
+
+
+@contextmanager
+def _opened(which: str) -> Iterator[None]:
+    with _counting:
+        _open[which] += 1
+    try:
+        yield
+    finally:
+        with _counting:
+            _open[which] -= 1
 
 
 @contextmanager
@@ -31,31 +42,19 @@ def merged_pivots() -> Iterator[None]:
     core of an Intel Xeon: a pass takes .20 s instead of .47, a step on the factors .76 s instead of 1.42). What is timed, counted or
     exported runs as it is stored.
     """
-    global _merging
-    with _counting:
-        _merging += 1
-    try:
+    with _opened("merged"):
         yield
-    finally:
-        with _counting:
-            _merging -= 1
 
 
 @contextmanager
 def stored_pivots() -> Iterator[None]:
     """Lets pivoted layers run as they are stored, also within `merged_pivots`: for what is timed or counted."""
-    global _as_stored
-    with _counting:
-        _as_stored += 1
-    try:
+    with _opened("stored"):
         yield
-    finally:
-        with _counting:
-            _as_stored -= 1
 
 
 def is_merging() -> bool:
-    return _merging > 0 and _as_stored == 0
+    return _open["merged"] > 0 and _open["stored"] == 0
 
 
 def rows_at(matrix: Tensor, index: Tensor) -> Tensor:

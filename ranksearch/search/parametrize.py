@@ -15,8 +15,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from ranksearch.compress import RankPlan
 from ranksearch.space.recipe import RecipeSpace
-from ranksearch.space.settings import Choices, Range, Scalar
-from ranksearch.trial.recipe import Recipe
+from ranksearch.space.settings import Choices, Range
+from ranksearch.trial.recipe import Recipe, searched
 
 LEVEL = "level"
 """The parameter that says at which share of the budgets a plan is allocated."""
@@ -77,14 +77,8 @@ class Searched:
     distributions: Mapping[str, BaseDistribution] = field(init=False)
 
     def __post_init__(self) -> None:
-        found: dict[str, BaseDistribution] = dict(self.form.distributions)
-
-        def note(name: str, setting: Range | Choices, whole: bool) -> Scalar:
-            found[name] = distribution(setting, whole)
-            return setting.middle
-
-        Recipe.settled(self.recipe, note)
-        object.__setattr__(self, "distributions", found)
+        of_recipe = {name: distribution(*setting) for name, setting in searched(self.recipe).items()}
+        object.__setattr__(self, "distributions", {**self.form.distributions, **of_recipe})
 
     def suggest(self, trial: optuna.Trial) -> Suggestion:
         """Draws a suggestion; a trial that was enqueued with a plan takes that one.

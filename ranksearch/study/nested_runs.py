@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from itertools import islice
 from statistics import mean
 from typing import Any
 
@@ -15,15 +16,20 @@ from ranksearch.trial.metric import Metric
 from ranksearch.trial.result import Status
 
 
-def ended_runs(study: optuna.Study) -> list[FrozenTrial]:
-    """The nested runs that ended, well or not; a run that was interrupted is run again and has not ended."""
-    return [
+def run_scores(study: optuna.Study, runs: int) -> dict[int, float | None]:
+    """Trial -> score of the nested runs that ended, well or not (see `level_score`); a run that was interrupted is run again and has not.
+
+    Args:
+        runs: how many the study has, so that a long study is not looked through to its end.
+    """
+    ended = (
         trial
         for trial in study.get_trials(deepcopy=False)
         if trial.state.is_finished()
         and trial.user_attrs.get("candidate", {}).get("allocator") == NESTED_RUN
         and trial.user_attrs.get("outcome") != INTERRUPTED
-    ]
+    )
+    return {trial.number: level_score(trial) for trial in islice(ended, runs)}
 
 
 def level_score(trial: FrozenTrial) -> float | None:
@@ -36,19 +42,10 @@ def level_score(trial: FrozenTrial) -> float | None:
     return mean(last) if last else result["val_accuracy"]
 
 
-def best_run(runs: Sequence[FrozenTrial], metric: Metric) -> FrozenTrial | None:
+def best_run(scores: Mapping[int, float | None], metric: Metric) -> int | None:
     """The run whose levels have the best mean; None if no run left weights.
 
     Levels are compared rather than the run's own net, which is only its largest level.
     """
-    scored = [(metric.share(score), -run.number, run) for run in runs if (score := level_score(run)) is not None]
-    return max(scored)[2] if scored else None
-
-
-def runs_record(study: optuna.Study, metric: Metric) -> dict[str, Any] | None:
-    """The nested runs for a front's record: the `trial` that plans are cut from, and the `scores` by trial, None for diverged runs."""
-    runs = ended_runs(study)
-    best = best_run(runs, metric)
-    return (
-        None if best is None else {"trial": best.number, "scores": {str(run.number): level_score(run) for run in runs}}
-    )
+    shares = {number: metric.share(score) for number, score in scores.items() if score is not None}
+    return max(shares, key=shares.__getitem__, default=None)

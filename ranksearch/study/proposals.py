@@ -33,7 +33,7 @@ from ranksearch.space.recipe import RecipeSpace
 from ranksearch.space.space import Space
 from ranksearch.study.folder import CHECKPOINTS, trial_folder
 from ranksearch.study.journal import together
-from ranksearch.study.nested_runs import best_run, ended_runs
+from ranksearch.study.nested_runs import best_run, run_scores
 from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.nested import NESTED, read_weights
@@ -198,11 +198,12 @@ class Proposals:
             PlaceError: the weights cannot be read.
         """
         if self._nested is None:
-            runs = ended_runs(self._study)
-            if len(runs) < self._space.search.nested.runs or (best := best_run(runs, self._metric)) is None:
+            runs = self._space.search.nested.runs
+            scores = run_scores(self._study, runs)
+            if len(scores) < runs or (best := best_run(scores, self._metric)) is None:
                 return bench
-            weights = read_weights(trial_folder(self._results, best.number) / NESTED)
-            self._nested = best.number, with_weights(self._space, bench, weights, lambda text: None)
+            weights = read_weights(trial_folder(self._results, best) / NESTED)
+            self._nested = best, with_weights(self._space, bench, weights, lambda text: None)
         return self._nested[1]
 
     def _take(self, trial: optuna.Trial, found: Suggestion, bench: Workbench) -> Candidate:

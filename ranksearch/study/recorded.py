@@ -28,7 +28,7 @@ from ranksearch.study.importance import importances
 from ranksearch.study.late import DENSE, Late
 from ranksearch.study.ledger import Ledger
 from ranksearch.study.making import read_folder
-from ranksearch.study.nested_runs import best_run, ended_runs, runs_record
+from ranksearch.study.nested_runs import best_run, run_scores
 from ranksearch.study.row import Row, row_of
 from ranksearch.study.storage import open_study
 from ranksearch.study.where import lost_nets
@@ -107,10 +107,17 @@ class RecordedStudy:
     @property
     def nested_trial(self) -> int | None:
         """The trial whose dense weights serve every budget, the best of the nested runs; None if there is none, or none yet."""
-        if not is_nested(self.space):
-            return None
-        best = best_run(ended_runs(self._study), self.metric)
-        return None if best is None else best.number
+        return best_run(self._nested_scores(), self.metric)
+
+    def _nested_scores(self) -> dict[int, float | None]:
+        """Trial -> score of the nested runs that ended; None for a run that left no weights."""
+        return run_scores(self._study, self.space.search.nested.runs) if is_nested(self.space) else {}
+
+    def _nested_record(self) -> dict[str, Any] | None:
+        """The nested runs for a front's record: the `trial` that plans are cut from, and the `scores` by trial."""
+        scores = self._nested_scores()
+        best = best_run(scores, self.metric)
+        return None if best is None else {"trial": best, "scores": {str(run): score for run, score in scores.items()}}
 
     def at(self, budgets: Budgets) -> Cut:
         """The net within `budgets` ("flops=37%", or several that hold at once) of a nested study, cut from its weights in seconds.
@@ -288,7 +295,7 @@ class RecordedStudy:
             "measured_with": self.info.get("measured_with"),
             "preview": beyond_budget(self.folder, self.space, self.metric.direction),
             "lost": lost_nets(self.folder, (row.trial for row in self._ledger.front)) if self.done else [],
-            "nested": runs_record(self._study, self.metric) if is_nested(self.space) else None,
+            "nested": self._nested_record(),
         }  # fmt: skip
 
     def write_front(self) -> None:

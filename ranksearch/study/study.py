@@ -39,6 +39,7 @@ from ranksearch.study.folder import (  # fmt: skip
 )
 from ranksearch.study.journal import mend_journal, together
 from ranksearch.study.making import begin, samples_of, space_text
+from ranksearch.study.nested_runs import best_run
 from ranksearch.study.orphans import settle_orphans
 from ranksearch.study.outcomes import record_of, tell_optuna
 from ranksearch.study.proposals import Proposals
@@ -198,7 +199,7 @@ class Study(RecordedStudy):
         """
         if self.exhausted or self.finished + len(self._running) >= self.planned:
             return None
-        if is_nested(self.space) and not self._nested_is_over() and not self._nested_is_due():
+        if is_nested(self.space) and not self._is_due_in_nested():
             return None
         if self._orphans:
             self._settle_orphans()
@@ -214,27 +215,23 @@ class Study(RecordedStudy):
         self._steps[candidate.number] = (0, candidate.recipe.steps)
         return candidate
 
-    def _nested_is_over(self) -> bool:
-        """Whether every nested run has ended, so that plans can be cut from the best one.
+    def _is_due_in_nested(self) -> bool:
+        """Whether the next proposal may be made: a nested run as long as some are missing, then, once all have ended, a plan.
 
         Raises:
-            StudyError: none of them left weights.
+            StudyError: none of the runs left weights.
         """
-        ended, runs = [row for row in self.rows if row.allocator == NESTED_RUN], self.space.search.nested.runs
+        ended, runs = self._nested_scores(), self.space.search.nested.runs
         if len(ended) < runs:
-            return False
-        if self.nested_trial is None:
-            reason = ended[-1].reason or str(ended[-1].status)
+            return len(ended) + len(self._running) < runs
+        if best_run(ended, self.metric) is None:
+            row = self._ledger[max(ended)]
+            reason = row.reason or str(row.status)
             which = "The nested run" if runs == 1 else f"Each of the {runs} nested runs"
             raise StudyError(
                 f"{which} of {self.space.name!r} gave no weights to cut nets from. {reason}. {mend(reason)}"
             )
         return True
-
-    def _nested_is_due(self) -> bool:
-        """Whether a nested run is still to be proposed; while any has not ended, nothing else is under way."""
-        ended = sum(row.allocator == NESTED_RUN for row in self.rows)
-        return ended + len(self._running) < self.space.search.nested.runs
 
     # Trials that did not end -------------------------------------------------------------------------------------
 

@@ -98,16 +98,21 @@ def scored_after(recipe: Recipe, fine_tuning: int) -> Recipe:
     return replace(recipe, steps=fine_tuning, factor_share=1.0)
 
 
-def searched_settings(space: RecipeSpace) -> dict[str, Scalar]:
-    """Dotted name -> default of the settings that are searched."""
-    found: dict[str, Scalar] = {}
+def searched(space: RecipeSpace) -> dict[str, tuple[Range | Choices, bool]]:
+    """Dotted name -> (distribution, whether whole) of the settings that are searched."""
+    found: dict[str, tuple[Range | Choices, bool]] = {}
 
     def note(name: str, setting: Range | Choices, whole: bool) -> Scalar:
-        found[name] = middle(name, setting, whole)
-        return found[name]
+        found[name] = setting, whole
+        return middle(name, setting, whole)
 
     Recipe.settled(space, note)
     return found
+
+
+def searched_settings(space: RecipeSpace) -> dict[str, Scalar]:
+    """Dotted name -> default of the settings that are searched."""
+    return {name: middle(name, *setting) for name, setting in searched(space).items()}
 
 
 def spread_recipes(space: RecipeSpace, count: int, seed: int) -> list[dict[str, Scalar]]:
@@ -119,20 +124,12 @@ def spread_recipes(space: RecipeSpace, count: int, seed: int) -> list[dict[str, 
     """
     from scipy.stats import qmc
 
-    searched: list[tuple[str, Range | Choices, bool]] = []
-
-    def note(name: str, setting: Range | Choices, whole: bool) -> Scalar:
-        searched.append((name, setting, whole))
-        return setting.middle
-
-    Recipe.settled(space, note)
-    found = [searched_settings(space)]
-    for size in (count - 1, 16 * count, 256 * count):
+    settings, found = searched(space), [searched_settings(space)]
+    for size in (count - 1, 16 * count, 256 * count) if settings else ():
         found = found[:1]
-        for point in qmc.LatinHypercube(len(searched), seed=seed).random(size) if searched else ():
+        for point in qmc.LatinHypercube(len(settings), seed=seed).random(size):
             drawn = {
-                name: at_share(setting, whole, share)
-                for (name, setting, whole), share in zip(searched, point, strict=True)
+                name: at_share(*setting, share) for (name, setting), share in zip(settings.items(), point, strict=True)
             }
             if drawn not in found and len(found) < count:
                 found.append(drawn)
