@@ -59,6 +59,7 @@ def packed(candidate: Candidate) -> dict[str, Any]:
         "metric": asdict(candidate.metric) if candidate.metric is not None else None,
         "path": [plan.to_dict() for plan in candidate.path], "drawn": candidate.drawn,
         "weights": text_of(candidate.weights) if candidate.weights is not None else None,
+        "shares": candidate.shares,
     }  # fmt: skip
     return {"number": candidate.number, CANDIDATE: json.dumps(parts)}
 
@@ -73,6 +74,7 @@ def candidate_of(config: dict[str, Any]) -> Candidate:
         metric=MetricSetting(**parts["metric"]) if parts.get("metric") is not None else None,
         path=tuple(RankPlan.from_dict(plan) for plan in parts["path"]), drawn=parts["drawn"],
         weights=place_at(parts["weights"]) if parts["weights"] is not None else None,
+        shares=tuple(parts["shares"]),
     )  # fmt: skip
 
 

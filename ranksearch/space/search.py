@@ -47,6 +47,8 @@ class NestedSpace(Strict):
     """Plans that are trained at once: the solver's, evenly spaced on a log scale from `front_from` of the budgets to the budgets."""
     drawn: int = Field(default=1, ge=1)
     """Levels that one step trains, drawn anew each time; each takes a forward and a backward pass."""
+    mix: bool = True
+    """Cuts each plan from the mixture of the run's weights and the dense net's that scores best, rather than from the run's alone."""
     fine_tuning: int = Field(default=0, ge=0)
     """Steps that train a plan's factors after they are cut from the nested weights; 0 scores them as they are, in seconds."""
 

@@ -19,9 +19,11 @@ from ranksearch.space.space import Space
 from ranksearch.study.folder import CURVES, DENSE_WEIGHTS, trial_folder
 from ranksearch.study.latency_file import open_table
 from ranksearch.tasks import model_reference
+from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.source import calibration_batches
+from ranksearch.trial.mixture import SHARES, best_cut
 from ranksearch.trial.nested import NESTED, read_weights
 from ranksearch.trial.recipe import Recipe, middle
 
@@ -41,6 +43,8 @@ class Cut:
     val_accuracy: float
     """The task's metric on the validation set."""
     val_loss: float
+    run_share: float
+    """Share of the nested run's weights in what it was cut from; the rest is the dense net's (`trial/mixture.py`)."""
 
     @property
     def macs_ratio(self) -> float:
@@ -76,17 +80,19 @@ class Cutter:
             )
         self._space, self._folder, self._key = space, folder, latency_key
         self._weights = trial_folder(folder, trial) / NESTED
-        self._bench: Workbench | None = None
+        self._opened: tuple[Workbench, State] | None = None
 
-    def _open(self) -> Workbench:
-        if self._bench is None:
+    def _open(self) -> tuple[Workbench, State]:
+        """The workbench of the run's weights, and the dense net's."""
+        if self._opened is None:
             table = open_table(self._space, self._folder, self._key)
             bench = prepare(
                 self._space, fallback=self._folder, log=lambda text: None, known=CurveCache(self._folder / CURVES),
                 saved_dense=self._folder / DENSE_WEIGHTS, table=table,
             )  # fmt: skip
-            self._bench = with_weights(self._space, bench, read_weights(self._weights), lambda text: None)
-        return self._bench
+            trained = with_weights(self._space, bench, read_weights(self._weights), lambda text: None)
+            self._opened = trained, bench.dense
+        return self._opened
 
     def __call__(self, budgets: Budgets) -> Cut:
         """The net within all of `budgets`.
@@ -97,14 +103,25 @@ class Cutter:
         texts = tuple(assignments(budgets))
         if not texts:
             raise UsageError("No budget was named: give one, such as flops=37%, or several that hold at once.")
-        parsed, bench = [parse_budget(*text.partition("=")[::2]) for text in texts], self._open()
+        parsed = [parse_budget(*text.partition("=")[::2]) for text in texts]
+        bench, dense = self._open()
         plan = allocate_plan(
             bench.curves, parsed, damage=bench.damage, model=model_reference(self._space.task, self._space.model)
         ).plan
         recipe, device = Recipe.settled(self._space.recipe, middle), pick_device()
-        small = compress(bench.dense_model().to(device), plan)
-        task, generator = bench.task.to(device), torch.Generator(device).manual_seed(self._space.search.seed)
-        reestimate_bn_(small, calibration_batches(task.train, recipe.bn_batches, recipe.batch_size, generator))
-        found = evaluate(small, task.val, task)
-        dense = bench.curves.dense
-        return Cut(small.cpu().eval(), plan, texts, bench.curves.cost(plan), dense, found.accuracy, found.loss)
+        task = bench.task.to(device)
+
+        def cut(weights: State) -> nn.Module:
+            model = bench.task.dense_model()
+            model.load_state_dict(weights)
+            small = compress(model.to(device), plan)
+            generator = torch.Generator(device).manual_seed(self._space.search.seed)
+            reestimate_bn_(small, calibration_batches(task.train, recipe.bn_batches, recipe.batch_size, generator))
+            return small
+
+        shares = SHARES if self._space.search.nested.mix else SHARES[:1]
+        net, score, run_share = best_cut(
+            cut, lambda net: evaluate(net, task.val, task), bench.dense, dense, task.direction, shares
+        )
+        cost, whole = bench.curves.cost(plan), bench.curves.dense
+        return Cut(net.cpu().eval(), plan, texts, cost, whole, score.accuracy, score.loss, run_share)

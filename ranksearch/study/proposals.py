@@ -36,6 +36,7 @@ from ranksearch.study.journal import together
 from ranksearch.study.nested_runs import best_run, run_scores
 from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.metric import Metric
+from ranksearch.trial.mixture import SHARES
 from ranksearch.trial.nested import NESTED, read_weights
 from ranksearch.trial.recipe import fixed, scored_after
 
@@ -230,7 +231,8 @@ class Proposals:
                 "drawn": self._space.search.nested.drawn,
             }
         if self._nested is not None:
-            return {"weights": trial_folder(self._results, self._nested[0]) / NESTED}
+            weights = trial_folder(self._results, self._nested[0]) / NESTED
+            return {"weights": weights, "shares": SHARES if self._space.search.nested.mix else SHARES[:1]}
         return {}
 
     def checkpoint(self, key: str, seed: int) -> Place:

@@ -25,6 +25,11 @@ class Evaluation:
     accuracy: float
     loss: float
 
+    def is_above(self, other: Evaluation, direction: str) -> bool:
+        """Whether it is better by the metric, whose `direction` it is, or between equals by the loss."""
+        sign = 1 if direction == "maximize" else -1
+        return (sign * self.accuracy, -self.loss) > (sign * other.accuracy, -other.loss)
+
 
 @torch.inference_mode()
 @merged_pivots()

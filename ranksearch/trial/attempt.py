@@ -54,6 +54,7 @@ def attempt(
             checkpoint=checkpoint, rungs=candidate.rungs, latency=candidate.latency, metric=candidate.metric, group=group, watch=watch,
             path=candidate.path, drawn=candidate.drawn,
             start=None if candidate.weights is None else read_weights(candidate.weights),
+            shares=candidate.shares,
         )  # fmt: skip
     except (Leaving, PeerLost, KeyboardInterrupt):
         raise

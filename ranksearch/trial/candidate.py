@@ -42,3 +42,5 @@ class Candidate:
     """How many levels each of its steps trains."""
     weights: Place | None = None
     """The dense weights of a nested run that the trial starts from; None: the study's dense net."""
+    shares: tuple[float, ...] = (1.0,)
+    """Shares of those weights, the rest being the dense net's, of which the best mixture is started from."""

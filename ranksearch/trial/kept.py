@@ -32,8 +32,7 @@ class Kept:
 
     def gives_way_to(self, found: Evaluation, direction: str) -> bool:
         """Whether a later candidate that scored `found` is at least as good; `direction` is that of the task's metric."""
-        sign = 1 if direction == "maximize" else -1
-        return (sign * found.accuracy, -found.loss) >= (sign * self.val_accuracy, -self.val_loss)
+        return not Evaluation(self.val_accuracy, self.val_loss).is_above(found, direction)
 
     def facts(self) -> dict[str, Any]:
         """What a result says of it."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from ranksearch.compress import Net, RankPlan, dense_cost, reestimate_bn_
 from ranksearch.compress.copying import copied
+from ranksearch.compress.slots import settled_
 from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
 from ranksearch.compress.surgery import compress
 from ranksearch.lowering.weighting import Weighting
@@ -31,6 +32,7 @@ from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.kept import Kept
 from ranksearch.trial.levels import Levels
+from ranksearch.trial.mixture import best_cut
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe
 from ranksearch.trial.reporting import LAST, RUNG, UNTRAINED, Report, Watch
@@ -67,6 +69,7 @@ class Session:
         metric: MetricSetting | None = None,
         drawn: int = 1,
         start: State | None = None,
+        shares: Sequence[float] = (1.0,),
         last: bool = False,
     ) -> None:
         device = pick_device()
@@ -75,7 +78,7 @@ class Session:
             torch.cuda.manual_seed(seed + group.rank)  # and drop out other units
         self.task, self.net, self.recipe = task.to(device), net, recipe
         self._device, self._dense, self._report, self._checkpoint = device, dense, report, checkpoint
-        self._start = dense if start is None else start
+        self._start, self._shares = start, shares
         self.group, self.seed, self.drawn = group, seed, drawn
         self._metric = metric
         self._watch, self._last = watch, last
@@ -127,7 +130,7 @@ class Session:
 
     def dense_net(self) -> nn.Module:
         """The dense net with the weights that the trial starts from, on the device."""
-        return self._net_of(self._start)
+        return self._net_of(self._dense if self._start is None else self._start)
 
     def _net_of(self, weights: State) -> nn.Module:
         model = self.task.dense_model()
@@ -210,6 +213,24 @@ class Session:
             model, self.task, settings, steps, generator=self._generator, distillation=self._distillation, group=self.group,
             passes=passes,
         )  # fmt: skip
+
+    def decomposed(self, plan: RankPlan) -> tuple[nn.Module, Evaluation | None, float | None]:
+        """The net that the trial starts from, decomposed, with fresh BN statistics. Of a nested run's weights it is the best mixture with
+        the dense net's: then its score and the run's share are given, too.
+        """
+        drawn = self._generator.get_state()
+
+        def cut(weights: State) -> nn.Module:
+            self._generator.set_state(drawn)
+            model = settled_(self._net_of(weights), plan)
+            weightings, example = self.weightings(plan, model), self.task.example_input
+            small = self.same_(compress(model, plan, weightings=weightings, example_input=example))
+            self.reestimate_bn_(small)
+            return small
+
+        if self._start is None:
+            return cut(self._dense), None, None
+        return best_cut(cut, self._score, self._start, self._dense, self.task.direction, self._shares)
 
     def score_untrained(self, plan: RankPlan) -> None:
         """Scores the dense net decomposed as it is, so that training never makes a trial worse than none; once, and aside as a rung is.
@@ -295,19 +316,21 @@ class Session:
         )
 
     def score(
-        self, phase: str, model: nn.Module, step: int, *, candidate: bool = False, **metrics: float | None
-    ) -> None:
+        self, phase: str, model: nn.Module, step: int, known: Evaluation | None = None, /, *, candidate: bool = False,
+        **metrics: float | None,
+    ) -> None:  # fmt: skip
         """Evaluates `model` on the validation set, adds it to the history and reports it.
 
         Args:
             candidate: whether it is the trial's low-rank net as it would be if the trial ended here; the best of those is kept.
+            known: its score, if it has one already.
         """
-        found = self.group.on_rank_0(lambda: self._evaluate(model))
+        found = self._score(model) if known is None else known
         for name, value in (("loss", found.loss), (self.task.metric_name, found.accuracy)):
             if not isfinite(value):
                 raise Diverged(f"the validation {name} of the {phase} net is {value}")
-        known = {name: value for name, value in metrics.items() if value is not None}
-        entry = {"phase": phase, "step": step, "val_accuracy": found.accuracy, "val_loss": found.loss, **known}
+        entry = {"phase": phase, "step": step, "val_accuracy": found.accuracy, "val_loss": found.loss}
+        entry |= {name: value for name, value in metrics.items() if value is not None}
         self.history.append(entry)
         better = self.kept is None or self.kept.gives_way_to(found, self.task.direction)
         if candidate and better and not self._last:
@@ -319,6 +342,9 @@ class Session:
         if self.kept is not None:
             small.load_state_dict(self.kept.weights)
         return small
+
+    def _score(self, model: nn.Module) -> Evaluation:
+        return self.group.on_rank_0(lambda: self._evaluate(model))
 
     def _evaluate(self, model: nn.Module) -> Evaluation:
         """On rank 0 alone, since a metric may be any function of the whole split; its random numbers stay those of the others."""

@@ -47,13 +47,12 @@ def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
 
 def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     """Trains the dense net under projections, ends on one, so that decomposing changes nothing, and decomposes."""
-    recipe, model, steps = session.recipe, settled_(session.dense_net(), plan), range(session.recipe.dense_steps)
+    recipe, steps = session.recipe, range(session.recipe.dense_steps)
     if not steps:  # decomposed first: the dense net as it is has no score of its own
-        weightings = session.weightings(plan, model)
-        small = session.same_(compress(model, plan, weightings=weightings, example_input=session.task.example_input))
-        session.reestimate_bn_(small)
-        session.score("decomposed", small, 0, candidate=True)
+        small, score, run_share = session.decomposed(plan)
+        session.score("decomposed", small, 0, score, candidate=True, run_share=run_share)
         return small
+    model = settled_(session.dense_net(), plan)
     session.score_untrained(plan)
     rates = [session.settings.lr_at(step) for step in steps]
     measure = partial(session.weightings, plan)
@@ -91,6 +90,7 @@ def run_trial(
     path: Sequence[RankPlan] = (),
     drawn: int = 1,
     start: State | None = None,
+    shares: Sequence[float] = (1.0,),
     last: bool = False,
 ) -> TrialResult:
     """Runs the method under `plan` and returns its validation score and costs; the compressed net is written to `save_to`.
@@ -105,7 +105,8 @@ def run_trial(
     `watch` is called with the number of steps done, after each of them, for whoever shows it.
 
     With a `path` it is a nested run: all of these plans are trained at once, `drawn` of them at every step, and the dense weights are
-    written beside the net. `start` holds weights of such a run to begin with; `dense` is still the teacher.
+    written beside the net. `start` holds weights of such a run to begin with, or their mixture with `dense` at the best of `shares`
+    (`mixture.py`); `dense` is still the teacher.
 
     The net is the best candidate by the validation metric; with `last` it is that of the last step, for measurements whose dense net has
     seen the validation images.
@@ -129,6 +130,7 @@ def run_trial(
         watch=watch,
         drawn=drawn,
         start=start,
+        shares=shares,
         last=last,
     )
     try:
