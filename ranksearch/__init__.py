@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what an editor and mypy see; at run time a name is imported at its first use
     from ranksearch.allocate import LayerRule
     from ranksearch.allocate.allocate import allocate
+    from ranksearch.allocate.calibrate import calibrate
     from ranksearch.allocate.weightings import weightings
     from ranksearch.api import preview, report, resume, search, sync
     from ranksearch.compress import (
@@ -68,6 +69,7 @@ _HOMES = {
     "RankPlan": "ranksearch.compress:RankPlan",
     "LayerPlan": "ranksearch.compress:LayerPlan",
     "LayerRule": "ranksearch.allocate:LayerRule",
+    "calibrate": "ranksearch.allocate.calibrate:calibrate",
     "weightings": "ranksearch.allocate.weightings:weightings",
     "Task": "ranksearch.tasks.task:Task",
     "Study": "ranksearch.study.study:Study",
@@ -92,6 +94,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "allocate",
+    "calibrate",
     "compress",
     "export",
     "from_pretrained",

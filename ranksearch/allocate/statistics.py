@@ -161,8 +161,19 @@ def patches(x: Tensor, spec: LayerSpec) -> Tensor:
     return x.movedim(1, 1 + axes)
 
 
-def _rows(found: Tensor, spec: LayerSpec, generator: torch.Generator) -> Tensor:
-    """At most `ROWS` of the patches [N, *out, S, *k], drawn at random: [m, g, n]"""
+def batched(given: Tensor, spec: LayerSpec, module: nn.Module) -> Tensor:
+    """What the layer `module` computes with of what it is given: [N, ...], padded as it pads.
+
+    One map, or one row, without a batch axis becomes a batch of one.
+    """
+    own, x = as_plain(module), given.detach()
+    x = x[None] if x.dim() == len(spec.kernel_size) + 1 else x
+    return x if not isinstance(own, AsPlain) or own.pad is None else padded(x, own.pad)
+
+
+def drawn_rows(x: Tensor, spec: LayerSpec, generator: torch.Generator) -> Tensor:
+    """The inputs of at most `ROWS` of the outputs of a layer that is given x (see `batched`), drawn at random: [m, g, n]"""
+    found = patches(x, spec)
     axes = len(spec.kernel_size)
     positions = found.shape[: found.dim() - 1 - axes]
     total = positions.numel()
@@ -205,16 +216,12 @@ class _Collector:
 
         if isinstance(module, nn.Embedding):
             return  # rows that no batch looks up say nothing of it: it is weighed by its weight alone
-        own = as_plain(module)
-        pad = own.pad if isinstance(own, AsPlain) else None
 
         def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             given: Tensor = args[0] if args else next(iter(kwargs.values()))
-            alone = len(spec.kernel_size) + 1  # one map, or one row, without a batch axis
-            x = given.detach()[None] if given.dim() == alone else given.detach()
-            x = x if pad is None else padded(x, pad)
+            x = batched(given, spec, layer)
             if not self.backward:
-                found.inputs.add(_rows(patches(x, spec), spec, self._generator).float())
+                found.inputs.add(drawn_rows(x, spec, self._generator).float())
                 found.positions += output.numel() / spec.out_channels
             if not (self._gradients or self._fisher):
                 return None

@@ -1,0 +1,269 @@
+"""Calibration: a net whose decomposed layers are fitted, on data, to what the layers of the dense net compute.
+
+`bias`: each layer by itself. A layer W x + b that becomes W_r x + b errs by (W − W_r) E[x] on average; its bias takes that up.
+
+`sequential`: layer after layer. A layer that sees x in the dense net sees x̃ in the lowered one, whose earlier layers err. Among the
+matrices of rank r the one whose outputs are nearest to W x is the best approximation, in the metric C̃ = E[x̃ x̃ᵀ], of
+
+    W' = W (E[x x̃ᵀ] + λ) (C̃ + λ)⁻¹,      and its bias becomes b + W E[x] − W'_r E[x̃].
+
+λ is the ridge that C̃ has anyway. Moments are about the means where a bias, or BN behind the layer, takes up what is left of them.
+
+Reference: Zhang et al. 2016, arXiv 1505.06798 (asymmetric reconstruction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ranksearch.allocate.statistics import Moment, batched, drawn_rows
+from ranksearch.allocate.weightings import SHRINKAGE
+from ranksearch.compress import LayerPlan, Net, RankPlan, trace
+from ranksearch.compress.bare import bare
+from ranksearch.compress.copying import copied
+from ranksearch.compress.inputs import call, moved
+from ranksearch.compress.slots import Slot, settled_, slots_of
+from ranksearch.compress.surgery import compress, open_parts_
+from ranksearch.compress.undisturbed import own, undisturbed
+from ranksearch.errors import NonFiniteError, UsageError, nearest
+from ranksearch.lowering import LayerSpec, lowering_named
+from ranksearch.lowering.weighting import Weighting
+
+BIAS, SEQUENTIAL = FITS = ("bias", "sequential")
+WIDEST = 2048
+"""A layer of more inputs keeps W as its target: what relates the inputs of both nets would be a matrix of so many rows."""
+
+
+def calibrate(
+    model: nn.Module,
+    plan: RankPlan,
+    calibration: Iterable[Any],
+    *,
+    fit: str = SEQUENTIAL,
+    weightings: Mapping[str, Weighting] | None = None,
+    example_input: Any = None,
+    seed: int = 0,
+) -> nn.Module:
+    """What `compress` gives, with decomposed layers that are fitted to the dense net's on a few batches of inputs. Nothing is trained.
+
+    Embeddings, layers that one pass calls more than once or whose weight others share, and experts, to which each net sends other tokens,
+    are decomposed as by `compress`. BN layers of both nets use the statistics of each batch meanwhile, so batches should be as large as in
+    training; re-estimate BN afterwards as ever (`reestimate_bn_`).
+
+    Args:
+        calibration: batches of inputs, as the model takes them, which are held in memory. "sequential" runs them through the beginning of
+            both nets once for every layer, or once for layers of one input such as query, key and value; "bias" once.
+        fit: "sequential" for weights and biases, one layer after the other, or "bias" for the biases alone.
+        weightings: layer -> its metric (`ranksearch.weightings`). "sequential" takes the gradients' moments from it, and measures those of
+            the inputs itself.
+        example_input: as in `compress`; left out, the plan's, or the first batch.
+        seed: of the positions that are drawn where a batch has many.
+
+    Raises:
+        UsageError: what `compress` raises it for, no batches, or no such `fit`.
+        NonFiniteError: weights or inputs that are not finite; the text names the layer.
+    """
+    batches = list(calibration)
+    if not batches:
+        raise UsageError("A net is calibrated on data: give it at least one batch of inputs.")
+    example = next((it for it in (example_input, plan.example_input) if it is not None), batches[0])
+    net = trace(bare(model), example)
+    return calibrated(model, net, plan, batches, fit, weightings=weightings or {}, example_input=example, seed=seed)
+
+
+@torch.no_grad()
+def calibrated(
+    model: nn.Module,
+    net: Net,
+    plan: RankPlan,
+    batches: Sequence[Any],
+    fit: str,
+    *,
+    weightings: Mapping[str, Weighting],
+    example_input: Any,
+    seed: int,
+) -> nn.Module:
+    """What `calibrate` gives, of a net that was traced already."""
+    if fit not in FITS:
+        raise UsageError(f"There is no fit {fit!r} of decomposed layers. {nearest(fit, FITS)}")
+    slots, norms = slots_of(bare(model), plan), {layer.name: layer.norm for layer in net.layers}
+    taken = [
+        n for n, (slot, _) in slots.items() if slot.experts is None and len(slot.paths) == 1 and not slot.spec.lookup
+    ]
+    dense, work = (copied(bare(model)) for _ in range(2))
+    for net_of_both in (dense, work):
+        open_parts_(settled_(net_of_both, plan), slots)
+    before, after = slots_of(dense, plan), slots_of(work, plan)
+    warm: dict[str, Any] = {}
+    with undisturbed(dense), undisturbed(work), _batch_statistics(dense), _batch_statistics(work):
+        stages = _stages(dense, taken, batches[0])
+        if fit == BIAS:
+            stages = [[name for stage in stages for name in stage]]
+        for name in slots if fit == BIAS else set(slots).difference(*stages):
+            slot, choice = after[name]
+            warm[name] = _cut_(slot, choice, slot.weight.detach(), weightings.get(name))
+        for stage in stages:
+            seen = {name: Seen(after[name][0].spec, norms[name] is not None) for name in stage}
+            _look(dense, work if fit == SEQUENTIAL else dense, seen, batches, seed)
+            for name, inputs in seen.items():
+                (slot, choice), weight = after[name], before[name][0].weight.detach()
+                if fit == SEQUENTIAL and inputs.lowered.rows:
+                    given = weightings.get(name)
+                    metric = Weighting(inputs.moment(), None if given is None else given.outputs)
+                    warm[name] = _cut_(slot, choice, inputs.target(weight), metric)
+                if inputs.lowered.rows and slot.spec.bias and norms[name] is None:
+                    layer: Any = work.get_submodule(name)
+                    layer.bias.data += inputs.shift(weight, slot.weight.detach())
+    return compress(work, plan, example_input=example_input, warm=warm)
+
+
+class Seen:
+    """The inputs of one layer in the dense net, x, and in the lowered one, x̃: moments over all batches."""
+
+    def __init__(self, spec: LayerSpec, has_norm: bool) -> None:
+        self.spec, self._centred = spec, spec.bias or has_norm
+        self.lowered = Moment(torch.Generator().manual_seed(0), WIDEST)
+        self._mean: Tensor | None = None  # of x [g, n], a sum
+        self._error: Tensor | None = None  # of (x − x̃) x̃ᵀ [g, n, n], a sum
+
+    def add(self, dense: Tensor, lowered: Tensor) -> None:
+        """Rows of both [m, g, n], of the same positions; what differs in number is no pair, and left out."""
+        if dense.shape != lowered.shape:
+            return
+        self.lowered.add(lowered)
+        total = dense.sum(dim=0)
+        self._mean = total if self._mean is None else self._mean + total
+        if dense is not lowered and dense.shape[2] <= WIDEST:
+            error = (dense - lowered).movedim(0, 2) @ lowered.transpose(0, 1)
+            self._error = error if self._error is None else self._error + error
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x] [g, n]"""
+        assert self._mean is not None
+        return self._mean / self.lowered.rows
+
+    def moment(self) -> Any:
+        """C̃ + λ"""
+        return self.lowered.shrunk(SHRINKAGE, centred=self._centred)
+
+    def target(self, weight: Tensor) -> Tensor:
+        """W' in fp64, laid out as the weight."""
+        blocks = self.spec.blocks(weight).double()
+        if self._error is None:
+            return weight.double()
+        error = self._error / self.lowered.rows
+        if self._centred:
+            error = error - (self.mean - self.lowered.mean)[:, :, None] * self.lowered.mean[:, None]
+        moment = self.moment()
+        metric = moment.core.double() + torch.diag_embed(moment.ridge.double()[:, None].expand(-1, moment.width))
+        change = torch.linalg.solve(metric, (blocks.flatten(2) @ error.double()).mT).mT
+        return self.spec.weight_of(blocks + change.reshape(blocks.shape))
+
+    def shift(self, dense: Tensor, lowered: Tensor) -> Tensor:
+        """W E[x] − W_r E[x̃] [T], of the weights in both nets."""
+        outputs = [
+            (self.spec.blocks(weight).flatten(2).float() @ mean[:, :, None]).flatten()
+            for weight, mean in ((dense, self.mean), (lowered, self.lowered.mean))
+        ]
+        return (outputs[0] - outputs[1]).to(dense.dtype)
+
+
+def _cut_(slot: Slot, choice: LayerPlan, weight: Tensor, weighting: Weighting | None) -> Any:
+    """Gives the layer what is nearest to `weight` at its rank; returns what its decomposition may start from."""
+    lowering = lowering_named(choice.lowering)
+    view = None if weighting is None else lowering.seen(weighting, slot.spec)
+    try:
+        if view is None:
+            found = lowering.project(weight.to(slot.weight.dtype), choice.rank, slot.spec)
+        else:
+            found = view.project(weight.double(), choice.rank)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"Layer {slot.name!r}: {error}") from error
+    slot.write_(found.weight.to(slot.weight.dtype))
+    return found.warm
+
+
+class _Reached(BaseException):
+    """Ends a pass whose rest is not needed; no `except Exception` of the net's own code takes it for an error."""
+
+
+@contextmanager
+def _asked(net: nn.Module, names: Iterable[str], told: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    """Within, `told(name, layer, input)` is called before each of the layers is."""
+    with ExitStack() as hooks:
+        for name in names:
+
+            def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                told(name, layer, args[0] if args else next(iter(kwargs.values())))
+
+            hook = net.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield
+
+
+def _stages(net: nn.Module, names: Sequence[str], batch: Any) -> list[list[str]]:
+    """The layers in the order of their calls, those together that follow each other and share an input; without those called twice."""
+    calls: list[tuple[str, Tensor]] = []
+    with _asked(net, names, lambda name, layer, x: calls.append((name, x))):
+        _run(net, batch)
+    order = [name for name, _ in calls]
+    stages: list[list[str]] = []
+    last: Tensor | None = None
+    for name, x in calls:
+        if order.count(name) > 1:
+            continue
+        if x is last:
+            stages[-1].append(name)
+        else:
+            stages.append([name])
+        last = x
+    return stages
+
+
+def _look(dense: nn.Module, lowered: nn.Module, seen: Mapping[str, Seen], batches: Iterable[Any], seed: int) -> None:
+    """Runs the batches through both nets, as far as the layers of `seen`, and adds what these are given there."""
+    for number, batch in enumerate(batches):
+        rows = [_rows(net, seen, batch, seed + number) for net in dict.fromkeys((dense, lowered))]
+        for name in rows[0].keys() & rows[-1].keys():
+            seen[name].add(rows[0][name], rows[-1][name])
+
+
+def _rows(net: nn.Module, seen: Mapping[str, Seen], batch: Any, seed: int) -> dict[str, Tensor]:
+    """Layer -> rows of its inputs, at positions that depend on the seed and the layer's place alone."""
+    found: dict[str, Tensor] = {}
+
+    def told(name: str, layer: nn.Module, x: Tensor) -> None:
+        spec = seen[name].spec
+        found[name] = drawn_rows(batched(x, spec, layer), spec, torch.Generator().manual_seed(seed)).float()
+        if len(found) == len(seen):
+            raise _Reached
+
+    with _asked(net, seen, told):
+        _run(net, batch)
+    return found
+
+
+def _run(net: nn.Module, batch: Any) -> None:
+    with suppress(_Reached):
+        call(net, moved(own(batch), next(net.parameters()).device))
+
+
+@contextmanager
+def _batch_statistics(net: nn.Module) -> Iterator[None]:
+    """Within, BN layers normalise by each batch's own statistics, as if they had been re-estimated; their running ones stay."""
+    norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.training = 0.0, True
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum, norm.training = momentum, False
