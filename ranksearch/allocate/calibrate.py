@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ranksearch.allocate.statistics import Moment, batched, drawn_rows
+from ranksearch.allocate.statistics import ROWS, Moment, batched, drawn_rows, width_of
 from ranksearch.allocate.weightings import SHRINKAGE
 from ranksearch.compress import LayerPlan, Net, RankPlan, trace
 from ranksearch.compress.bare import bare
@@ -35,6 +35,10 @@ from ranksearch.errors import NonFiniteError, UsageError, nearest
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.weighting import Weighting
 
+NUMBERS = 2**28
+"""Numbers that the inputs in the dense net may take while one batch runs through the lowered one: 1 GiB."""
+FEWEST = 1024
+"""Rows of each layer's inputs that are kept however many layers there are."""
 BIAS, SEQUENTIAL = FITS = ("bias", "sequential")
 WIDEST = 2048
 """A layer of more inputs keeps W as its target: what relates the inputs of both nets would be a matrix of so many rows."""
@@ -57,8 +61,9 @@ def calibrate(
     training; re-estimate BN afterwards as ever (`reestimate_bn_`).
 
     Args:
-        calibration: batches of inputs, as the model takes them, which are held in memory. "sequential" runs them through the beginning of
-            both nets once for every layer, or once for layers of one input such as query, key and value; "bias" once.
+        calibration: batches of inputs, as the model takes them, which are held in memory. A single batch, of some hundred samples, runs
+            through each net once. Of several, which need less memory, "sequential" runs each through the beginning of both nets once for
+            every layer, or once for layers of one input such as query, key and value.
         fit: "sequential" for weights and biases, one layer after the other, or "bias" for the biases alone.
         weightings: layer -> its metric (`ranksearch.weightings`). "sequential" takes the gradients' moments from it, and measures those of
             the inputs itself.
@@ -101,26 +106,63 @@ def calibrated(
         open_parts_(settled_(net_of_both, plan), slots)
     before, after = slots_of(dense, plan), slots_of(work, plan)
     warm: dict[str, Any] = {}
+
+    def settle(name: str, inputs: Seen) -> None:
+        (slot, choice), weight = after[name], before[name][0].weight.detach()
+        if fit == SEQUENTIAL:
+            given = weightings.get(name)
+            metric = Weighting(inputs.moment(), None if given is None else given.outputs)
+            warm[name] = _cut_(slot, choice, inputs.target(weight), metric)
+        if slot.spec.bias and norms[name] is None:
+            layer: Any = work.get_submodule(name)
+            layer.bias.data += inputs.shift(weight, slot.weight.detach())
+
     with undisturbed(dense), undisturbed(work), _batch_statistics(dense), _batch_statistics(work):
         stages = _stages(dense, taken, batches[0])
-        if fit == BIAS:
-            stages = [[name for stage in stages for name in stage]]
-        for name in slots if fit == BIAS else set(slots).difference(*stages):
+        called = {name: Seen(after[name][0].spec, norms[name] is not None) for stage in stages for name in stage}
+        for name in slots if fit == BIAS else slots.keys() - called.keys():
             slot, choice = after[name]
             warm[name] = _cut_(slot, choice, slot.weight.detach(), weightings.get(name))
-        for stage in stages:
-            seen = {name: Seen(after[name][0].spec, norms[name] is not None) for name in stage}
-            _look(dense, work if fit == SEQUENTIAL else dense, seen, batches, seed)
-            for name, inputs in seen.items():
-                (slot, choice), weight = after[name], before[name][0].weight.detach()
-                if fit == SEQUENTIAL and inputs.lowered.rows:
-                    given = weightings.get(name)
-                    metric = Weighting(inputs.moment(), None if given is None else given.outputs)
-                    warm[name] = _cut_(slot, choice, inputs.target(weight), metric)
-                if inputs.lowered.rows and slot.spec.bias and norms[name] is None:
-                    layer: Any = work.get_submodule(name)
-                    layer.bias.data += inputs.shift(weight, slot.weight.detach())
+        if fit == BIAS:
+            for number, batch in enumerate(batches):
+                for name, rows in _rows(dense, called, batch, seed + number).items():
+                    called[name].add(rows, rows)
+            for name, inputs in called.items():
+                settle(name, inputs)
+        elif len(batches) == 1:
+            _fit_in_one_pass(dense, work, called, batches[0], seed, settle)
+        else:
+            for stage in stages:
+                seen = {name: called.pop(name) for name in stage}
+                for number, batch in enumerate(batches):
+                    rows_of_both = [_rows(net, seen, batch, seed + number) for net in (dense, work)]
+                    for name in set[str]().union(*rows_of_both):
+                        seen[name].add(*(rows[name] for rows in rows_of_both))
+                for name, inputs in seen.items():
+                    settle(name, inputs)
     return compress(work, plan, example_input=example_input, warm=warm)
+
+
+def _fit_in_one_pass(
+    dense: nn.Module,
+    work: nn.Module,
+    seen: Mapping[str, Seen],
+    batch: Any,
+    seed: int,
+    settle: Callable[[str, Seen], None],
+) -> None:
+    """Fits every layer just before it is called, so that the batch runs through each net once."""
+    most = NUMBERS // max(1, sum(width_of(inputs.spec) * inputs.spec.groups for inputs in seen.values()))
+    most = min(ROWS, max(FEWEST, most))
+    of_dense = _rows(dense, seen, batch, seed, most)
+
+    def told(name: str, layer: nn.Module, x: Tensor) -> None:
+        if name in of_dense:
+            seen[name].add(of_dense.pop(name), _drawn(x, seen[name].spec, layer, seed, most))
+            settle(name, seen[name])
+
+    with _asked(work, seen, told):
+        _run(work, batch)
 
 
 class Seen:
@@ -227,27 +269,23 @@ def _stages(net: nn.Module, names: Sequence[str], batch: Any) -> list[list[str]]
     return stages
 
 
-def _look(dense: nn.Module, lowered: nn.Module, seen: Mapping[str, Seen], batches: Iterable[Any], seed: int) -> None:
-    """Runs the batches through both nets, as far as the layers of `seen`, and adds what these are given there."""
-    for number, batch in enumerate(batches):
-        rows = [_rows(net, seen, batch, seed + number) for net in dict.fromkeys((dense, lowered))]
-        for name in rows[0].keys() & rows[-1].keys():
-            seen[name].add(rows[0][name], rows[-1][name])
-
-
-def _rows(net: nn.Module, seen: Mapping[str, Seen], batch: Any, seed: int) -> dict[str, Tensor]:
-    """Layer -> rows of its inputs, at positions that depend on the seed and the layer's place alone."""
+def _rows(net: nn.Module, seen: Mapping[str, Seen], batch: Any, seed: int, most: int = ROWS) -> dict[str, Tensor]:
+    """Layer -> rows of its inputs, of a pass that ends with the last of the layers."""
     found: dict[str, Tensor] = {}
 
     def told(name: str, layer: nn.Module, x: Tensor) -> None:
-        spec = seen[name].spec
-        found[name] = drawn_rows(batched(x, spec, layer), spec, torch.Generator().manual_seed(seed)).float()
+        found[name] = _drawn(x, seen[name].spec, layer, seed, most)
         if len(found) == len(seen):
             raise _Reached
 
     with _asked(net, seen, told):
         _run(net, batch)
     return found
+
+
+def _drawn(x: Tensor, spec: LayerSpec, layer: nn.Module, seed: int, most: int) -> Tensor:
+    """Rows [m, g, n] of what a layer is given, at positions that the seed alone decides: the same in both nets."""
+    return drawn_rows(batched(x, spec, layer), spec, torch.Generator().manual_seed(seed), most).float()
 
 
 def _run(net: nn.Module, batch: Any) -> None:

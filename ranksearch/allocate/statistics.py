@@ -171,19 +171,19 @@ def batched(given: Tensor, spec: LayerSpec, module: nn.Module) -> Tensor:
     return x if not isinstance(own, AsPlain) or own.pad is None else padded(x, own.pad)
 
 
-def drawn_rows(x: Tensor, spec: LayerSpec, generator: torch.Generator) -> Tensor:
-    """The inputs of at most `ROWS` of the outputs of a layer that is given x (see `batched`), drawn at random: [m, g, n]"""
+def drawn_rows(x: Tensor, spec: LayerSpec, generator: torch.Generator, most: int = ROWS) -> Tensor:
+    """The inputs of at most `most` of the outputs of a layer that is given x (see `batched`), drawn at random: [m, g, n]"""
     found = patches(x, spec)
     axes = len(spec.kernel_size)
     positions = found.shape[: found.dim() - 1 - axes]
     total = positions.numel()
-    if total > ROWS:
-        drawn = torch.randperm(total, generator=generator)[:ROWS].to(found.device)
+    if total > most:
+        drawn = torch.randperm(total, generator=generator)[:most].to(found.device)
         found = found[torch.unravel_index(drawn, positions)]
-    return found.reshape(-1, spec.groups, _width(spec))
+    return found.reshape(-1, spec.groups, width_of(spec))
 
 
-def _width(spec: LayerSpec) -> int:
+def width_of(spec: LayerSpec) -> int:
     """n: inputs of one output."""
     inputs = spec.in_channels // spec.groups
     for extent in spec.kernel_size:
@@ -210,7 +210,7 @@ class _Collector:
             Statistics(
                 Moment(self._generator, self._widest),
                 Moment(self._of_gradients, self._widest) if self._gradients else None,
-                torch.zeros(spec.groups, spec.out_channels // spec.groups, _width(spec)) if self._fisher else None,
+                torch.zeros(spec.groups, spec.out_channels // spec.groups, width_of(spec)) if self._fisher else None,
             ),
         )
 
@@ -245,7 +245,7 @@ class _Collector:
         if found.gradients is not None:
             found.gradients.add(rows.flatten(0, 1))
         if found.fisher is not None:
-            width = _width(spec)
+            width = width_of(spec)
             size = max(1, FISHER_NUMBERS // max(spec.out_channels * width, rows.shape[1] * spec.groups * width))
             for start in range(0, len(x), size):
                 part = patches(x[start : start + size], spec).reshape(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ranksearch.allocate.calibrate import FITS
 from ranksearch.space.settings import Choice, Number, Strict, Switch, numbers_of, one_of, within
 from ranksearch.tasks.optimisation import OPTIMIZERS
 from ranksearch.tasks.schedule import SCHEDULES
@@ -83,6 +84,9 @@ class RecipeSpace(Strict):
     """Decay per step of a moving average of the weights, with which each phase ends; 0: no average."""
     factor_share: Annotated[Number, within(0, 1)] = 0.5
     """Share of the steps that trains the factors after decomposition; 0 is the pure form of Lee et al. 2019, 1 decomposes first."""
+    calibration: Annotated[Choice, one_of("none", *FITS)] = "sequential"
+    """How a net that is decomposed before any training is fitted to the dense one, on some 256 samples: layer after layer ("sequential"),
+    by its biases alone ("bias"), or not ("none")."""
     factor_lr: Annotated[Number, within(1e-6, 1e6)] = 1.0
     """Learning rate of the factors as a multiple of the schedule's. `cp`, a product of four factors, wants about 0.1."""
     bn_batches: int = Field(default=20, ge=1)

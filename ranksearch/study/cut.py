@@ -11,7 +11,6 @@ from torch import nn
 from ranksearch.allocate import CurveCache, allocate_plan, parse_budget
 from ranksearch.allocate.budget import Budgets, assignments
 from ranksearch.compress import Cost, RankPlan, reestimate_bn_
-from ranksearch.compress.surgery import compress
 from ranksearch.errors import UsageError
 from ranksearch.search.path import is_nested, with_weights
 from ranksearch.search.workbench import Workbench, prepare
@@ -23,6 +22,7 @@ from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.source import calibration_batches
+from ranksearch.trial.calibration import decomposed
 from ranksearch.trial.mixture import SHARES, best_cut
 from ranksearch.trial.nested import NESTED, read_weights
 from ranksearch.trial.recipe import Recipe, middle
@@ -114,8 +114,9 @@ class Cutter:
         def cut(weights: State) -> nn.Module:
             model = bench.task.dense_model()
             model.load_state_dict(weights)
-            small = compress(model.to(device), plan)
-            generator = torch.Generator(device).manual_seed(self._space.search.seed)
+            seed = self._space.search.seed
+            small = decomposed(task, model.to(device), bench.net, plan, recipe, seed=seed)
+            generator = torch.Generator(device).manual_seed(seed)
             reestimate_bn_(small, calibration_batches(task.train, recipe.bn_batches, recipe.batch_size, generator))
             return small
 

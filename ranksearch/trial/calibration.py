@@ -1,20 +1,29 @@
-"""Batches to calibrate on, and the loss whose gradients they are differentiated by, of any task."""
+"""What is measured on a few batches of any task: the metrics of its layers, and what decomposed layers are fitted to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ranksearch.allocate.calibrate import calibrated
 from ranksearch.allocate.drawn import Drawn, drawn_for, predicted
 from ranksearch.allocate.weightings import measure_weightings
-from ranksearch.compress import Net
+from ranksearch.compress import Net, RankPlan
 from ranksearch.compress.inputs import batch_size as size_of
+from ranksearch.compress.inputs import joined, tensors
+from ranksearch.compress.surgery import compress
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.tasks.source import Batch
 from ranksearch.tasks.task import Task
+from ranksearch.trial.recipe import Recipe
+
+SAMPLES = 256
+"""Training samples that decomposed layers are fitted on, or where batches are small, `BATCHES` of them: these run forward as one, in the
+memory that training takes for one."""
+BATCHES = 4
 
 
 class PairedBatches:
@@ -74,3 +83,43 @@ def metric_of(
     """Layer of `net` -> its weighting in a metric of the data, from `count` batches; task and model on `device`."""
     paired = paired_batches(task, count, batch_size, seed, device, torch.Generator().manual_seed(seed))
     return measure_weightings(model, net, paired, metric, seed=seed, loss=paired.loss)
+
+
+def decomposed(
+    task: Task,
+    model: nn.Module,
+    net: Net,
+    plan: RankPlan,
+    recipe: Recipe,
+    *,
+    seed: int,
+    weightings: Mapping[str, Weighting] | None = None,
+) -> nn.Module:
+    """`model` decomposed by `plan`, and fitted to what it computes as the recipe's `calibration` says; task and model on one device.
+
+    Args:
+        weightings: layer -> the metric in which it is decomposed.
+    """
+    example = task.example_input
+    if recipe.calibration == "none" or next(plan.lowered(), None) is None:
+        return compress(model, plan, weightings=weightings, example_input=example)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    stream = task.train.stream(recipe.batch_size, generator)
+    batches = [next(stream)[0]]
+    while len(batches) < BATCHES and len(batches) * size_of(batches[0]) < SAMPLES:
+        batches.append(next(stream)[0])
+    return calibrated(
+        model, net, plan, _in_one(batches), recipe.calibration, weightings=weightings or {}, example_input=example,
+        seed=seed,
+    )  # fmt: skip
+
+
+def _in_one(batches: list[Any]) -> list[Any]:
+    """The batches as a single one, which takes less time; as they are where their samples have several shapes."""
+    first = batches[0]
+    parts = first.values() if isinstance(first, Mapping) else first if isinstance(first, tuple | list) else [first]
+    if len(batches) == 1 or not all(isinstance(part, torch.Tensor) for part in parts):
+        return batches
+    whole = joined(batches)
+    count, found = sum(map(size_of, batches)), tensors(whole)
+    return [whole] if len(found) == len(tensors(first)) and all(len(it) == count for it in found) else batches

@@ -16,7 +16,7 @@ from torch import nn
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.evaluate import Evaluation
 
-SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+SHARES = (1.0, 0.5, 0.0)
 """Shares of the run's weights, tried in this order as long as the score rises; the rest is the dense net's."""
 
 

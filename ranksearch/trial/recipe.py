@@ -50,6 +50,7 @@ class Recipe(Updates):
     precision: str
     projection: ProjectionRecipe
     distillation: DistillationRecipe
+    calibration: str = "none"
 
     @property
     def dense_steps(self) -> int:

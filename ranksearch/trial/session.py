@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -27,7 +27,7 @@ from ranksearch.tasks.parallel import Group, synchronised
 from ranksearch.tasks.source import calibration_batches
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Diverged, Passes, Training, TrainStats, once
-from ranksearch.trial.calibration import metric_of
+from ranksearch.trial.calibration import decomposed, metric_of
 from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.kept import Kept
@@ -41,7 +41,7 @@ RUNG_BN_BATCHES = 3
 
 
 @contextmanager
-def _aside(training: Training) -> Iterator[None]:
+def _untimed(training: Training) -> Iterator[None]:
     """What is done within takes no training time."""
     started = time.perf_counter()
     try:
@@ -184,7 +184,7 @@ class Session:
             self._watch(steps.start + training.done)
             if projecting is not None:
                 projecting.after_step(training)
-            with _aside(training):
+            with _untimed(training):
                 if look is not None:
                     look(training)
                 if (rung := self._rungs.get(steps[training.done - 1] + 1)) is not None:
@@ -222,9 +222,7 @@ class Session:
 
         def cut(weights: State) -> nn.Module:
             self._generator.set_state(drawn)
-            model = settled_(self._net_of(weights), plan)
-            weightings, example = self.weightings(plan, model), self.task.example_input
-            small = self.same_(compress(model, plan, weightings=weightings, example_input=example))
+            small = self._compressed(settled_(self._net_of(weights), plan), plan)
             self.reestimate_bn_(small)
             return small
 
@@ -238,9 +236,21 @@ class Session:
         A net whose outputs are not finite then is no candidate: training may mend it.
         """
         if not self._last and not any(entry["phase"] == UNTRAINED for entry in self.history):
-            model = self.dense_net()
-            with suppress(Diverged):
-                self._score_copy(UNTRAINED, model, 0, plan, self.weightings(plan, model), self.recipe.bn_batches)
+            with suppress(Diverged), self._aside():
+                self._score_copy(
+                    UNTRAINED, self._compressed(self.dense_net(), plan), 0, None, {}, self.recipe.bn_batches
+                )
+
+    def _aside(self) -> AbstractContextManager[None]:
+        """Draws within disturb nothing outside."""
+        return torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else [])
+
+    def _compressed(self, model: nn.Module, plan: RankPlan) -> nn.Module:
+        """`model` decomposed as it is, and calibrated as the recipe says; alike on every rank."""
+        weightings = self.weightings(plan, model)
+        return self.same_(
+            decomposed(self.task, model, self.net, plan, self.recipe, seed=self.seed, weightings=weightings)
+        )
 
     def _score_at_rung(self, rung: int, training: Training, plan: RankPlan, projecting: Projecting | None) -> None:
         """Scores a copy of the model as it would be if the trial ended here; the training does not notice.
@@ -266,7 +276,7 @@ class Session:
         Args:
             candidate: as in `score`.
         """
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+        with self._aside():
             net = copied(model) if plan is None else self.same_(compress(model, plan, weightings=weightings))
             generator = torch.Generator(self._device).manual_seed(step)
             batches = calibration_batches(self.task.train, bn_batches, self.recipe.batch_size, generator)
