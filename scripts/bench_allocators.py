@@ -7,8 +7,8 @@
    BN statistics re-estimated, scored on validation images. No training. Test accuracy is read for the solver's plans and the uniform ones.
 3. The same nets, the solver's plans at 50, 35 and 28 % of the FLOPs with and without the pivoted forms, scored on test images
    (`test_{net}_{percent}_{lowerings}`), by which nothing here is chosen: plans by the weights alone, and (`…_settled`) by whichever of
-   the weights, K-FAC, and K-FAC with layers alike predicts best on 500 validation images, as a study settles it. `--only pivoted` is this
-   part alone.
+   the weights, K-FAC, and K-FAC with layers alike predicts best on 500 validation images, as a study settles it; and the latter fitted to
+   the dense net, layer after layer, on 256 training images (`…_calibrated`). `--only pivoted` is this part alone.
 
     python scripts/bench_allocators.py --json > allocators.json       about 40 minutes on two cores
     python scripts/bench_allocators.py --quick                        less of everything, within a minute
@@ -33,6 +33,7 @@ from imagenet_resnets import resnet50
 from report import Report, arguments
 from scipy.stats import spearmanr
 
+import ranksearch
 from ranksearch.allocate import (
     BASELINES,
     MEASURES,
@@ -278,7 +279,13 @@ def pivoted_rows(report: Report, name: str, options: argparse.Namespace) -> dict
             chosen = max(plans, key=lambda plan: settling(plan).accuracy)
             tested = scorer(plans[0])
             settled = tested if chosen is plans[0] else scorer(chosen)
-            for plan, made, found in ((plans[0], label, tested), (chosen, f"{label}_settled", settled)):
+            fitted = scorer.score(ranksearch.calibrate(model, chosen, [torch.cat(batches[:2])]))
+            found_by = (
+                (plans[0], label, tested),
+                (chosen, f"{label}_settled", settled),
+                (chosen, f"{label}_calibrated", fitted),
+            )
+            for plan, made, found in found_by:
                 cost, dense = plan_cost(net, plan), dense_cost(net)
                 figures[f"test_{name}_{percent}_{made}"] = found.accuracy
                 report.rows.append(

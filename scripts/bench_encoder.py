@@ -1,10 +1,12 @@
 """A sentence encoder (MiniLM, 6 layers, 36 Linears) at 80, 60 and 50 % of its Linears' parameters: how near its embeddings stay.
 
-  svd        truncated SVDs of the weights, every layer at the same share of its parameters
+  svd        truncated SVDs of the weights, every layer at the same share of its parameters; `svd_bias` and `svd_sequential` as below
   whitened   the same ranks in the metric of the inputs
   kfac       the same ranks in the metric of inputs and output gradients
   allocated  svd in that metric, ranks across layers by the allocation (sensitivity kfac)
   ours       the same with the pivoted form, whose rank costs less
+  bias       ours, the biases fitted to what the dense layers compute
+  sequential ours, layer after layer fitted to the dense outputs from what the lowered layers before it make
   trained    ours after 300 steps of projection training on other texts, distilled from the dense embeddings of texts and tokens
 
 Embeddings are compared by cosine with the dense net's, on 300 texts that nothing else sees; `kept` is the share of them whose nearest
@@ -12,7 +14,7 @@ neighbour among the others stays the same. Second moments and gradients are of 2
 packages, their first 64 tokens (`encoder.py`). Gradients are those of random directions of the embedding: its Gauss-Newton matrix.
 
     python scripts/bench_encoder.py [--json]      hours of training on one core: --steps 0 leaves it out (minutes)
-    python scripts/bench_encoder.py --quick       the first four at 50 % on 60 texts; no training
+    python scripts/bench_encoder.py --quick       all others at 50 % on 60 texts; no training
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from report import Report, arguments
 from torch import Tensor, nn
 
 import ranksearch
+from ranksearch.allocate.calibrate import FITS
 from ranksearch.allocate.drawn import drawn_directions_loss
 from ranksearch.compress import LayerPlan, Net, RankPlan, dense_cost, plan_cost, trace
 
@@ -139,6 +142,8 @@ def main() -> None:
         flat = uniform(net, share / 100)
         for name, weightings in (("svd", None), ("whitened", inputs), ("kfac", both)):
             score(name, share, ranksearch.compress(model, flat, weightings=weightings), flat)
+        for fit in FITS:
+            score(f"svd_{fit}", share, ranksearch.calibrate(model, flat, [calibration], fit=fit), flat)
         limit = dense_cost(traced).params - round((1 - share / 100) * weights)
         for name, lowering in (("allocated", "svd"), ("ours", "svd_pivoted")):
             plan = ranksearch.allocate(
@@ -147,6 +152,8 @@ def main() -> None:
             )  # fmt: skip
             small = ranksearch.compress(model, plan, weightings=both).eval()
             score(name, share, small, plan)
+        for fit in FITS:
+            score(fit, share, ranksearch.calibrate(model, plan, [calibration], fit=fit, weightings=both), plan)
         if steps:
             score("trained", share, trained(model, small, plan, both, training, steps), plan)
     note = f"{held_out} held-out texts, {calibration_count} for the statistics, of {TOKENS} tokens each; {steps} training steps"

@@ -19,8 +19,10 @@ from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.search.path import NESTED_RUN, nested_path
 from ranksearch.space.reading import read_space
 from ranksearch.study.driver import Driver, run_inline
+from ranksearch.tasks.evaluate import Evaluation
 from ranksearch.tracking.trial_figures import trial_charts
 from ranksearch.trial.levels import Levels
+from ranksearch.trial.mixture import SHARES, best_cut
 from ranksearch.trial.nested import NESTED, save_weights
 from ranksearch.trial.recipe import spread_recipes
 from tests.conftest import simulated
@@ -181,6 +183,35 @@ def test_one_long_trial_then_plans_cut_from_its_weights(study):
         assert "lr" not in row.params_searched  # the recipe is the run's
     assert (study.trial_folder(0) / NESTED).is_file()
     assert all(row.test_accuracy is not None for row in study.front)
+
+
+@pytest.mark.parametrize(("direction", "scores", "share", "tried"), [
+    ("maximize", {1.0: 80, 0.5: 85, 0.0: 82}, 0.5, [1.0, 0.5, 0.0]), ("maximize", {1.0: 80, 0.5: 80, 0.0: 99}, 1.0, [1.0, 0.5]),
+    ("minimize", {1.0: 3, 0.5: 2, 0.0: 1}, 0.0, [1.0, 0.5, 0.0]), ("minimize", {1.0: 3, 0.5: 4, 0.0: 1}, 1.0, [1.0, 0.5]),
+])  # fmt: skip
+def test_mixtures_are_tried_from_the_runs_weights_on_while_they_get_better(direction, scores, share, tried):
+    trained, dense = ({"weight": torch.full((2,), value), "count": torch.tensor(int(value))} for value in (4.0, 0.0))
+    seen = []
+
+    def cut(weights):
+        seen.append(float(weights["weight"][0]) / 4)
+        assert weights["count"] == 4  # what is no floating point is the run's
+        return nn.Identity()
+
+    found = best_cut(cut, lambda net: Evaluation(scores[seen[-1]], 1.0), trained, dense, direction)
+    assert (found.run_share, found.score.accuracy, seen) == (share, scores[share], tried)
+
+
+def test_each_plan_says_of_what_mixture_it_is_unless_mixtures_are_off(study, make, bench):
+    shares = [row.history[0]["run_share"] for row in study.trials[1:]]
+    assert set(shares) <= set(SHARES)
+    assert study.at("flops=50%").run_share in SHARES
+    alone = make(settings=[*NESTED_STUDY, "search.nested.mix=false"], budgets=["flops=70%"])
+    save_weights(bench.task.dense_model(), alone.trial_folder(0))
+    Driver(alone, bench, lambda row: None, print).settle(0, simulated(alone.ask(bench), bench))
+    assert alone.ask(bench).shares == SHARES[:1]
+    again = candidate_of(json.loads(json.dumps(packed(replace(alone.ask(bench), shares=SHARES)))))
+    assert again.shares == SHARES
 
 
 def test_any_budget_in_any_order(study):

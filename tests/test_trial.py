@@ -22,6 +22,7 @@ from ranksearch.tasks.evaluate import Evaluation, evaluate
 from ranksearch.tasks.train import Training
 from ranksearch.trial import trial
 from ranksearch.trial.attempt import attempt
+from ranksearch.trial.calibration import decomposed, in_one
 from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.recipe import Recipe, middle
@@ -45,6 +46,15 @@ def recipe(**changes) -> Recipe:
     projection = {"period": 10} | changes.pop("projection", {})
     settings = {"steps": 60, "batch_size": 64, "bn_batches": 5, "projection": projection} | changes
     return Recipe.settled(RecipeSpace(**settings), middle)
+
+
+def lowered_to(bench, flops):
+    """The bench with the solver's plan at other FLOPs."""
+    task, dense, net, _ = bench
+    model = task.dense_model()
+    model.load_state_dict(dense)
+    curves = rank_curves(model, net, LayerRules(("im2col", "channel", "spatial"), exclude=("linear",)))
+    return task, dense, net, allocate_plan(curves, [parse_budget("flops", flops)], model="digits/resnet8").plan
 
 
 def run(bench, save_to=None, seed=0, checkpoint=None, **changes):
@@ -115,6 +125,49 @@ def test_no_steps_at_all_is_decomposition_with_fresh_bn_statistics(bench, share)
     assert result.epochs == 0
     assert result.images_per_second is None
     assert result.val_accuracy > 60  # near chance, 10 %, without the re-estimation
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_what_is_decomposed_before_training_is_fitted_as_the_recipe_says(bench, share):
+    small = lowered_to(bench, "15%")
+    first = {
+        fit: run(small, steps=2, factor_share=share, calibration=fit)[1][0] for fit in ("none", "bias", "sequential")
+    }
+    assert {entry["phase"] for entry in first.values()} == {"decomposed" if share == 1 else "untrained"}
+    assert first["sequential"]["val_loss"] < 0.8 * first["none"]["val_loss"]
+    assert first["sequential"]["val_accuracy"] > first["none"]["val_accuracy"]
+
+
+def test_small_batches_are_fitted_on_as_one_and_ragged_ones_each_by_itself(bench, monkeypatch):
+    task, dense, net, plan = bench
+    model = task.dense_model()
+    model.load_state_dict(dense)
+    drawn, stream = [], type(task.train).stream
+
+    def noted(source, *arguments):
+        for batch in stream(source, *arguments):
+            drawn.append(len(batch[0]))
+            yield batch
+
+    monkeypatch.setattr(type(task.train), "stream", noted)
+    for size, batches in ((16, 4), (128, 2), (500, 1)):
+        drawn.clear()
+        small = decomposed(task, model, net, plan, recipe(batch_size=size), seed=0)
+        assert drawn == [size] * batches
+        assert evaluate(small, task.val, task).loss < 100
+    parts = [(torch.zeros(2, 5), torch.zeros(2)), (torch.zeros(3, 5), torch.zeros(3))]
+    (whole,) = in_one(parts)
+    assert [list(part.shape) for part in whole] == [[5, 5], [5]]
+    ragged = [{"ids": torch.zeros(2, 5)}, {"ids": torch.zeros(2, 7)}]
+    assert in_one(ragged) is ragged
+    flagged = [(torch.zeros(2, 5), True), (torch.zeros(2, 5), True)]
+    assert in_one(flagged) is flagged
+
+
+def test_a_recipe_of_before_is_one_without_calibration():
+    known = recipe().to_dict()
+    assert known.pop("calibration") == "sequential"
+    assert Recipe.from_dict(known).calibration == "none"
 
 
 def test_a_trial_keeps_its_best_net(bench, tmp_path):

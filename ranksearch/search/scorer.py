@@ -43,10 +43,14 @@ class Scorer:
 
     def __call__(self, plan: RankPlan) -> Evaluation:
         """Metric and loss; every plan sees the same samples."""
-        small = compress(self.model, plan, warm=self._started(plan), weightings=self._weightings)
-        if next(plan.lowered(), None) is not None:
-            generator = torch.Generator(self.device).manual_seed(0)
-            reestimate_bn_(small, calibration_batches(self.task.train, self._bn_batches, self._batch_size, generator))
+        if next(plan.lowered(), None) is None:
+            return evaluate(self.model, self.split, self.task)
+        return self.score(compress(self.model, plan, warm=self._started(plan), weightings=self._weightings))
+
+    def score(self, small: torch.nn.Module) -> Evaluation:
+        """Metric and loss of a net that is decomposed already, with BN statistics of the same batches."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        reestimate_bn_(small, calibration_batches(self.task.train, self._bn_batches, self._batch_size, generator))
         return evaluate(small, self.split, self.task)
 
     @torch.no_grad()

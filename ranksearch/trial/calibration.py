@@ -109,12 +109,12 @@ def decomposed(
     while len(batches) < BATCHES and len(batches) * size_of(batches[0]) < SAMPLES:
         batches.append(next(stream)[0])
     return calibrated(
-        model, net, plan, _in_one(batches), recipe.calibration, weightings=weightings or {}, example_input=example,
+        model, net, plan, in_one(batches), recipe.calibration, weightings=weightings or {}, example_input=example,
         seed=seed,
     )  # fmt: skip
 
 
-def _in_one(batches: list[Any]) -> list[Any]:
+def in_one(batches: list[Any]) -> list[Any]:
     """The batches as a single one, which takes less time; as they are where their samples have several shapes."""
     first = batches[0]
     parts = first.values() if isinstance(first, Mapping) else first if isinstance(first, tuple | list) else [first]
