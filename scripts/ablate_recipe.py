@@ -25,7 +25,12 @@ from ranksearch.space.recipe import RecipeSpace
 from ranksearch.trial.recipe import Recipe, middle
 
 WITH_CP = (*default_lowerings(), "cp")
-BASE: dict[str, Any] = {"factor_share": 0.0, "distillation.weight": 0.7, "distillation.temperature": 2.0}
+BASE: dict[str, Any] = {
+    "calibration": "none",
+    "factor_share": 0.0,
+    "distillation.weight": 0.7,
+    "distillation.temperature": 2.0,
+}
 
 
 def variants(lr: float, period: int) -> dict[str, dict[str, Any]]:
@@ -43,6 +48,7 @@ def variants(lr: float, period: int) -> dict[str, dict[str, Any]]:
         "factors for the last 15 %, lr x .1": {"factor_share": 0.15, "factor_lr": 0.1},
         "factors for the last half, lr x .1": {"factor_share": 0.5, "factor_lr": 0.1},
         "decomposed first": {"factor_share": 1.0},
+        "fitted layer after layer": {"calibration": "sequential"},
         "period / 4": {"projection.period": max(1, period // 4)},
         "period x 4": {"projection.period": 4 * period},
         "projections from 30 % on": {"projection.start": 0.3},

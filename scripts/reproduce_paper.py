@@ -222,6 +222,7 @@ def main() -> None:
     bench = Bench.open(options, report.say, test_images=500 if options.quick else None)
     steps = bench.steps(options.epochs, options.batch_size)
     shared = {"steps": steps, "batch_size": options.batch_size, "lr": options.lr, "factor_share": 0.0}
+    shared |= {"calibration": "none"}  # the paper starts from the dense weights
     shared |= {
         "projection": {"period": options.period},
     } | ({"bn_batches": 5} if options.quick else {})

@@ -15,6 +15,7 @@ import torch
 import ranksearch
 from ranksearch.allocate import LayerRules, allocate_plan, parse_budget, rank_curves
 from ranksearch.compress import LayerPlan, RankPlan, dense_cost, project_, trace
+from ranksearch.lowering import lowering_named
 from ranksearch.space.recipe import RecipeSpace
 from ranksearch.tasks import digits
 from ranksearch.tasks.dense import dense_state
@@ -25,6 +26,7 @@ from ranksearch.trial.attempt import attempt
 from ranksearch.trial.calibration import decomposed, in_one
 from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
+from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe, middle
 from ranksearch.trial.result import Status
 from ranksearch.trial.trial import run_trial
@@ -136,6 +138,23 @@ def test_what_is_decomposed_before_training_is_fitted_as_the_recipe_says(bench, 
     assert {entry["phase"] for entry in first.values()} == {"decomposed" if share == 1 else "untrained"}
     assert first["sequential"]["val_loss"] < 0.8 * first["none"]["val_loss"]
     assert first["sequential"]["val_accuracy"] > first["none"]["val_accuracy"]
+
+
+def test_training_begins_at_the_fitted_weights_which_have_their_ranks(bench, monkeypatch):
+    _, dense, _, plan = bench
+    begun = []
+    monkeypatch.setattr(
+        Projecting, "after_step", lambda self, training: begun.append(copy.deepcopy(training.model.state_dict()))
+    )
+    seen = {}
+    for fit in ("none", "sequential"):
+        run(bench, steps=1, factor_share=0.0, lr=1e-8, warmup=0.0, calibration=fit)
+        seen[fit] = begun[-1]
+    name, choice = next(plan.lowered())
+    spec = next(layer.spec for layer in bench[2].layers if layer.name == name)
+    projected = lowering_named(choice.lowering).project(seen["sequential"][f"{name}.weight"], choice.rank, spec)
+    assert projected.removed < 1e-6
+    torch.testing.assert_close(seen["none"][f"{name}.weight"], dense[f"{name}.weight"], atol=1e-5, rtol=1e-4)
 
 
 def test_small_batches_are_fitted_on_as_one_and_ragged_ones_each_by_itself(bench, monkeypatch):

@@ -82,7 +82,6 @@ def calibrate(
     return calibrated(model, net, plan, batches, fit, weightings=weightings or {}, example_input=example, seed=seed)
 
 
-@torch.no_grad()
 def calibrated(
     model: nn.Module,
     net: Net,
@@ -95,6 +94,36 @@ def calibrated(
     seed: int,
 ) -> nn.Module:
     """What `calibrate` gives, of a net that was traced already."""
+    work, warm = _fitted(model, net, plan, batches, fit, weightings, seed)
+    return compress(work, plan, example_input=example_input, warm=warm)
+
+
+@torch.no_grad()
+def fit_(model: nn.Module, net: Net, plan: RankPlan, batches: Sequence[Any], fit: str, *, seed: int) -> None:
+    """Gives the layers of `model` the weights and biases of `calibrate`, in their dense form: to train on from there.
+
+    Biases of what is within an attention or a recurrent net stay.
+    """
+    work, _ = _fitted(model, net, plan, batches, fit, {}, seed)
+    found = slots_of(work, plan)
+    for name, (slot, _) in slots_of(bare(model), plan).items():
+        slot.write_(found[name][0].weight.detach())
+        if slot.inside is None and slot.spec.bias and len(slot.paths) == 1:
+            there, here = (dict(net.named_parameters())[f"{name}.bias"] for net in (work, bare(model)))
+            here.copy_(there)
+
+
+@torch.no_grad()
+def _fitted(
+    model: nn.Module,
+    net: Net,
+    plan: RankPlan,
+    batches: Sequence[Any],
+    fit: str,
+    weightings: Mapping[str, Weighting],
+    seed: int,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """(a copy of `model` in its dense form, in which the layers of the plan have their ranks, what their decompositions start from)"""
     if fit not in FITS:
         raise UsageError(f"There is no fit {fit!r} of decomposed layers. {nearest(fit, FITS)}")
     slots, norms = slots_of(bare(model), plan), {layer.name: layer.norm for layer in net.layers}
@@ -140,7 +169,7 @@ def calibrated(
                         seen[name].add(*(rows[name] for rows in rows_of_both))
                 for name, inputs in seen.items():
                     settle(name, inputs)
-    return compress(work, plan, example_input=example_input, warm=warm)
+    return work, warm
 
 
 def _fit_in_one_pass(

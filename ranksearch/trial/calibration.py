@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.allocate.calibrate import calibrated
+from ranksearch.allocate.calibrate import calibrated, fit_
 from ranksearch.allocate.drawn import Drawn, drawn_for, predicted
 from ranksearch.allocate.weightings import measure_weightings
 from ranksearch.compress import Net, RankPlan
@@ -103,15 +103,26 @@ def decomposed(
     example = task.example_input
     if recipe.calibration == "none" or next(plan.lowered(), None) is None:
         return compress(model, plan, weightings=weightings, example_input=example)
+    batches = _batches(task, model, recipe, seed)
+    return calibrated(
+        model, net, plan, batches, recipe.calibration, weightings=weightings or {}, example_input=example, seed=seed
+    )
+
+
+def start_at_(task: Task, model: nn.Module, net: Net, plan: RankPlan, recipe: Recipe, *, seed: int) -> None:
+    """Fits the layers of the dense `model` at the ranks of `plan`, as the recipe's `calibration` says: training begins there."""
+    if recipe.calibration != "none" and next(plan.lowered(), None) is not None:
+        fit_(model, net, plan, _batches(task, model, recipe, seed), recipe.calibration, seed=seed)
+
+
+def _batches(task: Task, model: nn.Module, recipe: Recipe, seed: int) -> list[Any]:
+    """What layers are fitted on."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     stream = task.train.stream(recipe.batch_size, generator)
     batches = [next(stream)[0]]
     while len(batches) < BATCHES and len(batches) * size_of(batches[0]) < SAMPLES:
         batches.append(next(stream)[0])
-    return calibrated(
-        model, net, plan, in_one(batches), recipe.calibration, weightings=weightings or {}, example_input=example,
-        seed=seed,
-    )  # fmt: skip
+    return in_one(batches)
 
 
 def in_one(batches: list[Any]) -> list[Any]:

@@ -27,7 +27,7 @@ from ranksearch.tasks.parallel import Group, synchronised
 from ranksearch.tasks.source import calibration_batches
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Diverged, Passes, Training, TrainStats, once
-from ranksearch.trial.calibration import decomposed, metric_of
+from ranksearch.trial.calibration import decomposed, metric_of, start_at_
 from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.kept import Kept
@@ -230,16 +230,22 @@ class Session:
             return cut(self._dense), None, None
         return best_cut(cut, self._score, self._start, self._dense, self.task.direction, self._shares)
 
-    def score_untrained(self, plan: RankPlan) -> None:
-        """Scores the dense net decomposed as it is, so that training never makes a trial worse than none; once, and aside as a rung is.
+    def starting_net(self, plan: RankPlan) -> nn.Module:
+        """The dense net that training begins with: as it is, or fitted at the ranks of `plan`, as the recipe's `calibration` says."""
+        model = settled_(self.dense_net(), plan)
+        if not self.resumes_at("dense"):
+            with self._aside():
+                start_at_(self.task, model, self.net, plan, self.recipe, seed=self.seed)
+        return self.same_(model)
+
+    def score_untrained(self, model: nn.Module, plan: RankPlan) -> None:
+        """Scores the net that training begins with, so that training never makes a trial worse than none; once, and aside as a rung is.
 
         A net whose outputs are not finite then is no candidate: training may mend it.
         """
         if not self._last and not any(entry["phase"] == UNTRAINED for entry in self.history):
-            with suppress(Diverged), self._aside():
-                self._score_copy(
-                    UNTRAINED, self._compressed(self.dense_net(), plan), 0, None, {}, self.recipe.bn_batches
-                )
+            with suppress(Diverged):
+                self._score_copy(UNTRAINED, model, 0, plan, self.weightings(plan, model), self.recipe.bn_batches)
 
     def _aside(self) -> AbstractContextManager[None]:
         """Draws within disturb nothing outside."""

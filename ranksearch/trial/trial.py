@@ -12,7 +12,6 @@ from functools import partial
 from torch import nn
 
 from ranksearch.compress import Net, RankPlan, plan_cost, save_net
-from ranksearch.compress.slots import settled_
 from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.compress.surgery import compress, restructure_
 from ranksearch.errors import NonFiniteError
@@ -52,8 +51,8 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
         small, score, run_share = session.decomposed(plan)
         session.score("decomposed", small, 0, score, candidate=True, run_share=run_share)
         return small
-    model = settled_(session.dense_net(), plan)
-    session.score_untrained(plan)
+    model = session.starting_net(plan)
+    session.score_untrained(model, plan)
     rates = [session.settings.lr_at(step) for step in steps]
     measure = partial(session.weightings, plan)
     projecting = Projecting(plan, session.net, recipe.projection, rates, measure, session.metric_refresh)
