@@ -85,8 +85,8 @@ class RecipeSpace(Strict):
     factor_share: Annotated[Number, within(0, 1)] = 0.5
     """Share of the steps that trains the factors after decomposition; 0 is the pure form of Lee et al. 2019, 1 decomposes first."""
     calibration: Annotated[Choice, one_of("none", *FITS)] = "sequential"
-    """How a net that is decomposed before any training is fitted to the dense one, on some 256 samples: layer after layer ("sequential"),
-    by its biases alone ("bias"), or not ("none")."""
+    """How the layers that a trial begins with are fitted, at their ranks, to what they compute in the dense net, on some 256 samples: one
+    after the other ("sequential"), by their biases alone ("bias"), or not at all ("none"), as in Lee et al. 2019."""
     factor_lr: Annotated[Number, within(1e-6, 1e6)] = 1.0
     """Learning rate of the factors as a multiple of the schedule's. `cp`, a product of four factors, wants about 0.1."""
     bn_batches: int = Field(default=20, ge=1)
