@@ -161,6 +161,31 @@ def test_whatever_the_net_its_structure_is_that_of_compress_and_the_net_stays_as
         torch.testing.assert_close(mine(x), theirs(x), atol=1e-5, rtol=1e-4)
 
 
+class Routed(nn.Module):
+    """Its second layer is given the rows that the first one says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        chosen = y[:, 0] > 0
+        return self.last(y.index_put((chosen.nonzero()[:, 0],), self.second(y[chosen])))
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_layer_that_is_given_other_rows_in_each_net_is_decomposed_by_itself(batches):
+    torch.manual_seed(0)
+    net, inputs = Routed(), [torch.randn(200, 8) for _ in range(batches)]
+    plan = RankPlan({"first": LayerPlan("svd", 1), "second": LayerPlan("svd", 3), "last": LayerPlan("svd", 2)})
+    small, plain = ranksearch.calibrate(net, plan, inputs), ranksearch.compress(net, plan)
+    x = torch.randn(50, 8)
+    assert not torch.allclose(small.first(x)[:, 0] > 0, net.first(x)[:, 0] > 0)
+    torch.testing.assert_close(small.second(x), plain.second(x), atol=1e-5, rtol=1e-4)
+    assert error(small, net, inputs) < error(plain, net, inputs)
+
+
 def test_what_cannot_be_calibrated_on_is_told(net):
     with pytest.raises(UsageError, match="at least one batch"):
         ranksearch.calibrate(net, PLAN, [])

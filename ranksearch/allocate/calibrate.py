@@ -138,6 +138,9 @@ def _fitted(
 
     def settle(name: str, inputs: Seen) -> None:
         (slot, choice), weight = after[name], before[name][0].weight.detach()
+        if not inputs.paired:
+            warm[name] = _cut_(slot, choice, weight, weightings.get(name))
+            return
         if fit == SEQUENTIAL:
             given = weightings.get(name)
             metric = Weighting(inputs.moment(), None if given is None else given.outputs)
@@ -200,12 +203,14 @@ class Seen:
     def __init__(self, spec: LayerSpec, has_norm: bool) -> None:
         self.spec, self._centred = spec, spec.bias or has_norm
         self.lowered = Moment(torch.Generator().manual_seed(0), WIDEST)
+        self._differs = False
         self._mean: Tensor | None = None  # of x [g, n], a sum
         self._error: Tensor | None = None  # of (x − x̃) x̃ᵀ [g, n, n], a sum
 
     def add(self, dense: Tensor, lowered: Tensor) -> None:
-        """Rows of both [m, g, n], of the same positions; what differs in number is no pair, and left out."""
+        """Rows of both [m, g, n], of the same positions."""
         if dense.shape != lowered.shape:
+            self._differs = True
             return
         self.lowered.add(lowered)
         total = dense.sum(dim=0)
@@ -213,6 +218,11 @@ class Seen:
         if dense is not lowered and dense.shape[2] <= WIDEST:
             error = (dense - lowered).movedim(0, 2) @ lowered.transpose(0, 1)
             self._error = error if self._error is None else self._error + error
+
+    @property
+    def paired(self) -> bool:
+        """Whether both nets gave it as many rows: what a layer is given may depend on the data."""
+        return self.lowered.rows > 0 and not self._differs
 
     @property
     def mean(self) -> Tensor:
