@@ -35,9 +35,9 @@ if TYPE_CHECKING:  # what an editor and mypy see; at run time a name is imported
         reestimate_bn_,
     )
     from ranksearch.compress.surgery import compress
-    from ranksearch.compress.trace import trace
     from ranksearch.console import Terminal
     from ranksearch.errors import RanksearchError, StudyError, UsageError
+    from ranksearch.model.trace import trace
     from ranksearch.nets import export, load, save
     from ranksearch.study.study import Study
     from ranksearch.tasks.imagefolder import ImageFolder
@@ -63,9 +63,9 @@ _HOMES = {
     "reestimate_bn_": "ranksearch.compress:reestimate_bn_",
     "trace": "ranksearch.compress:trace",
     "plan_cost": "ranksearch.compress:plan_cost",
-    "plan_to": "ranksearch.compress.plan_to:plan_to",
-    "save_pretrained": "ranksearch.compress.hugging_face:save_pretrained",
-    "from_pretrained": "ranksearch.compress.hugging_face:from_pretrained",
+    "plan_to": "ranksearch.deploy.plan_to:plan_to",
+    "save_pretrained": "ranksearch.deploy.hugging_face:save_pretrained",
+    "from_pretrained": "ranksearch.deploy.hugging_face:from_pretrained",
     "RankPlan": "ranksearch.compress:RankPlan",
     "LayerPlan": "ranksearch.compress:LayerPlan",
     "LayerRule": "ranksearch.allocate:LayerRule",

@@ -31,8 +31,8 @@ from ranksearch.search.workbench import prepare
 from ranksearch.space.quality import Limits
 from ranksearch.space.reading import Settings, read_space
 from ranksearch.space.space import Space
-from ranksearch.study.addresses import ARTIFACTS, EVERY, MLFLOW, confirm_addresses
-from ranksearch.study.folder import (
+from ranksearch.store.addresses import ARTIFACTS, EVERY, MLFLOW, confirm_addresses
+from ranksearch.store.folder import (
     CURVES,
     DENSE_WEIGHTS,
     LATENCY,
@@ -43,7 +43,7 @@ from ranksearch.study.folder import (
     locked,
     new_folder,
 )
-from ranksearch.study.latency_file import open_table
+from ranksearch.store.latency_file import open_table
 from ranksearch.study.study import Study
 from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.draw_html import save_html

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from ranksearch.front.verdict import verdict_of
 from ranksearch.places.streams import Shown
-from ranksearch.study.verdict import verdict_of
 from ranksearch.trial.metric import metric_column, metric_text
 from ranksearch.words import (
     COST_NAMES,
@@ -27,7 +27,7 @@ from ranksearch.words import (
 )
 
 if TYPE_CHECKING:
-    from ranksearch.study.row import Row
+    from ranksearch.front.row import Row
     from ranksearch.study.study import Study
 
 

@@ -12,19 +12,19 @@ from torch import nn
 from ranksearch.allocate.budget import Budgets, assignments
 from ranksearch.compress import RankPlan, load_net
 from ranksearch.compress.export import load_stored_net
-from ranksearch.compress.exported import check_fold
-from ranksearch.compress.formats import format_named
-from ranksearch.compress.plan_to import plan_to
-from ranksearch.compress.standalone import export_alone, save_like
 from ranksearch.compress.whole import check_rebuilt
+from ranksearch.deploy.exported import check_fold
+from ranksearch.deploy.formats import format_named
+from ranksearch.deploy.plan_to import plan_to
+from ranksearch.deploy.standalone import export_alone, save_like
 from ranksearch.errors import UsageError
 from ranksearch.lowering.tiled import settle_
 from ranksearch.places.net_files import PLAN
 from ranksearch.run_study import Observer, Silent
 from ranksearch.space.quality import Limits
 from ranksearch.space.starter import imported_net
+from ranksearch.store.folder import find_study, study_around
 from ranksearch.study.export_trial import export_cut, export_trial, name_at, pick_trial, target_folder
-from ranksearch.study.folder import find_study, study_around
 from ranksearch.study.making import read_folder
 from ranksearch.study.study import Study
 from ranksearch.tasks import build_reference

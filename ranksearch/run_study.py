@@ -13,6 +13,7 @@ from torch import nn
 
 from ranksearch.compress import load_net
 from ranksearch.errors import UsageError
+from ranksearch.front.row import Row
 from ranksearch.places.net_files import missing_files
 from ranksearch.places.place import check_place
 from ranksearch.places.urls import check_apart, database_url
@@ -21,7 +22,6 @@ from ranksearch.space.space import Space
 from ranksearch.study.driver import run_inline
 from ranksearch.study.latency import time_front
 from ranksearch.study.repeats import repeat_front
-from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate

@@ -11,10 +11,10 @@ from ranksearch.allocate.curve_making import cost_curves
 from ranksearch.allocate.curves import Curves
 from ranksearch.allocate.damage import MEASURES, Damage
 from ranksearch.compress import dense_cost
-from ranksearch.compress.latency_table import LatencyTable
-from ranksearch.compress.stopwatch import Stopwatch
 from ranksearch.console import number, table
 from ranksearch.costs import NS_PER_MS
+from ranksearch.deploy.latency_table import LatencyTable
+from ranksearch.deploy.stopwatch import Stopwatch
 from ranksearch.errors import RanksearchError, first_line
 from ranksearch.lowering import LOWERINGS, Rank
 from ranksearch.lowering.contract import sides
@@ -26,9 +26,9 @@ from ranksearch.search.parametrize import Searched
 from ranksearch.search.predicting import usual
 from ranksearch.search.workbench import open_net, with_latency
 from ranksearch.space.space import Space
-from ranksearch.study.folder import LATENCY
+from ranksearch.store.folder import LATENCY
+from ranksearch.store.latency_file import open_table
 from ranksearch.study.latency import dense_layers_ms
-from ranksearch.study.latency_file import open_table
 from ranksearch.tasks import model_reference
 from ranksearch.tasks.folder import data_folder
 from ranksearch.trial.recipe import searched_settings

@@ -37,8 +37,8 @@ from ranksearch.allocate import BASELINES, Curves, LayerRules, allocate_plan, pa
 from ranksearch.allocate.baselines import random as random_plan
 from ranksearch.allocate.latency import timed
 from ranksearch.compress import RankPlan, restructure_, trace
-from ranksearch.compress.latency_table import LatencyTable
-from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
+from ranksearch.deploy.latency_table import LatencyTable
+from ranksearch.deploy.stopwatch import LatencySetting, Stopwatch
 from ranksearch.errors import UsageError
 from ranksearch.tasks.resnet import CifarResNet
 

@@ -35,10 +35,10 @@ from typing import Any
 from report import Report, arguments
 from simulated_trials import simulated
 
+from ranksearch.front.row import Row
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.space.reading import parse_space
 from ranksearch.space.space import Space
-from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.runs import PARENT_TAG, TRIAL_TAG, trial_metrics

@@ -35,7 +35,7 @@ from torch import Tensor
 import ranksearch
 from ranksearch.compress import LayerPlan
 from ranksearch.compress.nesting import Nesting
-from ranksearch.compress.slots import Slot
+from ranksearch.model.slots import Slot
 from ranksearch.pareto import hypervolume
 from ranksearch.study.study import Study
 from ranksearch.trial.levels import Levels

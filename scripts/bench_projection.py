@@ -33,10 +33,10 @@ from report import Report, arguments
 from torch import Tensor, nn
 
 from ranksearch.compress import LayerPlan, Projector, RankPlan
-from ranksearch.compress.slots import Slot, find_slots
 from ranksearch.errors import UsageError
 from ranksearch.lowering import MatrixLowering, lowering_named
 from ranksearch.lowering.contract import sides
+from ranksearch.model.slots import Slot, find_slots
 from ranksearch.tasks import cifar10
 from ranksearch.tasks.dense import checkpoint_path, read_checkpoint
 

@@ -48,6 +48,7 @@ from report import Report, arguments
 from ranksearch.allocate import parse_budget
 from ranksearch.compress import RankPlan, dense_cost, plan_cost
 from ranksearch.console import Terminal
+from ranksearch.front.row import Row
 from ranksearch.pareto import hypervolume
 from ranksearch.places.files import write_atomically
 from ranksearch.search.allocated import Allocated
@@ -58,7 +59,6 @@ from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.space.reading import parse_space
 from ranksearch.space.space import Space
 from ranksearch.study.driver import run_inline
-from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.trial.attempt import attempt

@@ -21,8 +21,8 @@ from statistics import median
 import optuna
 from report import Report, arguments
 
-from ranksearch.study.journal import open_journal
-from ranksearch.study.storage import open_storage
+from ranksearch.store.journal import open_journal
+from ranksearch.store.storage import open_storage
 
 PLAN = {"plan": {"layers": {}}, "recipe": {"steps": 1}, "seed": 0, "key": "x" * 2000}
 RESULT = {

@@ -46,11 +46,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import ranksearch
 from ranksearch.allocate.rules import LayerRules
 from ranksearch.compress import LayerPlan, Net, RankPlan, dense_cost, plan_cost, project_, reestimate_bn_, trace
-from ranksearch.compress.exported import TOLERANCE, export_net
-from ranksearch.compress.formats import format_named
-from ranksearch.compress.inputs import call, cast, cut, tensors
+from ranksearch.deploy.exported import TOLERANCE, export_net
+from ranksearch.deploy.formats import format_named
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.lowering import default_lowerings, lowering_named
+from ranksearch.model.inputs import call, cast, cut, tensors
 
 BUDGET = 0.5
 EXACT = 1e-9

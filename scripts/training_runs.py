@@ -23,7 +23,7 @@ import torch
 from ranksearch.allocate import BASELINES, Curves, LayerRules, allocate_plan, parse_budget, rank_curves
 from ranksearch.compress import Net, RankPlan, dense_cost, load_net, plan_cost, trace
 from ranksearch.places.files import write_atomically
-from ranksearch.study.provenance import provenance
+from ranksearch.store.provenance import provenance
 from ranksearch.tasks import build_reference, cifar10, model_reference
 from ranksearch.tasks.dense import State, dense_state
 from ranksearch.tasks.device import pick_device

@@ -10,9 +10,9 @@ from torch.nn.utils import parametrizations
 
 import ranksearch
 from ranksearch.compress import LayerPlan, RankPlan, dense_cost, load_net, plan_cost, project_, save_net, trace
-from ranksearch.compress.copying import copied
 from ranksearch.errors import UsageError
 from ranksearch.lowering import lowering_named
+from ranksearch.model.copying import copied
 
 
 class Standardised(nn.Conv2d):

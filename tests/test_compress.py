@@ -353,7 +353,7 @@ def test_restructured_net_takes_the_state_dict(small_net):
 
 
 def test_latency_of_nets_in_turn():
-    from ranksearch.compress.latency import latencies_ms
+    from ranksearch.deploy.latency import latencies_ms
 
     small, large = nn.Linear(8, 8), nn.Sequential(*(nn.Linear(512, 512) for _ in range(20)))
     wide = torch.nn.Sequential(nn.Linear(8, 512), large)

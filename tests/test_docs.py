@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import ranksearch
 from ranksearch.cli import app
-from ranksearch.compress.formats import FORMATS
+from ranksearch.deploy.formats import FORMATS
 from ranksearch.tasks.probe import check_task
 from tests.conftest import REPOSITORY
 

@@ -15,8 +15,8 @@ from torch import nn
 
 import ranksearch
 from ranksearch.compress import LayerPlan, RankPlan, dense_cost, load_net, plan_cost, project_, save_net, trace
-from ranksearch.compress.counting import counter, macs
 from ranksearch.errors import UsageError
+from ranksearch.model.counting import counter, macs
 
 
 def measured(model, *inputs):

@@ -9,15 +9,15 @@ from torch import nn
 
 import ranksearch
 from ranksearch.compress import LayerPlan, RankPlan, dense_cost, load_net, plan_cost, project_, save_net, trace
-from ranksearch.compress.counting import counter, macs
-from ranksearch.compress.experts import are_experts, with_open_experts
-from ranksearch.compress.hugging_face import from_pretrained, save_pretrained
-from ranksearch.compress.plan_to import plan_to
-from ranksearch.compress.slots import survey
 from ranksearch.compress.surgery import open_parts_
 from ranksearch.compress.whole import check_rebuilt
+from ranksearch.deploy.hugging_face import from_pretrained, save_pretrained
+from ranksearch.deploy.plan_to import plan_to
 from ranksearch.errors import UsageError
 from ranksearch.lowering.chain import Chain
+from ranksearch.model.counting import counter, macs
+from ranksearch.model.experts import are_experts, with_open_experts
+from ranksearch.model.slots import survey
 
 transformers = pytest.importorskip("transformers")
 SHAPES = {

@@ -17,12 +17,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 import ranksearch
 from ranksearch import cli
 from ranksearch.compress import LayerPlan, RankPlan, load_net, save_net
-from ranksearch.compress.exported import TOLERANCE, export_net
-from ranksearch.compress.fold import fold_bn_
-from ranksearch.compress.formats import FORMATS, format_named, traced
-from ranksearch.compress.slots import find_slots
+from ranksearch.deploy.exported import TOLERANCE, export_net
+from ranksearch.deploy.fold import fold_bn_
+from ranksearch.deploy.formats import FORMATS, format_named, traced
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.lowering import LOWERINGS, LayerSpec
+from ranksearch.model.slots import find_slots
 from ranksearch.search.parametrize import Opening
 from ranksearch.space.reading import read_space
 from ranksearch.study import export_trial
@@ -305,7 +305,7 @@ def test_a_missing_extra_and_an_unknown_format_say_what_to_do(monkeypatch):
 
 
 def test_onnx_is_loaded_by_its_format_alone():
-    probe = "import sys, ranksearch.compress.formats; print([m for m in ('onnx', 'onnxscript', 'onnxruntime') if m in sys.modules])"
+    probe = "import sys, ranksearch.deploy.formats; print([m for m in ('onnx', 'onnxscript', 'onnxruntime') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"
 

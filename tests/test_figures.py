@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from matplotlib import image as png
 
+from ranksearch.front.front import dominates
+from ranksearch.front.importance import AT_COST, FRONT, accuracy_at_cost
+from ranksearch.front.layer_costs import layer_costs
+from ranksearch.front.row import Row
 from ranksearch.space.recipe import RecipeSpace
-from ranksearch.study.front import dominates
-from ranksearch.study.importance import AT_COST, FRONT, accuracy_at_cost
-from ranksearch.study.layer_costs import layer_costs
-from ranksearch.study.row import Row
 from ranksearch.tracking.chart import (
     BLACK,
     BLUE,

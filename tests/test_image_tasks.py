@@ -15,8 +15,8 @@ from torch import nn
 
 import ranksearch
 from ranksearch import cli
-from ranksearch.compress.inputs import tensors
 from ranksearch.errors import UsageError
+from ranksearch.model.inputs import tensors
 from ranksearch.search.workbench import open_net
 from ranksearch.space.reading import parse_space, read_space
 from ranksearch.space.starter import Given, write_start

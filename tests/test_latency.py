@@ -13,15 +13,15 @@ import ranksearch
 from ranksearch.allocate import LayerRules, allocate_plan, parse_budget, rank_curves
 from ranksearch.allocate.latency import fit_factors, timed
 from ranksearch.compress import DENSE, LayerPlan, RankPlan, plan_cost, restructure_, trace
-from ranksearch.compress.latency import latencies_ms
-from ranksearch.compress.latency_table import LatencyTable, measured_ranks
-from ranksearch.compress.stopwatch import STEPS, LatencySetting, Stopwatch, probed_ranks, widest_step
+from ranksearch.deploy.latency import latencies_ms
+from ranksearch.deploy.latency_table import LatencyTable, measured_ranks
+from ranksearch.deploy.stopwatch import STEPS, LatencySetting, Stopwatch, probed_ranks, widest_step
 from ranksearch.errors import UsageError
+from ranksearch.front.row import Row
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.search.budgets import at_level, budgets_of
 from ranksearch.space.reading import read_space
 from ranksearch.study.ledger import Ledger
-from ranksearch.study.row import Row
 from ranksearch.tasks.resnet import CifarResNet
 from ranksearch.trial.result import Status
 

@@ -11,9 +11,9 @@ from mlflow import MlflowClient
 
 from ranksearch.api import Silent, resume, search, sync
 from ranksearch.errors import StudyError
+from ranksearch.front.verdict import verdict_of
 from ranksearch.space.reading import read_space
 from ranksearch.study.study import Study
-from ranksearch.study.verdict import verdict_of
 from ranksearch.tracking import background
 from ranksearch.tracking.mirror import Mirror
 from ranksearch.tracking.runs import plan_line, run_name, trial_metrics

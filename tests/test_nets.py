@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from ranksearch.compress.formats import FORMATS
+from ranksearch.deploy.formats import FORMATS
 from ranksearch.errors import UsageError
 from ranksearch.tasks.nets import build_named
 from tests.conftest import REPOSITORY

@@ -7,7 +7,7 @@ from optuna.testing.pytest_samplers import BasicSamplerTestCase, MultiObjectiveS
 from optuna.testing.pytest_storages import StorageTestCase
 
 from ranksearch.search.local_tpe import LocalTPE
-from ranksearch.study.journal import open_journal
+from ranksearch.store.journal import open_journal
 
 
 class TestJournal(StorageTestCase):

@@ -13,7 +13,7 @@ from ranksearch.errors import UsageError
 from ranksearch.search.preview import ALLOCATORS, levels_of
 from ranksearch.search.workbench import open_net, prepare
 from ranksearch.space.reading import read_space
-from ranksearch.study.folder import new_folder
+from ranksearch.store.folder import new_folder
 from ranksearch.tracking.preview_figures import kept_chart
 from tests.test_cli import call
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ranksearch.compress import LayerPlan, Projector, RankPlan
-from ranksearch.compress.slots import find_slots
 from ranksearch.errors import NonFiniteError
 from ranksearch.linalg import CERTIFIED
+from ranksearch.model.slots import find_slots
 from ranksearch.subspaces import judged, leading_exactly, leading_nearby
 
 PLANS = {

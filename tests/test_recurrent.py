@@ -10,9 +10,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import ranksearch
 from ranksearch.compress import LayerPlan, RankPlan, dense_cost, load_net, plan_cost, project_, save_net, trace
-from ranksearch.compress.slots import survey
 from ranksearch.compress.surgery import open_parts_
 from ranksearch.errors import UsageError
+from ranksearch.model.slots import survey
 
 SETTINGS = {
     "lstm": (nn.LSTM, {}),

@@ -13,9 +13,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from ranksearch.errors import StudyError
-from ranksearch.study.folded import Folded
-from ranksearch.study.journal import open_journal, together
-from ranksearch.study.row import Row
+from ranksearch.front.row import Row
+from ranksearch.store.folded import Folded
+from ranksearch.store.journal import open_journal, together
 from ranksearch.study.study import Study
 from ranksearch.trial.result import Status, TrialResult
 from tests.conftest import simulated

@@ -16,17 +16,17 @@ from ranksearch.allocate import BASELINES, LayerRules, parse_budget, rank_curves
 from ranksearch.allocate.damage import WITHOUT_DATA
 from ranksearch.compress import RankPlan, plan_cost
 from ranksearch.errors import StudyError, UsageError
+from ranksearch.front.row import Row
 from ranksearch.pareto import hypervolume, nondominated
 from ranksearch.search.allocated import Allocated
 from ranksearch.search.direct import Direct
 from ranksearch.search.groups import groups_of
 from ranksearch.search.opening import first_points
 from ranksearch.space.reading import read_space
+from ranksearch.store.folder import find_front
+from ranksearch.store.journal import mend_journal, open_journal
 from ranksearch.study import driver as runner
-from ranksearch.study.folder import find_front
-from ranksearch.study.journal import mend_journal, open_journal
 from ranksearch.study.ledger import Ledger
-from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.trial.result import Status, TrialResult
 from tests.conftest import drain, simulated
@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_no_half_line(journal, monkeypatch):
 
 def test_a_lock_does_not_outlive_its_process(journal):
     hold = (
-        "import sys, time; from pathlib import Path; from ranksearch.study.journal import KernelLock\n"
+        "import sys, time; from pathlib import Path; from ranksearch.store.journal import KernelLock\n"
         "KernelLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
     )
     lock = journal.with_name(f".{journal.name}.lock")

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from ranksearch.front.front import front_hypervolume
+from ranksearch.front.row import Row
 from ranksearch.pareto import hypervolume
-from ranksearch.study.front import front_hypervolume
-from ranksearch.study.row import Row
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.loaded import Loaded, LoadedDataset, as_source
 from ranksearch.tasks.resident import Resident

@@ -132,7 +132,7 @@ def test_a_folders_own_addresses_are_not_used_until_its_user_says_so(folder, key
     with pytest.raises(UsageError, match=rf"names {address} \({key}\).*--trust"):
         way(folder)
     if key == "tracking.uri":  # the user's own setting
-        from ranksearch.study.addresses import EVERY, confirm_addresses
+        from ranksearch.store.addresses import EVERY, confirm_addresses
 
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         confirm_addresses(Study.open(folder).space, folder, EVERY, trust=False)

@@ -13,8 +13,8 @@ from ranksearch.api import Silent, resume
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.pareto import hypervolume
 from ranksearch.space.reading import read_space
+from ranksearch.store.folder import find_study
 from ranksearch.study import driver as runner
-from ranksearch.study.folder import find_study
 from ranksearch.study.study import Study
 from ranksearch.trial.result import TrialResult
 from tests.conftest import drain, simulated

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from ranksearch.study.certainty import plus_minus
-from ranksearch.study.failures import commonest
-from ranksearch.study.front_shape import knee, points_of
-from ranksearch.study.layer_costs import layer_costs
-from ranksearch.study.verdict import verdict_of
-from ranksearch.study.where import finished_front
+from ranksearch.front.certainty import plus_minus
+from ranksearch.front.failures import commonest
+from ranksearch.front.front_shape import knee, points_of
+from ranksearch.front.layer_costs import layer_costs
+from ranksearch.front.verdict import verdict_of
+from ranksearch.store.where import finished_front
 from ranksearch.tracking.figures import front_chart
 from ranksearch.tracking.view import View
 from ranksearch.trial.result import TrialResult

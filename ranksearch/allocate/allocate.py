@@ -21,12 +21,12 @@ from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.allocate.sensitivity import SENSITIVITIES, USUAL_SENSITIVITY, weigh
 from ranksearch.allocate.solver import Solver, allocate_plan, solve
 from ranksearch.compress import RankPlan, reestimate_bn_, trace
-from ranksearch.compress.bare import bare
-from ranksearch.compress.latency_table import LatencyTable
 from ranksearch.compress.surgery import compress
+from ranksearch.deploy.latency_table import LatencyTable
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering import default_lowerings, expand_families
 from ranksearch.lowering.weighting import Weighting
+from ranksearch.model.bare import bare
 
 SOLVERS: dict[str, Solver] = {"solver": solve, "milp": partial(solve_exactly, time_limit=60.0)}
 METHODS = (*SOLVERS, *BASELINES, "greedy")

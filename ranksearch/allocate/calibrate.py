@@ -25,15 +25,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ranksearch.allocate.statistics import ROWS, Moment, batched, drawn_rows, width_of
 from ranksearch.allocate.weightings import SHRINKAGE
 from ranksearch.compress import LayerPlan, Net, RankPlan, trace
-from ranksearch.compress.bare import bare
-from ranksearch.compress.copying import copied
-from ranksearch.compress.inputs import call, moved
-from ranksearch.compress.slots import Slot, settled_, slots_of
 from ranksearch.compress.surgery import compress, open_parts_
-from ranksearch.compress.undisturbed import own, undisturbed
 from ranksearch.errors import NonFiniteError, UsageError, nearest
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.weighting import Weighting
+from ranksearch.model.bare import bare
+from ranksearch.model.copying import copied
+from ranksearch.model.inputs import call, cut, moved
+from ranksearch.model.slots import Slot, settled_, slots_of
+from ranksearch.model.undisturbed import own, undisturbed
 
 NUMBERS = 2**28
 """Numbers that the inputs in the dense net may take while one batch runs through the lowered one: 1 GiB."""
@@ -150,7 +150,7 @@ def _fitted(
             layer.bias.data += inputs.shift(weight, slot.weight.detach())
 
     with undisturbed(dense), undisturbed(work), _batch_statistics(dense), _batch_statistics(work):
-        stages = _stages(dense, taken, batches[0])
+        stages = _stages(dense, taken, cut(batches[0], 0, 2))
         called = {name: Seen(after[name][0].spec, norms[name] is not None) for stage in stages for name in stage}
         for name in slots if fit == BIAS else slots.keys() - called.keys():
             slot, choice = after[name]

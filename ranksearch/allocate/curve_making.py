@@ -14,11 +14,11 @@ from ranksearch.allocate.curves import Curves, LayerOptions
 from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.allocate.side_by_side import side_by_side
 from ranksearch.compress import DENSE, Layer, LayerPlan, Net, layer_cost
-from ranksearch.compress.slots import find_slots
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import Lowering, lowering_named
 from ranksearch.lowering.contract import RankCurve, sides
 from ranksearch.lowering.weighting import Weighting
+from ranksearch.model.slots import find_slots
 
 
 def _lowering_options(layer: Layer, curve: RankCurve, name: str, min_rank: int) -> tuple[list[LayerPlan], np.ndarray]:

@@ -13,11 +13,11 @@ import numpy as np
 
 from ranksearch.allocate.budget import Budget, check_feasible
 from ranksearch.compress import DENSE, Cost, Layer, LayerPlan, Net, RankPlan, dense_cost, plan_cost
-from ranksearch.compress.cost import layer_indices
 from ranksearch.costs import BYTES_PER_INDEX, COSTS, NANOSECONDS, NS_PER_MS
 from ranksearch.errors import UsageError
 from ranksearch.lowering import lowering_named
 from ranksearch.lowering.contract import Spectrum
+from ranksearch.model.cost import layer_indices
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ranksearch.compress.inputs import LOGITS, class_logits, field_of
 from ranksearch.errors import UsageError
+from ranksearch.model.inputs import LOGITS, class_logits, field_of
 
 SummedLoss = Callable[[Any], Tensor]
 """Output of the net on a batch -> the sum of the samples' losses."""

@@ -20,11 +20,11 @@ from torch import nn
 
 from ranksearch.allocate.curves import Curves, LayerOptions, Timing
 from ranksearch.compress import restructure_
-from ranksearch.compress.copying import copied
-from ranksearch.compress.latency_table import FINE, LatencyTable, shapes_of
-from ranksearch.compress.trace import Net
 from ranksearch.costs import NS_PER_MS
+from ranksearch.deploy.latency_table import FINE, LatencyTable, shapes_of
 from ranksearch.lowering.contract import sides
+from ranksearch.model.copying import copied
+from ranksearch.model.trace import Net
 
 FITTED_AT = (0.1, 0.3, 0.5)
 """Shares of the ladders of ranks. Most of these plans are faster than the dense net, as are those that a budget asks for. Slower plans cost

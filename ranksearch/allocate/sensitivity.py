@@ -33,9 +33,9 @@ from ranksearch.allocate.curves import Curves, LayerOptions
 from ranksearch.allocate.damage import Damage, Measure
 from ranksearch.allocate.drawn import SummedLoss, default_loss
 from ranksearch.allocate.statistics import Statistics, collect
-from ranksearch.compress.slots import find_slots
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.weighting import Weighting
+from ranksearch.model.slots import find_slots
 
 SAMPLES = 8
 """Ranks per layer and lowering at which the form is evaluated."""

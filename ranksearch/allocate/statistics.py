@@ -18,20 +18,20 @@ from torch import Tensor, nn
 
 from ranksearch.allocate.drawn import SummedLoss, default_loss
 from ranksearch.compress import Net
-from ranksearch.compress.as_plain import AsPlain, as_plain
-from ranksearch.compress.copying import copied
-from ranksearch.compress.inputs import (
+from ranksearch.compress.surgery import open_parts_
+from ranksearch.errors import NonFiniteError, UsageError
+from ranksearch.lowering import LayerSpec
+from ranksearch.lowering.padding import padded
+from ranksearch.lowering.weighting import SecondMoment
+from ranksearch.model.as_plain import AsPlain, as_plain
+from ranksearch.model.copying import copied
+from ranksearch.model.inputs import (
     batch_size,
     call,
     mapped,
     moved,
 )
-from ranksearch.compress.surgery import open_parts_
-from ranksearch.compress.undisturbed import own, undisturbed
-from ranksearch.errors import NonFiniteError, UsageError
-from ranksearch.lowering import LayerSpec
-from ranksearch.lowering.padding import padded
-from ranksearch.lowering.weighting import SecondMoment
+from ranksearch.model.undisturbed import own, undisturbed
 
 ROWS = 8192
 """The most positions of one batch and layer that enter a moment; where there are more, so many are drawn at random."""

@@ -42,7 +42,7 @@ def _terminate(number: int, frame: Any) -> None:
 def _conclude(run: Any, name: str, runs: Path, as_json: bool) -> None:
     """Runs a search or its continuation, then prints the front and where to look at it."""
     from ranksearch.console import Terminal, front_table, print_verdict
-    from ranksearch.study.verdict import verdict_of
+    from ranksearch.front.verdict import verdict_of
 
     terminal = Terminal()
     signal.signal(signal.SIGTERM, _terminate)
@@ -177,7 +177,7 @@ def front(
     Example: ranksearch front digits_resnet8 --budget params=40% --at-least accuracy=-1
     """
     from ranksearch.console import front_table, print_verdict
-    from ranksearch.study.where import find_study, finished_front, kept_front
+    from ranksearch.store.where import find_study, finished_front, kept_front
 
     folder = find_study(study, runs)
     record, damaged = finished_front(folder) if not (budget or at_least) else None, None

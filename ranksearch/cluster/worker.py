@@ -17,7 +17,7 @@ from ranksearch.cluster import mps
 from ranksearch.cluster.nodes import LeaveWatch
 from ranksearch.cluster.shared import Shared, take, with_peak
 from ranksearch.compress import RankPlan
-from ranksearch.compress.stopwatch import LatencySetting
+from ranksearch.deploy.stopwatch import LatencySetting
 from ranksearch.places.place import place_at, text_of
 from ranksearch.tasks.device import device_memory, limit_share
 from ranksearch.tasks.loaded import loader_processes

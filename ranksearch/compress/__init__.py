@@ -5,13 +5,13 @@ Calling the package is `compress(model, plan)`.
 
 from ranksearch._callable import make_callable
 from ranksearch.compress.batchnorm import reestimate_bn_
-from ranksearch.compress.cost import Cost, dense_cost, layer_cost, plan_cost
 from ranksearch.compress.export import load_net, save_net
 from ranksearch.compress.periodic import PeriodicProjection, project_every
-from ranksearch.compress.plan import DENSE, LayerPlan, RankPlan
 from ranksearch.compress.projection import Projector, project_
 from ranksearch.compress.surgery import restructure_
-from ranksearch.compress.trace import Layer, Net, trace
+from ranksearch.model.cost import Cost, dense_cost, layer_cost, plan_cost
+from ranksearch.model.plan import DENSE, LayerPlan, RankPlan
+from ranksearch.model.trace import Layer, Net, trace
 
 make_callable(__name__, "ranksearch.compress.surgery:compress")
 

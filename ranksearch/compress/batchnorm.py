@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ranksearch.compress.inputs import call
-from ranksearch.compress.undisturbed import own, undisturbed
 from ranksearch.lowering.pivoted_layers import merged_pivots
+from ranksearch.model.inputs import call
+from ranksearch.model.undisturbed import own, undisturbed
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ranksearch.compress.plan import RankPlan
 from ranksearch.compress.surgery import restructure_
 from ranksearch.errors import UsageError
 from ranksearch.lowering.tiled import settle_
+from ranksearch.model.plan import RankPlan
 from ranksearch.places.files import make_folder, partly_written, write_durably
 from ranksearch.places.net_files import PLAN, WEIGHTS
 

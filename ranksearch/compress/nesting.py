@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch import linalg
-from ranksearch.compress.plan import LayerPlan, RankPlan
-from ranksearch.compress.slots import Slot, slots_of
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import lowering_named
 from ranksearch.lowering.contract import sides
 from ranksearch.lowering.matrix import MatrixLowering
+from ranksearch.model.plan import LayerPlan, RankPlan
+from ranksearch.model.slots import Slot, slots_of
 
 Key = tuple[str, str]
 """(layer, what it is seen as: forms that remove the same of a weight share their basis)"""

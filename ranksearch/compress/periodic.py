@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ranksearch.compress.bare import COMPILED, unwrapped
-from ranksearch.compress.plan import RankPlan
 from ranksearch.compress.projection import Projector
-from ranksearch.compress.slots import find_slots, settled_, slots_of
 from ranksearch.compress.surgery import compress
 from ranksearch.errors import UsageError
 from ranksearch.lowering.weighting import Weighting
+from ranksearch.model.bare import COMPILED, unwrapped
+from ranksearch.model.plan import RankPlan
+from ranksearch.model.slots import find_slots, settled_, slots_of
 
 PREFIXES = (f"{COMPILED}.", "module.")
 """What names have in front in a wrapped model."""

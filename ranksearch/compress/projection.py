@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.bare import bare
 from ranksearch.compress.batched import Batched, Run
-from ranksearch.compress.plan import LayerPlan, RankPlan
-from ranksearch.compress.slots import Slot, settled_, slots_of
 from ranksearch.compress.stacks import Entry, takes
 from ranksearch.errors import NonFiniteError
 from ranksearch.lowering import LayerSpec, Lowering, lowering_named
 from ranksearch.lowering.contract import WeightView
 from ranksearch.lowering.weighting import Weighting
+from ranksearch.model.bare import bare
+from ranksearch.model.plan import LayerPlan, RankPlan
+from ranksearch.model.slots import Slot, settled_, slots_of
 
 FLOOR = 1e-3
 """Channels that BN all but silences keep this share of the largest channel's weight in a rectified projection, so that it can be undone."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ranksearch import linalg
-from ranksearch.compress.plan import LayerPlan
-from ranksearch.compress.slots import Slot
 from ranksearch.lowering import LayerSpec, Lowering, MatrixLowering
 from ranksearch.lowering.contract import kernel_area, sides
 from ranksearch.lowering.pivoted import PivotedLowering
 from ranksearch.lowering.tucker2 import Bases, Tucker2
+from ranksearch.model.plan import LayerPlan
+from ranksearch.model.slots import Slot
 from ranksearch.subspaces import Subspaces
 
 LEAST_WIDTH = 64

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.as_plain import settle_
-from ranksearch.compress.attention import IN_PROJ, QKV, leave_fused_, open_attention_
-from ranksearch.compress.bare import bare
-from ranksearch.compress.copying import copied
-from ranksearch.compress.experts import open_experts_
-from ranksearch.compress.plan import LayerPlan, RankPlan
-from ranksearch.compress.reached import reached_by_classes
-from ranksearch.compress.recurrent import open_recurrent_
-from ranksearch.compress.slots import Slot, find_slots, slots_of
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.chain import Turned, become_
 from ranksearch.lowering.contract import running_layers
 from ranksearch.lowering.weighting import Weighting
+from ranksearch.model.as_plain import settle_
+from ranksearch.model.attention import IN_PROJ, QKV, leave_fused_, open_attention_
+from ranksearch.model.bare import bare
+from ranksearch.model.copying import copied
+from ranksearch.model.experts import open_experts_
+from ranksearch.model.plan import LayerPlan, RankPlan
+from ranksearch.model.reached import reached_by_classes
+from ranksearch.model.recurrent import open_recurrent_
+from ranksearch.model.slots import Slot, find_slots, slots_of
 
 
 def compress(

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.attention import IN_PROJ, OUT_PROJ, QKV
-from ranksearch.compress.bare import bare
-from ranksearch.compress.copying import copied
-from ranksearch.compress.cost import plan_cost
-from ranksearch.compress.counting import counter, macs
-from ranksearch.compress.experts import bias_of, open_all_experts_
-from ranksearch.compress.inputs import batch_size, call, cast, moved, tensors
-from ranksearch.compress.plan import RankPlan
-from ranksearch.compress.slots import Slot, find_slots, slots_of
-from ranksearch.compress.trace import Net, traced
-from ranksearch.compress.undisturbed import own, undisturbed
 from ranksearch.errors import UsageError
 from ranksearch.lowering.chain import Chain, Computed
 from ranksearch.lowering.pivoted_layers import stored_pivots
 from ranksearch.lowering.tiled import settle_, stores_factors
+from ranksearch.model.attention import IN_PROJ, OUT_PROJ, QKV
+from ranksearch.model.bare import bare
+from ranksearch.model.copying import copied
+from ranksearch.model.cost import plan_cost
+from ranksearch.model.counting import counter, macs
+from ranksearch.model.experts import bias_of, open_all_experts_
+from ranksearch.model.inputs import batch_size, call, cast, moved, tensors
+from ranksearch.model.plan import RankPlan
+from ranksearch.model.slots import Slot, find_slots, slots_of
+from ranksearch.model.trace import Net, traced
+from ranksearch.model.undisturbed import own, undisturbed
 
 TOLERANCE = 1e-4
 """The largest allowed max |a - b| / max |a|, with a the outputs of the projected net and b those of the compressed one."""

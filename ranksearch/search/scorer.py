@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ranksearch.compress import LayerPlan, RankPlan, reestimate_bn_
-from ranksearch.compress.slots import slots_of
 from ranksearch.compress.surgery import compress
 from ranksearch.lowering import lowering_named
 from ranksearch.lowering.weighting import Weighting
+from ranksearch.model.slots import slots_of
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import Evaluation, evaluate
 from ranksearch.tasks.source import Source, calibration_batches

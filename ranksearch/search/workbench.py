@@ -15,10 +15,10 @@ from ranksearch.allocate.latency import timed
 from ranksearch.allocate.sensitivity import BALANCED
 from ranksearch.allocate.weightings import WEIGHTS
 from ranksearch.compress import Net, trace
-from ranksearch.compress.inputs import shape_of
-from ranksearch.compress.latency_table import LatencyTable
+from ranksearch.deploy.latency_table import LatencyTable
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.lowering.weighting import Weighting
+from ranksearch.model.inputs import shape_of
 from ranksearch.search.budgets import check_feasible_space
 from ranksearch.search.predicting import Prediction, settle, usual
 from ranksearch.space.recipe import RecipeSpace

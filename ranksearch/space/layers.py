@@ -11,7 +11,7 @@ from pydantic import (
 
 from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.allocate.weightings import METRICS, WEIGHTS
-from ranksearch.compress.stopwatch import LatencySetting
+from ranksearch.deploy.stopwatch import LatencySetting
 from ranksearch.lowering import default_lowerings, expand_families
 from ranksearch.space.settings import Strict
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress import Net, dense_cost, trace
-from ranksearch.compress.inputs import call, class_logits
 from ranksearch.errors import RanksearchError, UsageError, first_line, nearest
+from ranksearch.model.inputs import call, class_logits
 from ranksearch.space.reading import yaml_value
 from ranksearch.tasks.nets import LIBRARIES, build_named
 from ranksearch.tasks.task_file import told

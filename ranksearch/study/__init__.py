@@ -1,1 +1,1 @@
-"""What is remembered: the study, its folder and journal, what becomes of results, the front; and the loop that drives trials."""
+"""What is remembered: the study, what is proposed to it and what becomes of results; the loop that drives trials, and what follows it."""

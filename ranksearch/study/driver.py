@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from optuna.exceptions import StorageInternalError
 
 from ranksearch.errors import StudyError, first_line
+from ranksearch.front.failures import mend
+from ranksearch.front.row import Row
 from ranksearch.places.place import PlaceError
 from ranksearch.search.workbench import Workbench
-from ranksearch.study.failures import mend
-from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.trial.attempt import attempt
 from ranksearch.trial.candidate import Candidate

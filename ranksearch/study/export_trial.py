@@ -16,21 +16,21 @@ from torch import Tensor, nn
 
 from ranksearch.allocate.budget import Budgets
 from ranksearch.compress import RankPlan
-from ranksearch.compress.copying import copied
 from ranksearch.compress.export import Build, load_stored_net
-from ranksearch.compress.exported import CHECKED_BATCHES, Exported, export_net
-from ranksearch.compress.formats import Format
-from ranksearch.compress.plain import named_inputs
 from ranksearch.compress.whole import check_rebuilt
+from ranksearch.deploy.exported import CHECKED_BATCHES, Exported, export_net
+from ranksearch.deploy.formats import Format
 from ranksearch.errors import UsageError
+from ranksearch.front.row import Row
 from ranksearch.lowering.tiled import settle_
+from ranksearch.model.copying import copied
+from ranksearch.model.plain import named_inputs
 from ranksearch.places.files import new_folder_atomically, write_atomically
 from ranksearch.places.net_files import PLAN, holds_net
 from ranksearch.space.quality import Limits
+from ranksearch.store.folder import EXPORTS
+from ranksearch.store.provenance import cpu_name
 from ranksearch.study.cut import Cut
-from ranksearch.study.folder import EXPORTS
-from ranksearch.study.provenance import cpu_name
-from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.trial.result import Status
 

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from ranksearch.compress import Layer, LayerPlan, RankPlan
-from ranksearch.compress.latency_table import shapes_of
-from ranksearch.compress.stopwatch import NET_SECONDS, Stopwatch, TimedShape
+from ranksearch.deploy.latency_table import shapes_of
+from ranksearch.deploy.stopwatch import NET_SECONDS, Stopwatch, TimedShape
 from ranksearch.errors import RanksearchError, UsageError, first_line
-from ranksearch.study.layer_costs import layer_of
-from ranksearch.study.row import Row
+from ranksearch.front.layer_costs import layer_of
+from ranksearch.front.row import Row
 from ranksearch.study.study import Study
 from ranksearch.words import Log
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from ranksearch.study.front import dominates, front_hypervolume, in_order, merit, same_net
-from ranksearch.study.row import Row, repeated
+from ranksearch.front.front import dominates, front_hypervolume, in_order, merit, same_net
+from ranksearch.front.row import Row, repeated
 from ranksearch.trial.result import Status
 
 

@@ -12,8 +12,10 @@ import optuna
 import safetensors.torch
 import yaml
 
-from ranksearch.compress.stopwatch import Stopwatch
+from ranksearch.deploy.stopwatch import Stopwatch
 from ranksearch.errors import UsageError
+from ranksearch.front.front import directions_of
+from ranksearch.front.layer_costs import layer_records
 from ranksearch.places.files import settle
 from ranksearch.places.trust import FILE, remember
 from ranksearch.search.allocated import Allocated
@@ -24,14 +26,12 @@ from ranksearch.search.path import is_nested, nested_openings
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.reading import load_yaml, parse_space
 from ranksearch.space.space import Space
-from ranksearch.study.addresses import remember_addresses
-from ranksearch.study.folder import DENSE_WEIGHTS, INFO, SPACE, UNFINISHED, keep_task_file
-from ranksearch.study.front import directions_of
-from ranksearch.study.layer_costs import layer_records
+from ranksearch.store.addresses import remember_addresses
+from ranksearch.store.folder import DENSE_WEIGHTS, INFO, SPACE, UNFINISHED, keep_task_file
+from ranksearch.store.provenance import provenance
+from ranksearch.store.records import STUDY, read_record
+from ranksearch.store.storage import make_study
 from ranksearch.study.proposals import allocated, form_of
-from ranksearch.study.provenance import provenance
-from ranksearch.study.records import STUDY, read_record
-from ranksearch.study.storage import make_study
 from ranksearch.tasks import is_own
 from ranksearch.tasks.task import Task
 from ranksearch.trial.metric import Metric

@@ -10,9 +10,9 @@ import optuna
 from optuna.trial import TrialState
 
 from ranksearch.compress import Cost
+from ranksearch.front.front import objective_values
+from ranksearch.front.row import row_of
 from ranksearch.search.optuna_private import storage_of
-from ranksearch.study.front import objective_values
-from ranksearch.study.row import row_of
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.result import Status, TrialResult
 

@@ -13,25 +13,25 @@ import optuna
 from ranksearch.allocate.budget import Budgets, assignments, parse_budget
 from ranksearch.compress import Cost
 from ranksearch.errors import RanksearchError, UsageError, clipped, first_line
+from ranksearch.front.best import Wanted, best_row, steps_saved
+from ranksearch.front.failures import commonest
+from ranksearch.front.front import front_record, in_order
+from ranksearch.front.importance import importances
+from ranksearch.front.row import Row, row_of
 from ranksearch.places.files import write_atomically, write_durably
 from ranksearch.search.path import is_nested
 from ranksearch.space.quality import ACCURACY, Limits, limits_of, quality_of
 from ranksearch.space.space import Space
-from ranksearch.study.addresses import OPTUNA, confirm_addresses
-from ranksearch.study.best import Wanted, best_row, steps_saved
-from ranksearch.study.beyond import beyond_budget
+from ranksearch.store.addresses import OPTUNA, confirm_addresses
+from ranksearch.store.beyond import beyond_budget
+from ranksearch.store.folder import FRONT, INFO, place_of_results, trial_folder
+from ranksearch.store.late import DENSE, Late
+from ranksearch.store.storage import open_study
+from ranksearch.store.where import lost_nets
 from ranksearch.study.cut import Cut, Cutter
-from ranksearch.study.failures import commonest
-from ranksearch.study.folder import FRONT, INFO, place_of_results, trial_folder
-from ranksearch.study.front import front_record, in_order
-from ranksearch.study.importance import importances
-from ranksearch.study.late import DENSE, Late
 from ranksearch.study.ledger import Ledger
 from ranksearch.study.making import read_folder
 from ranksearch.study.nested_runs import best_run, run_scores
-from ranksearch.study.row import Row, row_of
-from ranksearch.study.storage import open_study
-from ranksearch.study.where import lost_nets
 from ranksearch.trial.metric import Metric
 
 

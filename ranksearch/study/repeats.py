@@ -12,9 +12,9 @@ from math import isfinite
 from torch import nn
 
 from ranksearch.compress import RankPlan, load_net
+from ranksearch.front.row import Row
 from ranksearch.search.workbench import Workbench
 from ranksearch.study.proposals import cut_in
-from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.trial.attempt import attempt
 from ranksearch.trial.candidate import Candidate

@@ -16,9 +16,9 @@ import numpy as np
 
 from ranksearch.compress import Cost
 from ranksearch.costs import cost_ratio
+from ranksearch.front.row import Row
 from ranksearch.pareto import nondominated
 from ranksearch.space.search import EarlyStoppingSpace
-from ranksearch.study.row import Row
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.reporting import RUNG
 

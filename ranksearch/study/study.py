@@ -17,6 +17,8 @@ from optuna.trial import FrozenTrial
 
 from ranksearch.compress import Cost
 from ranksearch.errors import StudyError, UsageError
+from ranksearch.front.failures import mend
+from ranksearch.front.row import Row, row_of
 from ranksearch.places.files import settle, write_durably
 from ranksearch.places.net_files import PLAN, WEIGHTS, holds_net
 from ranksearch.places.place import Remote, fetch
@@ -25,8 +27,7 @@ from ranksearch.search.parametrize import Opening
 from ranksearch.search.path import NESTED_RUN, is_nested
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
-from ranksearch.study.failures import mend
-from ranksearch.study.folder import (  # fmt: skip
+from ranksearch.store.folder import (  # fmt: skip
     FRONT,
     GIVEN,
     JOURNAL,
@@ -37,16 +38,15 @@ from ranksearch.study.folder import (  # fmt: skip
     new_folder,
     trial_folder,
 )
-from ranksearch.study.journal import mend_journal, together
+from ranksearch.store.journal import mend_journal, together
+from ranksearch.store.orphans import settle_orphans
+from ranksearch.store.storage import forget_study
 from ranksearch.study.making import begin, samples_of, space_text
 from ranksearch.study.nested_runs import best_run
-from ranksearch.study.orphans import settle_orphans
 from ranksearch.study.outcomes import record_of, tell_optuna
 from ranksearch.study.proposals import Proposals
 from ranksearch.study.recorded import RecordedStudy
-from ranksearch.study.row import Row, row_of
 from ranksearch.study.stopping import recorded_rungs, rung_point
-from ranksearch.study.storage import forget_study
 from ranksearch.tasks.task import Task
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.checkpoint import CheckpointFile

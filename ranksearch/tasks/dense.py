@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ranksearch.compress import dense_cost, trace
-from ranksearch.compress.inputs import tensors
 from ranksearch.errors import StudyError, UsageError, first_line
+from ranksearch.model.inputs import tensors
 from ranksearch.places.files import partly_written
 from ranksearch.tasks.device import pick_device, use_bf16
 from ranksearch.tasks.evaluate import evaluate

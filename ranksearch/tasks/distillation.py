@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ranksearch.compress.inputs import call, class_logits, shape_of
 from ranksearch.errors import UsageError
+from ranksearch.model.inputs import call, class_logits, shape_of
 from ranksearch.tasks.scores import IGNORED
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ranksearch.compress.inputs import batch_size as samples_of
-from ranksearch.compress.inputs import call
 from ranksearch.lowering.pivoted_layers import merged_pivots
+from ranksearch.model.inputs import batch_size as samples_of
+from ranksearch.model.inputs import call
 from ranksearch.tasks.scores import accumulator, as_number, in_fp32
 from ranksearch.tasks.source import Source
 from ranksearch.tasks.task import Task

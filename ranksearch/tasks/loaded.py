@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 
-from ranksearch.compress.inputs import batch_size, moved, shape_of, tensors
 from ranksearch.errors import UsageError
+from ranksearch.model.inputs import batch_size, moved, shape_of, tensors
 from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.source import Batch, Source, Stream

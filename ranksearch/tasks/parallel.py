@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ranksearch.compress.inputs import batch_size, cut
 from ranksearch.errors import RanksearchError, UsageError, first_line
+from ranksearch.model.inputs import batch_size, cut
 
 T = TypeVar("T")
 SYNCHRONISED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

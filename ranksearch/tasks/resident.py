@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ranksearch.compress.inputs import batch_size as samples_of
-from ranksearch.compress.inputs import cut, moved, picked, tensors
+from ranksearch.model.inputs import batch_size as samples_of
+from ranksearch.model.inputs import cut, moved, picked, tensors
 from ranksearch.tasks.batches import Batches
 from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.source import Batch

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ranksearch.compress.inputs import LOGITS, class_logits, field_of, joined, mapped, moved, own_loss, shape_of
 from ranksearch.errors import UsageError, shortened
+from ranksearch.model.inputs import LOGITS, class_logits, field_of, joined, mapped, moved, own_loss, shape_of
 
 Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) of a batch -> mean loss of its samples, a scalar with a gradient."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ranksearch.compress.inputs import shape_of
 from ranksearch.errors import UsageError
+from ranksearch.model.inputs import shape_of
 
 NAMES = ("target", "targets", "start_positions", "end_positions")
 """Names that targets go by in a batch dict, beside every name with `label` in it, as Hugging Face has it."""

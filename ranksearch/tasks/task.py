@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ranksearch.compress.copying import copied
-from ranksearch.compress.inputs import cut, moved, tensors
 from ranksearch.errors import UsageError, nearest
+from ranksearch.model.copying import copied
+from ranksearch.model.inputs import cut, moved, tensors
 from ranksearch.tasks.loaded import as_source
 from ranksearch.tasks.schedule import OPTIMIZER_NAMES
 from ranksearch.tasks.scores import Accuracy, Loss, MetricFunction, cross_entropy, is_accumulator, nets_loss

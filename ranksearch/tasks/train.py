@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ranksearch.compress.inputs import batch_size, call, class_logits, device_of, mapped, shape_of, tensors
 from ranksearch.errors import RanksearchError
 from ranksearch.lowering.pivoted_layers import merged_pivots
+from ranksearch.model.inputs import batch_size, call, class_logits, device_of, mapped, shape_of, tensors
 from ranksearch.tasks.both_ways import difference
 from ranksearch.tasks.capture import Recorder, Replayed, recorder_for
 from ranksearch.tasks.device import channels_last_

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ranksearch.front.row import Row
 from ranksearch.places.urls import without_password
-from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.tracking.mirror import MIRROR_ERRORS, Mirror
 from ranksearch.tracking.store import is_server, store_uri

@@ -7,9 +7,9 @@ from textwrap import wrap
 from typing import Any
 
 from ranksearch.compress import RankPlan
+from ranksearch.front.front_shape import FrontRecord
+from ranksearch.front.row import Row
 from ranksearch.lowering.contract import sides
-from ranksearch.study.front_shape import FrontRecord
-from ranksearch.study.row import Row
 from ranksearch.tracking.chart import (
     BLACK,
     BLUE,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ranksearch.study.importance import BEST, FEWEST, accuracy_at_cost
+from ranksearch.front.importance import BEST, FEWEST, accuracy_at_cost
 from ranksearch.tracking.view import View
 from ranksearch.words import parameter_in_words
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ranksearch.study.importance import BEST, accuracy_at_cost
-from ranksearch.study.row import Row
+from ranksearch.front.importance import BEST, accuracy_at_cost
+from ranksearch.front.row import Row
 from ranksearch.tracking.chart import BLUE, GREY, Axis, Bars, Chart, Parallel, Plot, Series, counted, range_around
 from ranksearch.tracking.learnt import FEWEST_DIRECTED, by_weight, clear, directions
 from ranksearch.tracking.view import View, cost_percent

@@ -19,10 +19,10 @@ import filelock
 import sqlalchemy.exc
 from sqlalchemy.engine import make_url
 
+from ranksearch.front.row import Row
 from ranksearch.places.files import write_atomically
 from ranksearch.places.urls import DRIVER_HINT
-from ranksearch.study.folder import FRONT, GIVEN, REPORT, SPACE
-from ranksearch.study.row import Row
+from ranksearch.store.folder import FRONT, GIVEN, REPORT, SPACE
 from ranksearch.tracking.chart import Plot
 from ranksearch.tracking.draw_png import save_png, save_thumbnail
 from ranksearch.tracking.figures import study_charts

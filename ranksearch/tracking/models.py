@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ranksearch.compress.axes import free_axes
-from ranksearch.compress.exported import max_rel_error
-from ranksearch.compress.formats import quiet, told, traced
-from ranksearch.compress.inputs import call, repeated
-from ranksearch.compress.plain import is_plain, named_inputs, plain, plain_outputs
+from ranksearch.deploy.exported import max_rel_error
+from ranksearch.deploy.formats import quiet, told, traced
+from ranksearch.model.axes import free_axes
+from ranksearch.model.inputs import call, repeated
+from ranksearch.model.plain import is_plain, named_inputs, plain, plain_outputs
 from ranksearch.places.net_files import PLAN, WEIGHTS
 from ranksearch.tasks import TaskKind
 from ranksearch.tracking.store import quiet_mlflow

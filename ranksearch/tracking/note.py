@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ranksearch.study.layer_costs import layer_costs
-from ranksearch.study.row import Row
-from ranksearch.study.verdict import verdict_of
+from ranksearch.front.layer_costs import layer_costs
+from ranksearch.front.row import Row
+from ranksearch.front.verdict import verdict_of
 from ranksearch.tasks import model_reference
 from ranksearch.tracking.runs import TAG_LENGTH, scored
 from ranksearch.tracking.view import View, cost_percent

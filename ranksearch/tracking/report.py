@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch import __version__
+from ranksearch.front.layer_costs import LayerCost, layer_costs
+from ranksearch.front.row import Row
+from ranksearch.front.verdict import verdict_of
 from ranksearch.places.files import write_atomically
-from ranksearch.study.layer_costs import LayerCost, layer_costs
-from ranksearch.study.row import Row
-from ranksearch.study.verdict import verdict_of
-from ranksearch.study.where import FRONT_PNG, REPORT
+from ranksearch.store.where import FRONT_PNG, REPORT
 from ranksearch.tasks import model_reference
 from ranksearch.tracking.chart import Chart
 from ranksearch.tracking.draw_html import fragment, script

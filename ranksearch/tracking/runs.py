@@ -8,10 +8,10 @@ from datetime import datetime
 from typing import Any
 
 from ranksearch.compress import RankPlan
+from ranksearch.front.row import Row
 from ranksearch.lowering.contract import sides
 from ranksearch.space.settings import Choices, Range, Strict
 from ranksearch.space.space import Space
-from ranksearch.study.row import Row
 from ranksearch.tracking.store import TRIALS_VIEW
 from ranksearch.tracking.view import View, cost_percent
 from ranksearch.trial.metric import PERCENT, Metric, as_read

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ranksearch.front.row import Row
 from ranksearch.pareto import hypervolume
-from ranksearch.study.row import Row
 from ranksearch.tracking.chart import BLUE, GREEN, GREY, ORANGE, PINK, Chart, HeatMap, Plot, Series
 from ranksearch.trial.metric import Metric
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 from ranksearch.errors import StudyError, Terminated, UsageError, nearest
 from ranksearch.places.trust import ADDRESS, is_known, refuse_addresses, remember
 from ranksearch.places.urls import FROM_ENVIRONMENT, from_environment, without_password
-from ranksearch.study.where import INFO
+from ranksearch.store.where import INFO
 from ranksearch.tracking import mlflow_private
 from ranksearch.tracking.mlflow_private import STORE
 from ranksearch.tracking.store import (

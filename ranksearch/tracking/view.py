@@ -10,9 +10,9 @@ from typing import Any
 from ranksearch.allocate import cost_value
 from ranksearch.compress import Cost
 from ranksearch.costs import same_cost
+from ranksearch.front.row import Row
 from ranksearch.space.space import Space
 from ranksearch.study.ledger import Ledger
-from ranksearch.study.row import Row
 from ranksearch.study.study import Study
 from ranksearch.trial.metric import Metric
 from ranksearch.words import COST_RATIOS

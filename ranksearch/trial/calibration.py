@@ -12,10 +12,10 @@ from ranksearch.allocate.calibrate import calibrated, fit_
 from ranksearch.allocate.drawn import Drawn, drawn_for, predicted
 from ranksearch.allocate.weightings import measure_weightings
 from ranksearch.compress import Net, RankPlan
-from ranksearch.compress.inputs import batch_size as size_of
-from ranksearch.compress.inputs import joined, tensors
 from ranksearch.compress.surgery import compress
 from ranksearch.lowering.weighting import Weighting
+from ranksearch.model.inputs import batch_size as size_of
+from ranksearch.model.inputs import joined, tensors
 from ranksearch.tasks.source import Batch
 from ranksearch.tasks.task import Task
 from ranksearch.trial.recipe import Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ranksearch.compress import RankPlan
-from ranksearch.compress.stopwatch import LatencySetting
+from ranksearch.deploy.stopwatch import LatencySetting
 from ranksearch.places.place import Place
 from ranksearch.trial.recipe import Recipe
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ranksearch.compress import Net, RankPlan, dense_cost, reestimate_bn_
-from ranksearch.compress.copying import copied
-from ranksearch.compress.slots import settled_
-from ranksearch.compress.stopwatch import LatencySetting, Stopwatch
 from ranksearch.compress.surgery import compress
+from ranksearch.deploy.stopwatch import LatencySetting, Stopwatch
 from ranksearch.lowering.weighting import Weighting
+from ranksearch.model.copying import copied
+from ranksearch.model.slots import settled_
 from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import channels_last_, pick_device, use_bf16
 from ranksearch.tasks.distillation import Distillation

@@ -12,8 +12,8 @@ from functools import partial
 from torch import nn
 
 from ranksearch.compress import Net, RankPlan, plan_cost, save_net
-from ranksearch.compress.stopwatch import LatencySetting
 from ranksearch.compress.surgery import compress, restructure_
+from ranksearch.deploy.stopwatch import LatencySetting
 from ranksearch.errors import NonFiniteError
 from ranksearch.places.place import PAUSES, Place, filling
 from ranksearch.tasks.dense import State
