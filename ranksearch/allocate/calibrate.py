@@ -99,18 +99,27 @@ def calibrated(
 
 
 @torch.no_grad()
-def fit_(model: nn.Module, net: Net, plan: RankPlan, batches: Sequence[Any], fit: str, *, seed: int) -> None:
+def fit_(
+    model: nn.Module,
+    net: Net,
+    plan: RankPlan,
+    batches: Sequence[Any],
+    fit: str,
+    *,
+    weightings: Mapping[str, Weighting],
+    seed: int,
+) -> None:
     """Gives the layers of `model` the weights and biases of `calibrate`, in their dense form: to train on from there.
 
     Biases of what is within an attention or a recurrent net stay.
     """
-    work, _ = _fitted(model, net, plan, batches, fit, {}, seed)
+    work, _ = _fitted(model, net, plan, batches, fit, weightings, seed)
     found = slots_of(work, plan)
     for name, (slot, _) in slots_of(bare(model), plan).items():
         slot.write_(found[name][0].weight.detach())
         if slot.inside is None and slot.spec.bias and len(slot.paths) == 1:
-            there, here = (dict(net.named_parameters())[f"{name}.bias"] for net in (work, bare(model)))
-            here.copy_(there)
+            there, here = list[Any](net.get_submodule(name) for net in (work, bare(model)))
+            here.bias.copy_(there.bias)
 
 
 @torch.no_grad()
@@ -168,8 +177,8 @@ def _fitted(
                 seen = {name: called.pop(name) for name in stage}
                 for number, batch in enumerate(batches):
                     rows_of_both = [_rows(net, seen, batch, seed + number) for net in (dense, work)]
-                    for name in set[str]().union(*rows_of_both):
-                        seen[name].add(*(rows[name] for rows in rows_of_both))
+                    for name in stage:
+                        seen[name].add(*(rows.get(name) for rows in rows_of_both))
                 for name, inputs in seen.items():
                     settle(name, inputs)
     return work, warm
@@ -207,10 +216,10 @@ class Seen:
         self._mean: Tensor | None = None  # of x [g, n], a sum
         self._error: Tensor | None = None  # of (x − x̃) x̃ᵀ [g, n, n], a sum
 
-    def add(self, dense: Tensor, lowered: Tensor) -> None:
-        """Rows of both [m, g, n], of the same positions."""
-        if dense.shape != lowered.shape:
-            self._differs = True
+    def add(self, dense: Tensor | None, lowered: Tensor | None) -> None:
+        """Rows of both [m, g, n], of the same positions; None where the batch did not reach the layer."""
+        if dense is None or lowered is None or dense.shape != lowered.shape:
+            self._differs |= dense is not lowered
             return
         self.lowered.add(lowered)
         total = dense.sum(dim=0)

@@ -109,10 +109,20 @@ def decomposed(
     )
 
 
-def start_at_(task: Task, model: nn.Module, net: Net, plan: RankPlan, recipe: Recipe, *, seed: int) -> None:
+def start_at_(
+    task: Task,
+    model: nn.Module,
+    net: Net,
+    plan: RankPlan,
+    recipe: Recipe,
+    *,
+    seed: int,
+    weightings: Mapping[str, Weighting],
+) -> None:
     """Fits the layers of the dense `model` at the ranks of `plan`, as the recipe's `calibration` says: training begins there."""
-    if recipe.calibration != "none" and next(plan.lowered(), None) is not None:
-        fit_(model, net, plan, _batches(task, model, recipe, seed), recipe.calibration, seed=seed)
+    if next(plan.lowered(), None) is not None:
+        batches = _batches(task, model, recipe, seed)
+        fit_(model, net, plan, batches, recipe.calibration, weightings=weightings, seed=seed)
 
 
 def _batches(task: Task, model: nn.Module, recipe: Recipe, seed: int) -> list[Any]:

@@ -233,9 +233,10 @@ class Session:
     def starting_net(self, plan: RankPlan) -> nn.Module:
         """The dense net that training begins with: as it is, or fitted at the ranks of `plan`, as the recipe's `calibration` says."""
         model = settled_(self.dense_net(), plan)
-        if not self.resumes_at("dense"):
+        if self.recipe.calibration != "none" and not self.resumes_at("dense"):
             with self._aside():
-                start_at_(self.task, model, self.net, plan, self.recipe, seed=self.seed)
+                weightings = self.weightings(plan, model)
+                start_at_(self.task, model, self.net, plan, self.recipe, seed=self.seed, weightings=weightings)
         return self.same_(model)
 
     def score_untrained(self, model: nn.Module, plan: RankPlan) -> None:
