@@ -40,6 +40,8 @@ NUMBERS = 2**28
 FEWEST = 1024
 """Rows of each layer's inputs that are kept however many layers there are."""
 BIAS, SEQUENTIAL = FITS = ("bias", "sequential")
+Settle = Callable[[str, "Seen"], None]
+"""Gives a layer, by name, the weight and bias that follow from its inputs."""
 WIDEST = 2048
 """A layer of more inputs keeps W as its target: what relates the inputs of both nets would be a matrix of so many rows."""
 
@@ -164,33 +166,30 @@ def _fitted(
         for name in slots if fit == BIAS else slots.keys() - called.keys():
             slot, choice = after[name]
             warm[name] = _cut_(slot, choice, slot.weight.detach(), weightings.get(name))
-        if fit == BIAS:
-            for number, batch in enumerate(batches):
-                for name, rows in _rows(dense, called, batch, seed + number).items():
-                    called[name].add(rows, rows)
-            for name, inputs in called.items():
-                settle(name, inputs)
+        if fit == BIAS:  # no layer waits for another: one stage, of the dense net alone
+            _fit_stage(dense, dense, called, batches, seed, settle)
         elif len(batches) == 1:
             _fit_in_one_pass(dense, work, called, batches[0], seed, settle)
         else:
             for stage in stages:
-                seen = {name: called.pop(name) for name in stage}
-                for number, batch in enumerate(batches):
-                    rows_of_both = [_rows(net, seen, batch, seed + number) for net in (dense, work)]
-                    for name in stage:
-                        seen[name].add(*(rows.get(name) for rows in rows_of_both))
-                for name, inputs in seen.items():
-                    settle(name, inputs)
+                _fit_stage(dense, work, {name: called.pop(name) for name in stage}, batches, seed, settle)
     return work, warm
 
 
+def _fit_stage(
+    dense: nn.Module, work: nn.Module, seen: Mapping[str, Seen], batches: Sequence[Any], seed: int, settle: Settle
+) -> None:
+    """Fits layers of which none is fed by another, in passes of both nets as far as they are called."""
+    for number, batch in enumerate(batches):
+        found = {net: _rows(net, seen, batch, seed + number) for net in dict.fromkeys((dense, work))}
+        for name, inputs in seen.items():
+            inputs.add(found[dense].get(name), found[work].get(name))
+    for name, inputs in seen.items():
+        settle(name, inputs)
+
+
 def _fit_in_one_pass(
-    dense: nn.Module,
-    work: nn.Module,
-    seen: Mapping[str, Seen],
-    batch: Any,
-    seed: int,
-    settle: Callable[[str, Seen], None],
+    dense: nn.Module, work: nn.Module, seen: Mapping[str, Seen], batch: Any, seed: int, settle: Settle
 ) -> None:
     """Fits every layer just before it is called, so that the batch runs through each net once."""
     most = NUMBERS // max(1, sum(width_of(inputs.spec) * inputs.spec.groups for inputs in seen.values()))

@@ -51,6 +51,7 @@ class Recipe(Updates):
     projection: ProjectionRecipe
     distillation: DistillationRecipe
     calibration: str = "none"
+    """What records say that were made before there was any; the schema's default is another."""
 
     @property
     def dense_steps(self) -> int:
