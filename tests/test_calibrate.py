@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import ranksearch
+from ranksearch.allocate.passes import stages_of
 from ranksearch.compress import LayerPlan, RankPlan, reestimate_bn_
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LOWERINGS
@@ -184,6 +185,21 @@ def test_a_layer_that_is_given_other_rows_in_each_net_is_decomposed_by_itself(ba
     assert not torch.allclose(small.first(x)[:, 0] > 0, net.first(x)[:, 0] > 0)
     torch.testing.assert_close(small.second(x), plain.second(x), atol=1e-5, rtol=1e-4)
     assert error(small, net, inputs) < error(plain, net, inputs)
+
+
+def test_layers_of_one_input_are_fitted_together_unless_it_changed_in_place():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x * 1
+            x.add_(self.a(x) + self.b(x))
+            return self.c(x)
+
+    with torch.no_grad():
+        assert stages_of(Net(), ["a", "b", "c"], torch.randn(3, 4)) == [["a", "b"], ["c"]]
 
 
 def test_what_cannot_be_calibrated_on_is_told(net):

@@ -14,15 +14,14 @@ Reference: Zhang et al. 2016, arXiv 1505.06798 (asymmetric reconstruction).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ranksearch.allocate.statistics import ROWS, Moment, batched, drawn_rows, width_of
+from ranksearch.allocate.passes import asked, batch_statistics, drawn, rows_given, run, stages_of
+from ranksearch.allocate.statistics import ROWS, Moment, width_of
 from ranksearch.allocate.weightings import SHRINKAGE
 from ranksearch.compress import LayerPlan, Net, RankPlan, trace
 from ranksearch.compress.surgery import compress, open_parts_
@@ -31,9 +30,9 @@ from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.model.bare import bare
 from ranksearch.model.copying import copied
-from ranksearch.model.inputs import call, cut, moved
+from ranksearch.model.inputs import cut
 from ranksearch.model.slots import Slot, settled_, slots_of
-from ranksearch.model.undisturbed import own, undisturbed
+from ranksearch.model.undisturbed import undisturbed
 
 NUMBERS = 2**28
 """Numbers that the inputs in the dense net may take while one batch runs through the lowered one: 1 GiB."""
@@ -160,8 +159,8 @@ def _fitted(
             layer: Any = work.get_submodule(name)
             layer.bias.data += inputs.shift(weight, slot.weight.detach())
 
-    with undisturbed(dense), undisturbed(work), _batch_statistics(dense), _batch_statistics(work):
-        stages = _stages(dense, taken, cut(batches[0], 0, 2))
+    with undisturbed(dense), undisturbed(work), batch_statistics(dense), batch_statistics(work):
+        stages = stages_of(dense, taken, cut(batches[0], 0, 2))
         called = {name: Seen(after[name][0].spec, norms[name] is not None) for stage in stages for name in stage}
         for name in slots if fit == BIAS else slots.keys() - called.keys():
             slot, choice = after[name]
@@ -180,8 +179,9 @@ def _fit_stage(
     dense: nn.Module, work: nn.Module, seen: Mapping[str, Seen], batches: Sequence[Any], seed: int, settle: Settle
 ) -> None:
     """Fits layers of which none is fed by another, in passes of both nets as far as they are called."""
+    specs = {name: inputs.spec for name, inputs in seen.items()}
     for number, batch in enumerate(batches):
-        found = {net: _rows(net, seen, batch, seed + number) for net in dict.fromkeys((dense, work))}
+        found = {net: rows_given(net, specs, batch, seed + number) for net in dict.fromkeys((dense, work))}
         for name, inputs in seen.items():
             inputs.add(found[dense].get(name), found[work].get(name))
     for name, inputs in seen.items():
@@ -192,17 +192,18 @@ def _fit_in_one_pass(
     dense: nn.Module, work: nn.Module, seen: Mapping[str, Seen], batch: Any, seed: int, settle: Settle
 ) -> None:
     """Fits every layer just before it is called, so that the batch runs through each net once."""
-    most = NUMBERS // max(1, sum(width_of(inputs.spec) * inputs.spec.groups for inputs in seen.values()))
+    specs = {name: inputs.spec for name, inputs in seen.items()}
+    most = NUMBERS // max(1, sum(width_of(spec) * spec.groups for spec in specs.values()))
     most = min(ROWS, max(FEWEST, most))
-    of_dense = _rows(dense, seen, batch, seed, most)
+    of_dense = rows_given(dense, specs, batch, seed, most)
 
     def told(name: str, layer: nn.Module, x: Tensor) -> None:
         if name in of_dense:
-            seen[name].add(of_dense.pop(name), _drawn(x, seen[name].spec, layer, seed, most))
+            seen[name].add(of_dense.pop(name), drawn(x, specs[name], layer, seed, most))
             settle(name, seen[name])
 
-    with _asked(work, seen, told):
-        _run(work, batch)
+    with asked(work, seen, told):
+        run(work, batch)
 
 
 class Seen:
@@ -277,78 +278,3 @@ def _cut_(slot: Slot, choice: LayerPlan, weight: Tensor, weighting: Weighting | 
         raise NonFiniteError(f"Layer {slot.name!r}: {error}") from error
     slot.write_(found.weight.to(slot.weight.dtype))
     return found.warm
-
-
-class _Reached(BaseException):
-    """Ends a pass whose rest is not needed; no `except Exception` of the net's own code takes it for an error."""
-
-
-@contextmanager
-def _asked(net: nn.Module, names: Iterable[str], told: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
-    """Within, `told(name, layer, input)` is called before each of the layers is."""
-    with ExitStack() as hooks:
-        for name in names:
-
-            def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                told(name, layer, args[0] if args else next(iter(kwargs.values())))
-
-            hook = net.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True)
-            hooks.callback(hook.remove)
-        yield
-
-
-def _stages(net: nn.Module, names: Sequence[str], batch: Any) -> list[list[str]]:
-    """The layers in the order of their calls, those together that follow each other and share an input; without those called twice."""
-    calls: list[tuple[str, Tensor]] = []
-    with _asked(net, names, lambda name, layer, x: calls.append((name, x))):
-        _run(net, batch)
-    order = [name for name, _ in calls]
-    stages: list[list[str]] = []
-    last: Tensor | None = None
-    for name, x in calls:
-        if order.count(name) > 1:
-            continue
-        if x is last:
-            stages[-1].append(name)
-        else:
-            stages.append([name])
-        last = x
-    return stages
-
-
-def _rows(net: nn.Module, seen: Mapping[str, Seen], batch: Any, seed: int, most: int = ROWS) -> dict[str, Tensor]:
-    """Layer -> rows of its inputs, of a pass that ends with the last of the layers."""
-    found: dict[str, Tensor] = {}
-
-    def told(name: str, layer: nn.Module, x: Tensor) -> None:
-        found[name] = _drawn(x, seen[name].spec, layer, seed, most)
-        if len(found) == len(seen):
-            raise _Reached
-
-    with _asked(net, seen, told):
-        _run(net, batch)
-    return found
-
-
-def _drawn(x: Tensor, spec: LayerSpec, layer: nn.Module, seed: int, most: int) -> Tensor:
-    """Rows [m, g, n] of what a layer is given, at positions that the seed alone decides: the same in both nets."""
-    return drawn_rows(batched(x, spec, layer), spec, torch.Generator().manual_seed(seed), most).float()
-
-
-def _run(net: nn.Module, batch: Any) -> None:
-    with suppress(_Reached):
-        call(net, moved(own(batch), next(net.parameters()).device))
-
-
-@contextmanager
-def _batch_statistics(net: nn.Module) -> Iterator[None]:
-    """Within, BN layers normalise by each batch's own statistics, as if they had been re-estimated; their running ones stay."""
-    norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.training = 0.0, True
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum, norm.training = momentum, False
