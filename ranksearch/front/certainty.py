@@ -89,7 +89,10 @@ def shared(record: FrontRecord) -> str:
     ]
     score = metric_text(metric, nested["scores"][str(best)], with_unit=True)
     runs = f", the best of {len(others) + 1} by the mean of its levels ({score}; {', '.join(others)})" if others else ""
-    return f"Every net is cut from the weights of one run, trial {best}{runs}: what that run missed, all of them miss."
+    return (
+        f"Every net is cut from the weights of one run, trial {best}{runs}, or of its mixture with the dense net: what that run missed, "
+        f"most of them miss."
+    )
 
 
 def seen(record: FrontRecord) -> str:
