@@ -31,6 +31,7 @@ PARAMETERS = {
     "trust": ("trust in the sensitivities", "1: as measured, 0: none"),
     "prediction": ("what makes the plan", ""),
     "lr": ("learning rate", ""),
+    "calibration": ("fit to the dense net", "before training"),
     "factor_lr": ("learning rate of the factors", "as a multiple"),
     "factor_share": ("training of the factors", "share of the steps"),
     "optimizer": ("optimizer", ""),

@@ -10,7 +10,7 @@ from transformers import BatchEncoding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import ranksearch
-from ranksearch.compress import inputs as forms
+from ranksearch.model import inputs as forms
 from ranksearch.compress import reestimate_bn_, trace
 from ranksearch.errors import UsageError
 
