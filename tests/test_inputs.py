@@ -10,9 +10,9 @@ from transformers import BatchEncoding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import ranksearch
-from ranksearch.model import inputs as forms
 from ranksearch.compress import reestimate_bn_, trace
 from ranksearch.errors import UsageError
+from ranksearch.model import inputs as forms
 
 Pair = collections.namedtuple("Pair", "logits features")
 
