@@ -221,11 +221,11 @@ def main() -> None:
     report = Report("reproduce_paper", options)
     bench = Bench.open(options, report.say, test_images=500 if options.quick else None)
     steps = bench.steps(options.epochs, options.batch_size)
-    shared = {"steps": steps, "batch_size": options.batch_size, "lr": options.lr, "factor_share": 0.0}
-    shared |= {"calibration": "none"}  # the paper starts from the dense weights
-    shared |= {
+    shared = {
+        "steps": steps, "batch_size": options.batch_size, "lr": options.lr, "factor_share": 0.0,
+        "calibration": "none",  # the paper starts from the dense weights
         "projection": {"period": options.period},
-    } | ({"bn_batches": 5} if options.quick else {})
+    } | ({"bn_batches": 5} if options.quick else {})  # fmt: skip
     planned = list(jobs(bench, options.methods, options.ratios, options.tiles))
     seeds = list(range(options.seed, options.seed + options.seeds))
     for seed in seeds:

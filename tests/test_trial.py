@@ -23,7 +23,7 @@ from ranksearch.tasks.evaluate import Evaluation, evaluate
 from ranksearch.tasks.train import Training
 from ranksearch.trial import trial
 from ranksearch.trial.attempt import attempt
-from ranksearch.trial.calibration import decomposed, in_one
+from ranksearch.trial.calibration import Calibration, in_one
 from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.projecting import Projecting
@@ -39,9 +39,13 @@ def bench(tmp_path_factory):
     model = digits.build_model("resnet8")
     model.load_state_dict(dense)
     net = trace(model, task.example_input)
+    return task.without_test(), dense, net, planned(model, net, "30%")
+
+
+def planned(model, net, flops):
+    """The solver's plan."""
     curves = rank_curves(model, net, LayerRules(("im2col", "channel", "spatial"), exclude=("linear",)))
-    plan = allocate_plan(curves, [parse_budget("flops", "30%")], model="digits/resnet8").plan
-    return task.without_test(), dense, net, plan
+    return allocate_plan(curves, [parse_budget("flops", flops)], model="digits/resnet8").plan
 
 
 def recipe(**changes) -> Recipe:
@@ -50,13 +54,11 @@ def recipe(**changes) -> Recipe:
     return Recipe.settled(RecipeSpace(**settings), middle)
 
 
-def lowered_to(bench, flops):
-    """The bench with the solver's plan at other FLOPs."""
-    task, dense, net, _ = bench
-    model = task.dense_model()
-    model.load_state_dict(dense)
-    curves = rank_curves(model, net, LayerRules(("im2col", "channel", "spatial"), exclude=("linear",)))
-    return task, dense, net, allocate_plan(curves, [parse_budget("flops", flops)], model="digits/resnet8").plan
+def dense_of(bench):
+    """The dense net of the bench, with its weights."""
+    model = bench[0].dense_model()
+    model.load_state_dict(bench[1])
+    return model
 
 
 def run(bench, save_to=None, seed=0, checkpoint=None, **changes):
@@ -131,7 +133,7 @@ def test_no_steps_at_all_is_decomposition_with_fresh_bn_statistics(bench, share)
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_what_is_decomposed_before_training_is_fitted_as_the_recipe_says(bench, share):
-    small = lowered_to(bench, "15%")
+    small = (*bench[:3], planned(dense_of(bench), bench[2], "15%"))
     first = {
         fit: run(small, steps=2, factor_share=share, calibration=fit)[1][0] for fit in ("none", "bias", "sequential")
     }
@@ -158,9 +160,7 @@ def test_training_begins_at_the_fitted_weights_which_have_their_ranks(bench, mon
 
 
 def test_small_batches_are_fitted_on_as_one_and_ragged_ones_each_by_itself(bench, monkeypatch):
-    task, dense, net, plan = bench
-    model = task.dense_model()
-    model.load_state_dict(dense)
+    task, _, net, plan = bench
     drawn, stream = [], type(task.train).stream
 
     def noted(source, *arguments):
@@ -171,7 +171,7 @@ def test_small_batches_are_fitted_on_as_one_and_ragged_ones_each_by_itself(bench
     monkeypatch.setattr(type(task.train), "stream", noted)
     for size, batches in ((16, 4), (128, 2), (500, 1)):
         drawn.clear()
-        small = decomposed(task, model, net, plan, recipe(batch_size=size), seed=0)
+        small = Calibration(task, net, recipe(batch_size=size), 0).decomposed(dense_of(bench), plan, {})
         assert drawn == [size] * batches
         assert evaluate(small, task.val, task).loss < 100
     parts = [(torch.zeros(2, 5), torch.zeros(2)), (torch.zeros(3, 5), torch.zeros(3))]

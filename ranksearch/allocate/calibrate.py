@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.allocate.passes import asked, batch_statistics, drawn, rows_given, run, stages_of
+from ranksearch.allocate.passes import Reached, asked, batch_statistics, drawn, rows_given, run, stages_of
 from ranksearch.allocate.statistics import ROWS, Moment, width_of
 from ranksearch.allocate.weightings import SHRINKAGE
 from ranksearch.compress import LayerPlan, Net, RankPlan, trace
 from ranksearch.compress.surgery import compress, open_parts_
 from ranksearch.errors import NonFiniteError, UsageError, nearest
 from ranksearch.lowering import LayerSpec, lowering_named
-from ranksearch.lowering.weighting import Weighting
+from ranksearch.lowering.weighting import SecondMoment, Weighting
 from ranksearch.model.bare import bare
 from ranksearch.model.copying import copied
 from ranksearch.model.inputs import cut
@@ -80,41 +80,16 @@ def calibrate(
         raise UsageError("A net is calibrated on data: give it at least one batch of inputs.")
     example = next((it for it in (example_input, plan.example_input) if it is not None), batches[0])
     net = trace(bare(model), example)
-    return calibrated(model, net, plan, batches, fit, weightings=weightings or {}, example_input=example, seed=seed)
-
-
-def calibrated(
-    model: nn.Module,
-    net: Net,
-    plan: RankPlan,
-    batches: Sequence[Any],
-    fit: str,
-    *,
-    weightings: Mapping[str, Weighting],
-    example_input: Any,
-    seed: int,
-) -> nn.Module:
-    """What `calibrate` gives, of a net that was traced already."""
-    work, warm = _fitted(model, net, plan, batches, fit, weightings, seed)
-    return compress(work, plan, example_input=example_input, warm=warm)
+    work, warm = fitted(model, net, plan, batches, fit, weightings=weightings or {}, seed=seed)
+    return compress(work, plan, example_input=example, warm=warm)
 
 
 @torch.no_grad()
-def fit_(
-    model: nn.Module,
-    net: Net,
-    plan: RankPlan,
-    batches: Sequence[Any],
-    fit: str,
-    *,
-    weightings: Mapping[str, Weighting],
-    seed: int,
-) -> None:
-    """Gives the layers of `model` the weights and biases of `calibrate`, in their dense form: to train on from there.
+def take_over_(model: nn.Module, work: nn.Module, plan: RankPlan) -> None:
+    """Gives the layers of `model` the weights and biases that `fitted` gave its copy `work`: to train on from there.
 
     Biases of what is within an attention or a recurrent net stay.
     """
-    work, _ = _fitted(model, net, plan, batches, fit, weightings, seed)
     found = slots_of(work, plan)
     for name, (slot, _) in slots_of(bare(model), plan).items():
         slot.write_(found[name][0].weight.detach())
@@ -124,12 +99,13 @@ def fit_(
 
 
 @torch.no_grad()
-def _fitted(
+def fitted(
     model: nn.Module,
     net: Net,
     plan: RankPlan,
     batches: Sequence[Any],
     fit: str,
+    *,
     weightings: Mapping[str, Weighting],
     seed: int,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -153,8 +129,9 @@ def _fitted(
             return
         if fit == SEQUENTIAL:
             given = weightings.get(name)
-            metric = Weighting(inputs.moment(), None if given is None else given.outputs)
-            warm[name] = _cut_(slot, choice, inputs.target(weight), metric)
+            moment = inputs.moment()
+            metric = Weighting(moment, None if given is None else given.outputs)
+            warm[name] = _cut_(slot, choice, inputs.target(weight, moment), metric)
         if slot.spec.bias and norms[name] is None:
             layer: Any = work.get_submodule(name)
             layer.bias.data += inputs.shift(weight, slot.weight.detach())
@@ -201,6 +178,8 @@ def _fit_in_one_pass(
         if name in of_dense:
             seen[name].add(of_dense.pop(name), drawn(x, specs[name], layer, seed, most))
             settle(name, seen[name])
+            if not of_dense:
+                raise Reached
 
     with asked(work, seen, told):
         run(work, batch)
@@ -239,19 +218,18 @@ class Seen:
         assert self._mean is not None
         return self._mean / self.lowered.rows
 
-    def moment(self) -> Any:
+    def moment(self) -> SecondMoment:
         """C̃ + λ"""
         return self.lowered.shrunk(SHRINKAGE, centred=self._centred)
 
-    def target(self, weight: Tensor) -> Tensor:
-        """W' in fp64, laid out as the weight."""
+    def target(self, weight: Tensor, moment: SecondMoment) -> Tensor:
+        """W' in fp64, laid out as the weight; `moment` is C̃ + λ."""
         blocks = self.spec.blocks(weight).double()
         if self._error is None:
             return weight.double()
         error = self._error / self.lowered.rows
         if self._centred:
             error = error - (self.mean - self.lowered.mean)[:, :, None] * self.lowered.mean[:, None]
-        moment = self.moment()
         metric = moment.core.double() + torch.diag_embed(moment.ridge.double()[:, None].expand(-1, moment.width))
         change = torch.linalg.solve(metric, (blocks.flatten(2) @ error.double()).mT).mT
         return self.spec.weight_of(blocks + change.reshape(blocks.shape))

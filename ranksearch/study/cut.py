@@ -22,8 +22,8 @@ from ranksearch.tasks.dense import State
 from ranksearch.tasks.device import pick_device
 from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.source import calibration_batches
-from ranksearch.trial.calibration import decomposed
-from ranksearch.trial.mixture import SHARES, best_cut
+from ranksearch.trial.calibration import Calibration
+from ranksearch.trial.mixture import best_cut, shares_tried
 from ranksearch.trial.nested import NESTED, read_weights
 from ranksearch.trial.recipe import Recipe, middle
 
@@ -109,18 +109,18 @@ class Cutter:
             bench.curves, parsed, damage=bench.damage, model=model_reference(self._space.task, self._space.model)
         ).plan
         recipe, device = Recipe.settled(self._space.recipe, middle), pick_device()
-        task = bench.task.to(device)
+        task, seed = bench.task.to(device), self._space.search.seed
+        calibration = Calibration(task, bench.net, recipe, seed)
 
         def cut(weights: State) -> nn.Module:
             model = bench.task.dense_model()
             model.load_state_dict(weights)
-            seed = self._space.search.seed
-            small = decomposed(task, model.to(device), bench.net, plan, recipe, seed=seed)
+            small = calibration.decomposed(model.to(device), plan, {})
             generator = torch.Generator(device).manual_seed(seed)
             reestimate_bn_(small, calibration_batches(task.train, recipe.bn_batches, recipe.batch_size, generator))
             return small
 
-        shares = SHARES if self._space.search.nested.mix else SHARES[:1]
+        shares = shares_tried(mix=self._space.search.nested.mix)
         net, score, run_share = best_cut(
             cut, lambda net: evaluate(net, task.val, task), bench.dense, dense, task.direction, shares
         )

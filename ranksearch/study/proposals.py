@@ -36,7 +36,7 @@ from ranksearch.store.journal import together
 from ranksearch.study.nested_runs import best_run, run_scores
 from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.metric import Metric
-from ranksearch.trial.mixture import SHARES
+from ranksearch.trial.mixture import shares_tried
 from ranksearch.trial.nested import NESTED, read_weights
 from ranksearch.trial.recipe import fixed, scored_after
 
@@ -232,7 +232,7 @@ class Proposals:
             }
         if self._nested is not None:
             weights = trial_folder(self._results, self._nested[0]) / NESTED
-            return {"weights": weights, "shares": SHARES if self._space.search.nested.mix else SHARES[:1]}
+            return {"weights": weights, "shares": shares_tried(mix=self._space.search.nested.mix)}
         return {}
 
     def checkpoint(self, key: str, seed: int) -> Place:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ranksearch.allocate.calibrate import calibrated, fit_
+from ranksearch.allocate.calibrate import fitted, take_over_
 from ranksearch.allocate.drawn import Drawn, drawn_for, predicted
 from ranksearch.allocate.weightings import measure_weightings
 from ranksearch.compress import Net, RankPlan
@@ -85,54 +86,51 @@ def metric_of(
     return measure_weightings(model, net, paired, metric, seed=seed, loss=paired.loss)
 
 
-def decomposed(
-    task: Task,
-    model: nn.Module,
-    net: Net,
-    plan: RankPlan,
-    recipe: Recipe,
-    *,
-    seed: int,
-    weightings: Mapping[str, Weighting] | None = None,
-) -> nn.Module:
-    """`model` decomposed by `plan`, and fitted to what it computes as the recipe's `calibration` says; task and model on one device.
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """How the layers that a trial begins with are fitted to its dense net's, as the recipe's `calibration` says; task and models lie on one
+    device.
 
-    Args:
-        weightings: layer -> the metric in which it is decomposed.
+    `weightings` of a method: layer -> the metric in which it is cut.
     """
-    example = task.example_input
-    if recipe.calibration == "none" or next(plan.lowered(), None) is None:
-        return compress(model, plan, weightings=weightings, example_input=example)
-    batches = _batches(task, model, recipe, seed)
-    return calibrated(
-        model, net, plan, batches, recipe.calibration, weightings=weightings or {}, example_input=example, seed=seed
-    )
 
+    task: Task
+    net: Net
+    recipe: Recipe
+    seed: int
 
-def start_at_(
-    task: Task,
-    model: nn.Module,
-    net: Net,
-    plan: RankPlan,
-    recipe: Recipe,
-    *,
-    seed: int,
-    weightings: Mapping[str, Weighting],
-) -> None:
-    """Fits the layers of the dense `model` at the ranks of `plan`, as the recipe's `calibration` says: training begins there."""
-    if next(plan.lowered(), None) is not None:
-        batches = _batches(task, model, recipe, seed)
-        fit_(model, net, plan, batches, recipe.calibration, weightings=weightings, seed=seed)
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is fitted."""
+        return self.recipe.calibration != "none"
 
+    def decomposed(self, model: nn.Module, plan: RankPlan, weightings: Mapping[str, Weighting]) -> nn.Module:
+        """`model` decomposed by `plan`, and fitted to what it computes."""
+        example = self.task.example_input
+        if not self._fits(plan):
+            return compress(model, plan, weightings=weightings, example_input=example)
+        work, warm = self._fitted(model, plan, weightings)
+        return compress(work, plan, example_input=example, warm=warm)
 
-def _batches(task: Task, model: nn.Module, recipe: Recipe, seed: int) -> list[Any]:
-    """What layers are fitted on."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    stream = task.train.stream(recipe.batch_size, generator)
-    batches = [next(stream)[0]]
-    while len(batches) < BATCHES and len(batches) * size_of(batches[0]) < SAMPLES:
-        batches.append(next(stream)[0])
-    return in_one(batches)
+    def start_at_(self, model: nn.Module, plan: RankPlan, weightings: Mapping[str, Weighting]) -> None:
+        """Fits the layers of the dense `model` at the ranks of `plan`: training begins there."""
+        if self._fits(plan):
+            take_over_(model, self._fitted(model, plan, weightings)[0], plan)
+
+    def _fits(self, plan: RankPlan) -> bool:
+        return self.is_on and next(plan.lowered(), None) is not None
+
+    def _fitted(
+        self, model: nn.Module, plan: RankPlan, weightings: Mapping[str, Weighting]
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)
+        stream = self.task.train.stream(self.recipe.batch_size, generator)
+        batches = [next(stream)[0]]
+        while len(batches) < BATCHES and len(batches) * size_of(batches[0]) < SAMPLES:
+            batches.append(next(stream)[0])
+        return fitted(
+            model, self.net, plan, in_one(batches), self.recipe.calibration, weightings=weightings, seed=self.seed
+        )
 
 
 def in_one(batches: list[Any]) -> list[Any]:

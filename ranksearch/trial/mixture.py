@@ -20,6 +20,11 @@ SHARES = (1.0, 0.5, 0.0)
 """Shares of the run's weights, tried in this order as long as the score rises; the rest is the dense net's."""
 
 
+def shares_tried(*, mix: bool) -> tuple[float, ...]:
+    """`SHARES`, or without mixtures the run's weights alone."""
+    return SHARES if mix else SHARES[:1]
+
+
 class Cutting(NamedTuple):
     """A net that was cut from a mixture, and its score on the validation set."""
 

@@ -27,7 +27,7 @@ from ranksearch.tasks.parallel import Group, synchronised
 from ranksearch.tasks.source import calibration_batches
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.train import Diverged, Passes, Training, TrainStats, once
-from ranksearch.trial.calibration import decomposed, metric_of, start_at_
+from ranksearch.trial.calibration import Calibration, metric_of
 from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.kept import Kept
@@ -80,7 +80,7 @@ class Session:
         self._device, self._dense, self._report, self._checkpoint = device, dense, report, checkpoint
         self._start, self._shares = start, shares
         self.group, self.seed, self.drawn = group, seed, drawn
-        self._metric = metric
+        self._metric, self._calibration = metric, Calibration(self.task, net, recipe, seed)
         self._watch, self._last = watch, last
         self._generator = torch.Generator(device).manual_seed(seed)
         self._rungs = {round(share * recipe.steps): number for number, share in enumerate(rungs)}
@@ -222,7 +222,8 @@ class Session:
 
         def cut(weights: State) -> nn.Module:
             self._generator.set_state(drawn)
-            small = self._compressed(settled_(self._net_of(weights), plan), plan)
+            model = settled_(self._net_of(weights), plan)
+            small = self.same_(self._calibration.decomposed(model, plan, self.weightings(plan, model)))
             self.reestimate_bn_(small)
             return small
 
@@ -233,10 +234,9 @@ class Session:
     def starting_net(self, plan: RankPlan) -> nn.Module:
         """The dense net that training begins with: as it is, or fitted at the ranks of `plan`, as the recipe's `calibration` says."""
         model = settled_(self.dense_net(), plan)
-        if self.recipe.calibration != "none" and not self.resumes_at("dense"):
+        if self._calibration.is_on and not self.resumes_at("dense"):
             with self._aside():
-                weightings = self.weightings(plan, model)
-                start_at_(self.task, model, self.net, plan, self.recipe, seed=self.seed, weightings=weightings)
+                self._calibration.start_at_(model, plan, self.weightings(plan, model))
         return self.same_(model)
 
     def score_untrained(self, model: nn.Module, plan: RankPlan) -> None:
@@ -245,19 +245,14 @@ class Session:
         A net whose outputs are not finite then is no candidate: training may mend it.
         """
         if not self._last and not any(entry["phase"] == UNTRAINED for entry in self.history):
+            # what is fitted has its ranks, and is the same product in every metric
+            weightings = {} if self._calibration.is_on else self.weightings(plan, model)
             with suppress(Diverged):
-                self._score_copy(UNTRAINED, model, 0, plan, self.weightings(plan, model), self.recipe.bn_batches)
+                self._score_copy(UNTRAINED, model, 0, plan, weightings, self.recipe.bn_batches)
 
     def _aside(self) -> AbstractContextManager[None]:
         """Draws within disturb nothing outside."""
         return torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else [])
-
-    def _compressed(self, model: nn.Module, plan: RankPlan) -> nn.Module:
-        """`model` decomposed as it is, and calibrated as the recipe says; alike on every rank."""
-        weightings = self.weightings(plan, model)
-        return self.same_(
-            decomposed(self.task, model, self.net, plan, self.recipe, seed=self.seed, weightings=weightings)
-        )
 
     def _score_at_rung(self, rung: int, training: Training, plan: RankPlan, projecting: Projecting | None) -> None:
         """Scores a copy of the model as it would be if the trial ended here; the training does not notice.
