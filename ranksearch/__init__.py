@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what an editor and mypy see; at run time a name is imported at its first use
     from ranksearch.allocate import LayerRule
     from ranksearch.allocate.allocate import allocate
-    from ranksearch.allocate.calibrate import calibrate
-    from ranksearch.allocate.weightings import weightings
     from ranksearch.api import preview, report, resume, search, sync
+    from ranksearch.calibration.calibrate import calibrate
+    from ranksearch.calibration.weightings import weightings
     from ranksearch.compress import (
         LayerPlan,
         Projector,
@@ -69,8 +69,8 @@ _HOMES = {
     "RankPlan": "ranksearch.compress:RankPlan",
     "LayerPlan": "ranksearch.compress:LayerPlan",
     "LayerRule": "ranksearch.allocate:LayerRule",
-    "calibrate": "ranksearch.allocate.calibrate:calibrate",
-    "weightings": "ranksearch.allocate.weightings:weightings",
+    "calibrate": "ranksearch.calibration.calibrate:calibrate",
+    "weightings": "ranksearch.calibration.weightings:weightings",
     "Task": "ranksearch.tasks.task:Task",
     "Study": "ranksearch.study.study:Study",
     "Terminal": "ranksearch.console:Terminal",

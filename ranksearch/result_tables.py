@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ranksearch.cluster.findings import ERROR, WARNING, Finding
 from ranksearch.compress import RankPlan
 from ranksearch.console import number, table
+from ranksearch.preflight.findings import ERROR, WARNING, Finding
 from ranksearch.trial.metric import metric_text
 
 

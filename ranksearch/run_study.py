@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import nn
 
 from ranksearch.compress import load_net
+from ranksearch.data.source import Source
 from ranksearch.errors import UsageError
 from ranksearch.front.row import Row
 from ranksearch.places.net_files import missing_files
@@ -23,15 +24,14 @@ from ranksearch.study.driver import run_inline
 from ranksearch.study.latency import time_front
 from ranksearch.study.repeats import repeat_front
 from ranksearch.study.study import Study
-from ranksearch.tasks.device import pick_device
-from ranksearch.tasks.evaluate import evaluate
-from ranksearch.tasks.source import Source
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import told_of_user_code
 from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.report import write_report
 from ranksearch.tracking.store import store_uri
 from ranksearch.tracking.view import View
+from ranksearch.training.device import pick_device
+from ranksearch.training.evaluate import evaluate
 from ranksearch.trial.result import Status
 
 LARGEST = 1e100
@@ -71,8 +71,8 @@ def preflight(space: Space, runs: Path, observer: Observer, *, address: str | No
         check_place(space.storage.results)
     if address is None or inline:
         return
-    from ranksearch.cluster import doctor
     from ranksearch.cluster.connection import connect
+    from ranksearch.preflight import doctor
 
     connect(address)
     doctor.preflight(space, runs, observer.log)

@@ -13,6 +13,7 @@ from ranksearch.allocate.damage import MEASURES, Damage
 from ranksearch.compress import dense_cost
 from ranksearch.console import number, table
 from ranksearch.costs import NS_PER_MS
+from ranksearch.data.folder import data_folder
 from ranksearch.deploy.latency_table import LatencyTable
 from ranksearch.deploy.stopwatch import Stopwatch
 from ranksearch.errors import RanksearchError, first_line
@@ -30,7 +31,6 @@ from ranksearch.store.folder import LATENCY
 from ranksearch.store.latency_file import open_table
 from ranksearch.study.latency import dense_layers_ms
 from ranksearch.tasks import model_reference
-from ranksearch.tasks.folder import data_folder
 from ranksearch.trial.recipe import searched_settings
 
 

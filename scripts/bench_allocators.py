@@ -56,13 +56,13 @@ from ranksearch.allocate.damage import WITHOUT_DATA
 from ranksearch.allocate.problem import OPTIMAL as MILP_GAP
 from ranksearch.allocate.problem import Poser, by_milp
 from ranksearch.compress import RankPlan, dense_cost, plan_cost, trace
+from ranksearch.data.source import calibration_batches
 from ranksearch.errors import UsageError
 from ranksearch.lowering import LOWERINGS
 from ranksearch.search.preview import damage_of
 from ranksearch.search.scorer import Scorer
 from ranksearch.tasks import cifar10
-from ranksearch.tasks.dense import dense_state
-from ranksearch.tasks.source import calibration_batches
+from ranksearch.training.dense import dense_state
 
 CONVS = ("im2col", "channel", "spatial")
 PERCENTS = (75, 50, 35)

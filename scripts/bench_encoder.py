@@ -30,8 +30,8 @@ from report import Report, arguments
 from torch import Tensor, nn
 
 import ranksearch
-from ranksearch.allocate.calibrate import FITS
-from ranksearch.allocate.drawn import drawn_directions_loss
+from ranksearch.calibration.calibrate import FITS
+from ranksearch.calibration.drawn import drawn_directions_loss
 from ranksearch.compress import LayerPlan, Net, RankPlan, dense_cost, plan_cost, trace
 
 CALIBRATION, HELD_OUT, TRAINING, BATCH = 200, 300, 6000, 20

@@ -52,16 +52,16 @@ from torch import Tensor  # noqa: E402
 import ranksearch  # noqa: E402
 from ranksearch.cluster import mps  # noqa: E402
 from ranksearch.compress import Projector  # noqa: E402
+from ranksearch.data.folder import data_folder  # noqa: E402
 from ranksearch.errors import UsageError  # noqa: E402
 from ranksearch.run_study import Silent  # noqa: E402
 from ranksearch.study.study import Study  # noqa: E402
 from ranksearch.tasks import cifar10  # noqa: E402
-from ranksearch.tasks.capture import WARM_STEPS, Recorder, recorder_for  # noqa: E402
-from ranksearch.tasks.dense import checkpoint_path, read_checkpoint  # noqa: E402
-from ranksearch.tasks.device import clock, pick_device  # noqa: E402
-from ranksearch.tasks.folder import data_folder  # noqa: E402
-from ranksearch.tasks.optimisation import Optimisation  # noqa: E402
-from ranksearch.tasks.train import Training  # noqa: E402
+from ranksearch.training.capture import WARM_STEPS, Recorder, recorder_for  # noqa: E402
+from ranksearch.training.dense import checkpoint_path, read_checkpoint  # noqa: E402
+from ranksearch.training.device import clock, pick_device  # noqa: E402
+from ranksearch.training.optimisation import Optimisation  # noqa: E402
+from ranksearch.training.train import Training  # noqa: E402
 
 PERIOD = 10
 

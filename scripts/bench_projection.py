@@ -38,7 +38,7 @@ from ranksearch.lowering import MatrixLowering, lowering_named
 from ranksearch.lowering.contract import sides
 from ranksearch.model.slots import Slot, find_slots
 from ranksearch.tasks import cifar10
-from ranksearch.tasks.dense import checkpoint_path, read_checkpoint
+from ranksearch.training.dense import checkpoint_path, read_checkpoint
 
 NAMES = ("im2col", "channel", "spatial", "tucker2")
 LR = {"resnet20": 0.02, "resnet18": 0.01}

@@ -60,7 +60,7 @@ from ranksearch.space.reading import parse_space
 from ranksearch.space.space import Space
 from ranksearch.study.driver import run_inline
 from ranksearch.study.study import Study
-from ranksearch.tasks.evaluate import evaluate
+from ranksearch.training.evaluate import evaluate
 from ranksearch.trial.attempt import attempt
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.result import TrialResult

@@ -29,8 +29,8 @@ from report import Report, arguments
 
 import ranksearch.cluster  # noqa: F401  (settings that Ray reads at its import)
 from ranksearch.compress import trace
+from ranksearch.data.resident import Resident
 from ranksearch.tasks import cifar10
-from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.task import Task
 
 

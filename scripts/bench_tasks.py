@@ -51,11 +51,11 @@ from ranksearch.space.space import Space
 from ranksearch.study.driver import run_inline
 from ranksearch.study.study import Study
 from ranksearch.tasks import model_reference
-from ranksearch.tasks.evaluate import evaluate
-from ranksearch.tasks.optimisation import Optimisation
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import TaskFile
-from ranksearch.tasks.train import Training
+from ranksearch.training.evaluate import evaluate
+from ranksearch.training.optimisation import Optimisation
+from ranksearch.training.train import Training
 from ranksearch.trial.attempt import attempt
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.metric import PERCENT, Metric

@@ -29,14 +29,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from ranksearch.allocate import LayerRules, allocate_plan, parse_budget, rank_curves
 from ranksearch.compress import dense_cost, trace
+from ranksearch.data.resident import Augment, Normalise, Resident
 from ranksearch.lowering import default_lowerings
 from ranksearch.space.recipe import RecipeSpace
 from ranksearch.tasks import cifar10
-from ranksearch.tasks.device import clock, pick_device, use_bf16
-from ranksearch.tasks.optimisation import Optimisation
-from ranksearch.tasks.resident import Augment, Normalise, Resident
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Training
+from ranksearch.training.device import clock, pick_device, use_bf16
+from ranksearch.training.optimisation import Optimisation
+from ranksearch.training.train import Training
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe, middle
 

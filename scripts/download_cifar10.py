@@ -15,9 +15,9 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
+from ranksearch.data.folder import data_folder
 from ranksearch.tasks.cifar10 import FOLDER, TEST_FILES, TRAIN_FILES
-from ranksearch.tasks.dense import PUBLIC_CHECKPOINTS
-from ranksearch.tasks.folder import data_folder
+from ranksearch.training.dense import PUBLIC_CHECKPOINTS
 
 ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"

@@ -54,7 +54,7 @@ from ranksearch.lowering import default_lowerings  # noqa: E402
 from ranksearch.places.files import write_atomically  # noqa: E402
 from ranksearch.space.recipe import RecipeSpace  # noqa: E402
 from ranksearch.tasks import cifar10, digits, model_reference  # noqa: E402
-from ranksearch.tasks.dense import dense_state  # noqa: E402
+from ranksearch.training.dense import dense_state  # noqa: E402
 from ranksearch.trial.checkpoint import Leaving  # noqa: E402
 from ranksearch.trial.recipe import Recipe, middle  # noqa: E402
 

@@ -25,10 +25,10 @@ from ranksearch.compress import Net, RankPlan, dense_cost, load_net, plan_cost, 
 from ranksearch.places.files import write_atomically
 from ranksearch.store.provenance import provenance
 from ranksearch.tasks import build_reference, cifar10, model_reference
-from ranksearch.tasks.dense import State, dense_state
-from ranksearch.tasks.device import pick_device
-from ranksearch.tasks.evaluate import evaluate
 from ranksearch.tasks.task import Task
+from ranksearch.training.dense import State, dense_state
+from ranksearch.training.device import pick_device
+from ranksearch.training.evaluate import evaluate
 from ranksearch.trial.checkpoint import CheckpointFile, stays
 from ranksearch.trial.recipe import Recipe
 from ranksearch.trial.trial import run_trial

@@ -17,7 +17,7 @@ from ranksearch.compress import plan_cost
 from ranksearch.search.workbench import prepare
 from ranksearch.space.reading import read_space
 from ranksearch.study.study import Study
-from ranksearch.tasks.train import Training
+from ranksearch.training.train import Training
 from ranksearch.trial.result import TrialResult
 
 if (
@@ -121,7 +121,7 @@ def short_settings() -> list[str]:
 @pytest.fixture(scope="session", autouse=True)
 def data_folder_for_tests(tmp_path_factory: pytest.TempPathFactory):
     """Dense nets trained by tests go to a folder of their own; real data are linked in where they are."""
-    from ranksearch.tasks.folder import data_folder
+    from ranksearch.data.folder import data_folder
 
     real = data_folder()
     folder = tmp_path_factory.mktemp("data")

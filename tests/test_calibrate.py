@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ranksearch
-from ranksearch.allocate.passes import stages_of
+from ranksearch.calibration.passes import stages_of
 from ranksearch.compress import LayerPlan, RankPlan, reestimate_bn_
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LOWERINGS

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ranksearch
-from ranksearch.allocate.statistics import collect
+from ranksearch.calibration.statistics import collect
 from ranksearch.compress import trace
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from ranksearch.tasks.capture import WARM_STEPS
-from ranksearch.tasks.distillation import Distillation
-from ranksearch.tasks.optimisation import Optimisation
-from ranksearch.tasks.resident import Augment, Normalise, Resident
+from ranksearch.data.resident import Augment, Normalise, Resident
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Training
+from ranksearch.training.capture import WARM_STEPS
+from ranksearch.training.distillation import Distillation
+from ranksearch.training.optimisation import Optimisation
+from ranksearch.training.train import Training
 
 
 class Calls:

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from ranksearch.cluster.doctor import examine
-from ranksearch.cluster.findings import ERROR, OK, WARNING, judge
+from ranksearch.preflight.doctor import examine
+from ranksearch.preflight.findings import ERROR, OK, WARNING, judge
 from ranksearch.space.reading import read_space
 
 FACTS = {

@@ -19,8 +19,11 @@ ROWS = [
     ("model",),
     ("compress",),
     ("deploy",),
+    ("calibration",),
     ("allocate",),
+    ("data",),
     ("tasks",),
+    ("training",),
     ("space",),
     ("trial",),
     ("search",),
@@ -29,10 +32,12 @@ ROWS = [
     ("study",),
     ("tracking",),
     ("cluster",),
+    ("preflight",),
+    ("jobs",),
     ("api", "nets", "run_study", "cli", "console", "tables", "result_tables", "__init__", "__main__"),
 ]
 HEIGHT = {name: row for row, names in enumerate(ROWS) for name in names}
-SIBLINGS = [("allocate", "tasks")]
+SIBLINGS = [(one, other) for one in ("calibration", "allocate") for other in ("data", "tasks", "training")]
 
 
 def place_of(path: Path) -> str:

@@ -15,10 +15,10 @@ from ranksearch.search.scorer import Scorer
 from ranksearch.search.workbench import prepare
 from ranksearch.space.reading import read_space
 from ranksearch.space.recipe import RecipeSpace
-from ranksearch.tasks.capture import CudaGraphs
-from ranksearch.tasks.evaluate import evaluate
-from ranksearch.tasks.optimisation import Optimisation
-from ranksearch.tasks.train import Training
+from ranksearch.training.capture import CudaGraphs
+from ranksearch.training.evaluate import evaluate
+from ranksearch.training.optimisation import Optimisation
+from ranksearch.training.train import Training
 from ranksearch.trial.checkpoint import CheckpointFile, Leaving
 from ranksearch.trial.recipe import Recipe, middle
 from ranksearch.trial.trial import run_trial

@@ -73,7 +73,7 @@ def folder_space(root, **changes):
 
 
 def test_a_folder_of_jpegs_is_searched_with_worker_processes(jpegs, library, tmp_path, monkeypatch):
-    monkeypatch.setattr("ranksearch.tasks.dense.EPOCHS", {"imagefolder": 2})
+    monkeypatch.setattr("ranksearch.training.dense.EPOCHS", {"imagefolder": 2})
     study = ranksearch.search(folder_space(jpegs), runs=tmp_path, inline=True)
     front = study.front_record()["trials"]
     assert front
@@ -209,7 +209,7 @@ def idx_folder(tmp_path):
 
 
 def test_idx_files_are_read_and_searched(idx_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("ranksearch.tasks.dense.EPOCHS", {"idx": 3})
+    monkeypatch.setattr("ranksearch.training.dense.EPOCHS", {"idx": 3})
     settings = [f"data={idx_folder}", "validation=40", "recipe.steps=8", "recipe.batch_size=32", "recipe.bn_batches=2"]
     settings += ["search.trials=2", "tracking.models=false", "search.calibration_batches=2"]
     study = ranksearch.search(

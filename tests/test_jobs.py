@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from ranksearch.cli import app
-from ranksearch.cluster.submission import new_study
 from ranksearch.errors import UsageError
+from ranksearch.jobs.submission import new_study
 from ranksearch.space.reading import read_space
 from tests.conftest import DRILLS, free_ports
 
@@ -105,7 +105,7 @@ def verb(capsys, *arguments):
 
 
 def test_a_task_of_ones_own_is_submitted_followed_listed_and_another_job_stopped(cluster, tmp_path, capsys):
-    from ranksearch.cluster.jobs import Jobs
+    from ranksearch.jobs.jobs import Jobs
 
     project, runs = tmp_path / "project", tmp_path / "shared"
     project.mkdir()

@@ -24,11 +24,11 @@ from ranksearch.cluster.connection import told_meanwhile
 from ranksearch.cluster.losses import Losses
 from ranksearch.compress import RankPlan
 from ranksearch.compress.export import save_net
+from ranksearch.data.loaded import as_source, batch_text
 from ranksearch.places.files import partly_written, write_durably
 from ranksearch.run_study import Silent, run_study
 from ranksearch.store.where import finished_front
 from ranksearch.study.study import Study
-from ranksearch.tasks.loaded import as_source, batch_text
 from ranksearch.trial.checkpoint import CheckpointFile, is_full
 from ranksearch.trial.nested import save_weights
 from tests.conftest import SmallNet

@@ -19,8 +19,8 @@ from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.search.path import NESTED_RUN, nested_path
 from ranksearch.space.reading import read_space
 from ranksearch.study.driver import Driver, run_inline
-from ranksearch.tasks.evaluate import Evaluation
 from ranksearch.tracking.trial_figures import trial_charts
+from ranksearch.training.evaluate import Evaluation
 from ranksearch.trial.levels import Levels
 from ranksearch.trial.mixture import SHARES, best_cut
 from ranksearch.trial.nested import NESTED, save_weights

@@ -13,11 +13,11 @@ from torch import nn
 
 import ranksearch
 from ranksearch.compress import LayerPlan, RankPlan, trace
+from ranksearch.data.loaded import LoadedDataset
+from ranksearch.data.parallel import ALONE, Distributed, PeerLost, swap_bn_
+from ranksearch.data.source import calibration_batches
 from ranksearch.errors import UsageError
 from ranksearch.tasks import digits
-from ranksearch.tasks.loaded import LoadedDataset
-from ranksearch.tasks.parallel import ALONE, Distributed, PeerLost, swap_bn_
-from ranksearch.tasks.source import calibration_batches
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.recipe import DistillationRecipe, ProjectionRecipe, Recipe
 from ranksearch.trial.reporting import Stopped

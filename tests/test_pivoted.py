@@ -15,7 +15,7 @@ from ranksearch.lowering import LOWERINGS, LayerSpec, default_lowerings, expand_
 from ranksearch.lowering.pivoted_layers import PivotedInput, PivotedOutput, is_merging, merged_pivots, stored_pivots
 from ranksearch.maxvol import BOUND
 from ranksearch.space.reading import parse_space
-from ranksearch.tasks.evaluate import evaluate
+from ranksearch.training.evaluate import evaluate
 
 PIVOTED = expand_families(["pivoted"])
 CONV = LayerSpec.conv(16, 24, (3, 3), padding=(1, 1), bias=True)

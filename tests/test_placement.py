@@ -16,13 +16,14 @@ from ranksearch.cluster.probe import measure, probe_plan, probe_recipe
 from ranksearch.cluster.room import Room
 from ranksearch.cluster.tune import warn_of_loaders
 from ranksearch.cluster.worker import compute_threads
+from ranksearch.data.loaded import LoadedDataset
 from ranksearch.errors import UsageError
 from ranksearch.space.reading import parse_space, read_space
-from ranksearch.tasks import device, imagefolder
-from ranksearch.tasks.device import CONTEXT_BYTES, allocatable, limit_share, out_of_memory, use_bf16
-from ranksearch.tasks.loaded import LoadedDataset
+from ranksearch.tasks import imagefolder
 from ranksearch.tasks.stage import Staging, stage, staged
 from ranksearch.tracking.runs import trial_tags
+from ranksearch.training import device
+from ranksearch.training.device import CONTEXT_BYTES, allocatable, limit_share, out_of_memory, use_bf16
 
 # Packing ---------------------------------------------------------------------------------------------------------------
 from ranksearch.trial.attempt import attempt
@@ -183,7 +184,7 @@ def test_precision_auto_is_decided_by_the_device_that_trains(monkeypatch):
 
 
 def test_a_trial_asks_for_its_own_device_at_its_start(bench, digits_yaml, monkeypatch):
-    from ranksearch.tasks.parallel import ALONE
+    from ranksearch.data.parallel import ALONE
     from ranksearch.trial import session
     from ranksearch.trial.checkpoint import CheckpointFile
     from ranksearch.trial.reporting import unwatched

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ranksearch.compress import LayerPlan, RankPlan, trace
+from ranksearch.data.parallel import ALONE
 from ranksearch.space.recipe import RecipeSpace
-from ranksearch.tasks.parallel import ALONE
 from ranksearch.trial.projecting import RECORDED, Projecting
 from ranksearch.trial.recipe import Recipe, middle
 

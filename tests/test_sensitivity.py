@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import ranksearch
-from ranksearch.allocate import MEASURES, SENSITIVITIES, LayerRules, rank_curves, statistics, weigh
-from ranksearch.allocate.drawn import default_loss, drawn_for
+from ranksearch.allocate import MEASURES, SENSITIVITIES, LayerRules, rank_curves, weigh
 from ranksearch.allocate.sensitivity import activation, fisher, kfac
-from ranksearch.allocate.statistics import Moment, collect, patches
+from ranksearch.calibration import statistics
+from ranksearch.calibration.drawn import default_loss, drawn_for
+from ranksearch.calibration.statistics import Moment, collect, patches
 from ranksearch.compress import trace
 from ranksearch.errors import NonFiniteError, UsageError
 from ranksearch.lowering import LayerSpec, lowering_named

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from ranksearch.data.loaded import Loaded, LoadedDataset, as_source
+from ranksearch.data.resident import Resident
 from ranksearch.front.front import front_hypervolume
 from ranksearch.front.row import Row
 from ranksearch.pareto import hypervolume
-from ranksearch.tasks.evaluate import evaluate
-from ranksearch.tasks.loaded import Loaded, LoadedDataset, as_source
-from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.task import Task
+from ranksearch.training.evaluate import evaluate
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.result import Status
 

@@ -12,10 +12,10 @@ import yaml
 
 import ranksearch
 from ranksearch.cli.studies import front
-from ranksearch.cluster.upload import folder_files
 from ranksearch.compress import RankPlan
 from ranksearch.compress.export import save_net
 from ranksearch.errors import UsageError
+from ranksearch.jobs.upload import folder_files
 from ranksearch.space.reading import read_space
 from ranksearch.space.starter import write_start
 from ranksearch.study.ledger import Ledger

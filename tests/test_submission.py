@@ -10,8 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ranksearch.cli import app, clusters
-from ranksearch.cluster import upload
-from ranksearch.cluster.submission import (
+from ranksearch.errors import UsageError
+from ranksearch.jobs import upload
+from ranksearch.jobs.submission import (
     STOPPING,
     check_runs,
     continued,
@@ -20,8 +21,7 @@ from ranksearch.cluster.submission import (
     new_study,
     variables,
 )
-from ranksearch.cluster.upload import folder_files, write_archive
-from ranksearch.errors import UsageError
+from ranksearch.jobs.upload import folder_files, write_archive
 from ranksearch.space.reading import read_space
 
 NOW = datetime(2026, 1, 31, 23, 59, 59, tzinfo=UTC)
@@ -277,7 +277,7 @@ def test_without_the_extra_the_message_names_it(monkeypatch):
     import importlib.util
     import socket
 
-    from ranksearch.cluster import jobs
+    from ranksearch.jobs import jobs
 
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "aiohttp" else real(name))

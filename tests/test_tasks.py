@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ranksearch.data.batches import Batches
+from ranksearch.data.folder import data_folder, writable_cache
+from ranksearch.data.resident import Augment, Normalise
 from ranksearch.errors import UsageError
 from ranksearch.tasks import build_reference, cifar10, digits, model_reference, task_kind
-from ranksearch.tasks.batches import Batches
-from ranksearch.tasks.dense import checkpoint_path, dense_state, read_checkpoint
-from ranksearch.tasks.device import use_bf16
-from ranksearch.tasks.distillation import Distillation
-from ranksearch.tasks.evaluate import evaluate
-from ranksearch.tasks.folder import data_folder, writable_cache
-from ranksearch.tasks.optimisation import Optimisation
-from ranksearch.tasks.resident import Augment, Normalise
 from ranksearch.tasks.schedule import SCHEDULES, learning_rate
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Diverged, Training
+from ranksearch.training.dense import checkpoint_path, dense_state, read_checkpoint
+from ranksearch.training.device import use_bf16
+from ranksearch.training.distillation import Distillation
+from ranksearch.training.evaluate import evaluate
+from ranksearch.training.optimisation import Optimisation
+from ranksearch.training.train import Diverged, Training
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ from ranksearch.compress import LayerPlan, RankPlan, dense_cost, project_, trace
 from ranksearch.lowering import lowering_named
 from ranksearch.space.recipe import RecipeSpace
 from ranksearch.tasks import digits
-from ranksearch.tasks.dense import dense_state
-from ranksearch.tasks.evaluate import Evaluation, evaluate
-from ranksearch.tasks.train import Training
+from ranksearch.training.dense import dense_state
+from ranksearch.training.evaluate import Evaluation, evaluate
+from ranksearch.training.train import Training
 from ranksearch.trial import trial
 from ranksearch.trial.attempt import attempt
 from ranksearch.trial.calibration import Calibration, in_one
@@ -271,7 +271,7 @@ def test_a_late_divergence_keeps_the_last_good_metrics(bench, monkeypatch):
 
 def test_a_net_whose_outputs_are_not_finite_is_divergence_too(bench, monkeypatch):
     """Its argmax is class 0, an accuracy of 10 % that looks like a result."""
-    monkeypatch.setattr("ranksearch.trial.session.evaluate", lambda *args: Evaluation(accuracy=10.0, loss=float("nan")))
+    monkeypatch.setattr("ranksearch.trial.scores.evaluate", lambda *args: Evaluation(accuracy=10.0, loss=float("nan")))
     result, _ = run(bench, steps=2)
     assert result.status == "diverged"
     assert "validation loss" in result.reason

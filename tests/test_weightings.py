@@ -6,9 +6,9 @@ from torch import nn
 
 import ranksearch
 from ranksearch.allocate import LayerRules, rank_curves
-from ranksearch.allocate.drawn import drawn_directions_loss
-from ranksearch.allocate.statistics import Moment
-from ranksearch.allocate.weightings import SHRINKAGE, measure_weightings
+from ranksearch.calibration.drawn import drawn_directions_loss
+from ranksearch.calibration.statistics import Moment
+from ranksearch.calibration.weightings import SHRINKAGE, measure_weightings
 from ranksearch.compress import LayerPlan, Projector, RankPlan, trace
 from ranksearch.errors import UsageError
 

@@ -13,13 +13,13 @@ from ranksearch.allocate.baselines import BASELINES, random
 from ranksearch.allocate.budget import Budgets, assignments, parse_budget
 from ranksearch.allocate.curve_making import rank_curves
 from ranksearch.allocate.damage import MEASURES, USUAL_MEASURE
-from ranksearch.allocate.drawn import SummedLoss
 from ranksearch.allocate.exact import solve_exactly
 from ranksearch.allocate.greedy import greedy, measure_scores
 from ranksearch.allocate.latency import timed
 from ranksearch.allocate.rules import LayerRule, LayerRules
 from ranksearch.allocate.sensitivity import SENSITIVITIES, USUAL_SENSITIVITY, weigh
 from ranksearch.allocate.solver import Solver, allocate_plan, solve
+from ranksearch.calibration.drawn import SummedLoss
 from ranksearch.compress import RankPlan, reestimate_bn_, trace
 from ranksearch.compress.surgery import compress
 from ranksearch.deploy.latency_table import LatencyTable

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from ranksearch.allocate.curves import Curves, LayerOptions
 from ranksearch.allocate.damage import Damage, Measure
-from ranksearch.allocate.drawn import SummedLoss, default_loss
-from ranksearch.allocate.statistics import Statistics, collect
+from ranksearch.calibration.drawn import SummedLoss, default_loss
+from ranksearch.calibration.statistics import Statistics, collect
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.model.slots import find_slots

@@ -26,7 +26,7 @@ from ranksearch.cli.options import (
 from ranksearch.errors import StudyError, UsageError
 
 if TYPE_CHECKING:
-    from ranksearch.cluster.submission import Submission
+    from ranksearch.jobs.submission import Submission
     from ranksearch.space.space import Space
 
 PANEL = "Clusters"
@@ -123,7 +123,7 @@ def submit(
 
     Example: ranksearch submit search_spaces/own_task.yaml --runs /shared/runs --address http://127.0.0.1:8265
     """
-    from ranksearch.cluster.submission import check_runs, continued, new_study, variables
+    from ranksearch.jobs.submission import check_runs, continued, new_study, variables
 
     if (space is None) == (resume is None):
         raise UsageError("Name either a search-space file, or a study to continue by --resume NAME.")
@@ -165,8 +165,8 @@ def submit(
 
 def _launch(job: Submission, address: str, *, ship: bool, driver_gpus: float, detach: bool, as_json: bool) -> None:
     """Prints what is sent, sends it, and follows the job's log to its end unless `detach`."""
-    from ranksearch.cluster.jobs import Jobs
-    from ranksearch.cluster.submission import STOPPING, describe_variables
+    from ranksearch.jobs.jobs import Jobs
+    from ranksearch.jobs.submission import STOPPING, describe_variables
 
     cluster = Jobs(address)
     _say(
@@ -208,7 +208,7 @@ def status(
 
     Example: ranksearch status digits_resnet8-20260131-235959 --follow
     """
-    from ranksearch.cluster.jobs import Jobs
+    from ranksearch.jobs.jobs import Jobs
 
     if job is None and (logs or follow):
         raise UsageError("--logs and --follow need a job's ID; `ranksearch status` lists the jobs.")
@@ -240,7 +240,7 @@ def stop(job: JobId, address: JobServer = DEFAULT_SERVER, as_json: Json = False)
 
     Example: ranksearch stop digits_resnet8-20260131-235959
     """
-    from ranksearch.cluster.jobs import DONE, Jobs
+    from ranksearch.jobs.jobs import DONE, Jobs
 
     cluster = Jobs(address)
     if (record := cluster.one(job))["status"] in DONE:

@@ -29,8 +29,8 @@ def doctor(
     Example: ranksearch doctor search_spaces/cifar10_resnet20.yaml --address auto
     """
     from ranksearch.cluster.address import check_address
-    from ranksearch.cluster.doctor import as_record, examine
-    from ranksearch.cluster.findings import ERROR, judge
+    from ranksearch.preflight.doctor import as_record, examine
+    from ranksearch.preflight.findings import ERROR, judge
 
     resolved = None
     if space is not None:

@@ -1,11 +1,11 @@
-"""Ray: the cluster that a study's trials run on. Nothing outside this folder imports it.
+"""Ray: the cluster that a study's trials run on. Nothing outside this folder, `preflight/` and `jobs/` imports it.
 
 `connection.py` joins or starts a cluster. `nodes.py`, `packing.py`, `probe.py`, `pace.py` and `room.py` say how many trials it holds at a
 moment; `sharing.py` lets the trials on one GPU run side by side (`mps.py` on every node).
 `shared.py` and `pack.py` bring the task to its workers; `tune.py` runs the trials, on one worker (`worker.py`) or on several (`group.py`);
 `ask_tell.py` is the study as Tune sees it.
-`losses.py` says why a trial was lost, `head.py` notices that the cluster is. `doctor.py` checks whether a cluster is ready (`facts.py` runs
-on every node, `findings.py` judges). `jobs.py`, `submission.py` and `upload.py` run a study as a job of a cluster.
+`losses.py` says why a trial was lost, `head.py` notices that the cluster is. Whether a cluster is ready is checked in `preflight/`; a study
+as a job of one is in `jobs/`. Both import from here, so that Ray is told first what stands below.
 """
 
 import os

@@ -24,7 +24,7 @@ from ray.util.queue import Queue
 
 from ranksearch.cluster.shared import Shared, take, with_peak
 from ranksearch.cluster.worker import GROUP, Terms, candidate_of, message, settle_in, watched_leave
-from ranksearch.tasks.parallel import Distributed
+from ranksearch.data.parallel import Distributed
 from ranksearch.trial.attempt import attempt
 from ranksearch.trial.placement import Placement
 from ranksearch.trial.result import Status, TrialResult

@@ -17,12 +17,12 @@ import torch
 from ranksearch.cluster import mps
 from ranksearch.cluster.shared import Shared, take
 from ranksearch.compress import Net, Projector, RankPlan
+from ranksearch.data.parallel import ALONE
 from ranksearch.errors import StudyError
-from ranksearch.tasks.dense import State
-from ranksearch.tasks.device import clock
-from ranksearch.tasks.parallel import ALONE
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Training
+from ranksearch.training.dense import State
+from ranksearch.training.device import clock
+from ranksearch.training.train import Training
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.recipe import Recipe
 from ranksearch.trial.reporting import unwatched

@@ -12,9 +12,9 @@ import ray
 import torch
 from torch import Tensor
 
+from ranksearch.data.resident import Resident
 from ranksearch.errors import UsageError, first_line
 from ranksearch.model.inputs import mapped
-from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import TaskCode, TaskFile
 

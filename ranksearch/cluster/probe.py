@@ -20,9 +20,9 @@ from ranksearch.space.recipe import RecipeSpace
 from ranksearch.space.settings import numbers_of, values_of
 from ranksearch.space.space import Space
 from ranksearch.study.study import Study
-from ranksearch.tasks.dense import State
-from ranksearch.tasks.device import DeviceMemory, device_memory
 from ranksearch.tasks.task import Task
+from ranksearch.training.dense import State
+from ranksearch.training.device import DeviceMemory, device_memory
 from ranksearch.trial.checkpoint import CheckpointFile
 from ranksearch.trial.recipe import Recipe, middle
 from ranksearch.trial.trial import run_trial

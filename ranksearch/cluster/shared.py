@@ -23,10 +23,10 @@ import ray
 from ranksearch.cluster.pack import Array, Packed, pack, unpack
 from ranksearch.compress import Net
 from ranksearch.search.workbench import Workbench
-from ranksearch.tasks.dense import State
 from ranksearch.tasks.stage import Staging, staged
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import TaskFile
+from ranksearch.training.dense import State
 from ranksearch.trial.placement import Load, Placement, RanOn
 
 INLINE_BYTES = 128 * 1024

@@ -37,14 +37,14 @@ from ranksearch.cluster.room import Room
 from ranksearch.cluster.shared import Shared, share
 from ranksearch.cluster.sharing import shared_gpus
 from ranksearch.cluster.worker import Terms, trial
+from ranksearch.data.folder import data_folder
+from ranksearch.data.loaded import loader_processes
 from ranksearch.errors import StudyError, Terminated
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.search import AUTO
 from ranksearch.space.space import Space
 from ranksearch.study.driver import Log, OnRow
 from ranksearch.study.study import Study
-from ranksearch.tasks.folder import data_folder
-from ranksearch.tasks.loaded import loader_processes
 from ranksearch.tasks.stage import Staging
 from ranksearch.tasks.task import Task
 

@@ -17,11 +17,11 @@ from ranksearch.cluster import mps
 from ranksearch.cluster.nodes import LeaveWatch
 from ranksearch.cluster.shared import Shared, take, with_peak
 from ranksearch.compress import RankPlan
+from ranksearch.data.loaded import loader_processes
 from ranksearch.deploy.stopwatch import LatencySetting
 from ranksearch.places.place import place_at, text_of
-from ranksearch.tasks.device import device_memory, limit_share
-from ranksearch.tasks.loaded import loader_processes
 from ranksearch.tasks.task import Task
+from ranksearch.training.device import device_memory, limit_share
 from ranksearch.trial.attempt import attempt
 from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.checkpoint import Leaving

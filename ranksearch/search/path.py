@@ -12,7 +12,7 @@ from ranksearch.search.parametrize import Opening
 from ranksearch.search.workbench import Log, Workbench, predicted_damage
 from ranksearch.space.space import Space
 from ranksearch.tasks import model_reference
-from ranksearch.tasks.dense import State
+from ranksearch.training.dense import State
 from ranksearch.trial.recipe import spread_recipes
 
 NESTED_RUN = "nested"

@@ -27,9 +27,9 @@ from ranksearch.search.scorer import Scorer
 from ranksearch.space.search import AUTO, RULES
 from ranksearch.space.settings import Range
 from ranksearch.space.space import Space
-from ranksearch.tasks.evaluate import Evaluation
 from ranksearch.tasks.scores import Accuracy
 from ranksearch.tasks.task import Task
+from ranksearch.training.evaluate import Evaluation
 from ranksearch.trial.metric import Metric
 from ranksearch.words import Log
 

@@ -25,7 +25,7 @@ from ranksearch.search.scorer import Scorer
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
 from ranksearch.tasks import model_reference
-from ranksearch.tasks.evaluate import Evaluation
+from ranksearch.training.evaluate import Evaluation
 from ranksearch.trial.metric import Metric
 from ranksearch.words import COST_RATIOS, Log
 

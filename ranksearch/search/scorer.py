@@ -9,13 +9,13 @@ import torch
 
 from ranksearch.compress import LayerPlan, RankPlan, reestimate_bn_
 from ranksearch.compress.surgery import compress
+from ranksearch.data.source import Source, calibration_batches
 from ranksearch.lowering import lowering_named
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.model.slots import slots_of
-from ranksearch.tasks.device import pick_device
-from ranksearch.tasks.evaluate import Evaluation, evaluate
-from ranksearch.tasks.source import Source, calibration_batches
 from ranksearch.tasks.task import Task
+from ranksearch.training.device import pick_device
+from ranksearch.training.evaluate import Evaluation, evaluate
 
 
 class Scorer:

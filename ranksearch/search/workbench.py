@@ -13,8 +13,9 @@ from ranksearch.allocate import MEASURES, CurveCache, Curves, Damage, rank_curve
 from ranksearch.allocate.curve_making import cost_curves
 from ranksearch.allocate.latency import timed
 from ranksearch.allocate.sensitivity import BALANCED
-from ranksearch.allocate.weightings import WEIGHTS
+from ranksearch.calibration.weightings import WEIGHTS
 from ranksearch.compress import Net, trace
+from ranksearch.data.loaded import batch_text
 from ranksearch.deploy.latency_table import LatencyTable
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.lowering.weighting import Weighting
@@ -26,10 +27,9 @@ from ranksearch.space.search import AUTO, RULES
 from ranksearch.space.settings import numbers_of
 from ranksearch.space.space import Space
 from ranksearch.tasks import Task
-from ranksearch.tasks.dense import State, dense_state, read_checkpoint
-from ranksearch.tasks.device import pick_device
-from ranksearch.tasks.loaded import batch_text
 from ranksearch.tasks.task_file import told_of_user_code
+from ranksearch.training.dense import State, dense_state, read_checkpoint
+from ranksearch.training.device import pick_device
 from ranksearch.trial.calibration import metric_of, paired_batches
 from ranksearch.words import Log
 

@@ -10,7 +10,7 @@ from pydantic import (
 )
 
 from ranksearch.allocate.rules import LayerRule, LayerRules
-from ranksearch.allocate.weightings import METRICS, WEIGHTS
+from ranksearch.calibration.weightings import METRICS, WEIGHTS
 from ranksearch.deploy.stopwatch import LatencySetting
 from ranksearch.lowering import default_lowerings, expand_families
 from ranksearch.space.settings import Strict

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ranksearch.allocate.calibrate import FITS
+from ranksearch.calibration.calibrate import FITS
 from ranksearch.space.settings import Choice, Number, Strict, Switch, numbers_of, one_of, within
-from ranksearch.tasks.optimisation import OPTIMIZERS
 from ranksearch.tasks.schedule import SCHEDULES
+from ranksearch.training.optimisation import OPTIMIZERS
 
 
 def _to_the_end(value: Any) -> Any:

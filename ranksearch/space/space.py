@@ -21,7 +21,7 @@ from pydantic import (
 from torch import nn
 
 from ranksearch.allocate.budget import Budget, parse_budget
-from ranksearch.allocate.weightings import WEIGHTS
+from ranksearch.calibration.weightings import WEIGHTS
 from ranksearch.errors import UsageError
 from ranksearch.lowering import default_lowerings
 from ranksearch.places.trust import may_run, refuse_file

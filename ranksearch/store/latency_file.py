@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ranksearch.data.folder import data_folder
 from ranksearch.deploy.latency_table import LatencyTable
 from ranksearch.deploy.stopwatch import Stopwatch
 from ranksearch.space.space import Space
 from ranksearch.store.folder import LATENCY
-from ranksearch.tasks.folder import data_folder
 
 
 def open_table(space: Space, folder: Path | None, key: str | None = None) -> LatencyTable | None:

@@ -11,6 +11,7 @@ from torch import nn
 from ranksearch.allocate import CurveCache, allocate_plan, parse_budget
 from ranksearch.allocate.budget import Budgets, assignments
 from ranksearch.compress import Cost, RankPlan, reestimate_bn_
+from ranksearch.data.source import calibration_batches
 from ranksearch.errors import UsageError
 from ranksearch.search.path import is_nested, with_weights
 from ranksearch.search.workbench import Workbench, prepare
@@ -18,10 +19,9 @@ from ranksearch.space.space import Space
 from ranksearch.store.folder import CURVES, DENSE_WEIGHTS, trial_folder
 from ranksearch.store.latency_file import open_table
 from ranksearch.tasks import model_reference
-from ranksearch.tasks.dense import State
-from ranksearch.tasks.device import pick_device
-from ranksearch.tasks.evaluate import evaluate
-from ranksearch.tasks.source import calibration_batches
+from ranksearch.training.dense import State
+from ranksearch.training.device import pick_device
+from ranksearch.training.evaluate import evaluate
 from ranksearch.trial.calibration import Calibration
 from ranksearch.trial.mixture import best_cut, shares_tried
 from ranksearch.trial.nested import NESTED, read_weights

@@ -15,7 +15,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from ranksearch.allocate.weightings import WEIGHTS
+from ranksearch.calibration.weightings import WEIGHTS
 from ranksearch.compress import Cost
 from ranksearch.costs import cost_ratio
 from ranksearch.errors import StudyError, UsageError

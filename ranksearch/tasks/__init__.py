@@ -1,4 +1,4 @@
-"""What is trained on what: data sets, models, the training loop. A task is found by name, or made by a function in a user's file.
+"""What is trained on what: data sets, models, losses and metrics. A task is found by name, or made by a function in a user's file.
 
 A `TaskKind` tells what is known without data (architectures, input shape), so that layers and costs need none.
 """
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ranksearch.data.resident import Normalise
 from ranksearch.errors import UsageError, nearest
 from ranksearch.tasks import cifar10, digits, idx, imagefolder
-from ranksearch.tasks.resident import Normalise
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import TaskFile, is_own
 

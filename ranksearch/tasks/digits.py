@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ranksearch.data.resident import Augment, Normalise, Resident, hold_out
 from ranksearch.errors import UsageError, nearest
-from ranksearch.tasks.resident import Augment, Normalise, Resident, hold_out
 from ranksearch.tasks.resnet import CifarResNet
 from ranksearch.tasks.task import Task, untrained
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ranksearch.data.folder import data_folder
+from ranksearch.data.resident import Augment, Normalise, Resident, hold_out
 from ranksearch.errors import UsageError, nearest
-from ranksearch.tasks.folder import data_folder
-from ranksearch.tasks.resident import Augment, Normalise, Resident, hold_out
 from ranksearch.tasks.resnet import CifarResNet
 from ranksearch.tasks.task import Task, untrained
 

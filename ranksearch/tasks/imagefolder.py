@@ -17,11 +17,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from ranksearch.data.folder import data_folder
+from ranksearch.data.loaded import LoadedDataset
+from ranksearch.data.resident import Normalise
 from ranksearch.errors import UsageError
-from ranksearch.tasks.folder import data_folder
-from ranksearch.tasks.loaded import LoadedDataset
 from ranksearch.tasks.nets import build_named, is_named
-from ranksearch.tasks.resident import Normalise
 from ranksearch.tasks.task import Task, untrained
 
 SIZE, SHORT_SIDE, CLASSES = 224, 256, 1000

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ranksearch.data.source import Batch
 from ranksearch.errors import UsageError, first_line
 from ranksearch.model.inputs import batch_size, call, cut, detached, shape_of, tensors
 from ranksearch.tasks.scores import Accuracy, accumulator, as_number, cross_entropy
-from ranksearch.tasks.source import Batch
 from ranksearch.tasks.task import Task
 
 SAMPLES = 2

@@ -16,9 +16,9 @@ from typing import Any
 import filelock
 from torch.utils.data import Subset
 
+from ranksearch.data.loaded import LoadedDataset
 from ranksearch.errors import UsageError
 from ranksearch.tasks.imagefolder import ImageFolder
-from ranksearch.tasks.loaded import LoadedDataset
 from ranksearch.tasks.task import Task
 
 

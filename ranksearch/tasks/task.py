@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ranksearch.data.loaded import as_source
+from ranksearch.data.targets import targets_taken, without_targets
 from ranksearch.errors import UsageError, nearest
 from ranksearch.model.copying import copied
 from ranksearch.model.inputs import cut, moved, tensors
-from ranksearch.tasks.loaded import as_source
 from ranksearch.tasks.schedule import OPTIMIZER_NAMES
 from ranksearch.tasks.scores import Accuracy, Loss, MetricFunction, cross_entropy, is_accumulator, nets_loss
-from ranksearch.tasks.targets import targets_taken, without_targets
 
 DIRECTIONS = ("maximize", "minimize")
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from ranksearch.compress import Net
+from ranksearch.data.parallel import ALONE, Group, PeerLost
 from ranksearch.errors import first_line
 from ranksearch.places.place import PlaceError
-from ranksearch.tasks.dense import State
-from ranksearch.tasks.device import out_of_memory
-from ranksearch.tasks.parallel import ALONE, Group, PeerLost
 from ranksearch.tasks.task import Task
 from ranksearch.tasks.task_file import TASK_MODULE
+from ranksearch.training.dense import State
+from ranksearch.training.device import out_of_memory
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.checkpoint import CheckpointFile, Leaving, is_full, stays
 from ranksearch.trial.nested import read_weights

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.allocate.calibrate import fitted, take_over_
-from ranksearch.allocate.drawn import Drawn, drawn_for, predicted
-from ranksearch.allocate.weightings import measure_weightings
+from ranksearch.calibration.calibrate import fitted, take_over_
+from ranksearch.calibration.drawn import Drawn, drawn_for, predicted
+from ranksearch.calibration.weightings import measure_weightings
 from ranksearch.compress import Net, RankPlan
 from ranksearch.compress.surgery import compress
+from ranksearch.data.source import Batch
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.model.inputs import batch_size as size_of
 from ranksearch.model.inputs import joined, tensors
-from ranksearch.tasks.source import Batch
 from ranksearch.tasks.task import Task
 from ranksearch.trial.recipe import Recipe
 

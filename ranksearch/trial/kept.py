@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ranksearch.tasks.evaluate import Evaluation
+from ranksearch.training.evaluate import Evaluation
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ from torch import nn
 
 from ranksearch.compress import RankPlan
 from ranksearch.compress.nesting import Nesting
-from ranksearch.tasks.device import clock
-from ranksearch.tasks.train import Training
+from ranksearch.training.device import clock
+from ranksearch.training.train import Training
 
 
 class Levels:

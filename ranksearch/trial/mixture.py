@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ranksearch.tasks.dense import State
-from ranksearch.tasks.evaluate import Evaluation
+from ranksearch.training.dense import State
+from ranksearch.training.evaluate import Evaluation
 
 SHARES = (1.0, 0.5, 0.0)
 """Shares of the run's weights, tried in this order as long as the score rises; the rest is the dense net's."""

@@ -17,7 +17,7 @@ from ranksearch.compress.surgery import compress
 from ranksearch.errors import UsageError
 from ranksearch.places.files import make_folder, partly_written
 from ranksearch.places.place import Place, PlaceError, Remote
-from ranksearch.tasks.dense import State, read_checkpoint
+from ranksearch.training.dense import State, read_checkpoint
 from ranksearch.trial.levels import Levels
 from ranksearch.trial.session import Session
 
@@ -49,7 +49,7 @@ def learn_all_levels(session: Session, plan: RankPlan, path: Sequence[RankPlan])
     look(recipe.steps)
     small = session.same_(compress(model, plan))
     session.reestimate_bn_(small)
-    session.score("decomposed", small, recipe.steps, candidate=True)
+    session.scores.add("decomposed", small, recipe.steps, candidate=True)
     return small, model
 
 

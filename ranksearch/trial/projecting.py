@@ -12,8 +12,8 @@ from torch import nn
 from ranksearch.compress import LayerPlan, Net, Projector, RankPlan
 from ranksearch.lowering import lowering_named
 from ranksearch.lowering.weighting import Weighting
-from ranksearch.tasks.device import Spans, clock
-from ranksearch.tasks.train import Training
+from ranksearch.training.device import Spans, clock
+from ranksearch.training.train import Training
 from ranksearch.trial.recipe import ProjectionRecipe
 
 RECORDED = 10

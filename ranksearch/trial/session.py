@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import nn
 
 from ranksearch.compress import Net, RankPlan, dense_cost, reestimate_bn_
-from ranksearch.compress.surgery import compress
+from ranksearch.data.parallel import Group, synchronised
+from ranksearch.data.source import calibration_batches
 from ranksearch.deploy.stopwatch import LatencySetting, Stopwatch
 from ranksearch.lowering.weighting import Weighting
-from ranksearch.model.copying import copied
 from ranksearch.model.slots import settled_
-from ranksearch.tasks.dense import State
-from ranksearch.tasks.device import channels_last_, pick_device, use_bf16
-from ranksearch.tasks.distillation import Distillation
-from ranksearch.tasks.evaluate import Evaluation, evaluate
-from ranksearch.tasks.optimisation import Optimisation
-from ranksearch.tasks.parallel import Group, synchronised
-from ranksearch.tasks.source import calibration_batches
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Diverged, Passes, Training, TrainStats, once
+from ranksearch.training.dense import State
+from ranksearch.training.device import channels_last_, pick_device, use_bf16
+from ranksearch.training.distillation import Distillation
+from ranksearch.training.evaluate import Evaluation
+from ranksearch.training.optimisation import Optimisation
+from ranksearch.training.train import Diverged, Passes, Training, TrainStats, once
 from ranksearch.trial.calibration import Calibration, metric_of
 from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile
-from ranksearch.trial.kept import Kept
 from ranksearch.trial.levels import Levels
 from ranksearch.trial.mixture import best_cut
 from ranksearch.trial.projecting import Projecting
 from ranksearch.trial.recipe import Recipe
 from ranksearch.trial.reporting import LAST, RUNG, UNTRAINED, Report, Watch
+from ranksearch.trial.scores import Scores
 
 RUNG_BN_BATCHES = 3
 
@@ -77,7 +74,7 @@ class Session:
         if device.type == "cuda":
             torch.cuda.manual_seed(seed + group.rank)  # and drop out other units
         self.task, self.net, self.recipe = task.to(device), net, recipe
-        self._device, self._dense, self._report, self._checkpoint = device, dense, report, checkpoint
+        self._device, self._dense, self._checkpoint = device, dense, checkpoint
         self._start, self._shares = start, shares
         self.group, self.seed, self.drawn = group, seed, drawn
         self._metric, self._calibration = metric, Calibration(self.task, net, recipe, seed)
@@ -93,13 +90,11 @@ class Session:
                 channels_last_(teacher), recipe.distillation.weight, recipe.distillation.temperature
             )
         self._started = time.perf_counter()
-        self.history: list[dict[str, Any]] = []
+        self.scores = Scores(self.task, recipe.batch_size, device, group, report, last=last)
         self.projections: list[dict[str, Any]] = []
         self.losses: list[dict[str, float]] = []
         self.images, self.seconds, self.projecting_seconds = 0, 0.0, 0.0
         self.eager: str | None = None
-        self.kept: Kept | None = None
-        """The best low-rank net so far."""
         state = group.on_rank_0(checkpoint.load)
         # another kind of device has other random numbers: there the trial starts anew
         self._resumed = state if state is not None and state["device"] == device.type else None
@@ -107,21 +102,10 @@ class Session:
             self._take_up(self._resumed["session"])
 
     def _take_up(self, known: dict[str, Any]) -> None:
-        self.history, self.projections = list(known["history"]), list(known["projections"])
-        self.losses = list(known["losses"])
+        self.scores.take_up(known)
+        self.projections, self.losses = list(known["projections"]), list(known["losses"])
         self.images, self.seconds, self.projecting_seconds = known["images"], known["seconds"], known["projecting"]
         self._started -= known["elapsed"]
-        self.kept = Kept.from_state(known.get("kept"))
-
-    def report_rungs(self) -> None:
-        """Reports again what a checkpoint knows of rungs: a new driver has not heard of it."""
-        for entry in self.history:
-            if entry["phase"] == RUNG:
-                self._tell(entry)
-
-    def _tell(self, entry: dict[str, Any]) -> None:
-        """Reports on every rank; where rank 0 is to stop, all do."""
-        self.group.agree(lambda: self._report(entry))
 
     @property
     def elapsed(self) -> float:
@@ -192,7 +176,7 @@ class Session:
                         rung, training, plan, projecting if isinstance(projecting, Projecting) else None
                     )
                 if phase == "factors" and self.recipe.ema > 0 and training.done == len(steps):
-                    self._score_copy(LAST, training.model, steps.stop, None, {}, self.recipe.bn_batches)
+                    self.scores.add_copy(LAST, training.model, steps.stop, None, {}, self.recipe.bn_batches)
             due = self.group.rank == 0 and self._checkpoint.due
             if due and training.done < len(steps):  # what follows a phase needs its last batch
                 self._save(phase, training, projecting)
@@ -229,13 +213,13 @@ class Session:
 
         if self._start is None:
             return cut(self._dense), None, None
-        return best_cut(cut, self._score, self._start, self._dense, self.task.direction, self._shares)
+        return best_cut(cut, self.scores.of, self._start, self._dense, self.task.direction, self._shares)
 
     def starting_net(self, plan: RankPlan) -> nn.Module:
         """The dense net that training begins with: as it is, or fitted at the ranks of `plan`, as the recipe's `calibration` says."""
         model = settled_(self.dense_net(), plan)
         if self._calibration.is_on and not self.resumes_at("dense"):
-            with self._aside():
+            with self.scores.aside():
                 self._calibration.start_at_(model, plan, self.weightings(plan, model))
         return self.same_(model)
 
@@ -244,15 +228,11 @@ class Session:
 
         A net whose outputs are not finite then is no candidate: training may mend it.
         """
-        if not self._last and not any(entry["phase"] == UNTRAINED for entry in self.history):
+        if not self._last and not any(entry["phase"] == UNTRAINED for entry in self.scores.history):
             # what is fitted has its ranks, and is the same product in every metric
             weightings = {} if self._calibration.is_on else self.weightings(plan, model)
             with suppress(Diverged):
-                self._score_copy(UNTRAINED, model, 0, plan, weightings, self.recipe.bn_batches)
-
-    def _aside(self) -> AbstractContextManager[None]:
-        """Draws within disturb nothing outside."""
-        return torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else [])
+                self.scores.add_copy(UNTRAINED, model, 0, plan, weightings, self.recipe.bn_batches)
 
     def _score_at_rung(self, rung: int, training: Training, plan: RankPlan, projecting: Projecting | None) -> None:
         """Scores a copy of the model as it would be if the trial ended here; the training does not notice.
@@ -263,27 +243,11 @@ class Session:
         step = training.steps[training.done - 1] + 1
         done = {"epochs": (self.images + training.images) / len(self.task.train), "seconds": self.elapsed}
         plan_of, weightings = (None, {}) if projecting is None else (plan, projecting.projector.weightings)
-        self._score_copy(RUNG, training.model, step, plan_of, weightings, RUNG_BN_BATCHES, rung=rung, **done)
+        self.scores.add_copy(RUNG, training.model, step, plan_of, weightings, RUNG_BN_BATCHES, rung=rung, **done)
 
     def look_at(self, phase: str, model: nn.Module, step: int, plan: RankPlan, **metrics: float) -> None:
         """Scores a net that would be cut from `model` as it is; it is not the trial's own."""
-        self._score_copy(phase, model, step, plan, {}, RUNG_BN_BATCHES, False, **metrics)
-
-    def _score_copy(
-        self, phase: str, model: nn.Module, step: int, plan: RankPlan | None, weightings: Mapping[str, Weighting],
-        bn_batches: int, candidate: bool = True, /, **metrics: float,
-    ) -> None:  # fmt: skip
-        """Scores a copy of `model`, decomposed by `plan` where there is one; its draws disturb nothing else.
-
-        Args:
-            candidate: as in `score`.
-        """
-        with self._aside():
-            net = copied(model) if plan is None else self.same_(compress(model, plan, weightings=weightings))
-            generator = torch.Generator(self._device).manual_seed(step)
-            batches = calibration_batches(self.task.train, bn_batches, self.recipe.batch_size, generator)
-            reestimate_bn_(net, batches)
-            self.score(phase, net, step, candidate=candidate, **metrics)
+        self.scores.add_copy(phase, model, step, plan, {}, RUNG_BN_BATCHES, False, **metrics)
 
     def project_at_last_(self, projecting: Projecting, training: Training) -> None:
         """The projection that the dense training ends on; it counts as training time, like the others."""
@@ -306,9 +270,8 @@ class Session:
             "cuda_rng": torch.cuda.get_rng_state() if self._device.type == "cuda" else None,
             "device": self._device.type,
             "session": {
-                "history": self.history, "projections": self.projections, "losses": self.losses, "images": self.images,
+                **self.scores.to_state(), "projections": self.projections, "losses": self.losses, "images": self.images,
                 "seconds": self.seconds, "projecting": self.projecting_seconds, "elapsed": self.elapsed,
-                "kept": self.kept.to_state() if self.kept is not None else None,
             },
         })  # fmt: skip
 
@@ -326,42 +289,6 @@ class Session:
         reestimate_bn_(
             model, calibration_batches(self.task.train, recipe.bn_batches, recipe.batch_size, self._generator)
         )
-
-    def score(
-        self, phase: str, model: nn.Module, step: int, known: Evaluation | None = None, /, *, candidate: bool = False,
-        **metrics: float | None,
-    ) -> None:  # fmt: skip
-        """Evaluates `model` on the validation set, adds it to the history and reports it.
-
-        Args:
-            candidate: whether it is the trial's low-rank net as it would be if the trial ended here; the best of those is kept.
-            known: its score, if it has one already.
-        """
-        found = self._score(model) if known is None else known
-        for name, value in (("loss", found.loss), (self.task.metric_name, found.accuracy)):
-            if not isfinite(value):
-                raise Diverged(f"the validation {name} of the {phase} net is {value}")
-        entry = {"phase": phase, "step": step, "val_accuracy": found.accuracy, "val_loss": found.loss}
-        entry |= {name: value for name, value in metrics.items() if value is not None}
-        self.history.append(entry)
-        better = self.kept is None or self.kept.gives_way_to(found, self.task.direction)
-        if candidate and better and not self._last:
-            self.kept = Kept.of(phase, step, found, model)
-        self._tell(entry)
-
-    def best_of_trial_(self, small: nn.Module) -> nn.Module:
-        """The trial's last net with the weights of the best candidate: one low-rank net has one structure throughout."""
-        if self.kept is not None:
-            small.load_state_dict(self.kept.weights)
-        return small
-
-    def _score(self, model: nn.Module) -> Evaluation:
-        return self.group.on_rank_0(lambda: self._evaluate(model))
-
-    def _evaluate(self, model: nn.Module) -> Evaluation:
-        """On rank 0 alone, since a metric may be any function of the whole split; its random numbers stay those of the others."""
-        with torch.random.fork_rng(devices=[], enabled=self.group.world > 1):
-            return evaluate(model, self.task.val, self.task)
 
     def time(self, model: nn.Module, latency: LatencySetting) -> tuple[float, float]:
         """(milliseconds, ratio of the dense net, timed in turn with it)."""

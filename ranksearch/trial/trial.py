@@ -13,13 +13,13 @@ from torch import nn
 
 from ranksearch.compress import Net, RankPlan, plan_cost, save_net
 from ranksearch.compress.surgery import compress, restructure_
+from ranksearch.data.parallel import ALONE, Group
 from ranksearch.deploy.stopwatch import LatencySetting
 from ranksearch.errors import NonFiniteError
 from ranksearch.places.place import PAUSES, Place, filling
-from ranksearch.tasks.dense import State
-from ranksearch.tasks.parallel import ALONE, Group
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Diverged
+from ranksearch.training.dense import State
+from ranksearch.training.train import Diverged
 from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.checkpoint import CheckpointFile, is_full
 from ranksearch.trial.nested import learn_all_levels, save_weights
@@ -40,8 +40,8 @@ def learn_low_rank(session: Session, plan: RankPlan) -> nn.Module:
     if recipe.dense_steps < recipe.steps:
         _, stats = session.train_("factors", small, range(recipe.dense_steps, recipe.steps), plan)
         session.reestimate_bn_(small)
-        session.score("factors", small, recipe.steps, candidate=True, train_loss=stats.loss)
-    return session.best_of_trial_(small)
+        session.scores.add("factors", small, recipe.steps, candidate=True, train_loss=stats.loss)
+    return session.scores.best_of_trial_(small)
 
 
 def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
@@ -49,7 +49,7 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     recipe, steps = session.recipe, range(session.recipe.dense_steps)
     if not steps:  # decomposed first: the dense net as it is has no score of its own
         small, score, run_share = session.decomposed(plan)
-        session.score("decomposed", small, 0, score, candidate=True, run_share=run_share)
+        session.scores.add("decomposed", small, 0, score, candidate=True, run_share=run_share)
         return small
     model = session.starting_net(plan)
     session.score_untrained(model, plan)
@@ -58,15 +58,15 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     projecting = Projecting(plan, session.net, recipe.projection, rates, measure, session.metric_refresh)
     training, stats = session.train_("dense", model, steps, plan, projecting)
     session.reestimate_bn_(model)
-    session.score("trained", model, len(steps), train_loss=stats.loss)
+    session.scores.add("trained", model, len(steps), train_loss=stats.loss)
     session.project_at_last_(projecting, training)
     session.reestimate_bn_(model)
     found = projecting.summary() | {"projections": projecting.count}
-    session.score("projected", model, len(steps), candidate=False, **found)
+    session.scores.add("projected", model, len(steps), candidate=False, **found)
     # computes the same, so BN's fresh statistics fit
     example, warm = session.task.example_input, projecting.projector.warm
     small = session.same_(compress(model, plan, example_input=example, warm=warm))
-    session.score("decomposed", small, len(steps), candidate=True)
+    session.scores.add("decomposed", small, len(steps), candidate=True)
     return small
 
 
@@ -133,7 +133,7 @@ def run_trial(
         last=last,
     )
     try:
-        session.report_rungs()
+        session.scores.report_rungs()
         small, nested = learn_all_levels(session, plan, path) if path else (learn_low_rank(session, plan), None)
     except Stopped as stopped:
         status, reason = Status.STOPPED, str(stopped)
@@ -144,11 +144,11 @@ def run_trial(
             group.on_rank_0(lambda: _write_net(small, plan, save_to, nested))
         if latency is not None:
             measured = group.on_rank_0(lambda: session.time(small, latency))
-    seconds, kept = session.seconds, session.kept if status is Status.COMPLETE else None
-    final = vars(kept) if kept is not None else session.history[-1] if session.history else {}
+    seconds, kept = session.seconds, session.scores.kept if status is Status.COMPLETE else None
+    final = vars(kept) if kept is not None else session.scores.history[-1] if session.scores.history else {}
     return TrialResult(
         status, seed, session.images / len(task.train), reason=reason,
-        history=session.history, projections=session.projections, losses=session.losses,
+        history=session.scores.history, projections=session.projections, losses=session.losses,
         val_accuracy=final.get("val_accuracy"), val_loss=final.get("val_loss"), kept=kept.facts() if kept is not None else None,
         macs=cost.macs, params=cost.params, size_bytes=cost.size_bytes, latency_ms=measured[0], latency_ratio=measured[1],
         images_per_second=session.images / seconds if session.images else None,

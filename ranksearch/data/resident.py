@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ranksearch.data.batches import Batches
+from ranksearch.data.parallel import ALONE, Group
+from ranksearch.data.source import Batch
 from ranksearch.model.inputs import batch_size as samples_of
 from ranksearch.model.inputs import cut, moved, picked, tensors
-from ranksearch.tasks.batches import Batches
-from ranksearch.tasks.parallel import ALONE, Group
-from ranksearch.tasks.source import Batch
 
 
 @lru_cache(maxsize=64)

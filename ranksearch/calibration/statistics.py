@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ranksearch.allocate.drawn import SummedLoss, default_loss
+from ranksearch.calibration.drawn import SummedLoss, default_loss
 from ranksearch.compress import Net
 from ranksearch.compress.surgery import open_parts_
 from ranksearch.errors import NonFiniteError, UsageError

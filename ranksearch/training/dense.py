@@ -15,16 +15,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ranksearch.compress import dense_cost, trace
+from ranksearch.data.folder import data_folder, writable_cache
+from ranksearch.data.resident import Resident
 from ranksearch.errors import StudyError, UsageError, first_line
 from ranksearch.model.inputs import tensors
 from ranksearch.places.files import partly_written
-from ranksearch.tasks.device import pick_device, use_bf16
-from ranksearch.tasks.evaluate import evaluate
-from ranksearch.tasks.folder import data_folder, writable_cache
-from ranksearch.tasks.optimisation import Optimisation
-from ranksearch.tasks.resident import Resident
 from ranksearch.tasks.task import Task
-from ranksearch.tasks.train import Diverged, Training
+from ranksearch.training.device import pick_device, use_bf16
+from ranksearch.training.evaluate import evaluate
+from ranksearch.training.optimisation import Optimisation
+from ranksearch.training.train import Diverged, Training
 
 State = dict[str, Tensor]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ranksearch.data.source import Source
 from ranksearch.lowering.pivoted_layers import merged_pivots
 from ranksearch.model.inputs import batch_size as samples_of
 from ranksearch.model.inputs import call
 from ranksearch.tasks.scores import accumulator, as_number, in_fp32
-from ranksearch.tasks.source import Source
 from ranksearch.tasks.task import Task
 
 CPU_BATCH, GPU_BATCH = 125, 500

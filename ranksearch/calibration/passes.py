@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ranksearch.allocate.statistics import ROWS, batched, drawn_rows
+from ranksearch.calibration.statistics import ROWS, batched, drawn_rows
 from ranksearch.lowering import LayerSpec
 from ranksearch.model.inputs import call, moved
 from ranksearch.model.undisturbed import own

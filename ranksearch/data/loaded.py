@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 
+from ranksearch.data.parallel import ALONE, Group
+from ranksearch.data.resident import Resident
+from ranksearch.data.source import Batch, Source, Stream
+from ranksearch.data.targets import split_batch
 from ranksearch.errors import UsageError
 from ranksearch.model.inputs import batch_size, moved, shape_of, tensors
-from ranksearch.tasks.parallel import ALONE, Group
-from ranksearch.tasks.resident import Resident
-from ranksearch.tasks.source import Batch, Source, Stream
-from ranksearch.tasks.targets import split_batch
 
 CPU = torch.device("cpu")
 RANK_SEEDS = 1_000_003

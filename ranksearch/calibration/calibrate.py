@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.allocate.passes import Reached, asked, batch_statistics, drawn, rows_given, run, stages_of
-from ranksearch.allocate.statistics import ROWS, Moment, width_of
-from ranksearch.allocate.weightings import SHRINKAGE
+from ranksearch.calibration.passes import Reached, asked, batch_statistics, drawn, rows_given, run, stages_of
+from ranksearch.calibration.statistics import ROWS, Moment, width_of
+from ranksearch.calibration.weightings import SHRINKAGE
 from ranksearch.compress import LayerPlan, Net, RankPlan, trace
 from ranksearch.compress.surgery import compress, open_parts_
 from ranksearch.errors import NonFiniteError, UsageError, nearest

@@ -15,8 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ranksearch.cluster.facts import TOKEN, clock, missing, node_facts, read_token, write_token
-from ranksearch.cluster.findings import ERROR, OK, WARNING, Facts, Finding, judge
+from ranksearch.data.folder import data_folder
 from ranksearch.errors import RanksearchError, UsageError
 from ranksearch.places.place import Place, PlaceError, Remote, text_of
 from ranksearch.places.urls import (
@@ -30,7 +29,8 @@ from ranksearch.places.urls import (
     shown,
     without_password,
 )
-from ranksearch.tasks.folder import data_folder
+from ranksearch.preflight.facts import TOKEN, clock, missing, node_facts, read_token, write_token
+from ranksearch.preflight.findings import ERROR, OK, WARNING, Facts, Finding, judge
 from ranksearch.tracking.store import is_server, store_uri
 from ranksearch.words import Log
 

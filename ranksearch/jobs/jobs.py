@@ -17,9 +17,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ranksearch.cluster.address import CONNECT_SECONDS
-from ranksearch.cluster.submission import RUNS, STUDY, VERB, Submission
-from ranksearch.cluster.upload import LEFT_OUT, write_archive
 from ranksearch.errors import RanksearchError, StudyError, UsageError, nearest
+from ranksearch.jobs.submission import RUNS, STUDY, VERB, Submission
+from ranksearch.jobs.upload import LEFT_OUT, write_archive
 
 Write = Callable[[str], None]
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")

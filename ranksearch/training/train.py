@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ranksearch.data.parallel import ALONE, Group
+from ranksearch.data.resident import ResidentStream
+from ranksearch.data.source import Batch
 from ranksearch.errors import RanksearchError
 from ranksearch.lowering.pivoted_layers import merged_pivots
 from ranksearch.model.inputs import batch_size, call, class_logits, device_of, mapped, shape_of, tensors
-from ranksearch.tasks.both_ways import difference
-from ranksearch.tasks.capture import Recorder, Replayed, recorder_for
-from ranksearch.tasks.device import channels_last_
-from ranksearch.tasks.distillation import Distillation
-from ranksearch.tasks.loss_curve import LossCurve
-from ranksearch.tasks.optimisation import OPTIMIZERS, Optimisation
-from ranksearch.tasks.parallel import ALONE, Group
-from ranksearch.tasks.resident import ResidentStream
 from ranksearch.tasks.scores import in_fp32
-from ranksearch.tasks.source import Batch
 from ranksearch.tasks.task import Task
+from ranksearch.training.both_ways import difference
+from ranksearch.training.capture import Recorder, Replayed, recorder_for
+from ranksearch.training.device import channels_last_
+from ranksearch.training.distillation import Distillation
+from ranksearch.training.loss_curve import LossCurve
+from ranksearch.training.optimisation import OPTIMIZERS, Optimisation
 
 
 class Diverged(RanksearchError):

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.allocate.drawn import SummedLoss, drawn_directions_loss
-from ranksearch.allocate.statistics import collect
+from ranksearch.calibration.drawn import SummedLoss, drawn_directions_loss
+from ranksearch.calibration.statistics import collect
 from ranksearch.compress import Net, trace
 from ranksearch.errors import UsageError, nearest
 from ranksearch.lowering.weighting import Weighting

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ranksearch.tasks.parallel import ALONE, Group
+from ranksearch.data.parallel import ALONE, Group
 
 Batch = tuple[Any, Any]
 """(inputs as the model takes them, a tensor [N, ...] or arguments as `compress.inputs` says; targets as the loss takes them)."""

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from ranksearch.cluster.upload import Files, folder_files
 from ranksearch.errors import UsageError
+from ranksearch.jobs.upload import Files, folder_files
 from ranksearch.places.urls import FROM_ENVIRONMENT, without_password
 from ranksearch.space.space import Space
 from ranksearch.store.folder import FRONT, INFO
