@@ -291,5 +291,5 @@ def test_without_the_extra_the_message_names_it(monkeypatch):
 
 
 def test_submitting_loads_ray_only_to_talk_to_the_cluster():
-    probe = "import sys\nfrom ranksearch.cluster import submission, upload\nimport ranksearch.cli\nassert 'ray' not in sys.modules"
+    probe = "import sys\nfrom ranksearch.jobs import submission, upload\nimport ranksearch.cli\nassert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", probe], check=True, timeout=120)

@@ -35,7 +35,7 @@ MIDDLE = (0.3, 0.7)
 GAINED = 0.25
 """Share of a gap's area that a net in its middle gains, half-way in accuracy too."""
 NEAR_THE_TOP = 0.95
-BESIDE = 0.25
+BESIDE = 0.1
 """Where accuracy has a limit: the share of proposals that fill the front above it, rather than look for the cheapest net there."""
 LINE, NEXT = 0.4, 0.97
 """With such a limit: the width, in logarithms of the cost, of the neighbourhood that a line is laid through, and the largest share of the
@@ -207,7 +207,7 @@ def cost_at_limit(
 ) -> tuple[float | None, float]:
     """(cost to try next for the cheapest net with at least `limit`, the cheapest known one's cost); `known` [n, (cost, accuracy)].
 
-    None for one proposal in four: the front above the limit is filled, too. Else the cost of the largest expected gain: log(cheapest /
+    None for one proposal in ten: the front above the limit is filled, too. Else the cost of the largest expected gain: log(cheapest /
     cost) times the chance that a net there meets the limit, by a line through the neighbours' accuracy over log(cost) and their scatter
     about it. So a failure by less than the scatter does not close what lies below it, as halving would. It goes down to half the cheapest
     cost, and not below a net that clearly failed.
