@@ -32,18 +32,9 @@ from ranksearch.space.quality import Limits
 from ranksearch.space.reading import Settings, read_space
 from ranksearch.space.space import Space
 from ranksearch.store.addresses import ARTIFACTS, EVERY, MLFLOW, confirm_addresses
-from ranksearch.store.folder import (
-    CURVES,
-    DENSE_WEIGHTS,
-    LATENCY,
-    PREVIEW,
-    REPORT,
-    find_front,
-    find_study,
-    locked,
-    new_folder,
-)
+from ranksearch.store.folder import find_front, locked, new_folder
 from ranksearch.store.latency_file import open_table
+from ranksearch.store.where import CURVES, DENSE_WEIGHTS, LATENCY, PREVIEW, REPORT, find_study
 from ranksearch.study.study import Study
 from ranksearch.tracking.background import BackgroundMirror
 from ranksearch.tracking.draw_html import save_html

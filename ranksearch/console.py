@@ -21,6 +21,7 @@ from ranksearch.words import (
     describe_budgets,
     limit_words,
     mix_of,
+    number,
     over_budget,
     percent_of_dense,
     shown_costs,
@@ -48,11 +49,6 @@ def table(title: str, columns: Mapping[str, str], rows: Sequence[Sequence[str]],
             break
         shown.remove(heading)
     console.print(made, highlight=False)
-
-
-def number(value: float | None, form: str = ",d") -> str:
-    """A value for a table cell; what was not measured is a dash."""
-    return "–" if value is None else format(value, form)
 
 
 def _measured(row: Mapping[str, Any], front: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,8 @@ from ranksearch.places.net_files import PLAN
 from ranksearch.run_study import Observer, Silent
 from ranksearch.space.quality import Limits
 from ranksearch.space.starter import imported_net
-from ranksearch.store.folder import find_study, study_around
+from ranksearch.store.folder import study_around
+from ranksearch.store.where import find_study
 from ranksearch.study.export_trial import export_cut, export_trial, name_at, pick_trial, target_folder
 from ranksearch.study.making import read_folder
 from ranksearch.study.study import Study

@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ranksearch.compress import RankPlan
-from ranksearch.console import number, table
+from ranksearch.console import table
 from ranksearch.preflight.findings import ERROR, WARNING, Finding
 from ranksearch.trial.metric import metric_text
+from ranksearch.words import number
 
 
 def print_preview(record: dict[str, Any]) -> None:

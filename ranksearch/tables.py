@@ -11,7 +11,7 @@ from ranksearch.allocate.curve_making import cost_curves
 from ranksearch.allocate.curves import Curves
 from ranksearch.allocate.damage import MEASURES, Damage
 from ranksearch.compress import dense_cost
-from ranksearch.console import number, table
+from ranksearch.console import table
 from ranksearch.costs import NS_PER_MS
 from ranksearch.data.folder import data_folder
 from ranksearch.deploy.latency_table import LatencyTable
@@ -27,11 +27,12 @@ from ranksearch.search.parametrize import Searched
 from ranksearch.search.predicting import usual
 from ranksearch.search.workbench import open_net, with_latency
 from ranksearch.space.space import Space
-from ranksearch.store.folder import LATENCY
 from ranksearch.store.latency_file import open_table
+from ranksearch.store.where import LATENCY
 from ranksearch.study.latency import dense_layers_ms
 from ranksearch.tasks import model_reference
 from ranksearch.trial.recipe import searched_settings
+from ranksearch.words import number
 
 
 def layer_rows(space: Space, log: Callable[[str], None] = lambda text: None) -> dict[str, Any]:

@@ -33,6 +33,7 @@ PARAMETERS = {
     "lr": ("learning rate", ""),
     "calibration": ("fit to the dense net", "before training"),
     "factor_lr": ("learning rate of the factors", "as a multiple"),
+    "factor_steps": ("steps of the factors", ""),
     "factor_share": ("training of the factors", "share of the steps"),
     "optimizer": ("optimizer", ""),
     "momentum": ("momentum", ""),
@@ -133,3 +134,8 @@ def mix_of(plan: Mapping[str, Any]) -> str:
     for layer in plan["layers"].values():
         counts[layer["lowering"]] = counts.get(layer["lowering"], 0) + 1
     return " · ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])) or "dense"
+
+
+def number(value: float | None, form: str = ",d") -> str:
+    """A value for a table cell; what was not measured is a dash."""
+    return "–" if value is None else format(value, form)

@@ -27,6 +27,7 @@ from ranksearch.trial.recipe import Recipe, middle
 WITH_CP = (*default_lowerings(), "cp")
 BASE: dict[str, Any] = {
     "calibration": "none",
+    "factor_steps": "plain",
     "factor_share": 0.0,
     "distillation.weight": 0.7,
     "distillation.temperature": 2.0,

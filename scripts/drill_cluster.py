@@ -32,7 +32,7 @@ from drilled_study import DrilledStudy
 from loopback_cluster import LoopbackCluster, Node
 from report import Report, arguments
 
-from ranksearch.store.folder import CHECKPOINTS
+from ranksearch.store.where import CHECKPOINTS
 from ranksearch.trial.placement import data_loads_per_node
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "digits_resnet8.yaml"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ranksearch.store.folder import INFO, find_study
+from ranksearch.store.where import INFO, find_study
 from ranksearch.study.study import Study
 from ranksearch.tracking.store import quiet_mlflow, store_uri
 

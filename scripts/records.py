@@ -189,7 +189,12 @@ def ours_with(settings: dict[str, Any]) -> dict[str, Any]:
 def recipe_of(bench: Bench, options: argparse.Namespace, settings: dict[str, Any], changes: dict[str, Any]) -> Any:
     """A recipe: what the table shares, and `changes`."""
     shared = {"steps": bench.steps(options.epochs, options.batch_size), "batch_size": options.batch_size}
-    shared |= {"calibration": "none", "lr": settings["lr"], "projection": {"period": int(settings["period"])}}
+    shared |= {
+        "calibration": "none",
+        "factor_steps": "plain",
+        "lr": settings["lr"],
+        "projection": {"period": int(settings["period"])},
+    }
     shared |= {"bn_batches": 2} if options.quick else {}
     return Recipe.settled(RecipeSpace(**(shared | changes)), middle).to_dict()
 

@@ -224,6 +224,7 @@ def main() -> None:
     shared = {
         "steps": steps, "batch_size": options.batch_size, "lr": options.lr, "factor_share": 0.0,
         "calibration": "none",  # the paper starts from the dense weights
+        "factor_steps": "plain",
         "projection": {"period": options.period},
     } | ({"bn_batches": 5} if options.quick else {})  # fmt: skip
     planned = list(jobs(bench, options.methods, options.ratios, options.tiles))

@@ -13,7 +13,7 @@ from ranksearch.api import Silent, resume
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.pareto import hypervolume
 from ranksearch.space.reading import read_space
-from ranksearch.store.folder import find_study
+from ranksearch.store.where import find_study
 from ranksearch.study import driver as runner
 from ranksearch.study.study import Study
 from ranksearch.trial.result import TrialResult

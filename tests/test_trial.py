@@ -183,10 +183,11 @@ def test_small_batches_are_fitted_on_as_one_and_ragged_ones_each_by_itself(bench
     assert in_one(flagged) is flagged
 
 
-def test_a_recipe_of_before_is_one_without_calibration():
+def test_a_recipe_of_before_has_neither_calibration_nor_matched_steps():
     known = recipe().to_dict()
-    assert known.pop("calibration") == "sequential"
-    assert Recipe.from_dict(known).calibration == "none"
+    assert (known.pop("calibration"), known.pop("factor_steps")) == ("sequential", "matched")
+    read = Recipe.from_dict(known)
+    assert (read.calibration, read.factor_steps) == ("none", "plain")
 
 
 def test_a_trial_keeps_its_best_net(bench, tmp_path):

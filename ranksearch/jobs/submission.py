@@ -19,7 +19,7 @@ from ranksearch.errors import UsageError
 from ranksearch.jobs.upload import Files, folder_files
 from ranksearch.places.urls import FROM_ENVIRONMENT, without_password
 from ranksearch.space.space import Space
-from ranksearch.store.folder import FRONT, INFO
+from ranksearch.store.where import FRONT, INFO
 from ranksearch.tasks import is_own
 from ranksearch.tracking.store import VARIABLE
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ranksearch.data.folder import data_folder
-from ranksearch.errors import RanksearchError, UsageError
+from ranksearch.errors import RanksearchError, UsageError, first_line
 from ranksearch.places.place import Place, PlaceError, Remote, text_of
 from ranksearch.places.urls import (
     CONNECT_SECONDS,
@@ -234,5 +234,5 @@ def _unreachable(where: str) -> str | None:
         return f"{error}: {DRIVER_HINT}"
     except sqlalchemy.exc.SQLAlchemyError as error:
         named = where if where.startswith(FROM_ENVIRONMENT) else shown(url)
-        return f"{named}: {str(error).splitlines()[0]}"
+        return f"{named}: {first_line(error)}"
     return None

@@ -17,7 +17,7 @@ from ranksearch.calibration.weightings import WEIGHTS
 from ranksearch.compress import Net, trace
 from ranksearch.data.loaded import batch_text
 from ranksearch.deploy.latency_table import LatencyTable
-from ranksearch.errors import RanksearchError, UsageError
+from ranksearch.errors import RanksearchError, UsageError, first_line
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.model.inputs import shape_of
 from ranksearch.search.budgets import check_feasible_space
@@ -105,9 +105,8 @@ def open_net(space: Space) -> tuple[torch.nn.Module, Net]:
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         if isinstance(error, RanksearchError):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"model: {space.model} does not take inputs {shape_of(kind.example_input)}: {first}"
+            f"model: {space.model} does not take inputs {shape_of(kind.example_input)}: {first_line(error)}"
         ) from error
     space.layers.as_rules().check(net)
     return model, net

@@ -208,10 +208,9 @@ def write_start(model: str, inputs: Sequence[int] | Sequence[Given], folder: Pat
     except RanksearchError:
         raise
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"init: {model} does not take inputs {_shown(given)} ({first}): name another shape with --input, such as --input 1x28x28, "
-            f"another kind of numbers with --dtype, such as --dtype int64, or arguments, such as --input input_ids=16."
+            f"init: {model} does not take inputs {_shown(given)} ({first_line(error)}): name another shape with --input, such as "
+            f"--input 1x28x28, another kind of numbers with --dtype, such as --dtype int64, or arguments, such as --input input_ids=16."
         ) from error
     name = re.sub(r"[^A-Za-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", short)).strip("_").lower()
     space, task = folder / f"{name}.yaml", folder / f"{name}_task.py"

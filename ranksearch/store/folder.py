@@ -28,28 +28,7 @@ from ranksearch.errors import UsageError
 from ranksearch.places.files import settle
 from ranksearch.places.place import Place, Remote
 from ranksearch.space.space import Space
-from ranksearch.store.where import (  # noqa: F401  (a study's folder has one table of names, which lies where nothing heavy is loaded)
-    CHECKPOINTS,
-    CURVES,
-    DENSE_WEIGHTS,
-    EXPORTS,
-    FRONT,
-    GIVEN,
-    INFO,
-    JOURNAL,
-    LATENCY,
-    LOCK,
-    MEASURED,
-    PREVIEW,
-    REPEATS,
-    REPORT,
-    SPACE,
-    TEST,
-    TRIALS,
-    UNFINISHED,
-    find_study,
-    trial_folder,
-)  # fmt: skip
+from ranksearch.store.where import CURVES, EXPORTS, FRONT, INFO, LOCK, PREVIEW, TRIALS, UNFINISHED, find_study
 
 
 def place_of_results(space: Space, folder: Path, info: dict[str, Any]) -> Place:

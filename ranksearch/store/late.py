@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ranksearch.front.row import Row
 from ranksearch.places.files import write_durably
-from ranksearch.store.folder import MEASURED, REPEATS, TEST
 from ranksearch.store.records import LATENCIES, REPEATED, TEST_ACCURACIES, read_record
+from ranksearch.store.where import MEASURED, REPEATS, TEST
 from ranksearch.trial.metric import Metric
 
 DENSE = "dense"

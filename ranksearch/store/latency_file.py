@@ -8,7 +8,7 @@ from ranksearch.data.folder import data_folder
 from ranksearch.deploy.latency_table import LatencyTable
 from ranksearch.deploy.stopwatch import Stopwatch
 from ranksearch.space.space import Space
-from ranksearch.store.folder import LATENCY
+from ranksearch.store.where import LATENCY
 
 
 def open_table(space: Space, folder: Path | None, key: str | None = None) -> LatencyTable | None:

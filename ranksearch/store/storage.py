@@ -14,12 +14,12 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 
-from ranksearch.errors import StudyError, UsageError
+from ranksearch.errors import StudyError, UsageError, first_line
 from ranksearch.places.urls import CONNECT_SECONDS, DRIVER_HINT, OWN_DATABASE, database_url, shown
 from ranksearch.search.optuna_private import delete, quiet
 from ranksearch.space.space import Space
-from ranksearch.store.folder import JOURNAL
 from ranksearch.store.journal import open_journal
+from ranksearch.store.where import JOURNAL
 from ranksearch.trial.metric import Direction
 from ranksearch.words import COST_RATIOS
 
@@ -47,9 +47,7 @@ def open_storage(where: str | None, folder: Path) -> BaseStorage:
     except ImportError as error:
         raise UsageError(f"storage.optuna: {error.__cause__ or error}: {DRIVER_HINT}.") from error
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        if _is_mlflows(url):
-            first = OWN_DATABASE
+        first = OWN_DATABASE if _is_mlflows(url) else first_line(error)
         raise StudyError(f"storage.optuna: {shown(url)} cannot be opened: {first}.") from error
 
 

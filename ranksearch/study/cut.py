@@ -16,8 +16,8 @@ from ranksearch.errors import UsageError
 from ranksearch.search.path import is_nested, with_weights
 from ranksearch.search.workbench import Workbench, prepare
 from ranksearch.space.space import Space
-from ranksearch.store.folder import CURVES, DENSE_WEIGHTS, trial_folder
 from ranksearch.store.latency_file import open_table
+from ranksearch.store.where import CURVES, DENSE_WEIGHTS, trial_folder
 from ranksearch.tasks import model_reference
 from ranksearch.training.dense import State
 from ranksearch.training.device import pick_device

@@ -28,8 +28,8 @@ from ranksearch.model.plain import named_inputs
 from ranksearch.places.files import new_folder_atomically, write_atomically
 from ranksearch.places.net_files import PLAN, holds_net
 from ranksearch.space.quality import Limits
-from ranksearch.store.folder import EXPORTS
 from ranksearch.store.provenance import cpu_name
+from ranksearch.store.where import EXPORTS
 from ranksearch.study.cut import Cut
 from ranksearch.study.study import Study
 from ranksearch.trial.result import Status

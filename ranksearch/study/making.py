@@ -27,10 +27,11 @@ from ranksearch.search.workbench import Workbench
 from ranksearch.space.reading import load_yaml, parse_space
 from ranksearch.space.space import Space
 from ranksearch.store.addresses import remember_addresses
-from ranksearch.store.folder import DENSE_WEIGHTS, INFO, SPACE, UNFINISHED, keep_task_file
+from ranksearch.store.folder import keep_task_file
 from ranksearch.store.provenance import provenance
 from ranksearch.store.records import STUDY, read_record
 from ranksearch.store.storage import make_study
+from ranksearch.store.where import DENSE_WEIGHTS, INFO, SPACE, UNFINISHED
 from ranksearch.study.proposals import allocated, form_of
 from ranksearch.tasks import is_own
 from ranksearch.tasks.task import Task

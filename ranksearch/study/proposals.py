@@ -31,8 +31,8 @@ from ranksearch.search.samplers import make_sampler
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.recipe import RecipeSpace
 from ranksearch.space.space import Space
-from ranksearch.store.folder import CHECKPOINTS, trial_folder
 from ranksearch.store.journal import together
+from ranksearch.store.where import CHECKPOINTS, trial_folder
 from ranksearch.study.nested_runs import best_run, run_scores
 from ranksearch.trial.candidate import Candidate, MetricSetting
 from ranksearch.trial.metric import Metric

@@ -24,10 +24,10 @@ from ranksearch.space.quality import ACCURACY, Limits, limits_of, quality_of
 from ranksearch.space.space import Space
 from ranksearch.store.addresses import OPTUNA, confirm_addresses
 from ranksearch.store.beyond import beyond_budget
-from ranksearch.store.folder import FRONT, INFO, place_of_results, trial_folder
+from ranksearch.store.folder import place_of_results
 from ranksearch.store.late import DENSE, Late
 from ranksearch.store.storage import open_study
-from ranksearch.store.where import lost_nets
+from ranksearch.store.where import FRONT, INFO, lost_nets, trial_folder
 from ranksearch.study.cut import Cut, Cutter
 from ranksearch.study.ledger import Ledger
 from ranksearch.study.making import read_folder

@@ -27,20 +27,11 @@ from ranksearch.search.parametrize import Opening
 from ranksearch.search.path import NESTED_RUN, is_nested
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
-from ranksearch.store.folder import (  # fmt: skip
-    FRONT,
-    GIVEN,
-    JOURNAL,
-    SPACE,
-    UNFINISHED,
-    clear,
-    locked,
-    new_folder,
-    trial_folder,
-)
+from ranksearch.store.folder import clear, locked, new_folder
 from ranksearch.store.journal import mend_journal, together
 from ranksearch.store.orphans import settle_orphans
 from ranksearch.store.storage import forget_study
+from ranksearch.store.where import FRONT, GIVEN, JOURNAL, SPACE, UNFINISHED, trial_folder
 from ranksearch.study.making import begin, samples_of, space_text
 from ranksearch.study.nested_runs import best_run
 from ranksearch.study.outcomes import record_of, tell_optuna

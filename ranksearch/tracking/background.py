@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ranksearch.errors import first_line
 from ranksearch.front.row import Row
 from ranksearch.places.urls import without_password
 from ranksearch.study.study import Study
@@ -63,7 +64,7 @@ class BackgroundMirror:
             self.failed = None
         except MIRROR_ERRORS as error:
             self._paused_until, first = time.monotonic() + PAUSE_SECONDS, self.failed is None
-            self.failed = without_password((str(error) or repr(error)).splitlines()[0])
+            self.failed = without_password(first_line(error))
             if first:
                 self._log(
                     f"MLflow: not logged ({self.failed}); the results are in {self._study.folder}, and "

@@ -11,7 +11,7 @@ from ranksearch.compress import load_net
 from ranksearch.errors import RanksearchError
 from ranksearch.front.row import Row
 from ranksearch.front.verdict import verdict_of
-from ranksearch.store.folder import trial_folder
+from ranksearch.store.where import trial_folder
 from ranksearch.tracking.draw_png import save_png
 from ranksearch.tracking.runs import (
     KIND_TAG,

@@ -22,7 +22,7 @@ from sqlalchemy.engine import make_url
 from ranksearch.front.row import Row
 from ranksearch.places.files import write_atomically
 from ranksearch.places.urls import DRIVER_HINT
-from ranksearch.store.folder import FRONT, GIVEN, REPORT, SPACE
+from ranksearch.store.where import FRONT, GIVEN, REPORT, SPACE
 from ranksearch.tracking.chart import Plot
 from ranksearch.tracking.draw_png import save_png, save_thumbnail
 from ranksearch.tracking.figures import study_charts

@@ -27,7 +27,7 @@ from ranksearch.tracking.runs import plan_line
 from ranksearch.tracking.trial_figures import trial_charts
 from ranksearch.tracking.view import View, cost_percent
 from ranksearch.trial.metric import metric_text
-from ranksearch.words import COST_NAMES, MADE_BY, dense_ms, describe_budgets, mix_of, over_budget
+from ranksearch.words import COST_NAMES, MADE_BY, dense_ms, describe_budgets, mix_of, number, over_budget
 
 LAYER_FIGURES = ("kept_rank", "lowerings")
 DRAWN_TRIALS = 30
@@ -53,7 +53,7 @@ def report_html(view: View, importances: Mapping[str, Mapping[str, float]]) -> s
     page.filters |= {
         "metric": view.metric.text,
         "value": partial(metric_text, view.metric.to_dict()),
-        "number": _number,
+        "number": number,
         "percent": _percent,
         "line": plan_line,
         "mix": mix_of,
@@ -110,12 +110,8 @@ def _makers(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(name, MADE_BY[name]) for name in names if name in MADE_BY]
 
 
-def _number(value: float | None, form: str = ".2f") -> str:
-    return "–" if value is None else format(value, form)
-
-
 def _percent(row: Mapping[str, Any], cost: str) -> str:
-    return _number(cost_percent(row, cost), ".1f")
+    return number(cost_percent(row, cost), ".1f")
 
 
 def _coded(text: str) -> str:

@@ -51,7 +51,8 @@ class Recipe(Updates):
     projection: ProjectionRecipe
     distillation: DistillationRecipe
     calibration: str = "none"
-    """What records say that were made before there was any; the schema's default is another."""
+    factor_steps: str = "plain"
+    """Both as in records that were made before there was a choice; the schema's defaults are others."""
 
     @property
     def dense_steps(self) -> int:

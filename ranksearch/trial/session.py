@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ranksearch.compress import Net, RankPlan, dense_cost, reestimate_bn_
+from ranksearch.compress.factor_steps import MATCHED, match_steps_, reaches
 from ranksearch.data.parallel import Group, synchronised
 from ranksearch.data.source import calibration_batches
 from ranksearch.deploy.stopwatch import LatencySetting, Stopwatch
@@ -95,6 +96,7 @@ class Session:
         self.losses: list[dict[str, float]] = []
         self.images, self.seconds, self.projecting_seconds = 0, 0.0, 0.0
         self.eager: str | None = None
+        self._reaches: dict[str, float] = {}
         state = group.on_rank_0(checkpoint.load)
         # another kind of device has other random numbers: there the trial starts anew
         self._resumed = state if state is not None and state["device"] == device.type else None
@@ -106,6 +108,7 @@ class Session:
         self.projections, self.losses = list(known["projections"]), list(known["losses"])
         self.images, self.seconds, self.projecting_seconds = known["images"], known["seconds"], known["projecting"]
         self._started -= known["elapsed"]
+        self._reaches = known.get("reaches", {})
 
     @property
     def elapsed(self) -> float:
@@ -159,6 +162,8 @@ class Session:
             passes: the forward and backward passes of a step.
             look: what else is done after a step, aside: it takes no training time.
         """
+        if phase == "factors":
+            self._match_steps_(model)
         training = self.training_(model, steps, lr=self.recipe.factor_lr if phase == "factors" else 1.0, passes=passes)
         if self._resumed is not None and self.resumes_at(phase):
             self._go_on(self._resumed, training, projecting)
@@ -189,6 +194,13 @@ class Session:
             self.losses += training.curve.points
             self.eager = self.eager or training.eager or training.between
             self._note(projecting)
+
+    def _match_steps_(self, small: nn.Module) -> None:
+        """Scales the factors' gradients by what their layers were when their training began."""
+        if self.recipe.factor_steps == MATCHED:
+            if not self.resumes_at("factors"):
+                self._reaches = reaches(small)
+            match_steps_(small, self._reaches)
 
     def training_(self, model: nn.Module, steps: range, *, lr: float = 1.0, passes: Passes = once) -> Training:
         """`model` in training, at the share `lr` of the learning rate."""
@@ -272,6 +284,7 @@ class Session:
             "session": {
                 **self.scores.to_state(), "projections": self.projections, "losses": self.losses, "images": self.images,
                 "seconds": self.seconds, "projecting": self.projecting_seconds, "elapsed": self.elapsed,
+                "reaches": self._reaches,
             },
         })  # fmt: skip
 
