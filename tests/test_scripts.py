@@ -206,3 +206,11 @@ def test_the_tasks_bench_compares_the_search_with_every_control(tmp_path):
     assert rows["make"]["above"]["narrow"] is None
     assert {"tasks_above_uniform", "tasks_above_narrow", "tasks_above_solver", "far_below_share"} <= set(figures)
     assert 0 < figures["smallest_at_minus_1_make"] <= 1
+
+
+def test_steps_on_factors_are_compared_from_a_dense_net_that_has_not_seen_the_validation_images(tmp_path, cifar):
+    found = call("bench_factor_steps", "--out", str(tmp_path))
+    assert {row["factor_steps"] for row in found["rows"]} >= {"plain", "matched"}
+    assert {row["macs"] for row in found["rows"]} == {0.35, 0.2}
+    assert set(found["figures"]) == {"matched_above_plain_0.35", "matched_above_plain_0.2", "dense_val_accuracy"}
+    assert len(list((tmp_path / "quick" / "runs").iterdir())) == len(found["rows"])
