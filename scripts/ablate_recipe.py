@@ -48,7 +48,9 @@ def variants(lr: float, period: int) -> dict[str, dict[str, Any]]:
         "factors for the last half": {"factor_share": 0.5},
         "factors for the last 15 %, lr x .1": {"factor_share": 0.15, "factor_lr": 0.1},
         "factors for the last half, lr x .1": {"factor_share": 0.5, "factor_lr": 0.1},
+        "factors for the last half, matched steps": {"factor_share": 0.5, "factor_steps": "matched"},
         "decomposed first": {"factor_share": 1.0},
+        "decomposed first, matched steps": {"factor_share": 1.0, "factor_steps": "matched"},
         "fitted layer after layer": {"calibration": "sequential"},
         "period / 4": {"projection.period": max(1, period // 4)},
         "period x 4": {"projection.period": 4 * period},
@@ -75,6 +77,9 @@ def variants(lr: float, period: int) -> dict[str, dict[str, Any]]:
             "plan": ("solver", default_lowerings()), "projection.rank_annealing": 0.5,
         },
         "plan without cp, factors for the last half": {"plan": ("solver", default_lowerings()), "factor_share": 0.5},
+        "plan without cp, factors for the last half, matched steps": {
+            "plan": ("solver", default_lowerings()), "factor_share": 0.5, "factor_steps": "matched",
+        },
         "plan: uniform Tucker-2": {"plan": ("uniform", ("tucker2",))},
     }  # fmt: skip
 
