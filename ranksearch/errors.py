@@ -35,14 +35,14 @@ class NonFiniteError(RanksearchError, ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text; a sentence where it has none, where making it raises, and for `sys.exit`."""
+    """The first line of an exception's text; its class where it has none, a sentence where making it raises, and for `sys.exit`."""
     if isinstance(error, SystemExit):
         return f"it left by sys.exit({error.code!r})"
     try:
         text = str(error).strip()
     except Exception as inner:
         return f"its text cannot be shown: __str__ raised {type(inner).__name__}"
-    return text.splitlines()[0] if text else "no message"
+    return text.splitlines()[0] if text else f"{type(error).__name__} without a message"
 
 
 def clipped(text: str, most: int = 160) -> str:

@@ -212,5 +212,6 @@ def test_steps_on_factors_are_compared_from_a_dense_net_that_has_not_seen_the_va
     found = call("bench_factor_steps", "--out", str(tmp_path))
     assert {row["factor_steps"] for row in found["rows"]} >= {"plain", "matched"}
     assert {row["macs"] for row in found["rows"]} == {0.35, 0.2}
-    assert set(found["figures"]) == {"matched_above_plain_0.35", "matched_above_plain_0.2", "dense_val_accuracy"}
+    names = {f"matched_above_{rival}_{share}" for rival in ("plain", "best_plain") for share in (0.35, 0.2)}
+    assert set(found["figures"]) == {*names, "dense_val_accuracy"}
     assert len(list((tmp_path / "quick" / "runs").iterdir())) == len(found["rows"])

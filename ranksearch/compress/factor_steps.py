@@ -1,16 +1,21 @@
-"""Matched steps: gradients of a lowered layer's factors, scaled so that a step on one of them moves the layer's weight as a dense one does.
+"""Matched steps: gradients of a lowered layer's factors, scaled so that steps move the layer's weight about as far as those of a dense one.
 
 For W = A B a step of SGD on the factors is ΔW = -lr (G BᵀB + A Aᵀ G), where a step on W is -lr G. How large BᵀB and A Aᵀ are depends on
-how W is written: the coefficients of a pivoted form are many and up to one, and those of ResNet-20's last stage make the step twelve times
-as long on average. So each factor's gradient is divided by its reach, the mean square by which W moves with one of the factor's numbers. A
-rate that suits the dense net then suits the factors; Adam, which divides by the gradient's size, does not notice.
+how W is written: the coefficients of a pivoted form are many and up to one, those of ResNet-20's last stage have a mean square of some ten
+per pivot. So each factor's gradient is divided by its reach, the mean square by which W moves with one of the factor's numbers. That is a
+mean over directions: in the leading ones a step is still several times as long. Adam divides by the gradient's size itself and does not
+notice, unless gradients are clipped by their norm, which is that of the scaled ones. Weight decay is not scaled.
 
-Reference: Tong, Ma & Chi 2021, arXiv 2005.08898 (ScaledGD, which divides by the matrices BᵀB and AAᵀ; by their mean is as good here).
+It does **not** help where a weight is so small that training moves it by more than its own size: its reach is small then and grows, and
+nothing is multiplied by more than 1 / `LEAST`.
+
+Reference: Tong, Ma & Chi 2021, arXiv 2005.08898 (ScaledGD, which divides by the matrices BᵀB and AAᵀ instead of their mean).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +28,8 @@ from ranksearch.lowering.tiled import Rebuilt
 
 MATCHED, PLAIN = STEPS = ("matched", "plain")
 """What a recipe says of the factors' steps."""
+LEAST = 0.1
+"""The least that a gradient is divided by."""
 DRAWS, MANY = 4, 10_000
 """Random directions that a factor is moved in; a single one where it has that many numbers, which average by themselves."""
 
@@ -33,16 +40,17 @@ def reaches(model: nn.Module) -> dict[str, float]:
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     found: dict[str, float] = {}
     for lowering, spec, stored in _factored(model):
-        whole = lowering.reconstruct(stored, spec)
+        exact = [_in_fp32(factor) for factor in stored]
+        whole = lowering.reconstruct(exact, spec)
         for place, factor in enumerate(stored):
             name = names.get(id(factor))
             if name is not None and name not in found and factor.numel():
-                found[name] = _reach(lowering, spec, stored, place, whole)
-    return {name: reach for name, reach in found.items() if reach > 0}
+                found[name] = max(LEAST, _reach(lowering, spec, exact, place, whole))
+    return {name: reach for name, reach in found.items() if isfinite(reach)}
 
 
 def match_steps_(model: nn.Module, reach: Mapping[str, float]) -> None:
-    """Divides the gradients of the parameters that `reaches` named, from now on."""
+    """Divides the gradients of the parameters that `reaches` named, from now on; calling it twice divides twice."""
     for name, parameter in model.named_parameters():
         if name in reach:
             parameter.register_hook(_divided_by(reach[name]))
@@ -50,6 +58,11 @@ def match_steps_(model: nn.Module, reach: Mapping[str, float]) -> None:
 
 def _divided_by(reach: float) -> Callable[[Tensor], Tensor]:
     return lambda gradient: gradient / reach
+
+
+def _in_fp32(factor: Tensor) -> Tensor:
+    """A factor of 16 bits in fp32, where neither its sums overflow nor a small move is lost; an index as it is."""
+    return factor.float() if factor.is_floating_point() and factor.element_size() < 4 else factor
 
 
 def _factored(model: nn.Module) -> Iterator[tuple[Lowering, LayerSpec, Sequence[Tensor]]]:

@@ -170,7 +170,7 @@ class Lowering(ABC):
 
     @abstractmethod
     def reconstruct(self, factors: Sequence[Tensor], spec: LayerSpec) -> Tensor:
-        """The dense weight that the chain of `factors` computes."""
+        """The dense weight that the chain of `factors` computes: linear in each of them by itself, up to a constant."""
 
     def ranks(self, spec: LayerSpec, multiple: int = 1) -> tuple[Rank, ...]:
         """The ranks that an allocation may choose from, smallest first: all multiples of `multiple`, or a grid of them."""

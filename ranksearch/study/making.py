@@ -36,6 +36,7 @@ from ranksearch.study.proposals import allocated, form_of
 from ranksearch.tasks import is_own
 from ranksearch.tasks.task import Task
 from ranksearch.trial.metric import Metric
+from ranksearch.trial.recipe import BEFORE
 
 
 def begin(
@@ -95,6 +96,12 @@ def space_text(space: Space) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
+def _as_it_was(values: Any) -> Any:
+    """A study's space with what its trials did before there was a key for it: a study goes on as it began."""
+    recipe = values.get("recipe") if isinstance(values, dict) else None
+    return {**values, "recipe": {**BEFORE, **recipe}} if isinstance(recipe, dict) else values
+
+
 def read_folder(folder: Path, *, trust: bool = False) -> tuple[Space, dict[str, Any]]:
     """A study's space and what `study.json` says.
 
@@ -106,7 +113,7 @@ def read_folder(folder: Path, *, trust: bool = False) -> tuple[Space, dict[str, 
     """
     try:
         info = read_record(folder / INFO, STUDY)
-        space = parse_space(load_yaml(folder / SPACE), str(folder / SPACE))
+        space = parse_space(_as_it_was(load_yaml(folder / SPACE)), str(folder / SPACE))
     except FileNotFoundError as error:
         raise UsageError(f"{folder} is not a readable study: {Path(error.filename).name} is missing.") from None
     own = info.get("task_file")

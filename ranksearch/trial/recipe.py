@@ -15,6 +15,9 @@ from ranksearch.tasks.schedule import Updates
 Draw = Callable[[str, Range | Choices, bool], Scalar]
 """(dotted name, distribution, whether whole) -> a value"""
 
+BEFORE = {"calibration": "none", "factor_steps": "plain"}
+"""What trials did before there was a key for it: records and studies without it mean that. The schema's defaults are others."""
+
 
 @dataclass(frozen=True)
 class ProjectionRecipe:
@@ -50,9 +53,8 @@ class Recipe(Updates):
     precision: str
     projection: ProjectionRecipe
     distillation: DistillationRecipe
-    calibration: str = "none"
-    factor_steps: str = "plain"
-    """Both as in records that were made before there was a choice; the schema's defaults are others."""
+    calibration: str = BEFORE["calibration"]
+    factor_steps: str = BEFORE["factor_steps"]
 
     @property
     def dense_steps(self) -> int:
