@@ -30,7 +30,7 @@ RECIPE = Recipe(
         period=3, start=0.0, until_end=1.0, schedule="removed_energy", removed_energy=0.02, rank_annealing=0.0, momentum="keep",
         energy_transfer=False, bn_rectification=False,
     ),
-    distillation=DistillationRecipe(0.5, 2.0),
+    distillation=DistillationRecipe(0.5, 2.0), factor_steps="matched",
 )  # fmt: skip
 PLAN = RankPlan({"conv": LayerPlan("im2col", 3), "head.1": LayerPlan("svd", 4)}, "own.py:make")
 

@@ -38,4 +38,6 @@ def test_an_earlier_study_goes_on(folder, bench):
     assert [row.trial for row in study.trials][:4] == [0, 1, 2, 3]
     assert study.finished == 5
     assert study.trials[-1].status is Status.COMPLETE
+    recipe = study.trials[-1].recipe  # as its first trials were trained, before there was a choice
+    assert (recipe["calibration"], recipe["factor_steps"]) == ("none", "plain")
     assert study.trials[0].val_accuracy == json.loads((STORED / "front.json").read_text())["trials"][0]["val_accuracy"]

@@ -305,6 +305,7 @@ def test_distillation_runs_through_the_trial(bench):
         {"schedule": "step"},
         {"warmup": 0.0},
         {"factor_lr": 0.3},
+        {"factor_steps": "plain"},
     ],
     ids=lambda changes: str(changes.get("projection", changes)),
 )

@@ -1,4 +1,4 @@
-"""Cores that this process may use. Imports only the standard library, like `facts.py`, which calls it on every node."""
+"""Cores that this process may use. Imports only the standard library, like `preflight/facts.py`, which calls it on every node."""
 
 from __future__ import annotations
 

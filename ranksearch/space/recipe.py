@@ -89,10 +89,10 @@ class RecipeSpace(Strict):
     """How the layers that a trial begins with are fitted, at their ranks, to what they compute in the dense net, on some 256 samples: one
     after the other ("sequential"), by their biases alone ("bias"), or not at all ("none"), as in Lee et al. 2019."""
     factor_steps: Annotated[Choice, one_of(*STEPS)] = "matched"
-    """What a learning rate means for factors. "matched": a step on a factor moves its layer's weight as far as one on the dense weight,
-    by dividing its gradient, which AdamW does not notice; "plain": as far as it happens to."""
+    """What a learning rate means for factors. "matched": steps on a factor move its layer's weight, on average over directions, as far as
+    steps on the dense weight, by dividing its gradient, which AdamW does not notice; "plain": as far as they happen to."""
     factor_lr: Annotated[Number, within(1e-6, 1e6)] = 1.0
-    """Learning rate of the factors as a multiple of the schedule's. `cp`, a product of four factors, wants about 0.1 under plain steps."""
+    """Learning rate of the factors as a multiple of the schedule's. `cp`, a product of four factors, wants about 0.1."""
     bn_batches: int = Field(default=20, ge=1)
     """Batches, augmented as in training, from which BN statistics are re-estimated."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -8,7 +8,7 @@ from math import cos, pi
 
 STEP_FACTOR = 0.1
 OPTIMIZER_NAMES = ("sgd", "adamw")
-"""The optimizers of `optimisation.py`; it imports their names from here."""
+"""The optimizers of `training/optimisation.py`, which imports their names from here."""
 
 
 def _cosine(progress: float) -> float:

@@ -1,4 +1,4 @@
-"""`Session`: one trial's data, randomness, settings, report and checkpoint, of which the statements of the method are made."""
+"""`Session`: one trial's data, randomness, settings, scores and checkpoint, of which the statements of the method are made."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _untimed(training: Training) -> Iterator[None]:
 
 
 class Session:
-    """One trial's data, randomness, settings, report and checkpoint: what the statements of the method are made of."""
+    """One trial's data, randomness, settings, scores and checkpoint: what the statements of the method are made of."""
 
     def __init__(
         self,
