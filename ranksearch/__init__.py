@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what an editor and mypy see; at run time a name is imported
         project_every,
         reestimate_bn_,
     )
+    from ranksearch.compress.factor_steps import match_steps_
     from ranksearch.compress.surgery import compress
     from ranksearch.console import Terminal
     from ranksearch.errors import RanksearchError, StudyError, UsageError
@@ -61,6 +62,7 @@ _HOMES = {
     "Projector": "ranksearch.compress:Projector",
     "project_every": "ranksearch.compress:project_every",
     "reestimate_bn_": "ranksearch.compress:reestimate_bn_",
+    "match_steps_": "ranksearch.compress.factor_steps:match_steps_",
     "trace": "ranksearch.compress:trace",
     "plan_cost": "ranksearch.compress:plan_cost",
     "plan_to": "ranksearch.deploy.plan_to:plan_to",
@@ -99,6 +101,7 @@ __all__ = [
     "export",
     "from_pretrained",
     "load",
+    "match_steps_",
     "plan_cost",
     "plan_to",
     "preview",

@@ -6,6 +6,7 @@ from torch import nn
 
 import ranksearch
 from ranksearch.compress.factor_steps import LEAST, match_steps_, reaches
+from ranksearch.errors import UsageError
 from ranksearch.lowering import LayerSpec, lowering_named
 from ranksearch.lowering.contract import LOWERINGS
 
@@ -109,6 +110,19 @@ def test_the_reach_of_a_net_of_16_bits_is_that_of_the_same_net_in_fp32(dtype):
     half = ranksearch.compress(net, plan, example_input=torch.zeros(1, 512, dtype=dtype))
     found, exact = reaches(half), reaches(half.float())
     assert found == pytest.approx(exact, rel=0.05)
+
+
+def test_in_a_loop_of_ones_own_steps_are_matched_until_the_hooks_are_removed():
+    net, example = lowered("im2col_pivoted")
+    hooks = ranksearch.match_steps_(net)
+    assert len(hooks) == len(reaches(net)) == 2
+    matched = stepped(net, example)
+    for hook in hooks:
+        hook.remove()
+    net, example = lowered("im2col_pivoted")
+    assert stepped(net, example) > 2 * matched
+    with pytest.raises(UsageError, match="no factors that are trained"):
+        ranksearch.match_steps_(nn.Linear(3, 3))
 
 
 def test_what_is_not_lowered_or_not_trained_keeps_its_gradient():

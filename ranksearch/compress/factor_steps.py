@@ -20,7 +20,9 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
+from ranksearch.errors import UsageError
 from ranksearch.lowering.chain import Chain
 from ranksearch.lowering.contract import Lowering
 from ranksearch.lowering.spec import LayerSpec
@@ -49,11 +51,24 @@ def reaches(model: nn.Module) -> dict[str, float]:
     return {name: reach for name, reach in found.items() if isfinite(reach)}
 
 
-def match_steps_(model: nn.Module, reach: Mapping[str, float]) -> None:
-    """Divides the gradients of the parameters that `reaches` named, from now on; calling it twice divides twice."""
-    for name, parameter in model.named_parameters():
-        if name in reach:
-            parameter.register_hook(_divided_by(reach[name]))
+def match_steps_(model: nn.Module, reach: Mapping[str, float] | None = None) -> list[RemovableHandle]:
+    """Divides the gradients of a compressed net's factors by their reaches, from now on, for SGD in a training loop of one's own.
+
+    Args:
+        reach: what `reaches` said of this net earlier, for a training that goes on; left out, it is measured.
+
+    Returns:
+        A hook per factor; `remove()` ends it. Two calls divide twice.
+
+    Raises:
+        UsageError: nothing was measured before, and the net has no factors that are trained.
+    """
+    if reach is None and not (reach := reaches(model)):
+        raise UsageError(
+            "match_steps_: this net has no factors that are trained: pass one that `ranksearch.compress` or `ranksearch.load` made."
+        )
+    parameters = dict(model.named_parameters())
+    return [parameters[name].register_hook(_divided_by(found)) for name, found in reach.items()]
 
 
 def _divided_by(reach: float) -> Callable[[Tensor], Tensor]:
