@@ -88,6 +88,20 @@ def test_a_failure_by_less_than_the_noise_does_not_close_what_lies_below_it():
     assert min(cost for cost in costs if cost is not None) > 0.2
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_where_only_the_largest_nets_are_above_the_limit_the_front_above_it_has_no_gap_to_fill(
+    bench, tmp_path, digits_yaml
+):
+    study = Study.create(tmp_path, read_space(digits_yaml, trials=24, at_least="accuracy=-1"), bench, 97.0)
+    most = 0.0
+    while (candidate := study.ask(bench)) is not None:
+        macs = plan_cost(bench.net, candidate.plan).macs
+        most = max(most, macs)
+        study.tell(candidate.number, simulated(candidate, bench, 97.0 if macs >= most else 90.0))
+    assert study.counts == {"complete": 24}
+    assert all(row.val_accuracy == 97.0 for row in study.front)
+
+
 def test_a_study_with_a_limit_ends_on_the_cheapest_net_above_it(bench, tmp_path, digits_yaml):
     space = read_space(digits_yaml, trials=16, at_least=["accuracy=-1"], objective="fewest MACs")
     study = Study.create(tmp_path, space, bench, 97.0)
