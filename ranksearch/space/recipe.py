@@ -92,7 +92,7 @@ class RecipeSpace(Strict):
     """What a learning rate means for factors. "matched": steps on a factor move its layer's weight, on average over directions, as far as
     steps on the dense weight, by dividing its gradient, which AdamW does not notice; "plain": as far as they happen to."""
     factor_lr: Annotated[Number, within(1e-6, 1e6)] = 1.0
-    """Learning rate of the factors as a multiple of the schedule's. `cp`, a product of four factors, wants about 0.1."""
+    """Learning rate of the factors as a multiple of the schedule's. Under plain steps `cp`, a product of four factors, wants about 0.1."""
     bn_batches: int = Field(default=20, ge=1)
     """Batches, augmented as in training, from which BN statistics are re-estimated."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
