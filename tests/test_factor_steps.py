@@ -26,7 +26,7 @@ def lowered(name, spec=CONV, ratio=0.5):
 def products(net):
     """Parameter name -> the layer's weight as a function of it."""
     chain = net[0]
-    stored = chain.lowering.stored_weights(nn.Sequential(*chain.layers))
+    stored = chain.stored_factors
 
     def of(place):
         return lambda factor: chain.lowering.reconstruct([*stored[:place], factor, *stored[place + 1 :]], chain.spec)

@@ -1,10 +1,10 @@
 """Matched steps: gradients of a lowered layer's factors, scaled so that steps move the layer's weight about as far as those of a dense one.
 
 For W = A B a step of SGD on the factors is ΔW = -lr (G BᵀB + A Aᵀ G), where a step on W is -lr G. How large BᵀB and A Aᵀ are depends on
-how W is written: the coefficients of a pivoted form are many and up to one, those of ResNet-20's last stage have a mean square of some ten
-per pivot. So each factor's gradient is divided by its reach, the mean square by which W moves with one of the factor's numbers. That is a
-mean over directions: in the leading ones a step is still several times as long. Adam divides by the gradient's size itself and does not
-notice, unless gradients are clipped by their norm, which is that of the scaled ones. Weight decay is not scaled.
+how W is written: a pivoted form has many coefficients of up to one. So each factor's gradient is divided by its reach, the mean square by
+which W moves with one of the factor's numbers. That is a mean over directions: in the leading ones a step is still several times as long.
+Adam divides by the gradient's size itself and does not notice, unless gradients are clipped by their norm, which is that of the scaled
+ones. Weight decay is not scaled.
 
 It does **not** help where a weight is so small that training moves it by more than its own size: its reach is small then and grows, and
 nothing is multiplied by more than 1 / `LEAST`.
@@ -19,14 +19,13 @@ from math import isfinite
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from ranksearch.errors import UsageError
 from ranksearch.lowering.chain import Chain
 from ranksearch.lowering.contract import Lowering
 from ranksearch.lowering.spec import LayerSpec
-from ranksearch.lowering.tiled import Rebuilt
+from ranksearch.lowering.tiled import rebuilt
 
 MATCHED, PLAIN = STEPS = ("matched", "plain")
 """What a recipe says of the factors' steps."""
@@ -84,11 +83,9 @@ def _factored(model: nn.Module) -> Iterator[tuple[Lowering, LayerSpec, Sequence[
     """The lowered layers of a net, with what they store."""
     for module in model.modules():
         if isinstance(module, Chain):
-            yield module.lowering, module.spec, module.lowering.stored_weights(nn.Sequential(*module.layers))
-        elif parametrize.is_parametrized(module, "weight"):
-            (first, *_) = module.parametrizations["weight"]  # type: ignore[index, union-attr]
-            if isinstance(first, Rebuilt):
-                yield first.lowering, first.spec, first.lowering.stored_weights(module)
+            yield module.lowering, module.spec, module.stored_factors
+        elif (found := rebuilt(module)) is not None:
+            yield found.lowering, found.spec, found.lowering.stored_weights(module)
 
 
 def _reach(lowering: Lowering, spec: LayerSpec, stored: Sequence[Tensor], place: int, whole: Tensor) -> float:

@@ -21,6 +21,7 @@ from ranksearch.errors import RanksearchError, UsageError, first_line
 from ranksearch.model.inputs import batch_size, cut
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 SYNCHRONISED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """BN layers that are swapped for synchronised ones; a subclass, which may compute more than BN, stays as it is."""
 
@@ -39,6 +40,11 @@ class Group:
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Every tensor becomes rank 0's, the same bits on each."""
+
+    def same_(self, model: M) -> M:
+        """The model with rank 0's weights and buffers on every rank."""
+        self.broadcast_([*model.parameters(), *model.buffers()])
+        return model
 
     def on_rank_0(self, action: Callable[[], T]) -> T:
         """Rank 0 does `action`; what it returns, or raises, comes out on every rank."""

@@ -38,8 +38,7 @@ class Computed(Tensor):
     def dense(self) -> Tensor:
         """The numbers, with a graph that leads to the factors."""
         chain = self.chain
-        stored = chain.lowering.stored_weights(nn.Sequential(*chain.layers))
-        return chain.lowering.reconstruct(stored, chain.spec)
+        return chain.lowering.reconstruct(chain.stored_factors, chain.spec)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,7 +76,7 @@ class Chain(nn.Module):
         lowering_name: str
         rank: Rank
         dims_of_one: int
-    __jit_unused_properties__: ClassVar[list[str]] = ["weight", "bias", "lowering", "layers"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["weight", "bias", "lowering", "layers", "stored_factors"]
 
     @property
     def lowering(self) -> Lowering:
@@ -87,6 +86,11 @@ class Chain(nn.Module):
     def layers(self) -> tuple[Any, ...]:
         """The smaller layers, first to last; the bias is the last one's."""
         return tuple(self._modules.values())
+
+    @property
+    def stored_factors(self) -> tuple[Tensor, ...]:
+        """The chain's factors, in the order of the lowering's `stored_shapes`."""
+        return self.lowering.stored_weights(nn.Sequential(*self.layers))
 
     @property
     def weight(self) -> Tensor:

@@ -197,11 +197,17 @@ def stores_factors(model: nn.Module) -> bool:
 def settle_(model: nn.Module) -> nn.Module:
     """Turns every layer that stores factors into the dense layer it computes, in place: nothing is rebuilt from then on."""
     for module in model.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            (first, *_) = module.parametrizations["weight"]  # type: ignore[index, union-attr]
-            if isinstance(first, Rebuilt):
-                leave_as_it_is_(module)
+        if rebuilt(module) is not None:
+            leave_as_it_is_(module)
     return model
+
+
+def rebuilt(module: nn.Module) -> Rebuilt | None:
+    """How a layer rebuilds its weight from factors; None where it does not."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    (first, *_) = module.parametrizations["weight"]  # type: ignore[index, union-attr]
+    return first if isinstance(first, Rebuilt) else None
 
 
 def leave_as_it_is_(module: nn.Module) -> None:

@@ -154,9 +154,8 @@ class LocalTPE(BaseSampler):
             np.searchsorted(part, corners[1:, 0], "left") - np.searchsorted(part, corners[:-1, 0], "right")
             for part in tried
         )
-        room = np.where(width > 1e-6, width * np.maximum(height, 0), -1.0) / (
-            1 + np.maximum(tries, 0)
-        )  # no gap, no tries
+        tries = np.maximum(tries, 0)  # of a gap without width the difference is negative
+        room = np.where(width > 1e-6, width * np.maximum(height, 0), -1.0) / (1 + tries)
         gap = int(np.argmax(room))
         beyond = sum(len(part) - int(np.searchsorted(part, NEAR_THE_TOP * most)) for part in tried)
         if _room_at_the_top(self._seen.table, beyond, corners[-2], high) > GAINED * room[gap]:

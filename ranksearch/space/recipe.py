@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ranksearch.calibration.calibrate import FITS
-from ranksearch.compress.factor_steps import STEPS
+from ranksearch.compress.factor_steps import MATCHED, STEPS
 from ranksearch.space.settings import Choice, Number, Strict, Switch, numbers_of, one_of, within
 from ranksearch.tasks.schedule import SCHEDULES
 from ranksearch.training.optimisation import OPTIMIZERS
@@ -88,7 +88,7 @@ class RecipeSpace(Strict):
     calibration: Annotated[Choice, one_of("none", *FITS)] = "sequential"
     """How the layers that a trial begins with are fitted, at their ranks, to what they compute in the dense net, on some 256 samples: one
     after the other ("sequential"), by their biases alone ("bias"), or not at all ("none"), as in Lee et al. 2019."""
-    factor_steps: Annotated[Choice, one_of(*STEPS)] = "matched"
+    factor_steps: Annotated[Choice, one_of(*STEPS)] = MATCHED
     """What a learning rate means for factors. "matched": steps on a factor move its layer's weight, on average over directions, as far as
     steps on the dense weight, by dividing its gradient, which AdamW does not notice; "plain": as far as they happen to."""
     factor_lr: Annotated[Number, within(1e-6, 1e6)] = 1.0

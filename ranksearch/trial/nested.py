@@ -47,7 +47,7 @@ def learn_all_levels(session: Session, plan: RankPlan, path: Sequence[RankPlan])
         look=lambda training: look(training.done) if training.done in due else None,
     )  # fmt: skip
     look(recipe.steps)
-    small = session.same_(compress(model, plan))
+    small = session.group.same_(compress(model, plan))
     session.reestimate_bn_(small)
     session.scores.add("decomposed", small, recipe.steps, candidate=True)
     return small, model

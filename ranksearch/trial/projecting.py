@@ -106,7 +106,7 @@ class Projecting:
         started = clock(device)
         # rank 0's projection is everybody's: whatever the hardware, all go on from the same bits
         removed = training.group.on_rank_0(lambda: self._projected(training.model, step))
-        training.group.broadcast_([*training.model.parameters(), *training.model.buffers()])
+        training.group.same_(training.model)
         self.seconds += clock(device) - started + self._timed.taken()
         self.count += 1
         if recorded:

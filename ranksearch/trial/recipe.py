@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ranksearch.compress.factor_steps import PLAIN
 from ranksearch.space.recipe import RecipeSpace
 from ranksearch.space.settings import Choices, Range, Scalar, is_whole
 from ranksearch.tasks.schedule import Updates
@@ -15,7 +16,7 @@ from ranksearch.tasks.schedule import Updates
 Draw = Callable[[str, Range | Choices, bool], Scalar]
 """(dotted name, distribution, whether whole) -> a value"""
 
-BEFORE = {"calibration": "none", "factor_steps": "plain"}
+BEFORE = {"calibration": "none", "factor_steps": PLAIN}
 """What trials did before there was a key for it: records and studies without it mean that. The schema's defaults are others."""
 
 

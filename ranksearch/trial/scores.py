@@ -85,9 +85,7 @@ class Scores:
             candidate: as in `add`.
         """
         with self.aside():
-            net = copied(model) if plan is None else compress(model, plan, weightings=weightings)
-            if plan is not None:
-                self._group.broadcast_([*net.parameters(), *net.buffers()])
+            net = copied(model) if plan is None else self._group.same_(compress(model, plan, weightings=weightings))
             generator = torch.Generator(self._device).manual_seed(step)
             reestimate_bn_(net, calibration_batches(self._task.train, bn_batches, self._batch_size, generator))
             self.add(phase, net, step, candidate=candidate, **metrics)

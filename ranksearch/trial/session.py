@@ -219,7 +219,7 @@ class Session:
         def cut(weights: State) -> nn.Module:
             self._generator.set_state(drawn)
             model = settled_(self._net_of(weights), plan)
-            small = self.same_(self._calibration.decomposed(model, plan, self.weightings(plan, model)))
+            small = self.group.same_(self._calibration.decomposed(model, plan, self.weightings(plan, model)))
             self.reestimate_bn_(small)
             return small
 
@@ -233,7 +233,7 @@ class Session:
         if self._calibration.is_on and not self.resumes_at("dense"):
             with self.scores.aside():
                 self._calibration.start_at_(model, plan, self.weightings(plan, model))
-        return self.same_(model)
+        return self.group.same_(model)
 
     def score_untrained(self, model: nn.Module, plan: RankPlan) -> None:
         """Scores the net that training begins with, so that training never makes a trial worse than none; once, and aside as a rung is.
@@ -308,8 +308,3 @@ class Session:
         assert self.task.example_input is not None
         own, of_dense = Stopwatch(latency).nets_ms([model, self.dense_net()], self.task.example_input)
         return own, own / of_dense
-
-    def same_(self, model: nn.Module) -> nn.Module:
-        """The model with rank 0's weights on every rank."""
-        self.group.broadcast_([*model.parameters(), *model.buffers()])
-        return model

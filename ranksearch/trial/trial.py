@@ -65,7 +65,7 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     session.scores.add("projected", model, len(steps), candidate=False, **found)
     # computes the same, so BN's fresh statistics fit
     example, warm = session.task.example_input, projecting.projector.warm
-    small = session.same_(compress(model, plan, example_input=example, warm=warm))
+    small = session.group.same_(compress(model, plan, example_input=example, warm=warm))
     session.scores.add("decomposed", small, len(steps), candidate=True)
     return small
 
