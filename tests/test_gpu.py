@@ -54,8 +54,9 @@ def test_replayed_steps_train_as_steps_made_one_by_one(case):
     ours, generator = trained(recorded=True, **case)
     ever, other = trained(recorded=False, **case)
     assert ours.eager is None
-    for mine, theirs in zip(ours.model.parameters(), ever.model.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    for (name, mine), theirs in zip(ours.model.named_parameters(), ever.model.parameters(), strict=True):
+        if name != "conv.bias":  # batch norm takes it away: its gradient is rounding, of which AdamW makes whole steps
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
     assert torch.equal(generator.get_state(), other.get_state())  # the same numbers have been drawn
 
 

@@ -6,6 +6,7 @@ Right after a decomposition the running statistics belong to other activations a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,13 +33,18 @@ def reestimate_bn_(model: nn.Module, batches: Iterable[Any]) -> int:
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
-    used, reached = 0, set[nn.Module]()
+    used, calls = 0, Counter[nn.Module]()
+
+    def before_call(norm: Any, args: Any) -> None:
+        # a cumulative average: momentum=None is the same, and reads the count of batches back from a GPU at every call
+        calls[norm] += 1
+        norm.momentum = 1.0 / calls[norm]
+
     with undisturbed(model):
-        hooks = [norm.register_forward_pre_hook(lambda norm, args: reached.add(norm)) for norm in norms]
+        hooks = [norm.register_forward_pre_hook(before_call) for norm in norms]
         try:
             for norm in norms:
                 norm.reset_running_stats()
-                norm.momentum = None  # cumulative average
                 norm.training = True
             for batch in batches:
                 call(model, own(batch))
@@ -46,7 +52,7 @@ def reestimate_bn_(model: nn.Module, batches: Iterable[Any]) -> int:
         finally:
             for hook in hooks:
                 hook.remove()
-        fresh = {norm: {name: b.clone() for name, b in norm._buffers.items() if b is not None} for norm in reached}
+        fresh = {norm: {name: b.clone() for name, b in norm._buffers.items() if b is not None} for norm in calls}
     if used == 0:
         raise ValueError("BN re-estimation needs at least one batch")
     for module, numbers in fresh.items():

@@ -56,6 +56,8 @@ class Row:
     allocator: str | None = None
     seed: int | None = None
     reason: str | None = None
+    eager: str | None = None
+    """Why steps, or projections between them, were not replayed from a recording; None where they were, or on a CPU."""
     placement: dict[str, Any] | None = None
     history: Sequence[dict[str, Any]] = ()
     projections: Sequence[dict[str, Any]] = ()
@@ -145,7 +147,7 @@ FIELDS = tuple(found.name for found in fields(Row))
 RATIOS = {"macs_ratio": "macs", "params_ratio": "params", "size_ratio": "size_bytes"}
 FROM_RESULT = (
     "epochs", "val_accuracy", "val_loss", "kept", "macs", "params", "size_bytes", "latency_predicted_ms", "latency_ms", "latency_ratio",
-    "images_per_second", "projection_share", "seconds", "reason", "placement",
+    "images_per_second", "projection_share", "seconds", "reason", "eager", "placement",
 )  # fmt: skip
 FROM_CANDIDATE = ("plan", "recipe", "allocator", "seed")
 

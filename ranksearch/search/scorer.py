@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ranksearch.compress import LayerPlan, RankPlan, reestimate_bn_
 from ranksearch.compress.surgery import compress
 from ranksearch.data.source import Source, calibration_batches
 from ranksearch.lowering import lowering_named
+from ranksearch.lowering.contract import Projected
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.model.slots import slots_of
 from ranksearch.tasks.task import Task
@@ -39,13 +41,15 @@ class Scorer:
         self.task, self.split, self.device = task.without_test().to(device), split.to(device), device
         self.model = model.to(device).eval()
         self._bn_batches, self._batch_size, self._weightings = bn_batches, batch_size, weightings
-        self._starts: dict[tuple[str, LayerPlan], Any] = {}
+        self._results: dict[tuple[str, LayerPlan], Projected] = {}
 
     def __call__(self, plan: RankPlan) -> Evaluation:
         """Metric and loss; every plan sees the same samples."""
         if next(plan.lowered(), None) is None:
             return evaluate(self.model, self.split, self.task)
-        return self.score(compress(self.model, plan, warm=self._started(plan), weightings=self._weightings))
+        with self._iterated(plan) as warm:
+            small = compress(self.model, plan, warm=warm, weightings=self._weightings)
+        return self.score(small)
 
     def score(self, small: torch.nn.Module) -> Evaluation:
         """Metric and loss of a net that is decomposed already, with BN statistics of the same batches."""
@@ -53,14 +57,27 @@ class Scorer:
         reestimate_bn_(small, calibration_batches(self.task.train, self._bn_batches, self._batch_size, generator))
         return evaluate(small, self.split, self.task)
 
+    @contextmanager
     @torch.no_grad()
-    def _started(self, plan: RankPlan) -> dict[str, Any]:
-        """Where decompositions that are iterations (`cp`) begin: many plans share a layer's choice, and each choice is iterated once."""
-        starts = {}
-        for name, (slot, choice) in slots_of(self.model, plan).items():
-            lowering = lowering_named(choice.lowering)
-            if not lowering.is_projection:
-                if (name, choice) not in self._starts:
-                    self._starts[name, choice] = lowering.project(slot.weight.detach(), choice.rank, slot.spec).warm
-                starts[name] = self._starts[name, choice]
-        return starts
+    def _iterated(self, plan: RankPlan) -> Iterator[dict[str, Any]]:
+        """Within, layers whose decomposition is an iteration (`cp`) hold its result; yields the terms that it is made of.
+
+        Many plans share a layer's choice: each choice is iterated once.
+        """
+        starts, before = {}, []
+        try:
+            for name, (slot, choice) in slots_of(self.model, plan).items():
+                lowering = lowering_named(choice.lowering)
+                if lowering.is_projection:
+                    continue
+                weight = slot.weight.detach().clone()
+                if (name, choice) not in self._results:
+                    self._results[name, choice] = lowering.project(weight, choice.rank, slot.spec)
+                if not slot.is_made:  # else the decomposition goes on from the terms
+                    before.append((slot, weight))
+                    slot.write_(self._results[name, choice].weight)
+                starts[name] = self._results[name, choice].warm
+            yield starts
+        finally:
+            for slot, weight in before:
+                slot.write_(weight)

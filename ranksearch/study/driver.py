@@ -57,6 +57,7 @@ class Driver:
         self._look_at = 0.0
         self._full_elsewhere = 0
         """Trials in a row that found some disk full while the study's own was not."""
+        self._told_of_eager_steps = False
 
     def ask(self) -> Candidate | None:
         """The next trial; None if there is none for now.
@@ -93,7 +94,17 @@ class Driver:
         if result.status == Status.COMPLETE and (remote or node is not None) and not self._brought_home(number):
             result = replace(result, status=Status.FAILED, reason=self._lost_net(node))
         self._on_row(self._patiently(lambda: self._study.tell(number, result), f"the result of trial {number} is held"))
+        self._tell_of_eager_steps(number, result)
         self._check_failures()
+
+    def _tell_of_eager_steps(self, number: int, result: TrialResult) -> None:
+        """Says once why a GPU's steps are made one by one, several times slower than they could be."""
+        if result.eager is not None and not self._told_of_eager_steps:
+            self._told_of_eager_steps = True
+            self._log(
+                f"trial {number:03d}: its training was not replayed from a recording, which would be several times faster: {result.eager}. "
+                f"Later trials like it are not told of; the tag `eager` of a trial's run says why (docs/gpu.md)."
+            )
 
     def _run_again_with_room(self, number: int, reason: str | None, node: str | None) -> None:
         """Gives back a trial that found a disk full. If it is the study's own disk, no trial is begun until it has room.

@@ -78,7 +78,7 @@ def trial_tags(row: Row, info: Mapping[str, Any], space: Space, *, on_front: boo
         "allocator": str(row["allocator"]),
         **_provenance(info, space),
         **({"lowerings": RankPlan.from_dict(plan).summary(), "plan": plan_line(plan)[:TAG_LENGTH]} if plan else {}),
-        **({"reason": row["reason"][:TAG_LENGTH]} if row["reason"] else {}),
+        **{name: row[name][:TAG_LENGTH] for name in ("reason", "eager") if row[name]},
         **({name: row["placement"][name] for name in ("node", "node_id")} if row["placement"] else {}),
     }
 
@@ -151,6 +151,7 @@ def trial_file(row: Row) -> dict[str, Any]:
         "seed",
         "status",
         "reason",
+        "eager",
         "val_accuracy",
         "kept",
         "recipe",
