@@ -141,9 +141,23 @@ def test_a_problem_on_which_arithmetic_breaks_down_is_reported_and_leaves_the_ot
 
 
 def test_batches_hold_what_padding_to_the_largest_does_not_make_too_much(monkeypatch):
-    monkeypatch.setattr(cp_als, "TOGETHER", 100)
-    assert cp_als.batches([10, 300, 40, 60, 20, 40]) == [[1], [3], [2, 5], [4, 0]]
-    assert cp_als.batches([]) == []
+    shapes, ranks = (
+        [(1, 8, 8, 3), (1, 8, 8, 3), (2, 8, 8, 3), (1, 4, 12, 3), (1, 8, 8, 3, 3), (1, 8, 8, 3)],
+        [2, 30, 4, 4, 4, 1],
+    )
+    alone = cp_als.work_of_sweep(shapes[1], 30)
+    monkeypatch.setattr(cp_als, "TOGETHER", alone)
+    found = cp_als.batches(shapes, ranks)
+    assert sorted(i for batch in found for i in batch) == list(range(6))
+    assert [1] in found
+    assert [4] in found  # of as many modes alone
+    assert max(map(len, found)) > 1
+    for batch in found:
+        whole = sum(shapes[i][0] for i in batch), *cp_als.largest([shapes[i][1:] for i in batch])
+        assert cp_als.work_of_sweep(whole, max(ranks[i] for i in batch)) <= alone
+    monkeypatch.setattr(cp_als, "TOGETHER", 0)
+    assert sorted(map(len, cp_als.batches(shapes, ranks))) == [1] * 6  # what is larger is alone
+    assert cp_als.batches([], []) == []
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ al. 2024, arXiv 2204.05566.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -87,8 +87,25 @@ class Projector:
             UsageError: a layer that is not there, a rank outside its range.
             NonFiniteError: weights that are not finite; the text names the layer.
         """
-        settled_(model, plan or self.plan)
-        found = slots_of(model, plan or self.plan)
+        wanted = plan or self.plan
+        removed, write = self._made(model, slots_of(settled_(model, wanted), wanted))
+        write()
+        return removed
+
+    @torch.no_grad()
+    def starts(self, model: nn.Module) -> dict[str, Any]:
+        """Layer -> where a decomposition of its weight as it is may start, as `compress` takes it; nothing is written.
+
+        Raises:
+            as a call does.
+        """
+        self._made(model, slots_of(model, self.plan))
+        return dict(self.warm)
+
+    def _made(
+        self, model: nn.Module, found: Mapping[str, tuple[Slot, LayerPlan]]
+    ) -> tuple[dict[str, float], Callable[[], None]]:
+        """(layer -> share removed, what writes the projected weights)."""
         batched = self._batched_of(model, found)
         removed, left = batched.now() if batched is not None else ({}, list(found))
         inside = batched.program.names if batched is not None else []
@@ -100,13 +117,17 @@ class Projector:
             projected, removed[name] = self._alone(model, slot, choice)
             written.append((slot, projected))
         if batched is not None:
-            batched.program.write()
             batched.start_from({name: self.warm[name] for name in alone if name in inside})
             self.warm |= batched.warm()
             self._warm_plan |= {name: found[name][1] for name in inside}
-        for slot, projected in written:
-            slot.write_(projected)
-        return {name: removed[name] for name in found}
+
+        def write() -> None:
+            if batched is not None:
+                batched.program.write()
+            for slot, projected in written:
+                slot.write_(projected)
+
+        return {name: removed[name] for name in found}, write
 
     @torch.no_grad()
     def later(self, model: nn.Module, run: Run) -> None:
@@ -156,7 +177,8 @@ class Projector:
         return wanted and not alone and takes(lowering, slot.weight)
 
     def _entry(self, model: nn.Module, slot: Slot, choice: LayerPlan) -> Entry:
-        norm = self.norms.get(slot.name)
+        rectified = lowering_named(choice.lowering).is_projection
+        norm = self.norms.get(slot.name) if rectified else None
         return Entry(slot, choice, partial(_channel_scale, model, norm, slot.spec) if norm is not None else None)
 
     def _refresh(self) -> None:

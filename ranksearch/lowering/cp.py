@@ -66,8 +66,12 @@ class Cp(Lowering):
 
     def full_rank(self, spec: LayerSpec) -> int:
         """Every weight is a sum of its fibers along the longest mode; no smaller rank is certain to do."""
-        shape = _shape(spec)
+        shape = self.modes(spec)
         return prod(shape) // max(shape)
+
+    def modes(self, spec: LayerSpec) -> Ints:
+        """The modes of one group's tensor: outputs, inputs, the axes of the kernel that have a layer."""
+        return (*spec.block_shape[:2], *_extents(spec))
 
     def factor_specs(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
         (terms,) = sides(rank)
@@ -141,25 +145,35 @@ class Cp(Lowering):
     def _terms(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any) -> list[Tensor]:
         """Factor matrices [g, n, R] of the modes (outputs, inputs, axes of the kernel), fp64."""
         (count,) = sides(rank)
-        tensor, scale = _prepared(spec.blocks(weight)[None], spec)
+        tensor, scale = self._prepared(spec.blocks(weight)[None], spec)
         if count == self.full_rank(spec):
             return _scaled(_fibers(tensor), scale)
         if warm is not None and warm[0].shape[-1] == count:
             start = _scaled([f.to(tensor.device) for f in warm], 1 / scale)
         else:
             start = cp_als.started(cp_als.mode_vectors(tensor), count, spec.groups)
-        until = cp_als.Until(SWEEPS, SETTLED, _rounding(weight.dtype), WORK)
+        until = until_settled(weight.dtype)
         return _scaled(cp_als.settled_alone(tensor, start, until), scale)
+
+    def _prepared(self, blocks: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+        """Blocks of l layers [l, g, T/g, S/g, *k] -> (tensors [l·g, *modes], fp64, entries of moderate size, their scales [l·g, 1, 1]).
+
+        Raises:
+            NonFiniteError: the weights hold NaN or infinite values.
+        """
+        flat, divisor = linalg.moderate(blocks.double().flatten(2))
+        scale = flat.new_ones(len(flat), 1, 1) if divisor is None else divisor
+        return flat.reshape(-1, *self.modes(spec)), scale.repeat_interleave(spec.groups, 0)
 
     def _at_ranks(
         self, blocks: Tensor, ranks: Sequence[Rank], spec: LayerSpec, dtype: torch.dtype
     ) -> Iterator[list[Tensor]]:
         """Terms [l·g, n, R] of l layers [l, g, T/g, S/g, *k], of weights in `dtype`, at each of `ranks` in turn: estimates."""
         counts = [sides(rank)[0] for rank in ranks]
-        tensor, scale = _prepared(blocks, spec)
+        tensor, scale = self._prepared(blocks, spec)
         layers = tensor.split(spec.groups)
         vectors = cp_als.mode_vectors(tensor)
-        until = cp_als.Until(SWEEPS, CURVE_SETTLED, _rounding(dtype), WORK / CURVE_PROBES)
+        until = cp_als.Until(SWEEPS, CURVE_SETTLED, rounding_of(dtype), WORK / CURVE_PROBES)
 
         def started(count: int) -> list[list[Tensor]]:
             """Layer by layer."""
@@ -195,9 +209,8 @@ def _together(
     """
     places = [(rank, layer) for rank in range(len(starts)) for layer in range(len(layers))]
     counts = [start[0][0].shape[-1] for start in starts]
-    works = [cp_als.work_of_sweep(layers[layer].shape, counts[rank]) for rank, layer in places]
     found: dict[tuple[int, int], list[Tensor]] = {}
-    for batch in cp_als.batches(works):
+    for batch in cp_als.batches([layers[layer].shape for _, layer in places], [counts[rank] for rank, _ in places]):
         inside = [places[i] for i in batch]
         tensors = [layers[layer] for _, layer in inside]
         terms = cp_als.settled_many(tensors, [starts[rank][layer] for rank, layer in inside], until)
@@ -206,6 +219,11 @@ def _together(
         [torch.cat(mode) for mode in zip(*(found[rank, layer] for layer in range(len(layers))), strict=True)]
         for rank in range(len(starts))
     ]
+
+
+def until_settled(dtype: torch.dtype) -> cp_als.Until:
+    """When the sweeps of a projection of weights of `dtype` end."""
+    return cp_als.Until(SWEEPS, SETTLED, rounding_of(dtype), WORK)
 
 
 def _between(ranks: Sequence[Rank], probes: Sequence[Rank], found: np.ndarray) -> np.ndarray:
@@ -230,23 +248,8 @@ def _extents(spec: LayerSpec) -> list[int]:
     return [spec.kernel_size[axis] for axis in _axes(spec)]
 
 
-def _shape(spec: LayerSpec) -> Ints:
-    """The modes of one group's tensor: outputs, inputs, the axes of the kernel that have a layer."""
-    return (*spec.block_shape[:2], *_extents(spec))
-
-
-def _prepared(blocks: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-    """Blocks of l layers [l, g, T/g, S/g, *k] -> (tensors [l·g, *modes] in fp64 with entries of moderate size, their scales [l·g, 1, 1]).
-
-    Raises:
-        NonFiniteError: the weights hold NaN or infinite values.
-    """
-    flat, divisor = linalg.moderate(blocks.double().flatten(2))
-    scale = flat.new_ones(len(flat), 1, 1) if divisor is None else divisor
-    return flat.reshape(-1, *_shape(spec)), scale.repeat_interleave(spec.groups, 0)
-
-
-def _rounding(dtype: torch.dtype) -> float:
+def rounding_of(dtype: torch.dtype) -> float:
+    """The relative misfit that weights of `dtype` cannot tell from none."""
     return 10 * torch.finfo(dtype).eps if dtype.is_floating_point else 1e-6
 
 

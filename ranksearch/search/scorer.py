@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from ranksearch.compress import LayerPlan, RankPlan, reestimate_bn_
+from ranksearch.compress import LayerPlan, Projector, RankPlan, reestimate_bn_
 from ranksearch.compress.surgery import compress
 from ranksearch.data.source import Source, calibration_batches
 from ranksearch.lowering import lowering_named
 from ranksearch.lowering.weighting import Weighting
-from ranksearch.model.slots import slots_of
 from ranksearch.tasks.task import Task
 from ranksearch.training.device import pick_device
 from ranksearch.training.evaluate import Evaluation, evaluate
@@ -53,14 +52,12 @@ class Scorer:
         reestimate_bn_(small, calibration_batches(self.task.train, self._bn_batches, self._batch_size, generator))
         return evaluate(small, self.split, self.task)
 
-    @torch.no_grad()
     def _started(self, plan: RankPlan) -> dict[str, Any]:
         """Where decompositions that are iterations (`cp`) begin: many plans share a layer's choice, and each choice is iterated once."""
-        starts = {}
-        for name, (slot, choice) in slots_of(self.model, plan).items():
-            lowering = lowering_named(choice.lowering)
-            if not lowering.is_projection:
-                if (name, choice) not in self._starts:
-                    self._starts[name, choice] = lowering.project(slot.weight.detach(), choice.rank, slot.spec).warm
-                starts[name] = self._starts[name, choice]
-        return starts
+        iterated = {
+            name: choice for name, choice in plan.lowered() if not lowering_named(choice.lowering).is_projection
+        }
+        if new := {name: choice for name, choice in iterated.items() if (name, choice) not in self._starts}:
+            found = Projector(RankPlan(new)).starts(self.model)
+            self._starts |= {(name, choice): found[name] for name, choice in new.items()}
+        return {name: self._starts[name, choice] for name, choice in iterated.items()}
