@@ -47,9 +47,8 @@ class TermsGroup:
         self._rows = [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
         self._tensors = torch.zeros(rows, *whole, dtype=torch.float64, device=device)
         self._terms = [torch.zeros(rows, n, rank, dtype=torch.float64, device=device) for n in whole]
-        self._until = until_settled(
-            max((entry.weight.dtype for entry in self.entries), key=lambda d: torch.finfo(d).eps)
-        )
+        finest = min((entry.weight.dtype for entry in self.entries), key=lambda dtype: torch.finfo(dtype).eps)
+        self._until = until_settled(finest)
         shapes = [(count, *modes) for count, modes in zip(self.counts, self._modes, strict=True)]
         most = [self._until.most(shape, rank) for shape, rank in zip(shapes, self.ranks, strict=True)]
         self._most = torch.tensor(most, device=device)

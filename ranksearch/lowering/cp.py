@@ -17,7 +17,7 @@ Reference: Lebedev et al. 2015, arXiv 1412.6553; alternating least squares: Kold
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -180,23 +180,20 @@ class Cp(Lowering):
             modes = [f.split(spec.groups) for f in cp_als.started(vectors, count, spec.groups)]
             return [list(terms) for terms in zip(*modes, strict=True)]
 
-        inside = [count for count in counts if count < self.full_rank(spec)]
+        starts = (started(count) for count in counts if count < self.full_rank(spec))
         together = tensor.is_cuda if self._together is None else self._together
-        known = (
-            dict(zip(inside, _together(layers, [started(c) for c in inside], until), strict=True)) if together else {}
-        )
+        settled = iter(_together(layers, list(starts), until)) if together else _one_by_one(layers, starts, until)
         for count in counts:
-            if count == self.full_rank(spec):
-                terms = _fibers(tensor)
-            elif together:
-                terms = known[count]
-            else:
-                found = [
-                    cp_als.settled_alone(layer, start, until)
-                    for layer, start in zip(layers, started(count), strict=True)
-                ]
-                terms = [torch.cat(mode) for mode in zip(*found, strict=True)]
-            yield _scaled(terms, scale)
+            yield _scaled(_fibers(tensor) if count == self.full_rank(spec) else next(settled), scale)
+
+
+def _one_by_one(
+    layers: Sequence[Tensor], starts: Iterable[Sequence[Sequence[Tensor]]], until: cp_als.Until
+) -> Iterator[list[Tensor]]:
+    """What `_together` returns, as it is asked for."""
+    for start in starts:
+        found = [cp_als.settled_alone(layer, terms, until) for layer, terms in zip(layers, start, strict=True)]
+        yield [torch.cat(mode) for mode in zip(*found, strict=True)]
 
 
 def _together(
