@@ -124,6 +124,18 @@ def test_where_sweeps_do_harm_the_layer_keeps_its_weight_once_and_starts_anew(mo
     assert close(net, cold, 1e-4)
 
 
+def test_terms_stay_where_sweeps_do_a_little_harm(monkeypatch):
+    """Less than the share of the energy at which sweeps end: the misfit is not larger all the same, and nothing starts anew."""
+    net, projector, swept = Net(), Projector(PLAN, batched=True), cp_als.swept
+    projector(net)
+    kept = projector.state_dict()
+    drift_(net, 1e-4)
+    monkeypatch.setattr(cp_als, "swept", lambda *arguments: [1.0003 * f for f in swept(*arguments)])
+    projector.later(net, just)
+    for name, found in projector.state_dict().items():
+        assert all(torch.equal(mine, other) for mine, other in zip(found, kept[name], strict=True))
+
+
 def test_terms_stay_where_sweeps_gain_nothing_and_the_weight_is_theirs():
     net, projector = Net(), Projector(PLAN, batched=True)
     projector(net)
