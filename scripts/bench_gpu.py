@@ -3,7 +3,9 @@
   step          images per second of our training loop, ResNet-20 in bf16 on random images, eager and replayed from a recording
                 (`ips_{128,512}`, `captured_over_eager` of batch 128)
   projection    share of the time that projections at period 10 take, from two runs with and without them, by lowering
-                (`projection_share_p10_{im2col,spatial,tucker2}`), and how many layers' projections were not certified
+                (`projection_share_p10_{im2col,spatial,tucker2,cp}`), and how many layers' projections were not certified
+  curves        seconds that the rank curves of `cp` take there and on the CPU (`cp_curves_seconds_{device,cpu}`), and the largest
+                difference of what they say is removed (`cp_curves_error`)
   equal         relative difference of all weights after 200 fp32 steps, replayed against eager (`captured_error`)
   shared        4, 8, 2 and 1 processes at once on one GPU, batch 128, with projections (`ips_shared_{4,8,2,1}`), through CUDA MPS where it
                 is available; then 4 by turns (`ips_turns_4`)
@@ -50,8 +52,9 @@ from report import Report, arguments  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import ranksearch  # noqa: E402
+from ranksearch.allocate import LayerRules, rank_curves  # noqa: E402
 from ranksearch.cluster import mps  # noqa: E402
-from ranksearch.compress import Projector  # noqa: E402
+from ranksearch.compress import Projector, trace  # noqa: E402
 from ranksearch.data.folder import data_folder  # noqa: E402
 from ranksearch.errors import UsageError  # noqa: E402
 from ranksearch.run_study import Silent  # noqa: E402
@@ -157,7 +160,8 @@ def projection(bench: Bench, report: Report) -> dict[str, float]:
     steps, batch = (24, 8) if bench.options.quick else (600, 128)
     bf16, figures = bench.device.type == "cuda", {}
     plain = bench.trained(steps, batch, captured=True, bf16=bf16)["ms_per_step"]
-    for lowering in ("im2col", "spatial", "tucker2"):
+    # on a CPU the first projection of `cp`, from no terms, takes half a minute
+    for lowering in ("im2col", "spatial", "tucker2", *(() if bench.options.quick else ("cp",))):
         run = bench.trained(steps, batch, captured=True, bf16=bf16, lowering=lowering)
         share = 1 - plain / run["ms_per_step"]
         run.pop("model")
@@ -166,6 +170,21 @@ def projection(bench: Bench, report: Report) -> dict[str, float]:
         )
         figures[f"projection_share_p10_{lowering}"] = share
     return figures
+
+
+def curves(bench: Bench, report: Report) -> dict[str, float]:
+    model = bench.task.dense_model()
+    net = trace(model, torch.zeros(1, 3, 32, 32))
+    rules = LayerRules(("cp",), include=("layer1.0.*",) if bench.options.quick else ("*",))
+    found, seconds = [], []
+    for device in (bench.device, torch.device("cpu")):
+        started = clock(device)
+        found.append(rank_curves(model, net, rules, device=device))
+        seconds.append(clock(device) - started)
+    pairs = zip(*(curves.layers for curves in found), strict=True)
+    error = max(float(abs(one.removed - other.removed).max()) for one, other in pairs)
+    report.rows.append({"part": "curves", "seconds": seconds[0], "seconds_cpu": seconds[1], "error": error})
+    return {"cp_curves_seconds_device": seconds[0], "cp_curves_seconds_cpu": seconds[1], "cp_curves_error": error}
 
 
 def equal(bench: Bench, report: Report) -> dict[str, float]:
@@ -360,8 +379,8 @@ def sixty_four(bench: Bench, report: Report) -> dict[str, float]:
 
 
 PARTS: dict[str, Callable[[Bench, Report], dict[str, float]]] = {
-    "step": step, "projection": projection, "equal": equal, "shared": shared, "study": study, "restart": restart, "memory": memory,
-    "sixty_four": sixty_four,
+    "step": step, "projection": projection, "curves": curves, "equal": equal, "shared": shared, "study": study, "restart": restart,
+    "memory": memory, "sixty_four": sixty_four,
 }  # fmt: skip
 DEFAULT = [name for name in PARTS if name != "sixty_four"]
 

@@ -10,7 +10,8 @@ import torch
 import ranksearch
 from ranksearch.allocate import allocate_plan, parse_budget
 from ranksearch.cluster import mps
-from ranksearch.compress import Projector
+from ranksearch.compress import LayerPlan, Projector, RankPlan
+from ranksearch.lowering import LOWERINGS, LayerSpec
 from ranksearch.search.scorer import Scorer
 from ranksearch.search.workbench import prepare
 from ranksearch.space.reading import read_space
@@ -24,7 +25,7 @@ from ranksearch.trial.recipe import Recipe, middle
 from ranksearch.trial.trial import run_trial
 from tests.conftest import REPOSITORY
 from tests.test_capture import CASES, Net, Refuses, task
-from tests.test_program import CERTIFIED, drift_, excess, plan_of
+from tests.test_program import CERTIFIED, drift_, excess, just, plan_of
 from tests.test_program import Net as Convs
 
 pytestmark = [
@@ -86,6 +87,35 @@ def test_a_recorded_projection_is_the_exact_one(lowering):
         net.load_state_dict(ways[0].state_dict())
         assert excess(before, net, exact, plan) < 2 * CERTIFIED
     assert all(replayed.is_recorded for _, replayed in training._others.values())
+
+
+def test_recorded_projections_of_cp_are_those_made_step_by_step():
+    """Its sweeps go on from terms that a card's own arithmetic found: a recording is held against the same statements, run each time."""
+    training, _ = trained(recorded=True, steps=5)
+    plan = RankPlan({name: LayerPlan("cp", rank) for name, rank in {"a": 12, "b": 7, "c": 14, "grouped": 6}.items()})
+    nets = [Convs().to(CUDA), Convs().to(CUDA)]
+    projectors = Projector(plan), Projector(plan)
+    source = Convs()
+    for step in range(8):
+        drift_(source, 0.01, seed=step)
+        for net, projector, run in zip(nets, projectors, (training.replay, just), strict=True):
+            net.load_state_dict(source.state_dict())
+            projector.later(net, run)
+        for name in plan.layers:
+            torch.testing.assert_close(*(net.get_submodule(name).weight for net in nets), rtol=0, atol=1e-5)
+        source.load_state_dict(nets[0].state_dict())
+    assert all(replayed.is_recorded for _, replayed in training._others.values())
+
+
+def test_curves_of_cp_are_those_of_a_cpu():
+    spec = LayerSpec.conv(16, 24, (3, 3))
+    weights = [torch.randn(spec.weight_shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found = LOWERINGS["cp"].curves([weight.to(CUDA) for weight in weights], spec)
+    for weight, curve in zip(weights, found, strict=True):
+        expected = LOWERINGS["cp"].curve(weight, spec)
+        assert curve.ranks == expected.ranks
+        assert curve.removed == pytest.approx(expected.removed, rel=1e-4)
+        assert curve.residual == pytest.approx(expected.residual, rel=1e-3)
 
 
 # Whole trials and studies: what `pick_device` finds is used throughout, and what comes of it is used on CPUs

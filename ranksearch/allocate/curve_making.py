@@ -1,12 +1,19 @@
-"""Makes rank curves: from the weights, by one Gram `eigvalsh` per layer and lowering, or from the shapes alone."""
+"""Makes rank curves: from the weights, by one Gram `eigvalsh` per layer and lowering, or from the shapes alone.
+
+Curves that are made by iterations (`Lowering.curve_iterates`) go to the GPU where there is one, layers of one spec in one batch: their
+many small products in fp64 share their launches there, and by its data sheet even a consumer card, whose fp64 is a 64th of its fp32, does
+as many of them a second as several cores of a CPU. An `eigvalsh` stays where the weights lie: a GPU is slower at small ones
+(`subspaces.ON_CPU`). Neither way was timed on a card.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 from torch import nn
 
 from ranksearch.allocate.curve_cache import curve_key
@@ -60,18 +67,29 @@ def _options(layer: Layer, rule: LayerRule, curve_of: Callable[[Layer, Lowering,
     )  # fmt: skip
 
 
+Asked = tuple[Layer, Lowering, int]
+"""A curve that is asked for: of this layer and lowering, at multiples of this rank."""
+
+
+def _shares_launches(device: torch.device) -> bool:
+    """Whether work is done in larger batches there; a CPU's cores have a layer each."""
+    return device.type == "cuda"
+
+
 def rank_curves(
     model: nn.Module,
     net: Net,
     rules: LayerRules,
     known: MutableMapping[str, RankCurve] | None = None,
     weightings: Mapping[str, Weighting] | None = None,
+    device: torch.device | None = None,
 ) -> Curves:
     """Options of every layer of `net` under `rules`, from the weights of `model`.
 
     Args:
         weightings: layer -> the metric in which its error is measured; for layers that are not named, the weight's norm.
         known: curves by content hash, such as a `CurveCache`; what is not there is computed and added.
+        device: where curves are made that are iterations; None: where the weights lie, as all others are.
 
     Raises:
         UsageError: the rules leave no layer that could be lowered.
@@ -88,8 +106,33 @@ def rank_curves(
             keys[layer.name, lowering.curve_name] = curve_key(weight, layer.spec, lowering.curve_name, multiple)
         return keys[layer.name, lowering.curve_name]
 
+    def place_of(layer: Layer, lowering: Lowering) -> torch.device:
+        return slots[layer.name].weight.device if device is None or not lowering.curve_iterates else device
+
+    def batches(asked: Iterable[Asked]) -> Iterable[list[Asked]]:
+        """Curves to be made at once: on a GPU by iterations of layers of one spec; each by itself elsewhere."""
+        alike = defaultdict[Hashable, list[Asked]](list)
+        for layer, lowering, multiple in asked:
+            together = lowering.curve_iterates and _shares_launches(place_of(layer, lowering))
+            kind = (lowering.curve_name, layer.spec, multiple, slots[layer.name].weight.dtype)
+            alike[kind if together else len(alike)].append((layer, lowering, multiple))
+        return alike.values()
+
+    def make(asked: Sequence[Asked]) -> None:
+        """Curves of layers of one spec, in the weights' own metric."""
+        layer, lowering, multiple = asked[0]
+        try:
+            weights = [slots[one.name].weight.detach().to(place_of(one, lowering)) for one, *_ in asked]
+            made = lowering.curves(weights, layer.spec, multiple)
+        except NonFiniteError as error:
+            if len(asked) == 1:
+                raise NonFiniteError(f"Layer {layer.name!r}: {error}") from error
+            for each in asked:  # one by one, to name it
+                make([each])
+            raise
+        found.update({key_of(*each): curve for each, curve in zip(asked, made, strict=True)})
+
     def curve_of(layer: Layer, lowering: Lowering, multiple: int) -> RankCurve:
-        weight = slots[layer.name].weight.detach()
         weighting = (weightings or {}).get(layer.name)
         view = lowering.seen(weighting, layer.spec) if weighting is not None else None
         key = key_of(layer, lowering, multiple)
@@ -97,13 +140,15 @@ def rank_curves(
             if layer.name not in digests:
                 digests[layer.name] = weighting.digest()
             key = f"{key}-{digests[layer.name][:24]}"
-        if key not in found:
-            try:
-                found[key] = (
-                    view.curve(weight, multiple) if view is not None else lowering.curve(weight, layer.spec, multiple)
-                )
-            except NonFiniteError as error:
-                raise NonFiniteError(f"Layer {layer.name!r}: {error}") from error
+        if key in found:
+            return found[key]
+        if view is None:
+            make([(layer, lowering, multiple)])
+            return found[key]
+        try:
+            found[key] = view.curve(slots[layer.name].weight.detach(), multiple)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"Layer {layer.name!r}: {error}") from error
         return found[key]
 
     if not weightings:  # whose views of all layers at once might not fit into memory
@@ -114,7 +159,7 @@ def rank_curves(
             for lowering in _useful(layer, rule)
         ]
         first = {key: each for each in asked if (key := key_of(*each)) not in found}
-        side_by_side([partial(curve_of, *each) for each in first.values()])
+        side_by_side([partial(make, batch) for batch in batches(first.values())])
     return _curves(net, rules, curve_of)
 
 

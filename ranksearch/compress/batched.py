@@ -13,6 +13,7 @@ from ranksearch.compress.stacks import Entry, plain
 from ranksearch.errors import NonFiniteError
 from ranksearch.linalg import NOT_FINITE
 from ranksearch.lowering import LOWERINGS, MatrixLowering
+from ranksearch.lowering.cp import Cp
 
 Run = Callable[[object, Callable[[], None]], None]
 """(whose statements, statements): runs the statements, or replays what was captured of them for this owner."""
@@ -24,6 +25,7 @@ class Batched:
     def __init__(self, entries: list[Entry], warm: Mapping[str, Any], *, energy_transfer: bool) -> None:
         self.program = Program(entries, LOWERINGS, energy_transfer=energy_transfer)
         self._matrices = {e.name for e in entries if isinstance(plain(LOWERINGS[e.choice.lowering]), MatrixLowering)}
+        self._sums = {e.name for e in entries if isinstance(plain(LOWERINGS[e.choice.lowering]), Cp)}
         self.unsure = set(self.program.start_from(warm))
         """Layers that are to be projected exactly next: without a basis, or not certified the last time."""
         self._pending: Callable[[], list[int]] | None = None
@@ -35,20 +37,21 @@ class Batched:
     def now(self) -> tuple[dict[str, float], list[str]]:
         """Computes what the layers become and waits for it; nothing is written: (shares removed, layers that are left to be done alone).
 
-        Matrices that are not certified, or have no basis yet, are projected by `eigh`, all at once.
+        Matrices that are not certified, or have no basis yet, are projected by `eigh`, all at once; layers of `cp` start anew then.
 
         Raises:
             NonFiniteError: weights that are not finite; the text names the layer.
         """
         self.look()
         exactly = bool(self.unsure & self._matrices)
-        self.program.compute(exactly=exactly)
+        self.program.begin(self.unsure & self._sums)
+        self.program.compute(exactly=exactly, settle=True)
         outcomes = self._outcomes(self.program.outcomes.tolist())
         if not exactly and any(outcomes[name] != Outcome.DONE for name in self._matrices):
-            self.program.compute(exactly=True)
+            self.program.compute(exactly=True, settle=True)
             outcomes = self._outcomes(self.program.outcomes.tolist())
         removed = dict(zip(self.program.names, self.program.removed.tolist(), strict=True))
-        unsure = self.unsure - self._matrices
+        unsure = self.unsure - self._matrices - self._sums
         left = [name for name, outcome in outcomes.items() if outcome != Outcome.DONE or name in unsure]
         self.unsure = set(left)
         return removed, left

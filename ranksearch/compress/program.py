@@ -4,8 +4,8 @@ Layers whose matrices are alike are stacked, and the Gram matrices of all of the
 once (`subspaces.py`). Every row starts from the basis of its last projection. What is not certified is not written: such a layer stays as
 it is until it is projected exactly, which whoever runs the program sees to.
 
-It takes lowerings that are batches of matrices and Tucker-2, plain or pivoted; it does not take `cp`, weights in fp64 or layers in the
-metric of their data.
+It takes lowerings that are batches of matrices and Tucker-2, plain or pivoted, and `cp`, of which less is known (`terms.py`); it does not
+take weights in fp64 or layers in the metric of their data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ranksearch.compress.stacks import Entry, Made, MatrixGroup, Stack, TensorGroup, keep, plain
+from ranksearch.compress.terms import term_groups
 from ranksearch.lowering import Lowering, MatrixLowering
+from ranksearch.lowering.cp import Cp
 from ranksearch.subspaces import judged, leading_exactly, leading_nearby
 
 
@@ -46,10 +48,13 @@ class Program:
         self._modes: dict[Any, Stack] = {}
         matrices: dict[Any, list[tuple[Entry, MatrixLowering]]] = {}
         tensors: dict[Any, list[Entry]] = {}
+        sums: list[tuple[Entry, Cp]] = []
         for entry in entries:
             lowering = plain(lowerings[entry.choice.lowering])
             if isinstance(lowering, MatrixLowering):
                 matrices.setdefault(lowering.matrix_shape(entry.spec), []).append((entry, lowering))
+            elif isinstance(lowering, Cp):
+                sums.append((entry, lowering))
             else:
                 tensors.setdefault((entry.spec.block_shape, entry.spec.kernel_size), []).append(entry)
         device = entries[0].weight.device
@@ -60,7 +65,8 @@ class Program:
         self._tensors = [TensorGroup(found, self._modes) for found in tensors.values()]
         for stack in (*self._stacks.values(), *self._modes.values()):
             stack.settle(device)
-        self._shapes: list[Any] = [*self._matrices, *self._tensors]
+        self._sums = term_groups(sums)
+        self._shapes: list[Any] = [*self._matrices, *self._tensors, *self._sums]
         self._places = [(shape, i) for shape in self._shapes for i in range(len(shape.entries))]
         self.entries = [shape.entries[i] for shape, i in self._places]
         self.names = [entry.name for entry in self.entries]
@@ -80,18 +86,24 @@ class Program:
             if warm.get(entry.name) is None or not shape.start_from(i, warm[entry.name])
         ]
 
+    def begin(self, names: Collection[str]) -> None:
+        """Starts these layers of `cp` anew; the host waits."""
+        for shape in self._sums:
+            shape.begin(names)
+
     def warm(self) -> dict[str, Any]:
         """The bases, as the lowerings' own projections have them."""
         return {entry.name: shape.warm(i) for entry, (shape, i) in zip(self.entries, self._places, strict=True)}
 
     @torch.no_grad()
-    def compute(self, *, exactly: bool = False) -> None:
+    def compute(self, *, exactly: bool = False, settle: bool = False) -> None:
         """What the layers become, from their weights and the bases of before.
 
         Args:
             exactly: matrices by `eigh`, for which the host waits; Tucker-2's sweeps go on from their bases all the same.
+            settle: sweeps of `cp` until they settle, for which the host waits.
         """
-        made = [*self._of_matrices(exactly), *self._of_tensors()]
+        made = [*self._of_matrices(exactly), *self._of_tensors(), *(shape.made(settle=settle) for shape in self._sums)]
 
         def by_layer(values: Sequence[Tensor]) -> Tensor:
             return torch.zeros_like(self.removed).index_add(0, self._layer_of_row, torch.cat(list(values)).double())

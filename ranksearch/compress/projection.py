@@ -156,7 +156,8 @@ class Projector:
         return wanted and not alone and takes(lowering, slot.weight)
 
     def _entry(self, model: nn.Module, slot: Slot, choice: LayerPlan) -> Entry:
-        norm = self.norms.get(slot.name)
+        rectified = lowering_named(choice.lowering).is_projection
+        norm = self.norms.get(slot.name) if rectified else None
         return Entry(slot, choice, partial(_channel_scale, model, norm, slot.spec) if norm is not None else None)
 
     def _refresh(self) -> None:

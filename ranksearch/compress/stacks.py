@@ -12,6 +12,7 @@ from torch import Tensor
 from ranksearch import linalg
 from ranksearch.lowering import LayerSpec, Lowering, MatrixLowering
 from ranksearch.lowering.contract import kernel_area, sides
+from ranksearch.lowering.cp import Cp
 from ranksearch.lowering.pivoted import PivotedLowering
 from ranksearch.lowering.tucker2 import Bases, Tucker2
 from ranksearch.model.plan import LayerPlan
@@ -56,7 +57,7 @@ def plain(lowering: Lowering) -> Lowering:
 
 def takes(lowering: Lowering, weight: Tensor) -> bool:
     """Whether a layer can be part of a program."""
-    known = isinstance(plain(lowering), MatrixLowering | Tucker2)
+    known = isinstance(plain(lowering), MatrixLowering | Tucker2 | Cp)
     return known and weight.is_floating_point() and weight.dtype != torch.float64
 
 

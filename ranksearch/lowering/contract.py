@@ -139,6 +139,8 @@ class Lowering(ABC):
     """False for `dense` alone."""
     pivoted_ends: tuple[str, ...] = ()
     """Which ends of the chain have a pivoted form (`pivoted.py`): a "first" layer of any kernel, a "last" 1x1 conv or Linear."""
+    curve_iterates: bool = False
+    """Whether a curve is made by many products in a row, which a GPU does faster than a CPU, and not by an eigenvalue decomposition."""
     takes_more: bool = False
     """Whether it takes layers that its pivoted form refuses."""
 
@@ -180,6 +182,10 @@ class Lowering(ABC):
     @abstractmethod
     def curve(self, weight: Tensor, spec: LayerSpec, multiple: int = 1) -> RankCurve:
         """What projection removes at each of `ranks(spec, multiple)`."""
+
+    def curves(self, weights: Sequence[Tensor], spec: LayerSpec, multiple: int = 1) -> list[RankCurve]:
+        """The curves of several layers of one spec and dtype: a format may share work between them."""
+        return [self.curve(weight, spec, multiple) for weight in weights]
 
     @abstractmethod
     def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:

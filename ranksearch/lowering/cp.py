@@ -9,12 +9,15 @@ Bounded: a decomposition takes at most `WORK` floating-point operations (about t
 that is cheaper than dense, a few times the memory of the weight: every mode starts from its own n x n Gram matrix, never from an SVD of
 an unfolding with the long side in it.
 
+Here is what a layer becomes and what of it is cut; `cp_als.py` is the alternating least squares. The decompositions of a curve, and
+those of the curves of several layers of one spec, are made one by one on a CPU and together on a GPU.
+
 Reference: Lebedev et al. 2015, arXiv 1412.6553; alternating least squares: Kolda & Bader 2009, "Tensor decompositions and applications".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ranksearch import linalg
-from ranksearch.errors import NonFiniteError
+from ranksearch.lowering import cp_als
 from ranksearch.lowering.contract import Lowering, Projected, Rank, RankCurve, register, sides
 from ranksearch.lowering.spec import Ints, LayerSpec
 
@@ -36,8 +39,6 @@ CURVE_SETTLED = 3e-4
 WORK = 5e11
 CURVE_RANKS, CURVE_PROBES = 40, 8
 """Ranks that a curve offers, and those among them that are decomposed; the others are interpolated."""
-RIDGE = 1e-10
-"""Share of the mean diagonal added to the normal equations, which cancelling terms make singular."""
 
 
 @register
@@ -45,6 +46,14 @@ class Cp(Lowering):
     name = "cp"
     is_projection = False
     opt_in = True
+    curve_iterates = True
+
+    def __init__(self, together: bool | None = None) -> None:
+        """
+        Args:
+            together: several decompositions as batches of products, or one by one; None: as it is faster where the weights lie.
+        """
+        self._together = together
 
     def refusal(self, spec: LayerSpec) -> str | None:
         if not spec.is_conv:
@@ -57,8 +66,12 @@ class Cp(Lowering):
 
     def full_rank(self, spec: LayerSpec) -> int:
         """Every weight is a sum of its fibers along the longest mode; no smaller rank is certain to do."""
-        shape = _shape(spec)
+        shape = self.modes(spec)
         return prod(shape) // max(shape)
+
+    def modes(self, spec: LayerSpec) -> Ints:
+        """The modes of one group's tensor: outputs, inputs, the axes of the kernel that have a layer."""
+        return (*spec.block_shape[:2], *_extents(spec))
 
     def factor_specs(self, spec: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
         (terms,) = sides(rank)
@@ -70,13 +83,12 @@ class Cp(Lowering):
         )
 
     def approximations(self, weight: Tensor, ranks: Sequence[Rank], spec: LayerSpec) -> Iterator[Tensor]:
-        for rank in ranks:
-            terms = self._terms(weight, rank, spec, None, WORK / CURVE_PROBES, CURVE_SETTLED)
+        for terms in self._at_ranks(spec.blocks(weight)[None], ranks, spec, weight.dtype):
             yield spec.weight_of(_multiplied(terms, spec)).to(weight.dtype)
 
     def decompose(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> tuple[Tensor, ...]:
         self.check_rank(spec, rank)
-        outputs, inputs, *kernel = _balanced(self._terms(weight, rank, spec, warm, WORK, SETTLED))
+        outputs, inputs, *kernel = cp_als.balanced(self._terms(weight, rank, spec, warm))
         ones, layers = (1,) * len(spec.kernel_size), self.factor_specs(spec, rank)
         blocks = (
             inputs.mT.reshape(spec.groups, -1, inputs.shape[1], *ones),
@@ -94,7 +106,7 @@ class Cp(Lowering):
 
     def project(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any = None) -> Projected:
         self.check_rank(spec, rank)
-        terms = self._terms(weight, rank, spec, warm, WORK, SETTLED)
+        terms = self._terms(weight, rank, spec, warm)
         projected = spec.weight_of(_multiplied(terms, spec)).to(weight.dtype)
         energy, left = (float(w.double().square().sum()) for w in (weight, weight.double() - projected.double()))
         return Projected(projected, left / energy if energy > 0 else 0.0, terms)
@@ -108,40 +120,107 @@ class Cp(Lowering):
         return tuple(sorted({multiple * round(steps ** (i / CURVE_RANKS)) for i in range(1, CURVE_RANKS + 1)}))
 
     def curve(self, weight: Tensor, spec: LayerSpec, multiple: int = 1) -> RankCurve:
+        return self.curves([weight], spec, multiple)[0]
+
+    def curves(self, weights: Sequence[Tensor], spec: LayerSpec, multiple: int = 1) -> list[RankCurve]:
         """Decomposed at a few ranks, every one by itself, and interpolated: an estimate, within .02 of what
         decompositions remove (four layers of the trained ResNet-20)."""
         ranks = self.ranks(spec, multiple)
-        probes = (
-            [ranks[i] for i in sorted({round(i) for i in np.linspace(0, len(ranks) - 1, CURVE_PROBES)})]
-            if ranks
-            else []
-        )
-        removed, residual = [], []
-        blocks = spec.blocks(weight).double()
-        energy, top = float(blocks.square().sum()), _operator_norm(blocks)
-        for rank in probes:
-            terms = self._terms(weight, rank, spec, None, WORK / CURVE_PROBES, CURVE_SETTLED)
-            left = blocks - _multiplied(terms, spec)
-            removed.append(float(left.square().sum()) / energy if energy > 0 else 0.0)
-            residual.append(_operator_norm(left) / top if top > 0 else 0.0)
+        places = np.unique(np.linspace(0, len(ranks) - 1, CURVE_PROBES).round().astype(int)) if ranks else ()
+        probes, dtype = [ranks[i] for i in places], weights[0].dtype
+        blocks = torch.stack([spec.blocks(w).double() for w in weights])
+        energy, top = blocks.flatten(1).square().sum(-1), _operator_norms(blocks)
+        removed, residual = [energy.new_zeros(0, len(weights))], [energy.new_zeros(0, len(weights))]
+        for terms in self._at_ranks(blocks, probes, spec, dtype):
+            left = blocks - _multiplied(terms, spec).view_as(blocks)
+            removed.append((left.flatten(1).square().sum(-1) / energy.clamp_min(1e-300))[None])
+            residual.append((_operator_norms(left) / top.clamp_min(1e-300))[None])
+        tables = [
+            torch.cat(found).T.cpu().numpy() * (energy > 0).cpu().numpy()[:, None] for found in (removed, residual)
+        ]
         # a larger rank cannot do worse: where a local optimum says so, the smaller rank's terms are still there
-        falling = [_between(ranks, probes, np.minimum.accumulate(found)) for found in (removed, residual)]
-        return RankCurve(ranks, falling[0], falling[1])
+        falling = [[_between(ranks, probes, np.minimum.accumulate(row)) for row in table] for table in tables]
+        return [RankCurve(ranks, *found) for found in zip(*falling, strict=True)]
 
-    def _terms(
-        self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any, work: float, settled: float
-    ) -> list[Tensor]:
+    def _terms(self, weight: Tensor, rank: Rank, spec: LayerSpec, warm: Any) -> list[Tensor]:
         """Factor matrices [g, n, R] of the modes (outputs, inputs, axes of the kernel), fp64."""
         (count,) = sides(rank)
-        tensor, divisor = linalg.moderate(spec.blocks(weight).double().reshape(spec.groups, -1))
-        scale = 1.0 if divisor is None else float(divisor)
-        tensor = tensor.reshape(spec.groups, *_shape(spec))
+        tensor, scale = self._prepared(spec.blocks(weight)[None], spec)
         if count == self.full_rank(spec):
             return _scaled(_fibers(tensor), scale)
-        fits = warm is not None and warm[0].shape[-1] == count
-        start = _scaled([f.to(tensor.device) for f in warm], 1 / scale) if fits else _leading_vectors(tensor, count)
-        rounding = 10 * torch.finfo(weight.dtype).eps if weight.dtype.is_floating_point else 1e-6
-        return _scaled(_als(tensor, start, work, rounding, settled), scale)
+        if warm is not None and warm[0].shape[-1] == count:
+            start = _scaled([f.to(tensor.device) for f in warm], 1 / scale)
+        else:
+            start = cp_als.started(cp_als.mode_vectors(tensor), count, spec.groups)
+        until = until_settled(weight.dtype)
+        return _scaled(cp_als.settled_alone(tensor, start, until), scale)
+
+    def _prepared(self, blocks: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+        """Blocks of l layers [l, g, T/g, S/g, *k] -> (tensors [l·g, *modes], fp64, entries of moderate size, their scales [l·g, 1, 1]).
+
+        Raises:
+            NonFiniteError: the weights hold NaN or infinite values.
+        """
+        flat, divisor = linalg.moderate(blocks.double().flatten(2))
+        scale = flat.new_ones(len(flat), 1, 1) if divisor is None else divisor
+        return flat.reshape(-1, *self.modes(spec)), scale.repeat_interleave(spec.groups, 0)
+
+    def _at_ranks(
+        self, blocks: Tensor, ranks: Sequence[Rank], spec: LayerSpec, dtype: torch.dtype
+    ) -> Iterator[list[Tensor]]:
+        """Terms [l·g, n, R] of l layers [l, g, T/g, S/g, *k], of weights in `dtype`, at each of `ranks` in turn: estimates."""
+        counts = [sides(rank)[0] for rank in ranks]
+        tensor, scale = self._prepared(blocks, spec)
+        layers = tensor.split(spec.groups)
+        vectors = cp_als.mode_vectors(tensor)
+        until = cp_als.Until(SWEEPS, CURVE_SETTLED, rounding_of(dtype), WORK / CURVE_PROBES)
+
+        def started(count: int) -> list[list[Tensor]]:
+            """Layer by layer."""
+            modes = [f.split(spec.groups) for f in cp_als.started(vectors, count, spec.groups)]
+            return [list(terms) for terms in zip(*modes, strict=True)]
+
+        starts = (started(count) for count in counts if count < self.full_rank(spec))
+        together = tensor.is_cuda if self._together is None else self._together
+        settled = iter(_together(layers, list(starts), until)) if together else _one_by_one(layers, starts, until)
+        for count in counts:
+            yield _scaled(_fibers(tensor) if count == self.full_rank(spec) else next(settled), scale)
+
+
+def _one_by_one(
+    layers: Sequence[Tensor], starts: Iterable[Sequence[Sequence[Tensor]]], until: cp_als.Until
+) -> Iterator[list[Tensor]]:
+    """What `_together` returns, as it is asked for."""
+    for start in starts:
+        found = [cp_als.settled_alone(layer, terms, until) for layer, terms in zip(layers, start, strict=True)]
+        yield [torch.cat(mode) for mode in zip(*found, strict=True)]
+
+
+def _together(
+    layers: Sequence[Tensor], starts: Sequence[Sequence[Sequence[Tensor]]], until: cp_als.Until
+) -> list[list[Tensor]]:
+    """`starts` of every rank and layer, settled in batches; the terms [l·g, n, R] of each rank.
+
+    Raises:
+        NonFiniteError: arithmetic broke down.
+    """
+    places = [(rank, layer) for rank in range(len(starts)) for layer in range(len(layers))]
+    counts = [start[0][0].shape[-1] for start in starts]
+    found: dict[tuple[int, int], list[Tensor]] = {}
+    for batch in cp_als.batches([layers[layer].shape for _, layer in places], [counts[rank] for rank, _ in places]):
+        inside = [places[i] for i in batch]
+        tensors = [layers[layer] for _, layer in inside]
+        terms = cp_als.settled_many(tensors, [starts[rank][layer] for rank, layer in inside], until)
+        found |= dict(zip(inside, terms, strict=True))
+    return [
+        [torch.cat(mode) for mode in zip(*(found[rank, layer] for layer in range(len(layers))), strict=True)]
+        for rank in range(len(starts))
+    ]
+
+
+def until_settled(dtype: torch.dtype) -> cp_als.Until:
+    """When the sweeps of a projection of weights of `dtype` end."""
+    return cp_als.Until(SWEEPS, SETTLED, rounding_of(dtype), WORK)
 
 
 def _between(ranks: Sequence[Rank], probes: Sequence[Rank], found: np.ndarray) -> np.ndarray:
@@ -166,28 +245,15 @@ def _extents(spec: LayerSpec) -> list[int]:
     return [spec.kernel_size[axis] for axis in _axes(spec)]
 
 
-def _shape(spec: LayerSpec) -> Ints:
-    """The modes of one group's tensor: outputs, inputs, the axes of the kernel that have a layer."""
-    return (*spec.block_shape[:2], *_extents(spec))
+def rounding_of(dtype: torch.dtype) -> float:
+    """The relative misfit that weights of `dtype` cannot tell from none."""
+    return 10 * torch.finfo(dtype).eps if dtype.is_floating_point else 1e-6
 
 
 def _multiplied(terms: Sequence[Tensor], spec: LayerSpec) -> Tensor:
-    """Factor matrices [g, n, R] -> blocks [g, T/g, S/g, *k]"""
+    """Factor matrices [b, n, R] -> blocks [b, T/g, S/g, *k]"""
     first, *others = terms
-    return (first @ _khatri_rao(others).mT).reshape(spec.groups, *spec.block_shape)
-
-
-def _khatri_rao(matrices: Sequence[Tensor]) -> Tensor:
-    """[g, n_i, R] each -> [g, n_1·n_2·.., R], the first index slowest."""
-    product = matrices[0]
-    for matrix in matrices[1:]:
-        product = (product.unsqueeze(2) * matrix.unsqueeze(1)).flatten(1, 2)
-    return product
-
-
-def _unfold(tensor: Tensor, mode: int) -> Tensor:
-    """[g, n_0, n_1, ..] -> [g, n_mode, the others in order]"""
-    return tensor.movedim(mode + 1, 1).flatten(2)
+    return (first @ cp_als.khatri_rao(others).mT).reshape(-1, *spec.block_shape)
 
 
 def _fibers(tensor: Tensor) -> list[Tensor]:
@@ -198,97 +264,15 @@ def _fibers(tensor: Tensor) -> list[Tensor]:
     index = torch.unravel_index(torch.arange(prod(others), device=tensor.device), others)
     units = iter([torch.eye(n, device=tensor.device).to(tensor)[i].mT for n, i in zip(others, index, strict=True)])
     return [
-        _unfold(tensor, mode) if mode == longest else next(units).expand(groups, -1, -1) for mode in range(len(shape))
+        cp_als.unfold(tensor, mode) if mode == longest else next(units).expand(groups, -1, -1)
+        for mode in range(len(shape))
     ]
 
 
-def _leading_vectors(tensor: Tensor, rank: int) -> list[Tensor]:
-    """HOSVD start: the leading eigenvectors of every mode's Gram matrix, filled up with seeded noise where the mode is shorter than R."""
-    generator = torch.Generator().manual_seed(0)
-    starts = []
-    for mode in range(tensor.dim() - 1):
-        flat = _unfold(tensor, mode)
-        vectors = torch.linalg.eigh(flat @ flat.mT).eigenvectors.flip(-1)[..., :rank]
-        missing = rank - vectors.shape[-1]
-        noise = torch.randn((*vectors.shape[:-1], missing), generator=generator, dtype=torch.float64).to(tensor)
-        starts.append(torch.cat([vectors, noise / vectors.shape[-2] ** 0.5], dim=-1))
-    return starts
-
-
-def _als(tensor: Tensor, terms: list[Tensor], work: float, rounding: float, settled: float) -> list[Tensor]:
-    """Alternating least squares from `terms` until it settles, the terms already fit to `rounding`, or the work is done."""
-    rank, modes = terms[0].shape[-1], tensor.dim() - 1
-    per_sweep = 6 * tensor.numel() * rank + 2 * modes * tensor.shape[0] * rank**3
-    energy, flat = float(tensor.square().sum()), tensor.flatten(2)
-
-    def misfit() -> float:
-        return float((flat - terms[0] @ _khatri_rao(terms[1:]).mT).square().sum())
-
-    left = misfit()
-    for _ in range(min(SWEEPS, max(2, int(work / per_sweep)))):
-        if left <= rounding**2 * energy:
-            break
-        terms = _balanced(_swept(flat, terms))
-        before, left = left, misfit()
-        if before - left <= settled * energy:
-            break
-    return terms
-
-
-def _swept(flat: Tensor, terms: Sequence[Tensor]) -> list[Tensor]:
-    """Every mode's least squares in turn, of the tensor as [g, T, S·k].
-
-    The modes after the first share one product of it with the new outputs' vectors, so a sweep costs two large products, not one a mode.
-    """
-    terms = list(terms)
-    grams = [f.mT @ f for f in terms]
-
-    def solved(mode: int, right: Tensor) -> None:
-        normal = torch.stack([gram for m, gram in enumerate(grams) if m != mode]).prod(dim=0)
-        terms[mode] = _solve(normal, right)
-        grams[mode] = terms[mode].mT @ terms[mode]
-
-    solved(0, flat @ _khatri_rao(terms[1:]))
-    product = (flat.mT @ terms[0]).unflatten(1, (terms[1].shape[1], -1))  # [g, S, k, R]
-    extents = [f.shape[1] for f in terms[2:]]
-    solved(1, (product * _khatri_rao(terms[2:])[:, None]).sum(dim=2) if extents else product[:, :, 0])
-    kernel = (product * terms[1][:, :, None]).sum(dim=1)  # [g, k, R]
-    for axis in range(len(extents)):
-        right = kernel.unflatten(1, extents)
-        for other in reversed(range(len(extents))):
-            if other != axis:
-                shape = [1] * len(extents)
-                shape[other] = extents[other]
-                vectors = terms[2 + other]
-                right = (right * vectors.reshape(len(vectors), *shape, -1)).sum(dim=1 + other, keepdim=True)
-        solved(2 + axis, right.flatten(1, -2))
-    return terms
-
-
-def _solve(normal: Tensor, right: Tensor) -> Tensor:
-    """X with X · normal = right, [g, n, R]; the ridge grows until the normal equations have a Cholesky factor."""
-    mean = normal.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-300)
-    eye, ridge = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device), RIDGE
-    while ridge <= 1:
-        factor, info = torch.linalg.cholesky_ex(normal + ridge * mean * eye)
-        if not info.any():
-            return torch.cholesky_solve(right.mT, factor).mT
-        ridge *= 100
-    raise NonFiniteError(
-        "the alternating least squares of cp lost all digits; take a smaller rank, or another lowering."
-    )
-
-
-def _balanced(terms: Sequence[Tensor]) -> list[Tensor]:
-    """Every term's norm is shared evenly by its vectors."""
-    norms = [f.norm(dim=1, keepdim=True) for f in terms]
-    mean = torch.stack(norms).log().mean(dim=0).exp()  # 0 where a vector is 0, and so is the term then
-    return [torch.where(n > 0, f * mean / n.clamp_min(1e-300), 0) for f, n in zip(terms, norms, strict=True)]
-
-
-def _scaled(terms: Sequence[Tensor], scale: float) -> list[Tensor]:
+def _scaled(terms: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
     return [terms[0] * scale, *terms[1:]]
 
 
-def _operator_norm(blocks: Tensor) -> float:
-    return float(linalg.squared_singular_values(blocks.flatten(2))[..., 0].max()) ** 0.5
+def _operator_norms(blocks: Tensor) -> Tensor:
+    """[l, g, T/g, S/g, *k] -> [l], the largest singular value of each layer"""
+    return linalg.squared_singular_values(blocks.flatten(3))[..., 0].amax(-1).sqrt()

@@ -13,6 +13,7 @@ from ranksearch.search.workbench import Log, Workbench, predicted_damage
 from ranksearch.space.space import Space
 from ranksearch.tasks import model_reference
 from ranksearch.training.dense import State
+from ranksearch.training.device import pick_device
 from ranksearch.trial.recipe import spread_recipes
 
 NESTED_RUN = "nested"
@@ -81,7 +82,7 @@ def with_weights(space: Space, bench: Workbench, weights: State, log: Log) -> Wo
     """
     model = bench.task.dense_model()
     model.load_state_dict(weights)
-    fresh = rank_curves(model.eval(), bench.net, space.layers.as_rules())
+    fresh = rank_curves(model.eval(), bench.net, space.layers.as_rules(), device=pick_device())
     layers = tuple(
         replace(options, latency=before.latency)
         for options, before in zip(fresh.layers, bench.curves.layers, strict=True)

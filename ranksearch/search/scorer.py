@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ranksearch.compress import LayerPlan, RankPlan, reestimate_bn_
+from ranksearch.compress import LayerPlan, Projector, RankPlan, reestimate_bn_
 from ranksearch.compress.surgery import compress
 from ranksearch.data.source import Source, calibration_batches
 from ranksearch.lowering import lowering_named
-from ranksearch.lowering.contract import Projected
 from ranksearch.lowering.weighting import Weighting
+from ranksearch.model.copying import copied
 from ranksearch.model.slots import slots_of
 from ranksearch.tasks.task import Task
 from ranksearch.training.device import pick_device
@@ -41,7 +42,7 @@ class Scorer:
         self.task, self.split, self.device = task.without_test().to(device), split.to(device), device
         self.model = model.to(device).eval()
         self._bn_batches, self._batch_size, self._weightings = bn_batches, batch_size, weightings
-        self._results: dict[tuple[str, LayerPlan], Projected] = {}
+        self._results: dict[tuple[str, LayerPlan], tuple[Tensor, Any]] = {}
 
     def __call__(self, plan: RankPlan) -> Evaluation:
         """Metric and loss; every plan sees the same samples."""
@@ -64,20 +65,24 @@ class Scorer:
 
         Many plans share a layer's choice: each choice is iterated once.
         """
-        starts, before = {}, []
+        iterated = {
+            name: choice for name, choice in plan.lowered() if not lowering_named(choice.lowering).is_projection
+        }
+        self._iterate({name: choice for name, choice in iterated.items() if (name, choice) not in self._results})
+        before = []
         try:
-            for name, (slot, choice) in slots_of(self.model, plan).items():
-                lowering = lowering_named(choice.lowering)
-                if lowering.is_projection:
-                    continue
-                weight = slot.weight.detach().clone()
-                if (name, choice) not in self._results:
-                    self._results[name, choice] = lowering.project(weight, choice.rank, slot.spec)
+            for name, (slot, choice) in slots_of(self.model, RankPlan(iterated)).items():
                 if not slot.is_made:  # else the decomposition goes on from the terms
-                    before.append((slot, weight))
-                    slot.write_(self._results[name, choice].weight)
-                starts[name] = self._results[name, choice].warm
-            yield starts
+                    before.append((slot, slot.weight.detach().clone()))
+                    slot.write_(self._results[name, choice][0])
+            yield {name: self._results[name, choice][1] for name, choice in iterated.items()}
         finally:
             for slot, weight in before:
                 slot.write_(weight)
+
+    def _iterate(self, choices: dict[str, LayerPlan]) -> None:
+        if choices:
+            model, projector = copied(self.model), Projector(RankPlan(choices))
+            projector(model)
+            for name, (slot, choice) in slots_of(model, RankPlan(choices)).items():
+                self._results[name, choice] = slot.weight.detach(), projector.warm[name]

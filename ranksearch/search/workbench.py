@@ -152,7 +152,8 @@ def prepare(
             f"recipe: {alike.recipe.optimizer} at learning rate {alike.recipe.lr:g}, as the task's dense net was trained"
         )
     weightings = _weightings(space, task, model, net, log)
-    curves = with_latency(rank_curves(model, net, rules, known, weightings), model, example, table, log)
+    found = rank_curves(model, net, rules, known, weightings, pick_device())
+    curves = with_latency(found, model, example, table, log)
     damage, rivals, prediction = predicted_damage(space, task, model, curves, weightings, log)
     return Workbench(task, dense, net, curves, damage, rivals, weightings, prediction)
 
