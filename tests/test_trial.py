@@ -15,7 +15,7 @@ import torch
 import ranksearch
 from ranksearch.allocate import LayerRules, allocate_plan, parse_budget, rank_curves
 from ranksearch.compress import LayerPlan, RankPlan, dense_cost, project_, trace
-from ranksearch.lowering import lowering_named
+from ranksearch.lowering import cp_als, lowering_named
 from ranksearch.space.recipe import RecipeSpace
 from ranksearch.tasks import digits
 from ranksearch.training.dense import dense_state

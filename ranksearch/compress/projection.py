@@ -20,6 +20,7 @@ from ranksearch.lowering import LayerSpec, Lowering, lowering_named
 from ranksearch.lowering.contract import WeightView
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.model.bare import bare
+from ranksearch.model.copying import copied
 from ranksearch.model.plan import LayerPlan, RankPlan
 from ranksearch.model.slots import Slot, settled_, slots_of
 
@@ -213,6 +214,20 @@ def project_(
     Arguments, result and errors are those of `Projector`.
     """
     return Projector(plan, energy_transfer=energy_transfer, norms=norms, weightings=weightings)(bare(model))
+
+
+def iterated(model: nn.Module, plan: RankPlan) -> dict[str, tuple[Tensor, Any]]:
+    """Layer -> (its weight, the terms that this is made of) after one projection, where that is an iteration (`cp`): on a GPU all at once.
+
+    `model` stays as it is.
+    """
+    layers = {name: choice for name, choice in plan.lowered() if not lowering_named(choice.lowering).is_projection}
+    if not layers:
+        return {}
+    model, projector = copied(bare(model)), Projector(RankPlan(layers))
+    projector(model)
+    found = slots_of(model, RankPlan(layers))
+    return {name: (slot.weight.detach(), projector.warm[name]) for name, (slot, _) in found.items()}
 
 
 def _removed(weight: Tensor, projected: Tensor) -> float:

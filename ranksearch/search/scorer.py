@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ranksearch.compress import LayerPlan, Projector, RankPlan, reestimate_bn_
+from ranksearch.compress import LayerPlan, RankPlan, reestimate_bn_
+from ranksearch.compress.projection import iterated
 from ranksearch.compress.surgery import compress
 from ranksearch.data.source import Source, calibration_batches
-from ranksearch.lowering import lowering_named
 from ranksearch.lowering.weighting import Weighting
-from ranksearch.model.copying import copied
 from ranksearch.model.slots import slots_of
 from ranksearch.tasks.task import Task
 from ranksearch.training.device import pick_device
@@ -65,24 +64,16 @@ class Scorer:
 
         Many plans share a layer's choice: each choice is iterated once.
         """
-        iterated = {
-            name: choice for name, choice in plan.lowered() if not lowering_named(choice.lowering).is_projection
-        }
-        self._iterate({name: choice for name, choice in iterated.items() if (name, choice) not in self._results})
+        new = {name: choice for name, choice in plan.lowered() if (name, choice) not in self._results}
+        self._results |= {(name, new[name]): found for name, found in iterated(self.model, RankPlan(new)).items()}
+        results = {name: self._results[name, c] for name, c in plan.lowered() if (name, c) in self._results}
         before = []
         try:
-            for name, (slot, choice) in slots_of(self.model, RankPlan(iterated)).items():
+            for name, (slot, _) in slots_of(self.model, RankPlan({name: plan[name] for name in results})).items():
                 if not slot.is_made:  # else the decomposition goes on from the terms
                     before.append((slot, slot.weight.detach().clone()))
-                    slot.write_(self._results[name, choice][0])
-            yield {name: self._results[name, choice][1] for name, choice in iterated.items()}
+                    slot.write_(results[name][0])
+            yield {name: terms for name, (_, terms) in results.items()}
         finally:
             for slot, weight in before:
                 slot.write_(weight)
-
-    def _iterate(self, choices: dict[str, LayerPlan]) -> None:
-        if choices:
-            model, projector = copied(self.model), Projector(RankPlan(choices))
-            projector(model)
-            for name, (slot, choice) in slots_of(model, RankPlan(choices)).items():
-                self._results[name, choice] = slot.weight.detach(), projector.warm[name]

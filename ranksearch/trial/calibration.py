@@ -15,6 +15,7 @@ from ranksearch.calibration.weightings import measure_weightings
 from ranksearch.compress import Net, RankPlan
 from ranksearch.compress.surgery import compress
 from ranksearch.data.source import Batch
+from ranksearch.lowering import lowering_named
 from ranksearch.lowering.weighting import Weighting
 from ranksearch.model.inputs import batch_size as size_of
 from ranksearch.model.inputs import joined, tensors
@@ -112,10 +113,17 @@ class Calibration:
         work, warm = self._fitted(model, plan, weightings)
         return compress(work, plan, example_input=example, warm=warm)
 
-    def start_at_(self, model: nn.Module, plan: RankPlan, weightings: Mapping[str, Weighting]) -> None:
-        """Fits the layers of the dense `model` at the ranks of `plan`: training begins there."""
-        if self._fits(plan):
-            take_over_(model, self._fitted(model, plan, weightings)[0], plan)
+    def start_at_(self, model: nn.Module, plan: RankPlan, weightings: Mapping[str, Weighting]) -> dict[str, Any]:
+        """Fits the layers of the dense `model` at the ranks of `plan`: training begins there.
+
+        Returns:
+            Layer -> what its next decomposition starts from, where that is an iteration (`cp`).
+        """
+        if not self._fits(plan):
+            return {}
+        work, warm = self._fitted(model, plan, weightings)
+        take_over_(model, work, plan)
+        return {name: start for name, start in warm.items() if not lowering_named(plan[name].lowering).is_projection}
 
     def _fits(self, plan: RankPlan) -> bool:
         return self.is_on and next(plan.lowered(), None) is not None

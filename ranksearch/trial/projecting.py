@@ -33,12 +33,14 @@ class Projecting:
         rates: Sequence[float],
         measure: Callable[[nn.Module], Mapping[str, Weighting]] | None = None,
         refresh: int | None = None,
+        starts: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             rates: learning rate of every step before the decomposition.
             measure: finds the metric of the data as a model sees them, at the first projection and then at every `refresh`-th one;
                 without `refresh` layers are cut in the weights' own metric.
+            starts: layer -> what its first projection starts from; left out, it starts anew.
         """
         self.plan, self.recipe = plan, recipe
         self.projector = Projector(
@@ -46,6 +48,7 @@ class Projecting:
             energy_transfer=recipe.energy_transfer,
             norms=net.norms() if recipe.bn_rectification else None,
         )
+        self.projector.warm.update(starts or {})
         self.count, self.seconds = 0, 0.0
         self._timed = Spans()
         self.metric_seconds = 0.0

@@ -77,15 +77,20 @@ class Scores:
 
     def add_copy(
         self, phase: str, model: nn.Module, step: int, plan: RankPlan | None, weightings: Mapping[str, Weighting],
-        bn_batches: int, candidate: bool = True, /, **metrics: float,
+        bn_batches: int, candidate: bool = True, starts: Mapping[str, Any] | None = None, /, **metrics: float,
     ) -> None:  # fmt: skip
         """Scores a copy of `model`, decomposed by `plan` where there is one; its draws disturb nothing else.
 
         Args:
             candidate: as in `add`.
+            starts: as `warm` of `compress`.
         """
         with self.aside():
-            net = copied(model) if plan is None else self._group.same_(compress(model, plan, weightings=weightings))
+            net = (
+                copied(model)
+                if plan is None
+                else self._group.same_(compress(model, plan, warm=starts, weightings=weightings))
+            )
             generator = torch.Generator(self._device).manual_seed(step)
             reestimate_bn_(net, calibration_batches(self._task.train, bn_batches, self._batch_size, generator))
             self.add(phase, net, step, candidate=candidate, **metrics)

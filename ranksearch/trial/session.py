@@ -97,6 +97,8 @@ class Session:
         self.images, self.seconds, self.projecting_seconds = 0, 0.0, 0.0
         self.eager: str | None = None
         self._reaches: dict[str, float] = {}
+        self.starts: dict[str, Any] = {}
+        """Layer -> where the first decomposition of what training begins with starts, if that is an iteration."""
         state = group.on_rank_0(checkpoint.load)
         # another kind of device has other random numbers: there the trial starts anew
         self._resumed = state if state is not None and state["device"] == device.type else None
@@ -232,7 +234,7 @@ class Session:
         model = settled_(self.dense_net(), plan)
         if self._calibration.is_on and not self.resumes_at("dense"):
             with self.scores.aside():
-                self._calibration.start_at_(model, plan, self.weightings(plan, model))
+                self.starts = self._calibration.start_at_(model, plan, self.weightings(plan, model))
         return self.group.same_(model)
 
     def score_untrained(self, model: nn.Module, plan: RankPlan) -> None:
@@ -244,7 +246,7 @@ class Session:
             # what is fitted has its ranks, and is the same product in every metric
             weightings = {} if self._calibration.is_on else self.weightings(plan, model)
             with suppress(Diverged):
-                self.scores.add_copy(UNTRAINED, model, 0, plan, weightings, self.recipe.bn_batches)
+                self.scores.add_copy(UNTRAINED, model, 0, plan, weightings, self.recipe.bn_batches, True, self.starts)
 
     def _score_at_rung(self, rung: int, training: Training, plan: RankPlan, projecting: Projecting | None) -> None:
         """Scores a copy of the model as it would be if the trial ended here; the training does not notice.

@@ -55,7 +55,9 @@ def train_and_decompose(session: Session, plan: RankPlan) -> nn.Module:
     session.score_untrained(model, plan)
     rates = [session.settings.lr_at(step) for step in steps]
     measure = partial(session.weightings, plan)
-    projecting = Projecting(plan, session.net, recipe.projection, rates, measure, session.metric_refresh)
+    projecting = Projecting(
+        plan, session.net, recipe.projection, rates, measure, session.metric_refresh, session.starts
+    )
     training, stats = session.train_("dense", model, steps, plan, projecting)
     session.reestimate_bn_(model)
     session.scores.add("trained", model, len(steps), train_loss=stats.loss)
