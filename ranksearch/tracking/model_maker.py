@@ -1,9 +1,9 @@
 """The helper process in which nets are made into MLflow models; `made_models.py` starts it.
 
-Its order comes by stdin, and a line of JSON per net leaves by stdout. It imports torch and MLflow once, then forks a process per net, since
-the imports and what torch.export does the first time take longer than a small net. It sees no GPU and touches no store. Its stdin stays
-open for as long as its driver wants it: when that ends, in whatever way, it ends with all that it has started. The pickles that it reads
-come from its driver alone, by that pipe.
+Its order comes by stdin, and a line of JSON per net leaves by stdout. It imports torch and MLflow once, then forks the processes that make
+models: the imports and what torch.export does the first time take longer than a small net. It sees no GPU and touches no store. Its stdin
+stays open for as long as its driver wants it: when that ends, in whatever way, it ends with all that it has started. The pickles that it
+reads come from its driver alone, by that pipe.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pickle
 import select
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import threading
@@ -28,6 +29,8 @@ BEGIN = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from ranksearch.tracking.model_maker import main; main()"
 )
 """What Python runs; its argument is the driver's `sys.path`."""
+NUMBER = struct.Struct("<I")
+"""A job's number in the queue."""
 ALLOCATOR = "jemalloc_bg_thd"
 """The thread of pyarrow's allocator, which takes care of forks itself."""
 
@@ -105,40 +108,39 @@ def _may_fork() -> bool:
 
 
 def _side_by_side(order: Order, answers: int) -> None:
-    """Makes `order.at_once` models at a time, each in a process of its own."""
-    waiting, running = list(order.jobs), dict[int, tuple[Job, int]]()
-    while waiting or running:
-        while waiting and len(running) < order.at_once:
-            job = waiting.pop(0)
-            pipe, pid = _begun(job, order.task)
-            running[pipe] = job, pid
-        for pipe in _readable(order, running):
-            job, pid = running.pop(pipe)
-            with os.fdopen(pipe, "rb") as said:
-                outcome = json.loads(said.read() or b"{}")
-            os.waitpid(pid, 0)
-            _answer(answers, job, outcome)
+    """Makes the models in `order.at_once` processes, each of which takes the next net as soon as it is done with one; ends everything
+    if the driver is gone.
+    """
+    queue, fill = os.pipe()
+    os.write(fill, b"".join(NUMBER.pack(i) for i in range(len(order.jobs))))
+    os.close(fill)
+    said = {_begun(order, queue): b"" for _ in range(order.at_once)}  # what each process has said of a line
+    while said:
+        ready, _, _ = select.select([0, *said], [], [])
+        if 0 in ready:
+            _end(order)
+        for pipe in ready:
+            if not (heard := os.read(pipe, 2**16)):
+                os.close(pipe)
+                del said[pipe]
+                os.wait()
+                continue
+            lines, end, said[pipe] = (said[pipe] + heard).rpartition(b"\n")
+            os.write(answers, lines + end)
 
 
-def _readable(order: Order, running: dict[int, tuple[Job, int]]) -> list[int]:
-    """Waits until a process has said how it ended, and returns where that is read; ends everything if the driver is gone."""
-    ready, _, _ = select.select([0, *running], [], [])
-    if 0 in ready:
-        _end(order)
-    return ready
-
-
-def _begun(job: Job, task: str) -> tuple[int, int]:
-    """Starts a process that makes a model; returns where its outcome is read, and the process's ID."""
+def _begun(order: Order, queue: int) -> int:
+    """Starts a process that makes models for as long as there are numbers in `queue`; returns where its answers are read."""
     pipe, says = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+    if os.fork() == 0:
         try:
-            os.write(says, json.dumps(_attempted(job, task)).encode())
+            while number := os.read(queue, NUMBER.size):
+                job = order.jobs[NUMBER.unpack(number)[0]]
+                _answer(says, job, _attempted(job, order.task))
         finally:
             os._exit(0)
     os.close(says)
-    return pipe, pid
+    return pipe
 
 
 def _attempted(job: Job, task: str) -> dict[str, Any]:
