@@ -47,7 +47,7 @@ def ended(tmp_path_factory):
     runs, told = tmp_path_factory.mktemp("runs"), Told()
     space = Path(__file__).parent.parent / "search_spaces" / "digits_resnet8.yaml"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(made_models, "usable_cores", lambda: 2)
+        patched.setattr(made_models, "usable_cores", lambda: 4)
         return search(space, trials=3, settings=SETTINGS, runs=runs, inline=True, observer=told), told
 
 
@@ -196,7 +196,7 @@ def test_an_interruption_while_the_test_set_is_scored_ends_the_processes(ended, 
     for name in ("test.json", "mlflow.json"):
         (folder / name).unlink()
     begun, begin = [], background.begin
-    monkeypatch.setattr(made_models, "usable_cores", lambda: 2)
+    monkeypatch.setattr(made_models, "usable_cores", lambda: 4)
     monkeypatch.setattr(background, "begin", lambda *args: begun.append(begin(*args)) or begun[-1])
 
     def interrupted(*args):
@@ -229,8 +229,8 @@ def test_only_nets_without_a_model_are_made_into_one_again(ended, monkeypatch):
     assert len(models) == len(study.front)
 
 
-def test_on_one_core_the_driver_makes_the_models(ended, monkeypatch):
-    monkeypatch.setattr(made_models, "usable_cores", lambda: 1)
+def test_on_few_cores_the_driver_makes_the_models(ended, monkeypatch):
+    monkeypatch.setattr(made_models, "usable_cores", lambda: 3)
     study = ended[0]
     assert made_models.begin(study.space, study.folder, [0], 1000, print) is None
     monkeypatch.setattr(made_models, "usable_cores", lambda: 8)

@@ -20,7 +20,7 @@ from ranksearch.trial.attempt import attempt
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.recipe import Recipe
 from ranksearch.trial.result import Status
-from ranksearch.words import COST_RATIOS, Log, Note
+from ranksearch.words import COST_RATIOS, Log, Note, unnoted
 
 FOLDER = "repeats"
 SEEDS_APART = 1_000_003
@@ -40,7 +40,7 @@ def that_matter(front: Sequence[Row], cost: str) -> list[Row]:
 
 
 def repeat_front(
-    study: Study, bench: Workbench, score: Callable[[nn.Module], float] | None, log: Log, note: Note
+    study: Study, bench: Workbench, score: Callable[[nn.Module], float] | None, log: Log, note: Note = unnoted
 ) -> None:
     """Trains the nets that matter as often as `search.repeats` says; what was done before is not done again.
 

@@ -29,6 +29,10 @@ from ranksearch.store.where import trial_folder
 from ranksearch.tasks import TaskKind
 from ranksearch.tracking.model_maker import BEGIN, Job, Order
 
+FEWEST_CORES = 4
+"""On fewer, the driver makes the models itself: the helper's imports and first exports cost more than two cores save (digits, seven nets,
+two cores of which one was free: 38 s from the last latency on, against 33 s).
+"""
 MEMORY, COPIES = 4 * 2**30, 8
 """How much memory the nets may take that are made at once, and how often a net's weights are held meanwhile."""
 
@@ -138,7 +142,7 @@ def begin(
         told: is called, in another thread, with the number of nets that are done.
     """
     cores = usable_cores()
-    if not trials or cores < 2:
+    if not trials or cores < FEWEST_CORES:
         return None
     at_once = max(1, min(len(trials), cores, MEMORY // (COPIES * max(1, size_bytes))))
     try:
