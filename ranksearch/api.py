@@ -15,7 +15,7 @@ from ranksearch.cluster.address import check_address
 from ranksearch.compress import RankPlan
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.places.files import write_atomically
-from ranksearch.run_study import Observer, Silent, dense_accuracy, preflight, run_study, tell_of_lost_nets
+from ranksearch.run_study import HowFar, Observer, Silent, dense_accuracy, preflight, run_study, tell_of_lost_nets
 from ranksearch.search.opening import WARM
 from ranksearch.search.preview import (
     DEFAULT_ALLOCATORS,
@@ -192,8 +192,12 @@ def sync(
         Study.mend(folder)
         study = Study.open(folder, trust=trust)
         confirm_addresses(study.space, folder, (MLFLOW, ARTIFACTS), trust=trust)
-        mirror = BackgroundMirror(study, folder.parent, observer.log)
-        mirror.finish(complete=study.done)
+        note = HowFar(observer.status)
+        mirror = BackgroundMirror(study, folder.parent, observer.log, note)
+        try:
+            mirror.finish(complete=study.done)
+        finally:
+            note.end()
     if mirror.failed:
         raise StudyError(f"MLflow is not up to date: {mirror.failed}.")
     tell_of_lost_nets(study, observer)

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -137,12 +138,18 @@ class _TwoLines(Progress):
         yield Text(f"  {self.second()}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
+STATUS_SECONDS = 10.0
+"""Where there is no terminal, the first pause between two lines of a study's end; each is twice as long as the one before."""
+
+
 class Terminal:
     """Shows a study on stderr: two live lines where that is a terminal, else one plain line per finished trial."""
 
     def __init__(self) -> None:
         self.console = Console(file=cast(IO[str], Shown(sys.stderr)), highlight=False)
         self.progress: _TwoLines | None = None
+        self._status: Status | None = None
+        self._status_at, self._pause = time.monotonic(), STATUS_SECONDS
         self._task: Any = None
         self._started: float | None = None
         self._done_before = 0
@@ -203,6 +210,27 @@ class Terminal:
         else:
             counted = f"[{study.finished}/{study.planned}] {line} · {self._state(study)}"
             self.console.print(Text(counted, style="red" if bad else ""), soft_wrap=True)
+
+    def status(self, line: str) -> None:
+        """One live line on a terminal; elsewhere a plain one now and then, after longer and longer pauses."""
+        if not self.console.is_terminal:
+            self._log_status(line)
+        elif self._status is not None and not line:
+            self._status.stop()
+            self._status = None
+        elif self._status is not None:
+            self._status.update(Text(line))
+        elif line:
+            self._status = self.console.status(Text(line))
+            self._status.start()
+
+    def _log_status(self, line: str) -> None:
+        now = time.monotonic()
+        if not line:
+            self._pause = STATUS_SECONDS
+        elif now > self._status_at + self._pause:
+            self.log(line)
+            self._status_at, self._pause = now, 2 * self._pause
 
     def stop(self) -> None:
         if self.progress is not None:

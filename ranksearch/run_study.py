@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import count
 from math import isfinite, nan
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from torch import nn
@@ -20,6 +23,7 @@ from ranksearch.places.place import check_place
 from ranksearch.places.urls import check_apart, database_url
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
+from ranksearch.store.late import DENSE
 from ranksearch.study.driver import run_inline
 from ranksearch.study.latency import time_front
 from ranksearch.study.repeats import repeat_front
@@ -33,9 +37,12 @@ from ranksearch.tracking.view import View
 from ranksearch.training.device import pick_device
 from ranksearch.training.evaluate import evaluate
 from ranksearch.trial.result import Status
+from ranksearch.words import Note
 
 LARGEST = 1e100
 """A metric beyond it cannot be drawn, and its squares are infinite."""
+Score = Callable[[nn.Module], float]
+"""The metric of a net on a split."""
 
 
 class Observer(Protocol):
@@ -46,6 +53,9 @@ class Observer(Protocol):
     def start(self, study: Study) -> None: ...
 
     def row(self, study: Study, row: Row) -> None: ...
+
+    def status(self, line: str) -> None:
+        """How far the end of a study is, said anew, and from several threads, whenever it gets further; empty once it is over."""
 
     def stop(self) -> None: ...
 
@@ -59,7 +69,27 @@ class Silent:
 
     def row(self, study: Study, row: Row) -> None: ...
 
+    def status(self, line: str) -> None: ...
+
     def stop(self) -> None: ...
+
+
+class HowFar:
+    """The parts of a study's end that go on side by side, in one line."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show, self._parts, self._one, self._over = show, dict[str, str](), Lock(), False
+
+    def __call__(self, part: str, how_far: str) -> None:
+        with self._one:
+            if not self._over:
+                self._parts[part] = how_far
+                self._show(" · ".join(f"{part}: {text}" for part, text in self._parts.items()))
+
+    def end(self) -> None:
+        with self._one:
+            self._over = True
+            self._show("")
 
 
 def preflight(space: Space, runs: Path, observer: Observer, *, address: str | None, inline: bool) -> None:
@@ -78,16 +108,24 @@ def preflight(space: Space, runs: Path, observer: Observer, *, address: str | No
     doctor.preflight(space, runs, observer.log)
 
 
-def _accuracy(model: nn.Module, split: Source, task: Task) -> float:
-    """The metric of `model` on `split`, on the GPU where there is one."""
-    device = pick_device()
-    return evaluate(model.to(device), split.to(device), task).accuracy
+class OnDevice:
+    """The metric of nets on one split, on the GPU where there is one; the split is brought there once, with the first net."""
+
+    def __init__(self, split: Source, task: Task) -> None:
+        self._split, self._task = split, task
+        self._there: Source | None = None
+
+    def __call__(self, model: nn.Module) -> float:
+        device = pick_device()
+        if self._there is None:
+            self._there = self._split.to(device)
+        return evaluate(model.to(device), self._there, self._task).accuracy
 
 
 @told_of_user_code()
 def dense_accuracy(model: nn.Module, task: Task) -> float:
     """The validation metric of the dense net; UsageError where it is not finite, so that nothing can be compared with it."""
-    found = _accuracy(model, task.val, task)
+    found = OnDevice(task.val, task)(model)
     if not isfinite(found) or abs(found) > LARGEST:
         raise UsageError(
             f"The metric {task.metric_name!r} of the dense net on the validation set is {found}; it must be finite, at most {LARGEST:g}."
@@ -100,13 +138,12 @@ def _net_of(study: Study, row: Row) -> nn.Module:
     return load_net(study.trial_folder(row["trial"]), study.space.build)
 
 
-def _told_accuracy(study: Study, bench: Workbench, row: Row | None, observer: Observer) -> float | None:
+def _told_accuracy(study: Study, bench: Workbench, score: Score, row: Row | None, observer: Observer) -> float | None:
     """The metric on the test set of a trial's net, or of the dense net where `row` is None.
 
     Where the user's metric fails on the test set it is NaN, since the trials are done and the front is to be written; where the trial's net
     is lost or damaged it is None. The observer is told why.
     """
-    assert bench.task.test is not None
     model = None
     if row is not None:
         try:
@@ -116,12 +153,26 @@ def _told_accuracy(study: Study, bench: Workbench, row: Row | None, observer: Ob
             return None
     try:
         with told_of_user_code():
-            model = bench.dense_model() if model is None else model
-            found = _accuracy(model, bench.task.test, bench.task)
+            found = score(bench.dense_model() if model is None else model)
     except UsageError as error:
         observer.log(f"test: {error}")
         return nan
     return found if abs(found) <= LARGEST else nan
+
+
+def _score_test(study: Study, bench: Workbench, score: Score, observer: Observer, note: Note) -> None:
+    """Scores the dense net and the front on the test set, those that were not scored before."""
+    known = study.test_accuracies()
+    keys = [DENSE, *(str(row.trial) for row in study.front)]
+    nets, scored = sum(key not in known for key in keys), count()
+
+    def told(row: Row | None) -> float | None:
+        note("test set", f"{next(scored)} of {nets} nets")
+        return _told_accuracy(study, bench, score, row, observer)
+
+    study.score_test(told, observer.log)
+    if nets:
+        note("test set", f"{nets} of {nets} nets")
 
 
 def tell_of_lost_nets(study: Study, observer: Observer) -> None:
@@ -148,7 +199,8 @@ def run_study(
 ) -> Study:
     """Trials, then the test set for the front alone, then the mirror's front; an interruption closes the mirror too."""
     study.note_samples(bench.task)
-    mirror = BackgroundMirror(study, runs, observer.log)
+    note = HowFar(observer.status)
+    mirror = BackgroundMirror(study, runs, observer.log, note)
 
     def on_row(row: Row) -> None:
         observer.row(study, row)
@@ -175,16 +227,21 @@ def run_study(
             time_front(
                 study, bench.dense_model(), lambda row: _net_of(study, row), bench.task.example_input, observer.log
             )
-        if bench.task.test is not None:
-            study.score_test(lambda row: _told_accuracy(study, bench, row, observer), observer.log)
-        test = bench.task.test
-        repeat_front(study, bench, None if test is None else lambda net: _accuracy(net, test, bench.task), observer.log)
+        mirror.begin_models()  # only now: they keep the cores busy, and would be in the latencies
+        score = None if bench.task.test is None else OnDevice(bench.task.test, bench.task)
+        if score is not None:
+            _score_test(study, bench, score, observer, note)
+        repeat_front(study, bench, score, observer.log, note)
         tell_of_lost_nets(study, observer)
         study.conclude()
         _write_pages(study, observer)
     except BaseException:
         observer.stop()
+        note.end()
         mirror.finish(complete=False)
         raise
-    mirror.finish(complete=True)
+    try:
+        mirror.finish(complete=True)
+    finally:
+        note.end()
     return study

@@ -9,6 +9,14 @@ from ranksearch.costs import COSTS
 
 Log = Callable[[str], None]
 """A function that is told how something goes, one sentence at a time."""
+Note = Callable[[str, str], None]
+"""A function that is told how far a part of the work is, such as ("test set", "3 of 7 nets")."""
+
+
+def unnoted(part: str, how_far: str) -> None:
+    """A `Note` that nobody reads."""
+
+
 COST_RATIOS = {name: kind.ratio for name, kind in COSTS.items()}
 """Cost -> the key under which a record holds it as a ratio of the dense net's."""
 COST_NAMES = {name: kind.label for name, kind in COSTS.items()}

@@ -11,7 +11,7 @@ from ranksearch import lowering
 
 PACKAGE = Path(lowering.__file__).parent.parent
 ROWS = [
-    ("errors", "_callable", "costs"),
+    ("errors", "_callable", "costs", "cores"),
     ("places", "words"),
     ("linalg", "maxvol", "pareto"),
     ("subspaces",),

@@ -363,7 +363,7 @@ class Store:
     def show(self, view, importances, *, complete):
         Store.calls.append("show")
 
-    def finish(self, view, importances, log, *, complete):
+    def finish(self, view, importances, log, note, *, complete, made):
         Store.calls.append("finish")
 
 
@@ -374,7 +374,7 @@ def store(monkeypatch, tmp_path, digits_yaml):
 
     class Study:
         folder, info, front, trials, rows = tmp_path, {}, [], [], []
-        space = read_space(digits_yaml)
+        space = read_space(digits_yaml, settings=["tracking.models=false"])
 
         @property
         def on_front(self):

@@ -159,6 +159,17 @@ def test_training_begins_at_the_fitted_weights_which_have_their_ranks(bench, mon
     torch.testing.assert_close(seen["none"][f"{name}.weight"], dense[f"{name}.weight"], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("fit", "starts"), [("sequential", 2), ("none", 4)])
+def test_terms_of_cp_are_found_once_and_gone_on_from(bench, monkeypatch, fit, starts):
+    """By the fit; without one, by the net without training and again by the first projection."""
+    names, begun, found = [name for name, _ in bench[3].lowered()][:2], [], cp_als.started
+    monkeypatch.setattr(cp_als, "started", lambda *args: begun.append(1) or found(*args))
+    plan = RankPlan({name: LayerPlan("cp", 6) for name in names}, model="digits/resnet8")
+    result, _ = run((*bench[:3], plan), steps=12, factor_share=0.5, calibration=fit, projection={"period": 2})
+    assert result.status == Status.COMPLETE
+    assert len(begun) == starts
+
+
 def test_small_batches_are_fitted_on_as_one_and_ragged_ones_each_by_itself(bench, monkeypatch):
     task, _, net, plan = bench
     drawn, stream = [], type(task.train).stream

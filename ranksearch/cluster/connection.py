@@ -13,10 +13,10 @@ from typing import Any
 
 import ray
 
-from ranksearch.cluster.cores import usable_cores
 from ranksearch.cluster.nodes import room_at_most, room_now, usable_nodes
 from ranksearch.cluster.packing import Needs
 from ranksearch.cluster.ray_private import own_node
+from ranksearch.cores import usable_cores
 from ranksearch.errors import StudyError, UsageError, first_line
 from ranksearch.space.resources import ResourcesSpace
 from ranksearch.space.search import AUTO

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import ranksearch
 from ranksearch.cluster import mps
-from ranksearch.cluster.cores import affinity_cores, quota_cores
+from ranksearch.cores import affinity_cores, quota_cores
 from ranksearch.places.place import Place, Remote, place_at
 
 PACKAGES = ("torch", "ray", "optuna", "numpy")

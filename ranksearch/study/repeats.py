@@ -20,7 +20,7 @@ from ranksearch.trial.attempt import attempt
 from ranksearch.trial.candidate import Candidate
 from ranksearch.trial.recipe import Recipe
 from ranksearch.trial.result import Status
-from ranksearch.words import COST_RATIOS, Log
+from ranksearch.words import COST_RATIOS, Log, Note, unnoted
 
 FOLDER = "repeats"
 SEEDS_APART = 1_000_003
@@ -39,17 +39,21 @@ def that_matter(front: Sequence[Row], cost: str) -> list[Row]:
     return list(chosen.values())
 
 
-def repeat_front(study: Study, bench: Workbench, score: Callable[[nn.Module], float] | None, log: Log) -> None:
+def repeat_front(
+    study: Study, bench: Workbench, score: Callable[[nn.Module], float] | None, log: Log, note: Note = unnoted
+) -> None:
     """Trains the nets that matter as often as `search.repeats` says; what was done before is not done again.
 
     Args:
         score: returns the metric of a net on the test set; None without a test set.
+        note: is told which repeat is trained.
     """
     wanted = study.space.search.repeats
     if not wanted:
         return
     for row in that_matter(study.front, study.cost):
         for number in range(len(study.repeats(row.trial)), wanted):
+            note("again with other seeds", f"trial {row.trial}, {number + 1} of {wanted}")
             found = _again(study, bench, row, number, score)
             study.note_repeat(row.trial, found)
             text = " and ".join(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ranksearch.tracking.chart import Plot
 from ranksearch.tracking.draw_png import save_png, save_thumbnail
 from ranksearch.tracking.figures import study_charts
 from ranksearch.tracking.front_nets import FIGURES, log_front_nets
+from ranksearch.tracking.made_models import MadeModels
 from ranksearch.tracking.note import THUMBNAIL, experiment_note, front_csv, front_table, headline, note, trial_note
 from ranksearch.tracking.report import write_report
 from ranksearch.tracking.runs import (
@@ -60,6 +61,7 @@ from ranksearch.tracking.store import (
 )
 from ranksearch.tracking.view import View, shown_costs
 from ranksearch.trial.recipe import searched_settings
+from ranksearch.words import Log, Note, unnoted
 
 quiet_mlflow()
 from mlflow import MlflowClient, MlflowException  # noqa: E402  (its settings are read at import)
@@ -291,8 +293,18 @@ class Mirror:
             },
         )  # fmt: skip
 
-    def finish(self, view: View, importances: Mapping[str, Any], log: Callable[[str], None], *, complete: bool) -> None:
-        """Logs what was missed, test accuracies and the front; if the study is complete, also the report and the front's nets."""
+    @property
+    def models(self) -> set[int]:
+        """Trials whose nets are models in the store."""
+        return set(self._models)
+
+    def finish(
+        self, view: View, importances: Mapping[str, Any], log: Log, note: Note = unnoted, *, complete: bool,
+        made: MadeModels | None = None,
+    ) -> None:  # fmt: skip
+        """Logs what was missed, test accuracies and the front; if the study is complete, also the report and the front's nets, those
+        among them that were `made` into models already.
+        """
         for row in view.trials:
             if row["trial"] not in self._logged:
                 self._log_row(row, on_front=row["trial"] in view.on_front)
@@ -312,7 +324,7 @@ class Mirror:
             if not page.is_file() or page.stat().st_mtime < front.stat().st_mtime:  # else it was written just now
                 write_report(view, importances, self._folder)
             self.client.log_artifact(self.parent_id, str(page))
-            log_front_nets(self.client, self.experiment_id, self._runs, self._models, view, log)
+            complete = log_front_nets(self.client, self.experiment_id, self._runs, self._models, view, log, note, made)
         ended = "FAILED" if view.trials and not view.complete else "FINISHED" if complete else "KILLED"
         self.client.set_terminated(self.parent_id, ended, end_time=self._ended_at)
 

@@ -1,27 +1,28 @@
 """The nets of a front as MLflow models: exported programs that load without our code and without a pickle.
 
 Beside the program, each holds `plan.json` and `model.safetensors`, from which `ranksearch.load` rebuilds a net that can be trained further.
+Making one (`save_model`) takes seconds and needs no store, so that any process can do it (`model_maker.py`); the store is the driver's.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ranksearch.data.resident import Normalise
 from ranksearch.deploy.exported import max_rel_error
 from ranksearch.deploy.formats import quiet, told, traced
 from ranksearch.model.axes import free_axes
 from ranksearch.model.inputs import call, repeated
 from ranksearch.model.plain import is_plain, named_inputs, plain, plain_outputs
 from ranksearch.places.net_files import PLAN, WEIGHTS
-from ranksearch.tasks import TaskKind
 from ranksearch.tracking.store import quiet_mlflow
 
 quiet_mlflow()
@@ -29,6 +30,7 @@ import mlflow.pytorch  # noqa: E402  (its settings are read at import)
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import LoggedModelOutput, Metric  # noqa: E402
 from mlflow.models import Model, ModelSignature  # noqa: E402
+from mlflow.models.model import MLMODEL_FILE_NAME  # noqa: E402
 from mlflow.types import Schema, TensorSpec  # noqa: E402
 
 CHAMPION = "champion"
@@ -38,18 +40,21 @@ BATCH = 2
 """Samples of the input example; with two or more, the exported batch can have any size."""
 
 
-def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model: Model) -> None:
+def save_model(net: nn.Module, folder: Path, target: Path, example: Any, normalise: Normalise | None) -> None:
     """Writes a trial's net, from its `folder`, as an MLflow model to `target`, loads it again and compares it with the net.
+
+    The model belongs to no store yet: `log_model` gives it its IDs.
 
     Args:
         net: in evaluation mode, on the CPU.
-        kind: says what the net takes: the shape of one example, and how it is made from an image.
+        example: a batch of one input, as the net takes it.
+        normalise: how an input is made from an image, where that is known.
 
     Raises:
         StudyError: the net cannot be exported, or what is loaded again computes something else.
     """
     made_by = {"input": "(image / scale - mean) / std, per channel"}
-    example = repeated(kind.example_input, BATCH, torch.Generator().manual_seed(0))
+    one, example = example, repeated(example, BATCH, torch.Generator().manual_seed(0))
     with told(f"The net in {folder} cannot be stored as an MLflow model"), torch.inference_mode():
         free = set(free_axes(traced(net, example), example))
         alone = is_plain(net, example)
@@ -64,14 +69,14 @@ def save_model(net: nn.Module, folder: Path, target: Path, kind: TaskKind, model
     version = torch.__version__.partition("+")[0]
     with told(f"The net in {folder} cannot be exported"), quiet("mlflow"):
         mlflow.pytorch.save_model(
-            stored, target, mlflow_model=model, signature=signature, serialization_format="pt2",
+            stored, target, mlflow_model=Model(), signature=signature, serialization_format="pt2",
             input_example=example.numpy() if alone else [x.numpy() for x in named.values()],
             pip_requirements=[f"mlflow=={mlflow.__version__}", f"torch=={version}", f"numpy=={np.__version__}"],
             extra_files=[str(folder / PLAN), str(folder / WEIGHTS)],
-            metadata=made_by | asdict(kind.normalise) if kind.normalise is not None else {"input": "as the task's own data have it"},
+            metadata=made_by | asdict(normalise) if normalise is not None else {"input": "as the task's own data have it"},
         )  # fmt: skip
         again = mlflow.pytorch.load_model(str(target))
-    more = repeated(kind.example_input, BATCH + 1, torch.Generator().manual_seed(1))
+    more = repeated(one, BATCH + 1, torch.Generator().manual_seed(1))
     opened = again if alone else lambda batch: again(*named_inputs(batch).values())
     max_rel_error(opened, net, [example, more], tolerance=TOLERANCE)
 
@@ -83,34 +88,31 @@ def _spec(tensor: torch.Tensor, name: str | None, free: set[tuple[str, int]], ax
 
 
 def log_model(
-    client: MlflowClient, experiment_id: str, run_id: str, name: str, net: nn.Module, folder: Path, kind: TaskKind,
+    client: MlflowClient, experiment_id: str, run_id: str, name: str, made: Path,
     *, tags: Mapping[str, str], params: Mapping[str, str], metrics: Mapping[str, float], at_ms: int,
 ) -> str:  # fmt: skip
-    """Logs a trial's net as a model that is linked to the trial's run and its metrics; returns the model's id.
+    """Logs the model that `save_model` wrote to `made`, linked to its trial's run and metrics; returns its ID.
 
-    Raises:
-        StudyError: as `save_model`; nothing is then left in the store.
+    Where the store refuses, no half of a model is left in it.
     """
-    made = client.create_logged_model(
+    entry = client.create_logged_model(
         experiment_id, name=name, source_run_id=run_id, tags=dict(tags), params=dict(params), model_type="pt2"
     )
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            target = Path(scratch) / "model"
-            model = Model(
-                artifact_path=made.artifact_location, model_uuid=made.model_id, run_id=run_id, model_id=made.model_id
-            )
-            save_model(net, folder, target, kind, model)
-            client.log_model_artifacts(made.model_id, str(target))
+        model = Model.load(made)
+        model.artifact_path, model.run_id = entry.artifact_location, run_id
+        model.model_id = model.model_uuid = entry.model_id
+        model.save(made / MLMODEL_FILE_NAME)
+        client.log_model_artifacts(entry.model_id, str(made))
     except BaseException:
-        client.delete_logged_model(made.model_id)
+        client.delete_logged_model(entry.model_id)
         raise
-    client.finalize_logged_model(made.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step=0)])
+    client.finalize_logged_model(entry.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(entry.model_id, step=0)])
     client.log_batch(
-        run_id, metrics=[Metric(k, v, at_ms, 0, model_id=made.model_id, run_id=run_id) for k, v in metrics.items()]
+        run_id, metrics=[Metric(k, v, at_ms, 0, model_id=entry.model_id, run_id=run_id) for k, v in metrics.items()]
     )
-    return made.model_id
+    return entry.model_id
 
 
 def register(client: MlflowClient, name: str, model_id: str, run_id: str, *, description: str) -> str:
