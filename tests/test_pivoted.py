@@ -1,5 +1,7 @@
 """Pivoted forms: the plain form's function from fewer numbers, in 16 bits, on the worst of weights, while trained, shared and stored."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ranksearch
 from ranksearch.allocate import LayerRules, rank_curves
 from ranksearch.compress import LayerPlan, RankPlan, restructure_, trace
-from ranksearch.lowering import LOWERINGS, LayerSpec, default_lowerings, expand_families
+from ranksearch.lowering import LOWERINGS, LayerSpec, default_lowerings, expand_families, pivoted_layers
 from ranksearch.lowering.pivoted_layers import PivotedInput, PivotedOutput, is_merging, merged_pivots, stored_pivots
 from ranksearch.maxvol import BOUND
 from ranksearch.space.reading import parse_space
@@ -177,6 +179,33 @@ def test_merged_kernels_are_for_training_and_scoring_alone(bench):
     evaluate(model, bench.task.val, bench.task)
     assert set(seen) == {True}
     assert not is_merging()
+
+
+def test_kernels_that_are_kept_are_made_once_for_as_long_as_weights_do_not_change(monkeypatch):
+    chain = ranksearch.compress(layer_of(CONV), plans("tucker2_pivoted", CONV, 0.5)[0])
+    other, x, made = copy.deepcopy(chain), sample(CONV), []
+    for name in ("merged_input", "merged_output"):
+        make = getattr(pivoted_layers, name)
+        monkeypatch.setattr(pivoted_layers, name, lambda *args, make=make: made.append(1) or make(*args))
+    with torch.no_grad():
+        wanted = chain(x)
+        with merged_pivots(kept=True):
+            found = [chain(x), chain(x), other(x)]
+            with merged_pivots():  # as in training
+                chain(x)
+            with ThreadPoolExecutor() as pool:  # what another thread does with its nets is not known here
+                pool.submit(chain, x).result()
+        for net in (chain, other):
+            for parameter in net.parameters():
+                parameter.data.mul_(2)
+        with merged_pivots(kept=True):
+            changed = chain(x)
+        ends = sum(isinstance(module, PivotedInput | PivotedOutput) for module in chain.modules())
+        assert ends > 0
+        assert len(made) == 5 * ends
+        for each in found:
+            torch.testing.assert_close(each, wanted)
+        torch.testing.assert_close(changed, chain(x))
 
 
 def test_tied_weights_attention_and_files(tmp_path):

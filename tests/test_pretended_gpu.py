@@ -17,8 +17,8 @@ from ranksearch.run_study import Silent
 from ranksearch.tasks.resnet import CifarResNet
 from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.trial import run_trial
+from scripts.pretended_gpu import PretendedGpu
 from tests import test_gpu
-from tests.pretend_gpu import PretendGpu
 from tests.test_gpu import (  # noqa: F401
     test_a_net_that_waits_for_the_gpu_falls_back_and_says_where,
     test_a_recorded_projection_is_the_exact_one,
@@ -34,7 +34,7 @@ CUDA, small = test_gpu.CUDA, test_gpu.small
 
 @pytest.fixture(autouse=True, scope="module")
 def gpu():
-    with PretendGpu() as gpu:
+    with PretendedGpu() as gpu:
         yield gpu
 
 

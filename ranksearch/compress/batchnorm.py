@@ -20,7 +20,7 @@ from ranksearch.model.undisturbed import own, undisturbed
 
 
 @torch.no_grad()
-@merged_pivots()
+@merged_pivots(kept=True)
 def reestimate_bn_(model: nn.Module, batches: Iterable[Any]) -> int:
     """Averages the statistics of every BN layer anew over `batches` of inputs as the model takes them; returns the number used.
 

@@ -5,11 +5,11 @@ Within `merged_pivots` they compute the same by the kernel that the identity and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from math import prod
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,8 @@ from ranksearch.lowering.spec import LayerSpec
 _open = {"merged": 0, "stored": 0}
 """How many `merged_pivots` and `stored_pivots` are open in this process: plain numbers, which torch.compile can guard."""
 _counting = Lock()
+_kept = local()
+"""`kernels`: layer -> its merged kernel, for as long as weights do not change; None while they may."""
 
 
 @contextmanager
@@ -35,15 +37,23 @@ def _opened(which: str) -> Iterator[None]:
 
 
 @contextmanager
-def merged_pivots() -> Iterator[None]:
+def merged_pivots(*, kept: bool = False) -> Iterator[None]:
     """Lets pivoted layers compute with merged kernels: the same function to rounding, and its gradients, for more MACs in less time.
 
     For training and scoring, where no map is gathered or put together then (ResNet-20's default plan at half of the FLOPs, batch 128, one
     core of an Intel Xeon: a pass takes .20 s instead of .47, a step on the factors .76 s instead of 1.42). What is timed, counted or
     exported runs as it is stored.
+
+    Args:
+        kept: no weight changes within, and no gradient is asked for: this thread makes each layer's kernel once.
     """
-    with _opened("merged"):
-        yield
+    before = getattr(_kept, "kernels", None)
+    _kept.kernels = {} if kept else None
+    try:
+        with _opened("merged"):
+            yield
+    finally:
+        _kept.kernels = before
 
 
 @contextmanager
@@ -55,6 +65,16 @@ def stored_pivots() -> Iterator[None]:
 
 def is_merging() -> bool:
     return _open["merged"] > 0 and _open["stored"] == 0
+
+
+def _once(layer: nn.Module, make: Callable[[], Tensor]) -> Tensor:
+    """The layer's merged kernel, made anew where weights may have changed."""
+    kernels: dict[nn.Module, Tensor] | None = getattr(_kept, "kernels", None)
+    if kernels is None:
+        return make()
+    if layer not in kernels:
+        kernels[layer] = make()
+    return kernels[layer]
 
 
 def rows_at(matrix: Tensor, index: Tensor) -> Tensor:
@@ -190,7 +210,8 @@ class PivotedInput(_Others):
 
     @torch.jit.unused
     def merged(self, x: Tensor) -> Tensor:
-        weight = merged_input(self.weight, self.order, self.plain, self.hidden // self.groups)
+        hidden = self.hidden // self.groups
+        weight = _once(self, lambda: merged_input(self.weight, self.order, self.plain, hidden))
         if self.taps is None:
             return self.pointwise(x, weight, self.groups)
         return self.taps.conv_with(x, weight)
@@ -266,6 +287,6 @@ class PivotedOutput(_Others):
     @torch.jit.unused
     def merged(self, h: Tensor) -> Tensor:
         groups = self.groups // self.tiles
-        weight = merged_output(self.weight, self.order, groups, self.tiles, self.hidden, self.axes)
+        weight = _once(self, lambda: merged_output(self.weight, self.order, groups, self.tiles, self.hidden, self.axes))
         y = self.pointwise(h, weight, groups)
         return y if self.bias is None else y + self.bias.reshape(self.along)

@@ -32,7 +32,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-@merged_pivots()
+@merged_pivots(kept=True)
 def evaluate(model: nn.Module, source: Source, task: Task) -> Evaluation:
     """Scores `model` on `source` in fp32, whatever it was trained in: a reported figure does not depend on the hardware's bf16.
 

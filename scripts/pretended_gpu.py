@@ -1,6 +1,6 @@
 """A GPU that is pretended on a CPU: what would fail, wait or be missed on a card does so here, numbers included.
 
-    with PretendGpu() as gpu:          torch.cuda is available, tensors can be `.to("cuda")`
+    with PretendedGpu() as gpu:          torch.cuda is available, tensors can be `.to("cuda")`
         ...                            gpu.launches, gpu.waits: what was launched so far, and where the host waited
 
 Every tensor is an ordinary one of the CPU; those whose storage is marked say that they are on `cuda:0`. What is watched:
@@ -99,7 +99,7 @@ class Event:
 class Graph:
     """`torch.cuda.CUDAGraph`: operations that were launched while it was captured."""
 
-    def __init__(self, gpu: PretendGpu) -> None:
+    def __init__(self, gpu: PretendedGpu) -> None:
         self.gpu = gpu
         self.generators = [gpu.generator]
         self.launched: list[tuple[Any, Any, Any, list[int], list[Tensor]]] = []
@@ -152,7 +152,7 @@ class Graph:
                         old.copy_(found[place])
 
 
-class PretendGpu:
+class PretendedGpu:
     """The device, for the length of a block."""
 
     def __init__(self) -> None:
@@ -167,7 +167,7 @@ class PretendGpu:
         """Where the factory that is running makes its tensor."""
         self._functions, self._operations = Functions(self), Operations(self)
 
-    def __enter__(self) -> PretendGpu:
+    def __enter__(self) -> PretendedGpu:
         self._stack = ExitStack()
         for where, name, value in self._replacements():
             self._stack.enter_context(mock.patch.object(where, name, value, create=True))
@@ -209,7 +209,7 @@ class PretendGpu:
     # What is done on it ---------------------------------------------------------------------------------------------
 
     def wait(self, what: str) -> None:
-        """The host waits for the device."""
+        """The host waits for the device: for the first caller that is neither torch nor this file."""
         frame = sys._getframe(1)
         while frame.f_back is not None and (
             "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__
@@ -317,7 +317,7 @@ class PretendGpu:
 class Functions(TorchFunctionMode):
     """What Python asks of tensors: where they are, and to be made or brought elsewhere."""
 
-    def __init__(self, gpu: PretendGpu) -> None:
+    def __init__(self, gpu: PretendedGpu) -> None:
         super().__init__()
         self.gpu = gpu
 
@@ -399,7 +399,7 @@ class Functions(TorchFunctionMode):
 class Operations(TorchDispatchMode):
     """What is launched, backward passes included."""
 
-    def __init__(self, gpu: PretendGpu) -> None:
+    def __init__(self, gpu: PretendedGpu) -> None:
         super().__init__()
         self.gpu = gpu
 
@@ -465,7 +465,7 @@ class Operations(TorchDispatchMode):
 
 
 MOVES = ("to", "cpu", "cuda")
-GETTERS: dict[str, Callable[[PretendGpu, Tensor], Any]] = {
+GETTERS: dict[str, Callable[[PretendedGpu, Tensor], Any]] = {
     "device": lambda gpu, tensor: gpu.place_of(tensor),
     "is_cuda": lambda gpu, tensor: gpu.has(tensor),
     "is_cpu": lambda gpu, tensor: tensor.is_cpu and not gpu.has(tensor),
