@@ -19,17 +19,13 @@ from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.trial import run_trial
 from scripts.pretended_gpu import PretendedGpu
 from tests import test_gpu
-from tests.test_gpu import (  # noqa: F401
-    test_a_net_that_waits_for_the_gpu_falls_back_and_says_where,
-    test_a_recorded_projection_is_the_exact_one,
-    test_a_trial_that_was_stopped_goes_on_as_if_it_had_not,
-    test_a_trials_net_scores_on_a_cpu_as_it_did_there,
-    test_replayed_steps_train_as_steps_made_one_by_one,
-    test_sensitivities_are_measured_there,
-    test_untrained_scores_are_those_of_a_cpu,
-)
 
 CUDA, small = test_gpu.CUDA, test_gpu.small
+ELSEWHERE = {
+    "test_mps_runs_for_a_block_where_it_is_available": "it needs NVIDIA's daemon",
+    "test_a_study_of_this_process": "as the study below",
+}
+globals().update({n: it for n, it in vars(test_gpu).items() if n.startswith("test_") and n not in ELSEWHERE})
 
 
 @pytest.fixture(autouse=True, scope="module")
