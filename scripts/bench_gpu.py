@@ -18,11 +18,14 @@
                 only where `--parts` names it
 
 Each part's rows are printed as soon as it is done, and written to `--out`; a part that would begin after `--minutes` is left out and named.
-On a CPU (`--device cpu --quick`) the same statements run, steps "replayed" by calling them, so its figures say nothing about a GPU.
+On a CPU (`--device cpu --quick`) the same statements run, steps "replayed" by calling them, so its figures say nothing about a GPU. With
+`--device pretended --quick` they run as on a GPU, which is pretended (`pretended_gpu.py`): it shows errors, and whether what is replayed
+computes the same.
 
     python scripts/bench_gpu.py --json --minutes 8 --out gpu
     python scripts/bench_gpu.py --json --minutes 7 --parts sixty_four --out gpu
     python scripts/bench_gpu.py --device cpu --quick --json
+    python scripts/bench_gpu.py --device pretended --quick --json
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ if "cpu" in sys.argv[1:] and "--device" in sys.argv[1:]:
 import torch  # noqa: E402
 from bench_projection import half_break_even  # noqa: E402
 from bench_training import random_task  # noqa: E402
+from pretended_gpu import PretendedGpu  # noqa: E402
 from report import Report, arguments  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -387,16 +391,19 @@ DEFAULT = [name for name in PARTS if name != "sixty_four"]
 
 def main() -> None:
     parser = arguments(__doc__, minutes=8.0)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu"], help="default: %(default)s")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "pretended"], help="default: %(default)s")
     parser.add_argument("--parts", default=",".join(DEFAULT), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="a folder for rows and figures, written part by part")
     parser.add_argument("--child-seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child_seconds is not None:
-        child(options)
-        return
+    with PretendedGpu() if options.device == "pretended" else nullcontext():
+        measure(options) if options.child_seconds is None else child(options)
+
+
+def measure(options: argparse.Namespace) -> None:
     report, started = Report("bench_gpu", options), time.monotonic()
     notes = ["on a CPU: steps are 'replayed' by calling them"] if not torch.cuda.is_available() else []
+    notes += ["the GPU is pretended: no figure says how fast anything is"] if options.device == "pretended" else []
     bench, figures = Bench(options), dict[str, float]()
     notes.append(f"weights: {bench.weights}")
     for name in options.parts.split(","):
