@@ -14,11 +14,15 @@ from ranksearch.compress import LayerPlan, RankPlan
 from ranksearch.lowering import lowering_named
 from ranksearch.lowering.contract import sides
 from ranksearch.run_study import Silent
+from ranksearch.search.workbench import prepare
+from ranksearch.space.reading import read_space
 from ranksearch.tasks.resnet import CifarResNet
 from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.trial import run_trial
 from scripts.pretended_gpu import PretendedGpu
 from tests import test_gpu
+from tests.conftest import REPOSITORY
+from tests.test_scripts import call
 
 CUDA, small = test_gpu.CUDA, test_gpu.small
 ELSEWHERE = {
@@ -29,9 +33,16 @@ globals().update({n: it for n, it in vars(test_gpu).items() if n.startswith("tes
 
 
 @pytest.fixture(autouse=True, scope="module")
-def gpu():
+def gpu(tmp_path_factory):
+    dense_digits_net(tmp_path_factory.mktemp("dense"))  # trained in a tenth of the time by what is a CPU
     with PretendedGpu() as gpu:
         yield gpu
+
+
+def dense_digits_net(folder):
+    """Lets the data folder have it."""
+    space = read_space(REPOSITORY / "search_spaces" / "digits_resnet8.yaml", settings=["search.sensitivity=none"])
+    prepare(space, fallback=folder, log=print)
 
 
 def captured(work, *generators):
@@ -164,3 +175,13 @@ def test_a_study_says_once_why_steps_are_made_one_by_one(tmp_path, digits_yaml, 
     said = [line for line in told.lines if "not replayed from a recording" in line]
     assert len(said) == 1
     assert said[0].startswith("trial 000: ")
+
+
+def test_launches_are_counted_by_part_and_steps_are_one_each():
+    found = call("count_launches", str(REPOSITORY / "search_spaces" / "digits_resnet8.yaml"), "--lines", "3")
+    parts, figures = {row["part"]: row for row in found["rows"]}, found["figures"]
+    assert (figures["not_recorded"], figures["replays_per_trial"]) == (0, parts["train"]["replays"])
+    assert parts["train: steps"]["calls"] == 12
+    inside = sum(parts[name]["launches"] for name in ("begin: fit the layers", "train", "estimate BN", "decompose"))
+    assert inside < figures["launches_per_trial"] == parts["trial"]["launches"]
+    assert sum(note.startswith("waited ") for note in found["notes"]) == 3

@@ -38,16 +38,6 @@ def test_training_bench_compares_loops_in_one_run():
     assert 0 < found["figures"]["projection_share"] < 1
 
 
-def test_launches_are_counted_by_part_and_steps_are_one_each():
-    found = call("count_launches", str(REPOSITORY / "search_spaces" / "digits_resnet8.yaml"), "--lines", "3")
-    parts, figures = {row["part"]: row for row in found["rows"]}, found["figures"]
-    assert (figures["not_recorded"], figures["replays_per_trial"]) == (0, parts["train"]["replays"])
-    assert parts["train: steps"]["calls"] >= 12  # those of the dense net, too, where it is trained first
-    inside = sum(parts[name]["launches"] for name in ("begin: fit the layers", "train", "estimate BN", "decompose"))
-    assert inside < figures["launches_per_trial"] == parts["trial"]["launches"]
-    assert sum(note.startswith("waited ") for note in found["notes"]) == 3
-
-
 def test_the_papers_tables_are_run_once_and_read_from_disk_the_second_time(tmp_path, cifar):
     first = call("reproduce_paper", "--out", str(tmp_path))
     assert [row["method"] for row in first["rows"]] == ["dense", "projection", "decomposed", "ours"]
