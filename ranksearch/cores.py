@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""Where BLAS and OpenMP of a process, and of those that it starts, read how many threads they may compute with."""
+
 
 def affinity_cores() -> int:
     """Cores that the process may run on."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
+from functools import partial
 from math import isfinite, nan
 from pathlib import Path
 from threading import Lock
@@ -23,7 +23,6 @@ from ranksearch.places.place import check_place
 from ranksearch.places.urls import check_apart, database_url
 from ranksearch.search.workbench import Workbench
 from ranksearch.space.space import Space
-from ranksearch.store.late import DENSE
 from ranksearch.study.driver import run_inline
 from ranksearch.study.latency import time_front
 from ranksearch.study.repeats import repeat_front
@@ -37,7 +36,6 @@ from ranksearch.tracking.view import View
 from ranksearch.training.device import pick_device
 from ranksearch.training.evaluate import evaluate
 from ranksearch.trial.result import Status
-from ranksearch.words import Note
 
 LARGEST = 1e100
 """A metric beyond it cannot be drawn, and its squares are infinite."""
@@ -138,7 +136,7 @@ def _net_of(study: Study, row: Row) -> nn.Module:
     return load_net(study.trial_folder(row["trial"]), study.space.build)
 
 
-def _told_accuracy(study: Study, bench: Workbench, score: Score, row: Row | None, observer: Observer) -> float | None:
+def _told_accuracy(study: Study, bench: Workbench, score: Score, observer: Observer, row: Row | None) -> float | None:
     """The metric on the test set of a trial's net, or of the dense net where `row` is None.
 
     Where the user's metric fails on the test set it is NaN, since the trials are done and the front is to be written; where the trial's net
@@ -158,21 +156,6 @@ def _told_accuracy(study: Study, bench: Workbench, score: Score, row: Row | None
         observer.log(f"test: {error}")
         return nan
     return found if abs(found) <= LARGEST else nan
-
-
-def _score_test(study: Study, bench: Workbench, score: Score, observer: Observer, note: Note) -> None:
-    """Scores the dense net and the front on the test set, those that were not scored before."""
-    known = study.test_accuracies()
-    keys = [DENSE, *(str(row.trial) for row in study.front)]
-    nets, scored = sum(key not in known for key in keys), count()
-
-    def told(row: Row | None) -> float | None:
-        note("test set", f"{next(scored)} of {nets} nets")
-        return _told_accuracy(study, bench, score, row, observer)
-
-    study.score_test(told, observer.log)
-    if nets:
-        note("test set", f"{nets} of {nets} nets")
 
 
 def tell_of_lost_nets(study: Study, observer: Observer) -> None:
@@ -230,7 +213,7 @@ def run_study(
         mirror.begin_models()  # only now: they keep the cores busy, and would be in the latencies
         score = None if bench.task.test is None else OnDevice(bench.task.test, bench.task)
         if score is not None:
-            _score_test(study, bench, score, observer, note)
+            study.score_test(partial(_told_accuracy, study, bench, score, observer), observer.log, note)
         repeat_front(study, bench, score, observer.log, note)
         tell_of_lost_nets(study, observer)
         study.conclude()

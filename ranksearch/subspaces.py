@@ -104,14 +104,19 @@ def _norm_bound(matrix: Tensor) -> Tensor:
 
 
 def leading_exactly(gram: Tensor, columns: Tensor) -> Subspaces:
-    """The same by `eigh`, for all of them at once; small ones on the CPU, where that is several times faster than on a GPU."""
-    found = eigh(gram.cpu() if gram.shape[-1] <= ON_CPU else gram)
-    values, vectors = (part.to(gram).flip(-1) for part in found)
+    """The same by `eigh`, for all of them at once."""
+    values, vectors = leading_first(gram)
     count = columns.shape[-1]
     basis = vectors[..., :count] * columns[:, None, :]
     kept = (values[..., :count].clamp_min(0) * columns).sum(-1, dtype=torch.float64)
     energy = values.clamp_min(0).sum(-1, dtype=torch.float64)
     return Subspaces(basis, (energy - kept).clamp_min(0), energy, torch.isfinite(energy))
+
+
+def leading_first(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [b, n], descending, and eigenvectors [b, n, n]; small ones by the CPU, several times faster there than by a GPU."""
+    values, vectors = eigh(gram.cpu() if gram.shape[-1] <= ON_CPU else gram)
+    return values.to(gram).flip(-1), vectors.to(gram).flip(-1)
 
 
 ON_CPU = 256

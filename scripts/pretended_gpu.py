@@ -224,6 +224,11 @@ class PretendedGpu:
                 f"called a synchronizing CUDA operation ({what})", UserWarning, frame.f_code.co_filename, frame.f_lineno
             )
 
+    def copy(self, what: str, there: Tensor, non_blocking: bool) -> None:
+        """Copies between a tensor on the device and `there`, on the CPU; only from and to pinned memory does it go on in a capture."""
+        if not non_blocking or (self.capturing is not None and not self.is_pinned(there)):
+            self.wait(what)
+
     def computed(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an operation gives; random numbers without a generator are the device's own."""
         if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
@@ -370,14 +375,14 @@ class Functions(TorchFunctionMode):
             if args and isinstance(args[0], Tensor):
                 other, *args = args  # type: ignore[assignment]
                 device, dtype = gpu.place_of(other), other.dtype
-                waits, form = bool(kwargs.get("non_blocking", False)), kwargs.get("memory_format")
+                non_blocking, form = kwargs.get("non_blocking", False), kwargs.get("memory_format")
             else:
-                device, dtype, waits, form = torch._C._nn._parse_to(
+                device, dtype, non_blocking, form = torch._C._nn._parse_to(
                     *args, **{k: v for k, v in kwargs.items() if k != "copy"}
                 )
-                waits = bool(waits)
         else:
-            device, dtype, waits, form = (CPU if name == "cpu" else CUDA), None, kwargs.get("non_blocking", False), None
+            device, dtype, form = CPU if name == "cpu" else CUDA, None, None
+            non_blocking = kwargs.get("non_blocking", False)
         there = here if device is None else device.type == "cuda"
         if device is not None and device.type == "meta":
             return torch.Tensor.to(tensor, *args, **kwargs)
@@ -390,8 +395,8 @@ class Functions(TorchFunctionMode):
         finally:
             gpu.making = CPU
         if here != there:
-            if gpu.capturing is not None or not (waits and gpu.is_pinned(moved if here else tensor)):
-                gpu.wait("a copy to the CPU" if here else "a copy from the CPU")
+            what = "a copy to the CPU" if here else "a copy from the CPU"
+            gpu.copy(what, moved if here else tensor, non_blocking)
             gpu.mark(moved, there)
         return moved
 
@@ -446,9 +451,7 @@ class Operations(TorchDispatchMode):
                 f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func})"
             )
         if off and func is aten.copy_.default:
-            waits = not (kwargs.get("non_blocking") or args[2:] == (True,))
-            if waits or (gpu.capturing is not None and not any(map(gpu.is_pinned, off))):
-                gpu.wait("a copy between CPU and GPU")
+            gpu.copy("a copy between CPU and GPU", off[0], bool(kwargs.get("non_blocking") or args[2:] == (True,)))
         indices = args[1] if func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default) else ()
         for index in indices:
             if index is not None and (index.dtype in (torch.bool, torch.uint8) or not gpu.has(index)):

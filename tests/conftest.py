@@ -14,6 +14,7 @@ from torch import nn
 from xdist.scheduler import LoadScopeScheduling
 
 from ranksearch.compress import plan_cost
+from ranksearch.run_study import Silent
 from ranksearch.search.workbench import prepare
 from ranksearch.space.reading import read_space
 from ranksearch.study.study import Study
@@ -75,6 +76,20 @@ def free_ports(count: int) -> list[int]:
     with ExitStack() as open_ones:
         sockets = [open_ones.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [found.getsockname()[1] for found in sockets]
+
+
+class Told(Silent):
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.statuses: list[str] = []
+
+    def log(self, message: str) -> None:
+        self.lines.append(message)
+
+    def status(self, line: str) -> None:
+        self.statuses.append(line)
 
 
 class SmallNet(nn.Module):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import ranksearch
-from ranksearch.run_study import Silent
+from tests.conftest import Told
 
 TASK = '''
 import torch, ranksearch
@@ -58,26 +58,18 @@ tracking: {models: MODELS}
 """
 
 
-class Notes(Silent):
-    def __init__(self):
-        self.texts = []
-
-    def log(self, text):
-        self.texts.append(text)
-
-
 @pytest.mark.parametrize("kind", ["video", "double", "looping", "mixed"])
 def test_any_net_is_searched_to_its_end(kind, tmp_path):
     (tmp_path / "t.py").write_text(TASK.replace("KIND", kind))
     share = 0.4 if kind == "mixed" else 0.7
     space = SPACE.replace("MODELS", "false" if kind == "video" else "true").replace("SHARE", f"{share:.0%}")
     (tmp_path / "s.yaml").write_text(space)
-    notes = Notes()
+    notes = Told()
     study = ranksearch.search(tmp_path / "s.yaml", runs=tmp_path / "runs", inline=True, observer=notes)
     (row,) = study.front["trials"] if isinstance(study.front, dict) else study.front
     assert row["macs_ratio"] <= share
-    refused = [text for text in notes.texts if "its run has no model" in text]
-    assert bool(refused) == (kind == "looping"), notes.texts
+    refused = [text for text in notes.lines if "its run has no model" in text]
+    assert bool(refused) == (kind == "looping"), notes.lines
     stored = (study.trial_folder(row["trial"]) / "model.safetensors").stat().st_size
     assert row["size_bytes"] <= stored <= row["size_bytes"] + 4000
     assert json.loads((study.folder / "front.json").read_text())["trials"]

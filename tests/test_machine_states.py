@@ -26,12 +26,12 @@ from ranksearch.compress import RankPlan
 from ranksearch.compress.export import save_net
 from ranksearch.data.loaded import as_source, batch_text
 from ranksearch.places.files import partly_written, write_durably
-from ranksearch.run_study import Silent, run_study
+from ranksearch.run_study import run_study
 from ranksearch.store.where import finished_front
 from ranksearch.study.study import Study
 from ranksearch.trial.checkpoint import CheckpointFile, is_full
 from ranksearch.trial.nested import save_weights
-from tests.conftest import SmallNet
+from tests.conftest import SmallNet, Told
 
 STORED = Path(__file__).parent / "stored_study"
 
@@ -166,21 +166,13 @@ def test_a_state_that_a_full_disk_does_not_take_ends_no_trial(tmp_path, monkeypa
         CheckpointFile(tmp_path / "state.pt", 0.0).save({"a": 1})
 
 
-class Heard(Silent):
-    def __init__(self):
-        self.said = []
-
-    def log(self, message):
-        self.said.append(message)
-
-
 @pytest.mark.parametrize("left", ["nothing", "an empty file"])
 def test_a_study_whose_nets_are_lost_is_completed_and_says_which(folder, bench, monkeypatch, left):
     monkeypatch.setattr("ranksearch.run_study.BackgroundMirror", lambda *given: MagicMock())
     (folder / "test.json").unlink()
     record = json.loads((folder / "study.json").read_text())
     (folder / "study.json").write_text(json.dumps(record | {"done": False}))
-    study, heard = Study.open(folder), Heard()
+    study, heard = Study.open(folder), Told()
     if left == "an empty file":
         for row in study.front:
             save_net(SmallNet(), RankPlan(model="resnet8"), study.trial_folder(row.trial))
@@ -192,7 +184,7 @@ def test_a_study_whose_nets_are_lost_is_completed_and_says_which(folder, bench, 
     assert record["dense"]["test_accuracy"] is not None
     for row in record["trials"]:
         assert row["test_accuracy"] is None
-        assert any(text.startswith(f"the net of trial {row['trial']} is lost") for text in heard.said)
+        assert any(text.startswith(f"the net of trial {row['trial']} is lost") for text in heard.lines)
     assert json.loads((folder / "test.json").read_text()).keys() == {"dense"}  # a net that comes back is scored
     assert record["lost"] == sorted(row["trial"] for row in record["trials"])
     assert record["verdict"]["warning"].startswith("the net")

@@ -17,28 +17,18 @@ import torch
 import yaml
 
 from ranksearch import run_study
-from ranksearch.api import Silent, resume, search, sync
+from ranksearch.api import resume, search, sync
 from ranksearch.compress import load_net
 from ranksearch.errors import StudyError
 from ranksearch.study.study import Study
 from ranksearch.tracking import background, made_models
 from ranksearch.tracking.made_models import Closed, MadeModels, NotMade
 from ranksearch.tracking.models import save_model
+from tests.conftest import Told
 from tests.own_tasks import CLASSIFIER, write_task
 from tests.test_mirror import runs_of
 
 SETTINGS = ("recipe.steps=20", "recipe.bn_batches=2", "search.sensitivity=kfac")
-
-
-class Told(Silent):
-    def __init__(self):
-        self.lines, self.statuses = [], []
-
-    def log(self, message):
-        self.lines.append(message)
-
-    def status(self, line):
-        self.statuses.append(line)
 
 
 @pytest.fixture(scope="module")

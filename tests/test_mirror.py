@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from ranksearch.api import Silent, resume, search, sync
+from ranksearch.api import resume, search, sync
 from ranksearch.errors import StudyError
 from ranksearch.front.verdict import verdict_of
 from ranksearch.space.reading import read_space
@@ -21,15 +21,7 @@ from ranksearch.tracking.store import NOTED
 from ranksearch.tracking.view import View
 from ranksearch.trial.metric import Metric
 from ranksearch.trial.result import TrialResult
-from tests.conftest import drain, simulated
-
-
-class Log(Silent):
-    def __init__(self):
-        self.lines = []
-
-    def log(self, message):
-        self.lines.append(message)
+from tests.conftest import Told, drain, simulated
 
 
 def runs_of(uri, name="digits_resnet8"):
@@ -312,7 +304,7 @@ def test_studies_that_begin_at_once_make_one_store_between_them(tmp_path):
 
 def test_an_unreachable_store_costs_a_message_not_the_study(tmp_path, digits_yaml, short_settings, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    log = Log()
+    log = Told()
     settings = [*short_settings, "tracking.uri=http://127.0.0.1:9", "search.trials=2"]
     study = search(digits_yaml, settings=settings, runs=tmp_path, inline=True, observer=log)
     assert study.finished == 2
@@ -321,7 +313,7 @@ def test_an_unreachable_store_costs_a_message_not_the_study(tmp_path, digits_yam
 
 
 def test_a_store_whose_driver_is_missing_says_what_to_install(tmp_path, digits_yaml, short_settings):
-    log = Log()
+    log = Told()
     settings = [*short_settings, "tracking.uri=mysql://u@127.0.0.1:9/x", "search.trials=1"]
     assert search(digits_yaml, settings=settings, runs=tmp_path, inline=True, observer=log).finished == 1
     assert any("No module named 'MySQLdb': install the database's Python driver" in line for line in log.lines)
@@ -330,7 +322,7 @@ def test_a_store_whose_driver_is_missing_says_what_to_install(tmp_path, digits_y
 def test_sync_brings_a_store_up_to_date_that_was_away(tmp_path, digits_yaml, short_settings):
     (tmp_path / "file").write_text("")
     uri = f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}"  # below a file: it cannot be made
-    log = Log()
+    log = Told()
     study = search(
         digits_yaml, settings=[*short_settings, f"tracking.uri={uri}"], runs=tmp_path, inline=True, observer=log
     )

@@ -12,7 +12,6 @@ import ray
 from ray.cluster_utils import Cluster
 
 import ranksearch
-from ranksearch.api import Silent
 from ranksearch.cluster import probe
 from ranksearch.cluster.nodes import usable_nodes
 from ranksearch.cluster.packing import GIB
@@ -21,7 +20,7 @@ from ranksearch.errors import StudyError
 from ranksearch.space.reading import read_space
 from ranksearch.study.study import Study
 from ranksearch.trial.placement import data_loads_per_node, loads_of
-from tests.conftest import DRILLS
+from tests.conftest import DRILLS, Told
 
 SETTINGS = ["recipe.steps=20", "recipe.bn_batches=2", "tracking.models=false"]
 
@@ -40,14 +39,7 @@ def cluster():
 
 @pytest.fixture
 def log():
-    class Said(Silent):
-        def __init__(self) -> None:
-            self.lines = []
-
-        def log(self, text: str) -> None:
-            self.lines.append(text)
-
-    return Said()
+    return Told()
 
 
 def search(

@@ -13,7 +13,6 @@ import ranksearch
 from ranksearch.compress import LayerPlan, RankPlan
 from ranksearch.lowering import lowering_named
 from ranksearch.lowering.contract import sides
-from ranksearch.run_study import Silent
 from ranksearch.search.workbench import prepare
 from ranksearch.space.reading import read_space
 from ranksearch.tasks.resnet import CifarResNet
@@ -21,7 +20,7 @@ from ranksearch.trial.candidate import MetricSetting
 from ranksearch.trial.trial import run_trial
 from scripts.pretended_gpu import PretendedGpu
 from tests import test_gpu
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Told
 from tests.test_scripts import call
 
 CUDA, small = test_gpu.CUDA, test_gpu.small
@@ -156,14 +155,6 @@ def test_trials_in_the_metric_of_the_data_are_replayed(small, tmp_path, monkeypa
     monkeypatch.setattr(test_gpu, "run_trial", partial(run_trial, metric=metric))
     result = test_gpu.run((None, bench, plan), tmp_path, steps=24)
     assert (result.status, result.reason, result.eager) == ("complete", None, None)
-
-
-class Told(Silent):
-    def __init__(self) -> None:
-        self.lines = []
-
-    def log(self, message: str) -> None:
-        self.lines.append(message)
 
 
 def test_a_study_says_once_why_steps_are_made_one_by_one(tmp_path, digits_yaml, short_settings, monkeypatch):

@@ -132,9 +132,8 @@ def test_weights_that_are_not_finite_are_named_at_the_next_look():
         Projector(plan, batched=True)(net)
 
 
-@pytest.mark.parametrize("options", [{"energy_transfer": True}, {"norms": {"a": "bn", "b": "bn"}}])
-def test_energy_transfer_and_rectification_are_those_of_a_layer_alone(options):
-    plan, net = RankPlan({"a": LayerPlan("im2col", 5), "b": LayerPlan("spatial", 8)}), Net()
+def assert_as_each_layer_alone(net: nn.Module, plan: RankPlan, **options) -> None:
+    """Projected twice under these options of a `Projector`; layers may be rectified by a BN layer `bn`."""
     net.bn = nn.BatchNorm2d(16)
     net.bn.weight.data.uniform_(0.2, 2, generator=torch.Generator().manual_seed(3))
     other = copy.deepcopy(net)
@@ -143,12 +142,12 @@ def test_energy_transfer_and_rectification_are_those_of_a_layer_alone(options):
         drift_(net, 0.02, seed=step), drift_(other, 0.02, seed=step)
         removed, expected = projectors[0](net), projectors[1](other)
         assert removed == pytest.approx(expected, rel=5e-3)
-        for name in ("a", "b"):
+        for name in plan.layers:
             torch.testing.assert_close(getattr(net, name).weight, getattr(other, name).weight, rtol=0, atol=2e-3)
 
 
-def test_a_saved_projector_goes_on_to_the_last_digit():
-    plan, net = plan_of("im2col"), Net()
+def assert_a_saved_one_goes_on(net: nn.Module, plan: RankPlan) -> None:
+    """A projector made from another's state projects as that one does, to the last digit."""
     one = Projector(plan, batched=True)
     one.later(net, just)
     other, copied = Projector(plan, batched=True), copy.deepcopy(net)
@@ -157,6 +156,16 @@ def test_a_saved_projector_goes_on_to_the_last_digit():
         drift_(model, 0.01)
         projector.later(model, just)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), copied.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("options", [{"energy_transfer": True}, {"norms": {"a": "bn", "b": "bn"}}])
+def test_energy_transfer_and_rectification_are_those_of_a_layer_alone(options):
+    plan = RankPlan({"a": LayerPlan("im2col", 5), "b": LayerPlan("spatial", 8)})
+    assert_as_each_layer_alone(Net(), plan, **options)
+
+
+def test_a_saved_projector_goes_on_to_the_last_digit():
+    assert_a_saved_one_goes_on(Net(), plan_of("im2col"))
 
 
 def test_the_bound_holds_and_what_is_far_from_the_optimum_is_not_certified():

@@ -15,7 +15,7 @@ from ranksearch.model.slots import find_slots
 from ranksearch.search.scorer import Scorer
 from tests.test_capture import task as capture_task
 from tests.test_program import Net as Convs
-from tests.test_program import drift_, just
+from tests.test_program import assert_a_saved_one_goes_on, assert_as_each_layer_alone, drift_, just
 
 
 class Net(Convs):
@@ -188,28 +188,11 @@ def test_zero_weights_stay_zero():
 @pytest.mark.parametrize("options", [{"energy_transfer": True}, {"norms": {"a": "bn", "b": "bn"}}], ids=str)
 def test_beside_matrices_under_energy_transfer_and_rectification_it_is_as_alone(options):
     plan = RankPlan({"a": LayerPlan("cp", 12), "b": LayerPlan("im2col", 5), "c": LayerPlan("cp", 9)})
-    net = Net()
-    net.bn = nn.BatchNorm2d(16)
-    net.bn.weight.data.uniform_(0.2, 2, generator=torch.Generator().manual_seed(3))
-    other = copy.deepcopy(net)
-    projectors = Projector(plan, batched=True, **options), Projector(plan, batched=False, **options)
-    for step in range(2):
-        drift_(net, 0.02, seed=step), drift_(other, 0.02, seed=step)
-        removed, expected = projectors[0](net), projectors[1](other)
-        assert removed == pytest.approx(expected, rel=5e-3)
-        for name in plan.layers:
-            torch.testing.assert_close(getattr(net, name).weight, getattr(other, name).weight, rtol=0, atol=2e-3)
+    assert_as_each_layer_alone(Net(), plan, **options)
 
 
 def test_a_saved_projector_goes_on_to_the_last_digit():
-    net, one = Net(), Projector(PLAN, batched=True)
-    one.later(net, just)
-    other, copied = Projector(PLAN, batched=True), copy.deepcopy(net)
-    other.load_state_dict(one.state_dict())
-    for projector, model in ((one, net), (other, copied)):
-        drift_(model, 0.01)
-        projector.later(model, just)
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), copied.parameters(), strict=True))
+    assert_a_saved_one_goes_on(Net(), PLAN)
 
 
 def test_outcomes_are_certified_where_sweeps_are_sound():

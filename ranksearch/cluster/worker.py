@@ -17,6 +17,7 @@ from ranksearch.cluster import mps
 from ranksearch.cluster.nodes import LeaveWatch
 from ranksearch.cluster.shared import Shared, take, with_peak
 from ranksearch.compress import RankPlan
+from ranksearch.cores import THREAD_VARIABLES
 from ranksearch.data.loaded import loader_processes
 from ranksearch.deploy.stopwatch import LatencySetting
 from ranksearch.places.place import place_at, text_of
@@ -102,7 +103,7 @@ def settle_in(terms: Terms, task: Task) -> None:
     threads = compute_threads(terms.cpus, task)
     torch.set_num_threads(threads)
     threadpoolctl.threadpool_limits(threads)  # BLAS and OpenMP, which were loaded before
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    for name in THREAD_VARIABLES:
         os.environ[name] = str(threads)
     limit_share(terms.gpus, device_memory())
 

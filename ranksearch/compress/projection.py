@@ -157,9 +157,12 @@ class Projector:
         return wanted and not alone and takes(lowering, slot.weight)
 
     def _entry(self, model: nn.Module, slot: Slot, choice: LayerPlan) -> Entry:
-        rectified = lowering_named(choice.lowering).is_projection
-        norm = self.norms.get(slot.name) if rectified else None
+        norm = self._norm(slot.name, lowering_named(choice.lowering))
         return Entry(slot, choice, partial(_channel_scale, model, norm, slot.spec) if norm is not None else None)
+
+    def _norm(self, name: str, lowering: Lowering) -> str | None:
+        """The BN layer by which a layer is rectified; `cp` goes without."""
+        return self.norms.get(name) if lowering.is_projection else None
 
     def _refresh(self) -> None:
         """Brings `warm` up to date with what projections have left on the device."""
@@ -170,8 +173,8 @@ class Projector:
         """(what a layer's weight becomes, the share of ||W||² that is removed), of this layer alone."""
         name, lowering = slot.name, lowering_named(choice.lowering)
         view = self._view(name, lowering, slot.spec)
-        rectified = view is None and name in self.norms and lowering.is_projection
-        scale = _channel_scale(model, self.norms[name], slot.spec) if rectified else None
+        norm = self._norm(name, lowering) if view is None else None
+        scale = _channel_scale(model, norm, slot.spec) if norm is not None else None
         weight = slot.weight.detach() if scale is None else slot.weight.detach() * scale
         warm = self.warm.get(name) if self._warm_plan.get(name, choice) == choice else None
         try:

@@ -57,11 +57,15 @@ class TermsGroup:
         """Where a layer's tensor lies."""
         return self._rows[index], *(slice(n) for n in self._modes[index])
 
+    def _taken_in(self, index: int) -> Tensor:
+        """A layer's weight as it is now."""
+        entry, inside = self.entries[index], self._tensors[self._inside(index)]
+        return inside.copy_(entry.spec.blocks(entry.weight).reshape(inside.shape))
+
     def _many(self) -> cp_als.Many:
         """The weights as they are now."""
-        for i, entry in enumerate(self.entries):
-            inside = self._tensors[self._inside(i)]
-            inside.copy_(entry.spec.blocks(entry.weight).reshape(inside.shape))
+        for i in range(len(self.entries)):
+            self._taken_in(i)
         return cp_als.Many(self._tensors.flatten(2), self._columns, self._problem, len(self.entries))
 
     def made(self, *, settle: bool) -> Made:
@@ -92,10 +96,8 @@ class TermsGroup:
 
     def begin(self, names: Collection[str]) -> None:
         """Starts these layers anew, from the leading vectors of their weights where those are finite; the host waits."""
-        self._many()
-        for i, entry in enumerate(self.entries):
-            tensor = self._tensors[self._inside(i)]
-            if entry.name in names and bool(torch.isfinite(tensor).all()):
+        for i in [i for i, entry in enumerate(self.entries) if entry.name in names]:
+            if bool(torch.isfinite(tensor := self._taken_in(i)).all()):
                 self.start_from(i, cp_als.started(cp_als.mode_vectors(tensor), self.ranks[i], self.counts[i]))
 
     def start_from(self, index: int, warm: Any) -> bool:

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ranksearch import linalg
 from ranksearch.errors import NonFiniteError
-from ranksearch.subspaces import ON_CPU
+from ranksearch.subspaces import leading_first
 
 RIDGE = 1e-10
 """Share of the mean diagonal added to the normal equations, which cancelling terms make singular."""
@@ -66,13 +65,11 @@ def unfold(tensor: Tensor, mode: int) -> Tensor:
 
 
 def mode_vectors(tensor: Tensor) -> list[Tensor]:
-    """The eigenvectors [b, n, n] of every mode's Gram matrix, the leading ones first; small ones by the CPU, where it is faster."""
+    """The eigenvectors [b, n, n] of every mode's Gram matrix, the leading ones first."""
     found = []
     for mode in range(tensor.dim() - 1):
         flat = unfold(tensor, mode)
-        gram = flat @ flat.mT
-        _, vectors = linalg.eigh(gram.cpu() if gram.shape[-1] <= ON_CPU else gram)
-        found.append(vectors.to(tensor).flip(-1))
+        found.append(leading_first(flat @ flat.mT)[1])
     return found
 
 

@@ -12,6 +12,7 @@ from ranksearch.places.files import write_durably
 from ranksearch.store.records import LATENCIES, REPEATED, TEST_ACCURACIES, read_record
 from ranksearch.store.where import MEASURED, REPEATS, TEST
 from ranksearch.trial.metric import Metric
+from ranksearch.words import Log, Note
 
 DENSE = "dense"
 """The dense net's key where a trial has its number."""
@@ -53,19 +54,29 @@ class Late:
         front: Sequence[Row],
         metric: Metric,
         evaluate: Callable[[Row | None], float | None],
-        log: Callable[[str], None],
+        log: Log,
+        note: Note,
     ) -> dict[str, float | None]:
         """Scores the dense net (`evaluate(None)`) and a front's nets, once each; returns all that is known.
 
         A net for which `evaluate` returns None, because its files are lost, stays without a score.
+
+        Args:
+            note: is told before each net, and at the end, how many of those that had no score have been looked at.
         """
         known = self.test_accuracies()
         keys = {DENSE if row is None else str(row.trial): row for row in [None, *front]}
+        missing = [key for key in keys if key not in known]
         for i, (key, row) in enumerate(keys.items(), start=1):
-            if key not in known and (found := evaluate(row)) is not None:
+            if key not in missing:
+                continue
+            note("test set", f"{missing.index(key)} of {len(missing)} nets")
+            if (found := evaluate(row)) is not None:
                 known[key] = found if isfinite(found) else None
                 net = "the dense net" if row is None else f"trial {key}"
                 text = metric.text(found) if isfinite(found) else f"{found}, which is recorded as not measured"
                 log(f"[{i}/{len(keys)}] test {metric.name} of {net}: {text}")
                 write_durably(self._test, json.dumps(known, indent=2))
+        if missing:
+            note("test set", f"{len(missing)} of {len(missing)} nets")
         return known

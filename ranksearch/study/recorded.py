@@ -33,6 +33,7 @@ from ranksearch.study.ledger import Ledger
 from ranksearch.study.making import read_folder
 from ranksearch.study.nested_runs import best_run, run_scores
 from ranksearch.trial.metric import Metric
+from ranksearch.words import Log, Note, unnoted
 
 
 class RecordedStudy:
@@ -253,12 +254,12 @@ class RecordedStudy:
         """Trial number (or "dense") -> the metric on the test set, for the nets that were scored at the end."""
         return self._late.test_accuracies()
 
-    def score_test(self, evaluate: Callable[[Row | None], float | None], log: Callable[[str], None]) -> None:
+    def score_test(self, evaluate: Callable[[Row | None], float | None], log: Log, note: Note = unnoted) -> None:
         """Scores the dense net and the front on the test set, once each: `evaluate(row)`, or None for the dense net.
 
         `evaluate` returns None for a net whose files are lost.
         """
-        self._ledger.score(self._late.score(self._ledger.front, self.metric, evaluate, log))
+        self._ledger.score(self._late.score(self._ledger.front, self.metric, evaluate, log, note))
         self.write_front()
 
     def repeats(self, number: int) -> list[dict[str, float | None]]:

@@ -22,7 +22,7 @@ from typing import Any
 import cloudpickle
 
 from ranksearch.compress import load_net
-from ranksearch.cores import usable_cores
+from ranksearch.cores import THREAD_VARIABLES, usable_cores
 from ranksearch.errors import StudyError, UsageError
 from ranksearch.space.space import Space
 from ranksearch.store.where import trial_folder
@@ -36,9 +36,6 @@ one is.
 """
 MEMORY, COPIES = 4 * 2**30, 8
 """How much memory the nets may take that are made at once, and how often a net's weights are held meanwhile."""
-
-
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class NotMade(Exception):
@@ -67,7 +64,7 @@ class MadeModels:
         try:
             order = _order(space, folder, trials, at_once, self._scratch.name)
             self._asked = {job.trial: Path(job.target) for job in order.jobs}
-            environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | dict.fromkeys(THREADS, "1")
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | dict.fromkeys(THREAD_VARIABLES, "1")
             self._process = subprocess.Popen(
                 [sys.executable, "-c", BEGIN, json.dumps(sys.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
